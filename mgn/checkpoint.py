@@ -1,0 +1,68 @@
+"""Checkpoints: written whole or not at all, loaded without running anything that a file might hold."""
+
+import os
+
+import torch
+
+FORMAT = 'mgn checkpoint 1'
+
+
+def save(path, content):
+    """Writes {name: tensors, numbers, strings and containers of them} to `path`, replacing it only once all is on disk.
+
+    Raises OSError where it cannot be written; a file that was there before stays as it was.
+    """
+    temporary = f'{path}.{os.getpid()}.tmp'
+    try:
+        with open(temporary, 'wb') as file:
+            torch.save({'format': FORMAT, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        try:
+            os.fsync(folder)  # else a power cut may forget the renaming
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        kept = 'the previous one is unharmed' if os.path.exists(path) else 'there was none before'
+        raise OSError(f'want to write the checkpoint {path}, got: {str(error).splitlines()[0]}; {kept}; '
+                      f'free disk space or bind another output_dir') from error
+
+
+def load(path):
+    """The content of a checkpoint, tensors on the CPU.
+
+    Raises FileNotFoundError, or ValueError where the file is no checkpoint of this project.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'want a checkpoint, found no file {path}; correct the path')
+    try:
+        content = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # unpickling damaged or foreign bytes can raise nearly anything
+        raise ValueError(f'want a checkpoint written by mgn.train, got {path}, which cannot be loaded as one '
+                         f'({str(error).splitlines()[0]}); give another file') from error
+    if not isinstance(content, dict) or content.get('format') != FORMAT:
+        raise ValueError(f'want a checkpoint written by mgn.train, got {path}, which holds something else; '
+                         f'ImageNet weights go into MGN.pretrained')
+    return content
+
+
+def load_model(model, state, path, features_only=False):
+    """Loads a state dict strictly; with features_only its classifiers are left out.
+
+    Raises ValueError listing the missing, unexpected and ill-shaped keys.
+    """
+    if features_only:
+        state = {key: value for key, value in state.items() if '.classifier.' not in key}
+    wanted = model.state_dict()
+    problems = [f'missing {key}' for key in wanted if key not in state]
+    problems += [f'unexpected {key}' for key in state if key not in wanted]
+    problems += [f'{key}: want shape {tuple(wanted[key].shape)}, got {tuple(state[key].shape)}'
+                 for key in wanted if key in state and wanted[key].shape != state[key].shape]
+    if problems:
+        raise ValueError(f'want weights of the configured architecture, {path} does not fit it:\n  '
+                         + '\n  '.join(problems) + '\nbind MGN as it was trained, or give other weights')
+    model.load_state_dict(state)

@@ -1,0 +1,149 @@
+"""Flags and gin files → bindings, read strictly: a binding that reaches nothing is an error.
+
+Order: defaults.gin, the configuration saved in a checkpoint (mgn.eval), every --gin_file, every --gin_bindings; later
+ones win. Import this from binaries only.
+"""
+
+import difflib
+import inspect
+import logging
+import os
+import re
+import sys
+
+import gin
+from absl import app, flags
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+# What follows is imported for its configurables: a recipe may bind what the binary at hand does not use.
+from mgn import augmentation, datasets, evaluation, losses, model, optim, training  # noqa: F401
+
+flags.DEFINE_multi_string('gin_file', [], 'Gin file, e.g. gin/market.gin; repeatable, later ones win.')
+flags.DEFINE_multi_string('gin_bindings', [], 'Gin binding, e.g. "data_root=\'datasets\'"; repeatable, later ones win.')
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+PATH_MACROS = ('data_root', 'output_dir', 'weights')
+MACRO = 'gin.macro'
+
+
+def run(main):
+    """Runs a binary's main(gin_files, bindings) under absl; a user's mistake ends it with its message alone."""
+    def absl_main(argv):
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter('%(asctime)s %(levelname).1s %(message)s', '%H:%M:%S'))
+        package = logging.getLogger('mgn')
+        package.addHandler(handler)
+        package.setLevel(logging.INFO)
+        package.propagate = False  # absl prints the root logger's messages too
+        try:
+            if len(argv) > 1:
+                raise ValueError(f'want flags only, got {argv[1:]}; give --gin_file=FILE or --gin_bindings="name=value"')
+            with logging_redirect_tqdm([package]):
+                main(flags.FLAGS.gin_file, flags.FLAGS.gin_bindings)
+        except (ValueError, OSError) as error:
+            if flags.FLAGS.verbosity > 0:
+                raise
+            sys.exit(f'error: {error}\n(--verbosity=1 shows where)')
+    app.run(absl_main)
+
+
+def load(gin_files, bindings, saved=''):
+    """Parses everything into gin's global configuration and locks it.
+
+    Args:
+        gin_files: paths, looked for in the working folder, then in the project's folder.
+        bindings: strings. saved: the gin text of a checkpoint; its output_dir is not taken over.
+    Raises:
+        ValueError, SyntaxError: unknown names, with the nearest valid one. FileNotFoundError: the paths tried.
+    """
+    parse(gin_files, bindings, saved)
+    try:
+        gin.finalize()
+    except ValueError as error:
+        undefined = re.match(r"No bindings specified for '(.*?)/gin.macro'", str(error))
+        if undefined is None:
+            raise
+        raise ValueError(f'want the macro %{undefined[1]} defined, found no value{nearest(undefined[1], default_macros())}') from None
+
+
+def bound_weights(gin_files, bindings):
+    """The path that the flags bind to `weights`; ValueError where they bind none."""
+    parse(gin_files, bindings)
+    weights = gin.query_parameter('%weights')
+    if weights is None:
+        raise ValueError("want a checkpoint to evaluate, got none; give --gin_bindings=\"weights='runs/market/best.pth'\"")
+    return os.path.abspath(os.path.expanduser(weights))
+
+
+def default_output_dir(gin_files):
+    """Where training writes unless output_dir is bound: runs/<name of the last gin file>."""
+    name = os.path.splitext(os.path.basename(gin_files[-1]))[0] if gin_files else 'mgn'
+    return os.path.join('runs', name)
+
+
+def parse(gin_files, bindings, saved=''):
+    gin.clear_config()
+    for folder in (HERE, os.path.dirname(HERE)):
+        gin.add_config_file_search_path(folder)
+    try:
+        gin.parse_config_file(os.path.join(HERE, 'defaults.gin'))
+        gin.parse_config(saved)
+        if saved:
+            gin.bind_parameter('output_dir/macro.value', None)
+        for gin_file in gin_files:
+            gin.add_config_file_search_path(os.path.dirname(find_gin_file(gin_file)))  # for its includes
+            gin.parse_config_file(find_gin_file(gin_file))
+        gin.parse_config(bindings)
+    except ValueError as error:
+        raise ValueError(str(error) + hint(str(error))) from None
+
+
+def find_gin_file(path):
+    tried = [os.path.abspath(os.path.expanduser(path)), os.path.join(os.path.dirname(HERE), path)]
+    for candidate in tried:
+        if os.path.isfile(candidate):
+            return candidate
+    raise FileNotFoundError(f'want the gin file {path}, found none; tried {" and ".join(tried)}')
+
+
+@gin.config.register_finalize_hook
+def check_names(config):
+    """Rejects what gin accepts silently: macros that nothing uses and scopes that nothing enters."""
+    used = {ref.config_key for ref in gin.config.iterate_references(config)}
+    used_scopes = {scope for scope, selector in used if selector != MACRO and scope}
+    for scope, selector in config:
+        if selector == MACRO and (scope, MACRO) not in used and scope not in default_macros():
+            raise ValueError(f'want a name that something uses, got the macro {scope!r}, which nothing does'
+                             + nearest(scope, default_macros()))
+        if selector != MACRO and scope and scope not in used_scopes:
+            raise ValueError(f'want a scope that a reference enters, got {scope!r} in {scope}/{selector}, which none does'
+                             + nearest(scope, used_scopes))
+
+
+@gin.config.register_finalize_hook
+def absolute_paths(config):
+    """Macros that hold paths become absolute, so that a checkpoint's configuration serves from any folder."""
+    return {(name, MACRO, 'value'): os.path.abspath(os.path.expanduser(config[name, MACRO]['value']))
+            for name in PATH_MACROS if isinstance(config.get((name, MACRO), {}).get('value'), str)}
+
+
+def default_macros():
+    with open(os.path.join(HERE, 'defaults.gin')) as lines:
+        return [line.split(' ')[0] for line in lines if re.match(r'\w+ = ', line)]
+
+
+def hint(message):
+    """The nearest valid name for gin's own complaints."""
+    configurable = re.search(r"No configurable matching (?:reference )?'@?([^'()]*)", message)
+    if configurable:
+        names = [name.rsplit('.', 1)[-1] for name in gin.config._REGISTRY]  # gin has no public list
+        return nearest(configurable[1], names)
+    parameter = re.search(r"Configurable '(.*?)' doesn't have a parameter named '(.*?)'", message)
+    if parameter:
+        return nearest(parameter[2], inspect.signature(gin.get_configurable(parameter[1])).parameters)
+    return ''
+
+
+def nearest(name, names):
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0)
+    return f'; the nearest valid name is {close[0]!r}' if close else '; there are none'

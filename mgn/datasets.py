@@ -1,0 +1,180 @@
+"""Files → samples: Market-1501, DukeMTMC-reID, MSMT17, any folder in Market-1501's layout, and a drawn demo.
+
+Every function returns a `Dataset` whose lists are sorted by path (MSMT17: in the order of its list files), with the
+ids that the files carry. Ids become labels 0…C−1 only for training (`train_labels`).
+"""
+
+import logging
+import os
+import re
+from typing import NamedTuple
+
+import gin
+
+from mgn import pedestrians as drawn_pedestrians
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png')
+JUNK_PID = -1  # boxes that show no whole person; they are neither match nor non-match
+
+
+class Sample(NamedTuple):
+    path: str
+    pid: int
+    camid: int
+
+
+class Dataset(NamedTuple):
+    name: str
+    root: str
+    train: list[Sample]
+    query: list[Sample]
+    gallery: list[Sample]
+
+
+class Counts(NamedTuple):
+    """Published sizes; the gallery is counted without junk."""
+    train_pids: int
+    train: int
+    query: int
+    gallery: int
+    cameras: int
+
+
+@gin.configurable
+def market1501(root):
+    """Market-1501 (Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV 2015) under `root`."""
+    folder = find_folder(root, ('Market-1501-v15.09.15', 'market1501', 'Market-1501', ''), MARKET_FOLDERS)
+    dataset = read_market_layout('Market-1501', folder, camera_required=True)
+    return report(dataset, Counts(751, 12936, 3368, 15913, 6))
+
+
+@gin.configurable
+def dukemtmcreid(root):
+    """DukeMTMC-reID (Zheng et al., ICCV 2017; withdrawn by the authors of DukeMTMC in 2019) under `root`."""
+    folder = find_folder(root, ('DukeMTMC-reID', 'dukemtmcreid', 'dukemtmc-reid', ''), MARKET_FOLDERS)
+    dataset = read_market_layout('DukeMTMC-reID', folder, camera_required=True)
+    return report(dataset, Counts(702, 16522, 2228, 17661, 8))
+
+
+@gin.configurable
+def msmt17(root, combine_val=False):
+    """MSMT17 V1 or V2 (Wei et al., "Person Transfer GAN to Bridge Domain Gap", CVPR 2018) under `root`.
+
+    Trains on list_train.txt alone, or with list_val.txt too where `combine_val`.
+    """
+    lists = ('list_train.txt', 'list_val.txt', 'list_query.txt', 'list_gallery.txt')
+    folder = find_folder(root, ('MSMT17_V1', 'MSMT17_V2', 'msmt17', 'MSMT17', ''), lists)
+    versions = (('train', 'test'), ('mask_train_v2', 'mask_test_v2'))
+    for train_folder, test_folder in versions:
+        if os.path.isdir(os.path.join(folder, train_folder)) and os.path.isdir(os.path.join(folder, test_folder)):
+            break
+    else:
+        tried = ', '.join(os.path.join(folder, name) for pair in versions for name in pair)
+        raise FileNotFoundError(f'want the image folders of MSMT17 V1 or V2, tried {tried}; unpack the images there')
+    train = read_msmt_list(folder, 'list_train.txt', train_folder)
+    if combine_val:
+        train += read_msmt_list(folder, 'list_val.txt', train_folder)
+    logger.info('MSMT17 trains on %s', 'list_train.txt and list_val.txt' if combine_val else 'list_train.txt alone')
+    dataset = Dataset('MSMT17', folder, train, read_msmt_list(folder, 'list_query.txt', test_folder),
+                      read_msmt_list(folder, 'list_gallery.txt', test_folder))
+    return report(dataset, Counts(1041, 32621 if combine_val else 30248, 11659, 82161, 15))
+
+
+@gin.configurable
+def market_layout(root):
+    """A folder of your own in Market-1501's layout: <pid>_c<camera>….jpg (or .png), or <pid>_….jpg without cameras.
+
+    Without cameras every camid is 0; evaluate then with evaluate.cross_camera = False.
+    """
+    folder = find_folder(root, ('',), MARKET_FOLDERS)
+    return report(read_market_layout(os.path.basename(folder), folder, camera_required=False), None)
+
+
+@gin.configurable
+def pedestrians(root, seed=0):
+    """Drawn pedestrians, written under `root` on first use, then read as any data set (mgn/pedestrians.py)."""
+    root = os.path.expanduser(root)
+    drawn_pedestrians.write_pedestrians(root, seed)
+    return report(read_market_layout('pedestrians', root, camera_required=True), None)
+
+
+MARKET_FOLDERS = ('bounding_box_train', 'query', 'bounding_box_test')
+
+
+def find_folder(root, aliases, contents):
+    """The first root/alias that holds all of `contents`; FileNotFoundError lists every path tried."""
+    root = os.path.abspath(os.path.expanduser(root))
+    folders = [os.path.join(root, alias) if alias else root for alias in aliases]
+    for folder in folders:
+        if all(os.path.exists(os.path.join(folder, name)) for name in contents):
+            return folder
+    tried = '\n  '.join(os.path.join(folder, name) + ('' if os.path.exists(os.path.join(folder, name)) else ' (missing)')
+                        for folder in folders for name in contents)
+    raise FileNotFoundError(f'want a folder with {", ".join(contents)}, found none; tried\n  {tried}\n'
+                            f"bind data_root to the folder that holds them, e.g. data_root='datasets'")
+
+
+def read_market_layout(name, folder, camera_required):
+    return Dataset(name, folder, *(read_market_folder(os.path.join(folder, part), camera_required)
+                                   for part in MARKET_FOLDERS))
+
+
+def read_market_folder(folder, camera_required):
+    """Samples of one folder, sorted by file name, junk (id −1) left out. Files that are no images are passed over."""
+    samples, without_camera = [], []
+    for file_name in sorted(os.listdir(folder)):
+        if not file_name.lower().endswith(IMAGE_SUFFIXES):
+            continue
+        path = os.path.join(folder, file_name)
+        fields = re.match(r'(-?\d+)_(?:c(\d+))?', file_name)
+        if fields is None or (camera_required and fields[2] is None):
+            raise ValueError(f'want file names such as 0002_c1s1_000451_03.jpg (identity 2, camera 1), got {path}; '
+                             f'rename or remove it')
+        if fields[2] is None:
+            without_camera.append(path)
+        if int(fields[1]) != JUNK_PID:
+            samples.append(Sample(path, int(fields[1]), int(fields[2] or 0)))
+    if without_camera and any(sample.camid for sample in samples):
+        raise ValueError(f'want a camera in every file name of {folder} or in none, got {without_camera[0]} without '
+                         f'one among others with one; rename it as in 0002_c1_….jpg')
+    if not samples:
+        raise ValueError(f'want images ({", ".join(IMAGE_SUFFIXES)}) in {folder}, found none; add them or correct data_root')
+    return samples
+
+
+def read_msmt_list(folder, list_name, image_folder):
+    """Samples of one list file, lines `0000/0000_000_01_0303morning_0008_0.jpg 0`: path and id, third field the camera."""
+    samples = []
+    with open(os.path.join(folder, list_name)) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            fields = re.fullmatch(r'(\S*?[^/\s_]+_[^/\s_]+_(\d+)_[^/\s]+)\s+(\d+)\s*', line)
+            if fields is None:
+                raise ValueError(f'want lines such as 0000/0000_000_01_0303morning_0008_0.jpg 0, got {line.rstrip()!r} '
+                                 f'in line {number} of {os.path.join(folder, list_name)}; restore the list')
+            samples.append(Sample(os.path.join(folder, image_folder, fields[1]), int(fields[3]), int(fields[2])))
+    if not samples:
+        raise ValueError(f'want image lines in {os.path.join(folder, list_name)}, found none; restore the list')
+    return samples
+
+
+def report(dataset, published):
+    """Logs the sizes of a data set, warns where they differ from the published ones; returns the data set."""
+    found = Counts(len({s.pid for s in dataset.train}), len(dataset.train), len(dataset.query), len(dataset.gallery),
+                   len({s.camid for part in dataset[2:] for s in part}))
+    logger.info('%s in %s: %d identities and %d images to train, %d query, %d gallery, %d cameras', dataset.name,
+                dataset.root, *found)
+    for field, got, want in zip(Counts._fields, found, published or found):
+        if got != want:
+            logger.warning('%s: want %d %s as published, found %d; figures will not compare', dataset.name, want,
+                           field, got)
+    return dataset
+
+
+def train_labels(samples):
+    """Labels 0…C−1 of training samples, by ascending id, and C."""
+    label_of = {pid: label for label, pid in enumerate(sorted({sample.pid for sample in samples}))}
+    return [label_of[sample.pid] for sample in samples], len(label_of)

@@ -1,0 +1,13 @@
+"""Evaluates a checkpoint as it was trained: python -m mgn.eval --gin_bindings="weights='runs/market/best.pth'" """
+
+from mgn import checkpoint, config, evaluation
+
+
+def main(gin_files, bindings):
+    content = checkpoint.load(config.bound_weights(gin_files, bindings))
+    config.load(gin_files, bindings, saved=content['config'])
+    evaluation.evaluate_checkpoint(content)
+
+
+if __name__ == '__main__':
+    config.run(main)

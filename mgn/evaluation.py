@@ -1,0 +1,135 @@
+"""Model and data set → features → ranks → Rank-k, mAP, mINP."""
+
+import json
+import logging
+import os
+import time
+
+import gin
+import torch
+import torch.nn.functional as F
+
+from mgn import checkpoint as checkpoints
+from mgn.augmentation import normalise
+from mgn.images import TestBatches, batches
+from mgn.metrics import retrieval_metrics
+from mgn.model import MGN
+from mgn.ops import match_ranks
+from mgn.runlog import progress, write_text
+
+logger = logging.getLogger(__name__)
+
+
+@gin.configurable(denylist=['checkpoint'])
+def evaluate_checkpoint(checkpoint, weights=gin.REQUIRED, dataset=gin.REQUIRED, output_dir=None, device='auto'):
+    """Evaluates a loaded checkpoint on `dataset`; prints the table, writes output_dir/eval.json, returns the results."""
+    device = find_device(device)
+    model = MGN(num_classes=0, pretrained=False).to(device, memory_format=torch.channels_last)
+    checkpoints.load_model(model, checkpoint['model'], weights, features_only=True)
+    results = {'weights': weights, 'step': checkpoint['step'], **evaluate(model, dataset, device)}
+    print(table(results))
+    write_results(results, output_dir or os.getcwd())
+    return results
+
+
+@gin.configurable(denylist=['model', 'dataset', 'device'])
+def evaluate(model, dataset, device, input_size=gin.REQUIRED, batch_size=64, workers=4, flip_test=False,
+             cross_camera=True):
+    """Ranks the gallery for every query by cosine distance of the test features.
+
+    Args:
+        model: MGN. dataset: Dataset. device: torch.device that the model is on.
+        input_size: (H, W) in pixels. batch_size: images at a time. workers: decoding processes.
+        flip_test: average the features of image and mirrored image.
+        cross_camera: a true match comes from another camera. False for data of one camera or none: then only the
+            query's own file, known by its name, is left out.
+    Returns:
+        dict with rank1, rank5, rank10, mAP, mAP_trapezoid, mINP (fractions) and what they were measured on.
+    Raises:
+        ValueError: unreadable images, or no query with a match.
+    """
+    query_camids, gallery_camids = match_groups(dataset, cross_camera)
+    start = time.perf_counter()
+    features = extract_features(model, dataset.query + dataset.gallery, device, input_size, batch_size, workers, flip_test)
+    extracted = time.perf_counter()
+    query_pids, gallery_pids = ([sample.pid for sample in part] for part in (dataset.query, dataset.gallery))
+    query, gallery = features[:len(dataset.query)], features[len(dataset.query):]
+    ranks = match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery_camids)
+    unmatched = int((ranks.offsets[1:] == ranks.offsets[:-1]).sum())
+    if unmatched:
+        logger.warning('%d of %d queries have no true match and are left out', unmatched, len(query))
+    return {'dataset': dataset.name, 'data_root': dataset.root, **retrieval_metrics(ranks.offsets, ranks.ranks),
+            'queries': len(query), 'queries_without_match': unmatched, 'gallery': len(gallery),
+            'cross_camera': cross_camera, 'flip_test': flip_test, 'input_size': list(input_size),
+            'features_s': round(extracted - start, 3), 'ranking_s': round(time.perf_counter() - extracted, 3)}
+
+
+def match_groups(dataset, cross_camera):
+    """Camids of query and gallery, or the numbers of their files; ValueError where no query could have a match."""
+    if not cross_camera:
+        numbers = {}
+        return tuple([numbers.setdefault(os.path.basename(s.path), len(numbers)) for s in part]
+                     for part in (dataset.query, dataset.gallery))
+    cameras = {sample.camid for sample in dataset.query + dataset.gallery}
+    if len(cameras) == 1:
+        raise ValueError(f'want query and gallery of {dataset.root} from several cameras, found camera {cameras.pop()} alone; '
+                         f'bind evaluate.cross_camera = False')
+    seen = {}
+    for sample in dataset.gallery:
+        seen.setdefault(sample.pid, set()).add(sample.camid)
+    if not any(seen.get(sample.pid, set()) - {sample.camid} for sample in dataset.query):
+        raise ValueError(f'want a query of {dataset.root} whose identity another camera has in the gallery, found none; '
+                         f'check the folders, or bind evaluate.cross_camera = False')
+    return [sample.camid for sample in dataset.query], [sample.camid for sample in dataset.gallery]
+
+
+@torch.no_grad()
+def extract_features(model, samples, device, input_size, batch_size, workers, flip_test):
+    """L2-normalised test features of `samples`, in their order: (len(samples), D) float32 on the CPU."""
+    loader = batches(TestBatches(samples, input_size, batch_size), range(-(-len(samples) // batch_size)), workers, device)
+    training = model.training
+    model.eval()
+    features = []
+    with progress(len(samples), unit='image', what='features') as bar:
+        for batch in loader:
+            if batch.unreadable:
+                raise ValueError('want readable images to evaluate, got\n  ' + '\n  '.join(batch.unreadable)
+                                 + '\nrestore the files, or remove them from the data set')
+            images = normalise(batch.images.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+            output = model(images).features  # (B, D)
+            if flip_test:
+                output = (output + model(images.flip(3)).features) / 2
+            features.append(F.normalize(output.float()).cpu())
+            bar.update(len(output))
+    model.train(training)
+    return torch.cat(features)
+
+
+def find_device(name):
+    """torch.device of 'auto' (cuda, else mps, else cpu) or of a name; ValueError where this machine lacks it."""
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # CPU builds of torch assert
+        raise ValueError(f'want the device {name!r}, this machine or this build of torch has none: '
+                         f"{str(error).splitlines()[0]}; bind device = 'cpu' or 'auto'") from None
+    return device
+
+
+def table(results):
+    """The results in per cent, as one prints them."""
+    names = ('rank1', 'rank5', 'rank10', 'mAP', 'mAP_trapezoid', 'mINP')
+    widths = [max(len(name), 6) for name in names]
+    first = max(len(results['dataset']), len('data set'))
+    rows = [['data set'.ljust(first), *(name.rjust(w) for name, w in zip(names, widths))],
+            [results['dataset'].ljust(first), *(f'{100 * results[name]:.2f}'.rjust(w) for name, w in zip(names, widths))]]
+    notes = f"per cent; {results['queries']} queries, {results['queries_without_match']} of them without a match; " \
+            f"{results['gallery']} in the gallery"
+    return '\n'.join(['  '.join(row) for row in rows] + [notes])
+
+
+def write_results(results, output_dir):
+    os.makedirs(output_dir, exist_ok=True)
+    write_text(os.path.join(output_dir, 'eval.json'), json.dumps(results, indent=2) + '\n')

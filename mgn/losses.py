@@ -1,0 +1,33 @@
+"""Output of MGN → named losses, as in fast-reid's `projects/MGN`."""
+
+import gin
+import torch.nn.functional as F
+
+from mgn.ops import batch_hard_triplet_loss
+
+
+@gin.configurable
+def mgn_losses(output, labels, cross_entropy_weight=0.25, triplet_weight=1 / 3, margin=1.2, smoothing=0.1):
+    """The weighted terms by name; their sum is what training minimises.
+
+    Args:
+        output: MGNOutput of B images. labels: (B,) int64 in 0…C−1.
+        cross_entropy_weight: of the sum over heads. triplet_weight: of the sum over whole-map heads.
+        margin: of the batch-hard hinge; None for the soft margin.
+        smoothing: ε of the label smoothing.
+    Returns:
+        {'cross_entropy': scalar, 'triplet': scalar}
+    """
+    cross_entropy = sum(smoothed_cross_entropy(logits, labels, smoothing) for logits in output.logits)
+    triplet = batch_hard_triplet_loss(output.embeddings, labels, margin).sum()
+    return {'cross_entropy': cross_entropy_weight * cross_entropy, 'triplet': triplet_weight * triplet}
+
+
+def smoothed_cross_entropy(logits, labels, smoothing):
+    """Mean cross-entropy against 1−ε on the true class and ε/(C−1) on every other (Szegedy et al., CVPR 2016, who use ε/C).
+
+    logits: (B, C), labels: (B,) int64 → scalar.
+    """
+    classes = logits.shape[1]
+    # PyTorch spreads its smoothing over all C classes, the true one included.
+    return F.cross_entropy(logits, labels, label_smoothing=smoothing * classes / max(classes - 1, 1))

@@ -1,0 +1,167 @@
+"""Images → features and logits: MGN over a torchvision ResNet.
+
+Source: Wang et al., "Learning Discriminative Features with Multiple Granularities for Person Re-Identification",
+ACM MM 2018, arXiv:1804.01438. Defaults follow fast-reid's `projects/MGN`; `paper_heads` follows the paper.
+"""
+
+import copy
+import os
+from typing import NamedTuple
+from urllib.error import URLError
+
+import gin
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+
+BACKBONES = ('resnet18', 'resnet34', 'resnet50', 'resnet101')
+
+
+class MGNOutput(NamedTuple):
+    """Of B images; with parts (1, 2, 3): 3 whole maps, 8 heads, in the order b1, b2, b3, b21, b22, b31, b32, b33."""
+    logits: tuple[torch.Tensor, ...]  # a (B, C) tensor per head; empty where num_classes is 0
+    embeddings: torch.Tensor          # (branches, B, embedding_dim): reduced whole-map features, for the triplet loss
+    features: torch.Tensor            # (B, heads · embedding_dim): the test feature, not yet L2-normalised
+
+
+@gin.configurable
+class MGN(nn.Module):
+    """Shared trunk, one branch per entry of `parts`, one head per whole map and per stripe.
+
+    Args:
+        num_classes: C; 0 builds no classifiers, for feature extraction.
+        backbone: one of BACKBONES.
+        pretrained: True for torchvision's ImageNet V1 weights, False for none, or a path of such a state dict.
+        parts: stripes of each branch; 1 means the whole map alone.
+        last_strides: stride of layer4 in each branch.
+        embedding_dim: width of each head's reduced feature.
+        pooling: 'max', 'avg' or 'gem' (generalised mean, learnable p, Radenović et al., TPAMI 2019).
+        bnneck: batch normalisation without bias behind the reduced feature (Luo et al., CVPRW 2019).
+        paper_heads: the paper's softmax on the unreduced whole-map features instead of on the reduced ones.
+    """
+
+    def __init__(self, num_classes, backbone='resnet50', pretrained=True, parts=(1, 2, 3), last_strides=(2, 1, 1),
+                 embedding_dim=256, pooling='max', bnneck=True, paper_heads=False):
+        super().__init__()
+        if len(parts) == 0 or len(parts) != len(last_strides) or min(parts) < 1 or not set(last_strides) <= {1, 2}:
+            raise ValueError(f'want a part count >= 1 and a last stride of 1 or 2 for every branch, got parts={parts}, '
+                             f'last_strides={last_strides}; bind MGN.parts and MGN.last_strides to one length')
+        if pooling not in POOLINGS:
+            raise ValueError(f'want MGN.pooling to be one of {", ".join(POOLINGS)}, got {pooling!r}')
+        if paper_heads and bnneck:
+            raise ValueError('the paper has no BNNeck: with MGN.paper_heads = True bind MGN.bnneck = False')
+        resnet = make_resnet(backbone, pretrained)
+        width = resnet.fc.in_features
+        self.parts = tuple(parts)
+        self.trunk = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool, resnet.layer1, resnet.layer2,
+                                   resnet.layer3[0])
+        self.branches = nn.ModuleList(
+            nn.Sequential(*copy.deepcopy(resnet.layer3[1:]), *with_stride(copy.deepcopy(resnet.layer4), stride))
+            for stride in last_strides)
+        self.pools = nn.ModuleList(POOLINGS[pooling]() for _ in parts)
+        heads_of_branch = [1 if n == 1 else 1 + n for n in self.parts]
+        wholes = [Head(width, embedding_dim, num_classes, bnneck, paper_heads) for _ in parts]
+        stripes = [Head(width, embedding_dim, num_classes, bnneck, False) for _ in range(sum(heads_of_branch) - len(parts))]
+        self.heads = nn.ModuleList(wholes + stripes)
+
+    def forward(self, images):
+        """images: (B, 3, H, W) float32, normalised → MGNOutput. Shapes in comments: ResNet-50, 384×128, parts (1, 2, 3)."""
+        shared = self.trunk(images)                                            # (B, 1024, 24, 8)
+        wholes, stripes = [], []
+        for branch, pool, n in zip(self.branches, self.pools, self.parts):
+            feature_map = branch(shared)                                       # (B, 2048, 24, 8), branch 1: 12×4
+            if feature_map.shape[2] < n:
+                raise ValueError(f'want a feature map of at least {n} rows for {n} stripes, got {feature_map.shape[2]} '
+                                 f'from images {images.shape[2]} pixels high; bind a higher input_size')
+            wholes += pool(feature_map, 1)
+            if n > 1:
+                stripes += pool(feature_map, n)
+        outputs = [head(pooled) for head, pooled in zip(self.heads, wholes + stripes)]  # pooled: (B, 2048)
+        reduced, features, logits = zip(*outputs)
+        return MGNOutput(tuple(x for x in logits if x is not None), torch.stack(reduced[:len(wholes)]),
+                         torch.cat(features, dim=1))
+
+
+class Head(nn.Module):
+    """Pooled (B, width) → reduced (B, dim) before the neck, feature (B, dim) after it, logits (B, C) or None.
+
+    The published 1×1 convolution acts on a 1×1 map, so it is a linear layer here.
+    """
+
+    def __init__(self, width, dim, num_classes, bnneck, classify_pooled):
+        super().__init__()
+        self.reduction = nn.Linear(width, dim, bias=False)
+        self.norm = nn.BatchNorm1d(dim)
+        self.neck = nn.BatchNorm1d(dim) if bnneck else nn.Identity()
+        self.classify_pooled = classify_pooled
+        self.classifier = nn.Linear(width if classify_pooled else dim, num_classes, bias=False) if num_classes else None
+        nn.init.kaiming_normal_(self.reduction.weight, mode='fan_out', nonlinearity='relu')
+        nn.init.normal_(self.norm.weight, 1, 0.02)
+        if bnneck:
+            nn.init.normal_(self.neck.weight, 1, 0.02)
+            self.neck.bias.requires_grad_(False)
+        if num_classes:
+            nn.init.normal_(self.classifier.weight, 0, 0.001)
+
+    def forward(self, pooled):
+        reduced = F.relu(self.norm(self.reduction(pooled)))
+        feature = self.neck(reduced)
+        logits = self.classifier(pooled if self.classify_pooled else feature) if self.classifier else None
+        return reduced, feature, logits
+
+
+class MaxPool(nn.Module):
+    """(B, C, H, W) → the maxima of n horizontal stripes, each (B, C). Where n does not divide H stripes overlap by a row."""
+
+    def forward(self, feature_map, n):
+        return F.adaptive_max_pool2d(feature_map, (n, 1)).squeeze(3).unbind(2)
+
+
+class AvgPool(nn.Module):
+    def forward(self, feature_map, n):
+        return F.adaptive_avg_pool2d(feature_map, (n, 1)).squeeze(3).unbind(2)
+
+
+class GeMPool(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.p = nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, feature_map, n):
+        means = F.adaptive_avg_pool2d(feature_map.clamp(min=1e-6).pow(self.p), (n, 1))
+        return means.pow(1 / self.p).squeeze(3).unbind(2)
+
+
+POOLINGS = {'max': MaxPool, 'avg': AvgPool, 'gem': GeMPool}
+
+
+def with_stride(layer4, stride):
+    """Sets the stride of a ResNet's layer4, wherever its first block carries it; torchvision builds 2."""
+    for conv in layer4[0].modules():
+        if isinstance(conv, nn.Conv2d) and conv.stride == (2, 2):
+            conv.stride = (stride, stride)
+    return layer4
+
+
+def make_resnet(backbone, pretrained):
+    """A torchvision ResNet, with ImageNet weights where `pretrained` is True, or those of a file where it is a path."""
+    if backbone not in BACKBONES:
+        raise ValueError(f'want MGN.backbone to be one of {", ".join(BACKBONES)}, got {backbone!r}')
+    resnet = torchvision.models.get_model(backbone, weights=None)
+    if pretrained is True:
+        weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
+        try:
+            resnet.load_state_dict(weights.get_state_dict(check_hash=True))
+        except (URLError, OSError) as error:
+            raise OSError(f'want the ImageNet weights {weights.url}, could not download them ({error}); bring that file '
+                          f"and bind MGN.pretrained = '<its path>', or train from scratch with MGN.pretrained = False") from error
+    elif pretrained:
+        path = os.path.expanduser(pretrained)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f'want the ImageNet weights of {backbone} in MGN.pretrained, found no file {path}')
+        try:
+            resnet.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
+        except Exception as error:
+            raise ValueError(f'want a torchvision state dict of {backbone} in MGN.pretrained = {path!r}, got: {error}') from error
+    return resnet

@@ -1,0 +1,74 @@
+"""What a run says: metrics.jsonl, TensorBoard event files where it is installed, progress bars or plain lines."""
+
+import json
+import logging
+import os
+import sys
+
+from tqdm import tqdm
+
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError:  # the optional package `tensorboard` is not installed
+    SummaryWriter = None
+
+logger = logging.getLogger(__name__)
+
+
+class RunLog:
+    """Appends records {'step': int, name: number, …} to output_dir/metrics.jsonl, each a line.
+
+    Opened at `step`, it drops the lines of later steps first: what a stopped run did after its last checkpoint is done
+    again.
+    """
+
+    def __init__(self, output_dir, step):
+        self.path = os.path.join(output_dir, 'metrics.jsonl')
+        self.records = [record for record in read_records(self.path) if record['step'] <= step]
+        write_text(self.path, ''.join(json.dumps(record) + '\n' for record in self.records))
+        self.events = SummaryWriter(output_dir, purge_step=step + 1 if step else None) if SummaryWriter else None
+
+    def evaluated(self, step):
+        return any(record['step'] == step and 'mAP' in record for record in self.records)
+
+    def write(self, record):
+        self.records.append(record)
+        with open(self.path, 'a') as file:
+            file.write(json.dumps(record) + '\n')
+        for name, value in record.items():
+            if self.events and name != 'step':
+                self.events.add_scalar(('evaluation/' if 'mAP' in record else 'training/') + name, value, record['step'])
+
+    def close(self):
+        if self.events:
+            self.events.close()
+
+
+def read_records(path):
+    """The lines of a metrics.jsonl; a last line cut short by a kill is left out, damage elsewhere is a ValueError."""
+    if not os.path.exists(path):
+        return []
+    with open(path) as file:
+        lines = file.read().splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise ValueError(f'want a JSON object in line {number} of {path}, got {line!r}; repair or move the file') from None
+    return records
+
+
+def write_text(path, text):
+    """Writes a small file whole or not at all."""
+    temporary = f'{path}.{os.getpid()}.tmp'
+    with open(temporary, 'w') as file:
+        file.write(text)
+    os.replace(temporary, path)
+
+
+def progress(total, initial=0, unit='step', what=''):
+    """A tqdm bar on a terminal; elsewhere one that shows nothing, and `say` prints lines instead."""
+    return tqdm(total=total, initial=initial, unit=unit, desc=what, dynamic_ncols=True, file=sys.stdout,
+                disable=not sys.stdout.isatty())

@@ -1,0 +1,53 @@
+"""Samples → identity-balanced batches: P identities × K images, as a pure function of the step."""
+
+import logging
+
+from mgn import draws
+
+logger = logging.getLogger(__name__)
+
+
+class IdentitySampler:
+    """Batches of P identities × K images each, in fast-reid's way (recipe of `projects/MGN`).
+
+    An epoch visits the identities in random order and drops the incomplete tail. An identity gives one random image
+    and K−1 from other cameras where there are any (with replacement when too few), else K−1 of its other images.
+
+    Args:
+        labels: (N,) ints, the identity of each sample. camids: (N,) ints, its camera.
+    Raises:
+        ValueError: fewer than P identities, P < 2 (no negatives) or K < 1.
+    """
+
+    def __init__(self, labels, camids, P, K, seed):
+        self.images_of = {}
+        for index, label in enumerate(labels):
+            self.images_of.setdefault(label, []).append(index)
+        if P < 2 or K < 1:
+            raise ValueError(f'want P >= 2 identities (a triplet needs a stranger) and K >= 1 images of each, '
+                             f'got P={P}, K={K}; bind P and K')
+        if len(self.images_of) < P:
+            raise ValueError(f'IdentitySampler needs at least P={P} identities, found {len(self.images_of)}; '
+                             f'lower P or add data')
+        self.camids, self.P, self.K, self.seed = list(camids), P, K, seed
+        self.identities = sorted(self.images_of)
+        self.steps_per_epoch = len(self.identities) // P
+        few = sum(len(images) < K for images in self.images_of.values())
+        if few:
+            logger.info('%d of %d identities have fewer than K=%d images and repeat them', few, len(self.identities), K)
+
+    def batch(self, step):
+        """Sample indices of the batch of step 0, 1, 2, …: P·K ints, the K images of an identity side by side."""
+        epoch, first = divmod(step, self.steps_per_epoch)
+        order = draws.generator(self.seed, draws.IDENTITY_ORDER, epoch).permutation(len(self.identities))
+        indices = []
+        for place, which in enumerate(order[first * self.P:(first + 1) * self.P]):
+            rng = draws.generator(self.seed, draws.IDENTITY_IMAGES, step, place)
+            indices += self.images(self.images_of[self.identities[which]], rng)
+        return indices
+
+    def images(self, candidates, rng):
+        chosen = candidates[rng.integers(len(candidates))]
+        others = [i for i in candidates if self.camids[i] != self.camids[chosen]] or [
+            i for i in candidates if i != chosen] or [chosen]
+        return [chosen, *rng.choice(others, self.K - 1, replace=len(others) < self.K - 1).tolist()]

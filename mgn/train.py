@@ -1,0 +1,12 @@
+"""Trains MGN: python -m mgn.train --gin_file=gin/market.gin --gin_bindings="data_root='datasets'" """
+
+from mgn import config, training
+
+
+def main(gin_files, bindings):
+    config.load(gin_files, bindings)
+    training.train(default_output_dir=config.default_output_dir(gin_files))
+
+
+if __name__ == '__main__':
+    config.run(main)

@@ -1,0 +1,273 @@
+"""The training loop: batches → losses → steps, with logs, checkpoints and evaluations on the way."""
+
+import difflib
+import logging
+import os
+import time
+
+import gin
+import torch
+
+from mgn import checkpoint as checkpoints
+from mgn.augmentation import Augmentation, Draws
+from mgn.datasets import train_labels
+from mgn.evaluation import evaluate, find_device, table, write_results
+from mgn.images import TrainBatches, batches
+from mgn.losses import mgn_losses
+from mgn.model import MGN
+from mgn.optim import make_optimizer, multi_step
+from mgn.runlog import RunLog, progress, write_text
+from mgn.sampler import IdentitySampler
+
+logger = logging.getLogger(__name__)
+
+EVALUATION_NAMES = ('step', 'rank1', 'rank5', 'rank10', 'mAP', 'mAP_trapezoid', 'mINP')
+UNREADABLE_LIMIT = 0.01  # share of the training images beyond which a run stops
+
+
+@gin.configurable(denylist=['default_output_dir'])
+def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=gin.REQUIRED, P=16, K=4,
+          total_steps=gin.REQUIRED, schedule=multi_step, seed=0, workers=4, device='auto', log_every=50,
+          checkpoint_every=1000, evaluate_every=2000, clip_gradient_norm=None, resume=True):
+    """Trains MGN on dataset.train, evaluates it on dataset.query and dataset.gallery; returns the model.
+
+    Goes on from output_dir/last.pth where there is one. Every random draw depends on (seed, step, position) alone, so
+    on a CPU an interrupted and resumed run ends with the very weights of an uninterrupted one.
+
+    Args:
+        dataset: Dataset. output_dir: where everything is written; None: default_output_dir.
+        input_size: (H, W) in pixels. P, K: identities in a batch and images of each.
+        schedule: (step, total_steps) → factor of the learning rate.
+        log_every, checkpoint_every, evaluate_every: periods in steps. Checkpoints are written before evaluations too;
+            evaluations happen before the first step and after the last one too.
+        clip_gradient_norm: largest Euclidean norm of the whole gradient; None: any.
+        resume: False refuses an output_dir that holds a run.
+    """
+    for name, period in (('log_every', log_every), ('checkpoint_every', checkpoint_every),
+                         ('evaluate_every', evaluate_every), ('total_steps', total_steps)):
+        if period < 1:
+            raise ValueError(f'want train.{name} >= 1, got {period}')
+    output_dir = output_dir or os.path.abspath(default_output_dir)
+    os.makedirs(output_dir, exist_ok=True)
+    last = load_last(output_dir, resume)
+    device = find_device(device)
+
+    labels, num_classes = train_labels(dataset.train)
+    sampler = IdentitySampler(labels, [sample.camid for sample in dataset.train], P, K, seed)
+    augmentation = Augmentation()
+    train_batches = TrainBatches(dataset.train, labels, sampler, augmentation, input_size)
+    torch.manual_seed(seed)  # of the initial weights; nothing else draws from torch
+    model = MGN(num_classes, pretrained=False) if last else MGN(num_classes)
+    model.to(device, memory_format=torch.channels_last).train()
+    optimizer = make_optimizer(model)
+    meter = Meter()
+    step = restore(last, model, optimizer, meter, num_classes, output_dir) if last else 0
+    log = RunLog(output_dir, step)
+
+    def save_last():
+        check_finite(model, meter, step, output_dir)
+        checkpoints.save(os.path.join(output_dir, 'last.pth'), {
+            'config': gin.config_str(), 'num_classes': num_classes, 'step': step, 'model': model.state_dict(),
+            'optimizer': optimizer.state_dict(), 'meter': meter.state()})
+        write_text(os.path.join(output_dir, 'config.gin'), gin.operative_config_str())
+
+    if not last:
+        save_last()  # a run stopped before its first checkpoint resumes, too
+    logger.info('training on %s from step %d to %d, %d steps an epoch, output in %s', device, step, total_steps,
+                sampler.steps_per_epoch, output_dir)
+    loader = iter(batches(train_batches, range(step, total_steps), workers, device))
+    unreadable = {}
+    with progress(total_steps, initial=step) as bar:
+        while True:
+            if is_due(step, evaluate_every, total_steps) and not log.evaluated(step):
+                evaluate_step(model, dataset, device, step, num_classes, log, output_dir)
+            if step >= total_steps:
+                break
+            began = time.perf_counter()
+            batch = next(loader)
+            meter.waited += time.perf_counter() - began
+            count_unreadable(unreadable, batch.unreadable, len(dataset.train))
+            lr = set_lr(optimizer, schedule(step, total_steps))
+            losses = train_step(model, optimizer, augmentation, batch, device, clip_gradient_norm)
+            meter.add(losses, step)
+            step += 1
+            if is_due(step, log_every, total_steps):
+                record = {'step': step, 'epoch': (step - 1) // sampler.steps_per_epoch, **meter.read(output_dir), 'lr': lr}
+                meter.seconds += time.perf_counter() - began
+                log_step(log, bar, {**record, **meter.speed(P * K)})
+            else:
+                meter.seconds += time.perf_counter() - began
+            bar.update()
+            if is_due(step, checkpoint_every, total_steps) or is_due(step, evaluate_every, total_steps):
+                save_last()
+    log.close()
+    write_text(os.path.join(output_dir, 'config.gin'), gin.operative_config_str())
+    print(summary(log, output_dir))
+    return model
+
+
+def is_due(step, period, total_steps):
+    return step % period == 0 or step == total_steps
+
+
+def train_step(model, optimizer, augmentation, batch, device, clip_gradient_norm):
+    """One optimiser step on a TrainBatch; returns the losses by name, left on the device."""
+    images, labels, *draws = (x.to(device, non_blocking=True) for x in (batch.images, batch.labels, *batch.draws))
+    images = augmentation(images, Draws(*draws)).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W) float32
+    losses = mgn_losses(model(images), labels)
+    loss = sum(losses.values())
+    optimizer.zero_grad()
+    loss.backward()
+    if clip_gradient_norm is not None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip_gradient_norm)
+    optimizer.step()
+    return {name: value.detach() for name, value in {'loss': loss, **losses}.items()}
+
+
+def set_lr(optimizer, factor):
+    """Sets every group to factor × its initial learning rate; returns that of the weights."""
+    for group in optimizer.param_groups:
+        group['lr'] = group['initial_lr'] * factor
+    return optimizer.param_groups[0]['lr']
+
+
+class Meter:
+    """Sums of the losses since the last log and the first step at which each was not finite, kept on the device."""
+
+    def __init__(self):
+        self.names, self.sums, self.count, self.bad_steps = [], None, 0, None
+        self.seconds, self.waited, self.timed_steps = 0.0, 0.0, 0
+
+    def add(self, losses, step):
+        values = torch.stack(list(losses.values()))
+        if self.sums is None:
+            self.names = list(losses)
+            self.sums = torch.zeros_like(values)
+        if self.bad_steps is None:
+            self.bad_steps = torch.full_like(values, -1, dtype=torch.int64)
+        self.sums = self.sums.to(values.device) + values
+        self.bad_steps = torch.where((self.bad_steps < 0) & ~values.isfinite(), step, self.bad_steps)
+        self.count += 1
+        self.timed_steps += 1
+
+    def check(self, output_dir):
+        """Raises ValueError with the first bad step and the losses that were not finite then."""
+        if self.bad_steps is None:
+            return
+        bad = {name: step for name, step in zip(self.names, self.bad_steps.tolist()) if step >= 0}
+        if bad:
+            first = min(bad.values())
+            names = ', '.join(name for name, step in bad.items() if step == first and name != 'loss') or 'loss'
+            raise ValueError(f'want finite losses, got NaN or infinity in {names} at step {first}; '
+                             f'{last_good(output_dir)}; lower lr, or bind train.clip_gradient_norm')
+
+    def read(self, output_dir):
+        """Mean losses since the last call, by name; checks them."""
+        self.check(output_dir)
+        means = dict(zip(self.names, (self.sums / self.count).tolist()))
+        self.sums, self.count = torch.zeros_like(self.sums), 0
+        return means
+
+    def speed(self, batch_size):
+        """Images per second and the share of time spent waiting for data, since the last call."""
+        result = {'images_per_s': self.timed_steps * batch_size / self.seconds, 'data_wait': self.waited / self.seconds}
+        self.seconds, self.waited, self.timed_steps = 0.0, 0.0, 0
+        return result
+
+    def state(self):
+        return {'names': self.names, 'sums': self.sums, 'count': self.count}
+
+    def load_state(self, state):
+        self.names, self.sums, self.count = state['names'], state['sums'], state['count']
+
+
+def check_finite(model, meter, step, output_dir):
+    """Raises ValueError where a loss was, or a weight is, not finite: such a state is never saved."""
+    meter.check(output_dir)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f'want finite weights, got NaN or infinity in {name} after step {step - 1}; '
+                             f'{last_good(output_dir)}; lower lr, or bind train.clip_gradient_norm')
+
+
+def last_good(output_dir):
+    path = os.path.join(output_dir, 'last.pth')
+    return f'the last good checkpoint is {path}, of step {checkpoints.load(path)["step"]}'
+
+
+def load_last(output_dir, resume):
+    """The content of output_dir/last.pth, or None for a fresh run; ValueError where that would overwrite another run."""
+    last, best = (os.path.join(output_dir, name) for name in ('last.pth', 'best.pth'))
+    if os.path.exists(last):
+        if not resume:
+            raise ValueError(f'want an output_dir without a run, as train.resume = False, got {last}; '
+                             f'bind another output_dir or train.resume = True')
+        return checkpoints.load(last)
+    if os.path.exists(best):
+        raise ValueError(f'want an empty output_dir or a run to go on with, got {best} without last.pth; '
+                         f'move it or bind another output_dir')
+    return None
+
+
+def restore(last, model, optimizer, meter, num_classes, output_dir):
+    """Puts a run back to where `last` was saved; returns its step. Learning rates and decay stay those configured now."""
+    path = os.path.join(output_dir, 'last.pth')
+    if last['num_classes'] != num_classes:
+        raise ValueError(f'want to go on with {path}, trained on {last["num_classes"]} identities, got a data set of '
+                         f'{num_classes}; bind the data set it was trained on or another output_dir')
+    if 'optimizer' not in last:
+        raise ValueError(f'want the whole state of a run in {path}, got weights alone; move it or bind another output_dir')
+    changes = [line for line in difflib.unified_diff(last['config'].splitlines(), gin.config_str().splitlines(), n=0,
+                                                     lineterm='') if line[:1] in '+-' and line[:3] not in ('+++', '---')]
+    if changes:
+        logger.warning('resuming under another configuration than before:\n  %s', '\n  '.join(changes))
+    checkpoints.load_model(model, last['model'], path)
+    try:
+        optimizer.load_state_dict({**last['optimizer'], 'param_groups': optimizer.state_dict()['param_groups']})
+    except (ValueError, KeyError) as error:
+        raise ValueError(f'want the optimiser that {path} was trained with, its state does not fit: {error}; '
+                         f'bind it or another output_dir') from None
+    meter.load_state(last['meter'])
+    return last['step']
+
+
+def count_unreadable(unreadable, new, images):
+    """Adds this batch's unreadable images to {text: True}; ValueError beyond UNREADABLE_LIMIT of the set."""
+    for text in new:
+        if text not in unreadable:
+            unreadable[text] = True
+            logger.warning('unreadable image number %d, another of its identity takes its place: %s', len(unreadable), text)
+    if len(unreadable) > UNREADABLE_LIMIT * images:
+        raise ValueError(f'want at most {UNREADABLE_LIMIT:.0%} of {images} training images unreadable, got '
+                         f'{len(unreadable)}:\n  ' + '\n  '.join(unreadable) + '\nrestore or remove them')
+
+
+def evaluate_step(model, dataset, device, step, num_classes, log, output_dir):
+    """Evaluates into metrics.jsonl and eval.json; keeps the weights as best.pth where mAP is the best so far."""
+    results = {'step': step, **evaluate(model, dataset, device)}
+    best = os.path.join(output_dir, 'best.pth')
+    if not os.path.exists(best) or results['mAP'] > checkpoints.load(best)['mAP']:
+        checkpoints.save(best, {'config': gin.config_str(), 'num_classes': num_classes, 'step': step,
+                                'mAP': results['mAP'], 'model': model.state_dict()})
+    log.write({name: results[name] for name in EVALUATION_NAMES})
+    write_results(results, output_dir)
+    logger.info('evaluation of step %d\n%s', step, table(results))
+
+
+def log_step(log, bar, record):
+    log.write(record)
+    shown = {'loss': f'{record["loss"]:.3f}', 'lr': f'{record["lr"]:.2e}', 'images/s': f'{record["images_per_s"]:.1f}'}
+    bar.set_postfix(shown)
+    if bar.disable:
+        details = ', '.join(f'{name} {value:.3f}' for name, value in record.items()
+                            if name not in ('step', 'epoch', 'loss', 'lr', 'images_per_s'))
+        logger.info('step %d: %s, %s', record['step'], ', '.join(f'{k} {v}' for k, v in shown.items()), details)
+
+
+def summary(log, output_dir):
+    """The run's last evaluation beside its first and its best, in per cent."""
+    evaluations = [record for record in log.records if 'mAP' in record]
+    lines = ['  step   Rank-1     mAP    mINP']
+    for record in (evaluations[0], max(evaluations, key=lambda r: r['mAP']), evaluations[-1]):
+        lines.append(f'{record["step"]:6d}' + ''.join(f'{100 * record[name]:9.2f}' for name in ('rank1', 'mAP', 'mINP')))
+    return '\n'.join([*dict.fromkeys(lines), f'checkpoints, metrics and configuration are in {output_dir}'])
