@@ -16,14 +16,14 @@ from mgn.augmentation import Draws
 
 
 class TrainBatch(NamedTuple):
-    images: torch.Tensor          # (B, 3, H, W) uint8
+    images: torch.Tensor          # (B, 3, H, W) uint8, channels-last
     labels: torch.Tensor          # (B,) int64
     draws: Draws
     unreadable: list[str]         # what could not be read, each with its reason; another image stands in its place
 
 
 class TestBatch(NamedTuple):
-    images: torch.Tensor          # (B, 3, H, W) uint8; fewer where unreadable
+    images: torch.Tensor          # (B, 3, H, W) uint8, channels-last; fewer where unreadable
     unreadable: list[str]
 
 
@@ -39,6 +39,11 @@ def read_image(path, size):
     if image.shape[1:] == torch.Size(size):
         return image
     return F.interpolate(image[None], size, mode='bicubic', antialias=True)[0]
+
+
+def stack(images):
+    """(3, H, W) images, pixel by pixel in memory as decoders leave them → (B, 3, H, W), channels-last, without transposing."""
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 class TrainBatches(Dataset):
@@ -58,7 +63,7 @@ class TrainBatches(Dataset):
             images.append(self.image(index, step, position, unreadable))
         augmentation_draws = self.augmentation.draw(self.sampler.seed, step, len(indices), self.size)
         labels = torch.tensor([self.labels[index] for index in indices])
-        return TrainBatch(torch.stack(images), labels, augmentation_draws, list(unreadable.values()))
+        return TrainBatch(stack(images), labels, augmentation_draws, list(unreadable.values()))
 
     def image(self, index, step, position, unreadable):
         candidates = [index]
@@ -95,7 +100,7 @@ class TestBatches(Dataset):
                 images.append(read_image(sample.path, self.size))
             except ValueError as error:  # raised by the caller: across processes an error would lose its shape
                 unreadable.append(str(error))
-        return TestBatch(torch.stack(images) if images else torch.empty(0, 3, *self.size, dtype=torch.uint8), unreadable)
+        return TestBatch(stack(images) if images else torch.empty(0, 3, *self.size, dtype=torch.uint8), unreadable)
 
 
 def batches(dataset, items, workers, device):

@@ -1,12 +1,11 @@
-"""Drawn pedestrians in Market-1501's layout: the data of `gin/demo.gin`, for a first run with nothing to download.
+"""Drawn pedestrians in Market-1501's layout, the data of `gin/demo.gin`: training and evaluation with no download.
 
-A person is a combination of attributes from small shared alphabets: a handful of clothing colours, patterns, sleeves,
-trousers or skirts, hair, hats, bags. Persons come in families that wear the same colours and differ in pattern and other
-details, and six cameras see them in other light, so colour alone tells few of them apart. Each image draws its own
-pose, viewpoint, background, passers-by, occluders, crop, blur and noise.
+A person combines attributes of small shared alphabets: colours of clothes, a pattern, sleeves, trousers or a skirt,
+hair, a bag. Families wear the same colours and differ in pattern and details, and six cameras show them in other light,
+so colour alone tells few of them apart. Every image has its own pose, viewpoint, background, passers-by and crop.
 
-The body is a stick figure in three dimensions, turned about its vertical axis, projected straight, and painted far to
-near as rounded shapes, antialiased by their signed distances.
+The body is a stick figure in three dimensions, turned about its vertical axis, projected in parallel, and painted far
+to near as rounded shapes whose edges are antialiased by their signed distance.
 """
 
 import json
@@ -19,133 +18,125 @@ import numpy as np
 import torch
 from torchvision.io import encode_jpeg
 
-VERSION = 1  # raise it whenever a change below alters a single byte of an image or a name
-STAMP = "complete.json"
-FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
-NAME = re.compile(r"(-1|\d{4})_c\d+s\d+_\d{6}_\d\d\.jpg")  # pid, camera, sequence, frame, box
+VERSION = 1  # of the images; to be raised by any change that alters one of their bytes or names
+STAMP = 'complete.json'
+TRAIN, QUERY, GALLERY = FOLDERS = ('bounding_box_train', 'query', 'bounding_box_test')
 
-FAMILY = 3  # persons that share the colours of their clothes
-TRAIN_PIDS, TEST_PIDS = 96, 42
+TRAIN_PIDS, TEST_PIDS = 96, 33
+FAMILY = 3  # persons in clothes of the same colours; a family is trained or tested as a whole
 FAMILIES = (TRAIN_PIDS + TEST_PIDS) // FAMILY
-TRAIN_CAMERAS, TRAIN_SHOTS = 4, 3  # each person is seen by so many of the six cameras, so many times by each
-TEST_CAMERAS, TEST_SHOTS = 3, 4  # of each camera's shots the first is a query
-DISTRACTORS, JUNK = 40, 20
+TRAIN_CAMERAS, TRAIN_SHOTS = 4, 3  # how many of the six cameras see a person, and how many images each takes
+TEST_CAMERAS, TEST_SHOTS = 3, 4    # the first shot of each camera is a query
+DISTRACTORS, JUNK = 36, 18         # gallery images of nobody's query, pid 0, and of no whole person, pid -1
 
-# What a stream of random numbers is for; it stands behind the seed in every default_rng.
-WARDROBE, DETAILS, SIGHTINGS, FRAMES, SHOT = range(5)
-
-
-def _palette(*codes):
-    return np.array([[int(code[i : i + 2], 16) for i in (0, 2, 4)] for code in codes], np.float32) / 255
+# What a random stream is for: default_rng([seed, purpose, ...]). Far from the purposes in draws.py.
+WARDROBE, DETAILS, SIGHTINGS, NAMES, IMAGE = range(100, 105)
 
 
-UPPERS = _palette("c23a34", "2f57b5", "2f8f4e", "e0b23c", "e9e7e2", "39393f", "8b4fa8")
-LOWERS = _palette("2a3a63", "26262a", "b59c72", "85888c", "6e3f2c")
-BAGS = _palette("1f1f22", "a8552a", "d9cf45", "2f7fa0")
-HAIRS = _palette("17130f", "5a3a20", "c9a35a", "9b9a98")
-SKINS = _palette("f0c8a8", "d09a70", "8a5a3c")
-SHOES = _palette("1c1c1e", "ececea", "7a4a2a")
-PATTERNS = ("plain", "hoops", "stripes", "checks", "block", "split", "sleeves")  # a prime number of them: see _dress
-LOWER_KINDS = ("trousers", "shorts", "skirt")
-HAIR_KINDS = ("short", "long", "cap")
-BAG_KINDS = ("none", "backpack", "shoulder", "hand")
+def palette(colours):
+    """'c23a34 2f57b5' → (2, 3) float32 in [0, 1]."""
+    return np.array([list(bytes.fromhex(colour)) for colour in colours.split()], np.float32) / 255
+
+
+UPPERS = palette('c23a34 2f57b5 2f8f4e e0b23c e9e7e2 39393f 8b4fa8')
+LOWERS = palette('2a3a63 26262a b59c72 85888c 6e3f2c')
+BAGS = palette('1f1f22 a8552a d9cf45 2f7fa0')
+HAIRS = palette('17130f 5a3a20 c9a35a 9b9a98')
+SKINS = palette('f0c8a8 d09a70 8a5a3c')
+SHOES = palette('1c1c1e ececea 7a4a2a')
+PATTERNS = ('plain', 'hoops', 'stripes', 'checks', 'block', 'split', 'sleeves')  # a prime number of them: see dress
+LEGWEAR = ('trousers', 'trousers', 'shorts', 'skirt')
+HEADS = ('short hair', 'long hair', 'cap')
+LUGGAGE = ('none', 'backpack', 'shoulder bag', 'hand bag')
 
 
 class Person(NamedTuple):
-    """One identity. Colours are (3,) float32 in [0, 1]; height and build are relative to the average."""
-
+    """Colours are (3,) float32 in [0, 1]."""
     upper: np.ndarray
     second: np.ndarray  # the pattern's other colour
+    lower: np.ndarray
     pattern: str
     long_sleeves: bool
-    lower: np.ndarray
-    lower_kind: str
+    legwear: str
     shoes: np.ndarray
     skin: np.ndarray
+    head: str
     hair: np.ndarray
-    hair_kind: str
+    luggage: str
     bag: np.ndarray
-    bag_kind: str
-    bag_side: int  # -1 or 1
-    height: float
-    build: float
+    bag_side: int       # -1 or 1
+    height: float       # relative to the average
+    build: float        # width relative to the average
 
 
 class Camera(NamedTuple):
-    """What one camera does to every image it takes."""
-
-    walls: tuple  # kinds of texture above the horizon
-    grounds: tuple  # and below it
-    zoom: float  # height of an average person as a part of the crop's
-    light: tuple  # gain of red, green and blue
+    textures: tuple     # of the wall and of the ground
+    zoom: float         # height of an average person, relative to the crop's
+    light: tuple        # gain of red, green and blue
     saturation: float
     gamma: float
-    black: float  # haze: what black becomes
-    white: float  # what white becomes
-    blur: float  # mean weight of each neighbour in the three-tap blur
-    noise: float  # standard deviation, of 1
+    black: float        # what black becomes in the haze
+    white: float        # what white becomes in the dark
+    blur: float         # mean weight of each neighbour in the three-tap blur
+    noise: float        # standard deviation; the full range is 1
 
 
 CAMERAS = (
-    Camera(("bricks", "panels"), ("tiles", "noise"), 0.90, (1.10, 1.02, 0.92), 1.10, 0.90, 0.00, 1.00, 0.05, 0.010),
-    Camera(("panels", "noise"), ("tiles",), 0.84, (1.25, 0.92, 0.62), 0.90, 1.20, 0.02, 0.85, 0.12, 0.020),
-    Camera(("noise", "bricks"), ("noise", "tiles"), 0.88, (0.74, 0.95, 1.25), 0.75, 1.00, 0.06, 0.95, 0.08, 0.012),
-    Camera(("panels", "bricks"), ("noise",), 0.80, (0.80, 0.84, 1.00), 0.80, 1.60, 0.00, 0.62, 0.18, 0.035),
-    Camera(("tiles", "panels"), ("tiles", "noise"), 0.93, (0.82, 1.15, 0.84), 0.85, 0.95, 0.04, 0.95, 0.10, 0.018),
-    Camera(("noise", "panels"), ("noise", "tiles"), 0.86, (1.00, 0.98, 0.96), 0.60, 0.80, 0.28, 0.95, 0.15, 0.015),
+    Camera(('bricks', 'tiles'), 0.90, (1.06, 1.00, 0.95), 1.05, 0.95, 0.00, 1.00, 0.05, 0.010),
+    Camera(('panels', 'tiles'), 0.85, (1.12, 0.97, 0.80), 0.95, 1.10, 0.00, 0.93, 0.10, 0.015),
+    Camera(('foliage', 'tiles'), 0.88, (0.86, 0.98, 1.12), 0.90, 1.00, 0.03, 0.96, 0.07, 0.012),
+    Camera(('panels', 'foliage'), 0.82, (0.90, 0.94, 1.02), 0.90, 1.25, 0.00, 0.80, 0.14, 0.025),
+    Camera(('tiles', 'tiles'), 0.92, (0.90, 1.08, 0.90), 0.92, 0.97, 0.02, 0.97, 0.08, 0.015),
+    Camera(('bricks', 'foliage'), 0.87, (1.00, 1.00, 0.98), 0.80, 0.90, 0.13, 0.95, 0.12, 0.012),
 )
 
 
 class Shot(NamedTuple):
-    """One image to take. pid 0 is a distractor, -1 a junk box; of both, index counts them."""
-
+    """An image to take: everything in it follows from the seed, pid, camera and index."""
     folder: str
-    name: str
     pid: int
-    camera: int  # from 0, as in CAMERAS
-    index: int  # which of this person's images from this camera
+    camera: int  # of CAMERAS, from 0
+    index: int   # among the images that this camera takes of this pid
 
 
 def write_pedestrians(folder, seed=0):
-    """Makes `folder/bounding_box_train`, `folder/query` and `folder/bounding_box_test`, once.
+    """Writes about 1,600 small JPEG files to `folder`/bounding_box_train, /query and /bounding_box_test, once.
 
-    A complete set of this VERSION and seed is left as it is; another version's or seed's, or one with images missing,
-    is replaced. The images are written beside `folder` and renamed into place, so `folder` is never half full, also
-    when two processes start together. The same bytes come out of every run on one machine.
+    A complete set of this version and seed stays as it is; any other set of ours is replaced. The files are written
+    beside `folder` and moved there in one step, so it never holds half a set, also where two processes start together.
+    One machine writes the same bytes every time.
 
-    Raises ValueError if `folder` holds anything that this function did not write.
+    Raises ValueError where `folder` holds files that are not ours.
     """
     folder = os.path.abspath(folder)
-    shots = _plan(seed)
-    stamp = {"generator": "mgn.pedestrians", "version": VERSION, "seed": seed, "images": len(shots)}
-    if _is_complete(folder, stamp):
+    shots = plan(seed)
+    stamp = {'generator': 'mgn.pedestrians', 'version': VERSION, 'seed': seed, 'images': len(shots)}
+    if is_complete(folder, stamp):
         return
-    _refuse_foreign(folder, stamp)
-    os.makedirs(os.path.dirname(folder), exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{os.path.basename(folder)}.", dir=os.path.dirname(folder)) as scratch:
-        fresh = os.path.join(scratch, "fresh")
-        for name in FOLDERS:
-            os.makedirs(os.path.join(fresh, name))
-        for shot in shots:
-            image = torch.from_numpy(_take(seed, shot)).permute(2, 0, 1).contiguous()
-            with open(os.path.join(fresh, shot.folder, shot.name), "wb") as file:
+    refuse_foreign(folder, stamp)
+    parent, name = os.path.split(folder)
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'{name}.', dir=parent) as scratch:
+        fresh = os.path.join(scratch, 'fresh')
+        for part in FOLDERS:
+            os.makedirs(os.path.join(fresh, part))
+        for shot, file_name in zip(shots, file_names(shots, seed)):
+            image = torch.from_numpy(take(shot, seed)).permute(2, 0, 1).contiguous()
+            with open(os.path.join(fresh, shot.folder, file_name), 'wb') as file:
                 file.write(encode_jpeg(image, quality=92).numpy().tobytes())
-        with open(os.path.join(fresh, STAMP), "w") as file:
+        with open(os.path.join(fresh, STAMP), 'w') as file:
             json.dump(stamp, file)
-
-        if _is_complete(folder, stamp):  # another process was faster
-            return
         try:
-            if os.path.exists(folder):
-                _refuse_foreign(folder, stamp)
-                os.rename(folder, os.path.join(scratch, "replaced"))
+            if os.path.exists(folder) and not is_complete(folder, stamp):
+                refuse_foreign(folder, stamp)
+                os.rename(folder, os.path.join(scratch, 'old'))
             os.rename(fresh, folder)
-        except OSError:  # another process moved its own set there in this very moment
-            if not _is_complete(folder, stamp):
+        except OSError:  # somebody else's set is there already
+            if not is_complete(folder, stamp):
                 raise
 
 
-def _read_stamp(folder):
+def read_stamp(folder):
     try:
         with open(os.path.join(folder, STAMP)) as file:
             return json.load(file)
@@ -153,305 +144,277 @@ def _read_stamp(folder):
         return None
 
 
-def _images_in(folder):
-    return [os.path.join(name, file) for name in FOLDERS if os.path.isdir(os.path.join(folder, name))
-            for file in os.listdir(os.path.join(folder, name))]
+def images_in(folder):
+    parts = [os.path.join(folder, part) for part in FOLDERS]
+    return [file_name for part in parts if os.path.isdir(part) for file_name in os.listdir(part)]
 
 
-def _is_complete(folder, stamp):
-    return _read_stamp(folder) == stamp and len(_images_in(folder)) == stamp["images"]
+def is_complete(folder, stamp):
+    return read_stamp(folder) == stamp and len(images_in(folder)) == stamp['images']
 
 
-def _refuse_foreign(folder, stamp):
-    """What stands at `folder` will be deleted, so all of it must be ours."""
-    if not os.path.exists(folder):
-        return
-    ours = _read_stamp(folder)
-    foreign = [file for file in os.listdir(folder) if file not in (*FOLDERS, STAMP)]
-    foreign += [file for file in _images_in(folder) if not NAME.fullmatch(os.path.basename(file))]
-    if os.listdir(folder) and (foreign or not isinstance(ours, dict) or ours.get("generator") != stamp["generator"]):
-        raise ValueError(
-            f"write_pedestrians needs a folder that is absent, empty or its own ({STAMP} of {stamp['generator']} and "
-            f"nothing else), found {sorted(os.listdir(folder))[:5]} in {folder}; name another folder or move this one away"
-        )
+def refuse_foreign(folder, stamp):
+    """What stands in `folder` is about to be deleted, so every file of it must be ours."""
+    found = os.listdir(folder) if os.path.exists(folder) else []
+    ours = isinstance(read_stamp(folder), dict) and read_stamp(folder).get('generator') == stamp['generator']
+    foreign = [name for name in found if not ours or name not in (*FOLDERS, STAMP)]
+    foreign += [name for name in images_in(folder) if not re.fullmatch(r'(-1|\d{4})_c\ds\d_\d{6}_\d\d\.jpg', name)]
+    if foreign:
+        raise ValueError(f'want a folder for drawn pedestrians that is absent, empty or written by {stamp["generator"]}, '
+                         f'got {folder} with {", ".join(sorted(foreign)[:3])}; name another folder or move this one away')
 
 
-def _plan(seed):
-    """All images of the set, a list of Shot. Frame numbers are unique and random, so no order of names tells anything."""
-    sightings = []  # (folder, pid, camera, index)
+def plan(seed):
+    """→ the list of all Shots."""
+    shots = []
     for pid in range(1, TRAIN_PIDS + TEST_PIDS + 1):
-        is_test = pid % FAMILIES < TEST_PIDS // FAMILY  # whole families
-        cameras, count = (TEST_CAMERAS, TEST_SHOTS) if is_test else (TRAIN_CAMERAS, TRAIN_SHOTS)
+        tested = pid % FAMILIES < TEST_PIDS // FAMILY
+        cameras, count = (TEST_CAMERAS, TEST_SHOTS) if tested else (TRAIN_CAMERAS, TRAIN_SHOTS)
         for camera in np.random.default_rng([seed, SIGHTINGS, pid]).permutation(len(CAMERAS))[:cameras]:
-            for index in range(count):
-                folder = FOLDERS[0] if not is_test else FOLDERS[1] if index == 0 else FOLDERS[2]
-                sightings.append((folder, pid, int(camera), index))
+            shots += [Shot(TRAIN if not tested else GALLERY if index else QUERY, pid, int(camera), index)
+                      for index in range(count)]
     for pid, count in ((0, DISTRACTORS), (-1, JUNK)):
-        sightings += [(FOLDERS[2], pid, index % len(CAMERAS), index) for index in range(count)]
-
-    rng = np.random.default_rng([seed, FRAMES])
-    frames = rng.permutation(100_000)[: len(sightings)]
-    sequences, boxes = rng.integers(1, 7, (2, len(sightings)))
-    return [
-        Shot(folder, f"{pid if pid < 0 else f'{pid:04d}'}_c{camera + 1}s{s}_{frame:06d}_{box:02d}.jpg", pid, camera, index)
-        for (folder, pid, camera, index), s, frame, box in zip(sightings, sequences, frames, boxes)
-    ]
+        shots += [Shot(GALLERY, pid, index % len(CAMERAS), index // len(CAMERAS)) for index in range(count)]
+    return shots
 
 
-def _take(seed, shot):
-    """One image, (H, W, 3) uint8 with H and W about 128 and 64, drawn from (seed, pid, camera, index) alone."""
-    rng = np.random.default_rng([seed, SHOT, shot.pid + 1, shot.camera, shot.index])
+def file_names(shots, seed):
+    """Names as 0002_c1s1_000451_03.jpg. Sequence, frame and box are random, so nothing but the pid tells the identity."""
+    rng = np.random.default_rng([seed, NAMES])
+    frames = rng.permutation(100_000)[:len(shots)]
+    sequences, boxes = rng.integers(1, 7, (2, len(shots)))
+    return [f'{shot.pid if shot.pid < 0 else f"{shot.pid:04}"}_c{shot.camera + 1}s{sequence}_{frame:06}_{box:02}.jpg'
+            for shot, sequence, frame, box in zip(shots, sequences, frames, boxes)]
+
+
+def take(shot, seed):
+    """One image, (H, W, 3) uint8, H about 128 and W about 64."""
+    rng = np.random.default_rng([seed, IMAGE, shot.pid + 1, shot.camera, shot.index])
     camera = CAMERAS[shot.camera]
-    h, w = int(rng.integers(116, 141)), int(rng.integers(56, 73))  # a detector's boxes are never quite alike
-    person = _person(seed, shot.pid) if shot.pid > 0 else _dress(rng, rng, 0)
-    scale = h * camera.zoom * rng.uniform(0.93, 1.07)
-    foot = np.array([w * rng.normal(0.5, 0.04), h * rng.normal(0.5, 0.015) + 0.5 * scale])
-    empty = shot.pid < 0 and shot.index % 3 == 0
-    if shot.pid < 0:  # a body cut in two, at the waist or lengthwise
-        foot += rng.permutation([[0.55 * w, 0], [-0.55 * w, 0], [0, 0.5 * h], [0, -0.5 * h]])[0]
+    h, w = rng.integers((116, 56), (141, 73)).tolist()  # no two boxes of a detector are alike
+    if shot.pid > 0:
+        person = dress(np.random.default_rng([seed, WARDROBE, shot.pid % FAMILIES]),
+                       np.random.default_rng([seed, DETAILS, shot.pid]), shot.pid // FAMILIES)
+    else:
+        person = dress(rng, rng)
+    scale = h * camera.zoom * rng.uniform(0.94, 1.06)
+    foot = np.array([w * rng.normal(0.5, 0.03), h * rng.normal(0.5, 0.015) + 0.5 * scale])
+    if shot.pid < 0:  # half a person, cut at the waist or lengthwise
+        foot += ((0, 0.5 * h), (0, -0.5 * h), (0.5 * w, 0), (-0.5 * w, 0))[rng.integers(4)]
 
-    pixels = _background(rng, camera, h, w)
-    beside = foot + [w * rng.choice([-1, 1]) * rng.uniform(0.38, 0.6), 0]
-    if rng.random() < 0.25:  # a passer-by farther away
-        _draw_person(_Canvas(pixels, scale * rng.uniform(0.6, 0.9), beside - [0, 0.06 * h]), _dress(rng, rng, 0), rng)
-    if not empty:
-        _draw_person(_Canvas(pixels, scale, foot), person, rng)
-    _occlude(rng, _Canvas(pixels, scale, foot), beside)
-    return _expose(rng, camera, pixels)
+    scene = Canvas(background(camera, h, w, rng), scale, foot)
+    aside = foot + (rng.choice((-1, 1)) * rng.uniform(0.4, 0.6) * w, 0)
+    if rng.random() < 0.2:  # a passer-by farther away
+        draw_person(Canvas(scene.pixels, scale * rng.uniform(0.6, 0.9), aside - (0, 0.06 * h)), dress(rng, rng), rng)
+    if shot.pid >= 0 or shot.index % 3:  # every third junk box is empty
+        draw_person(scene, person, rng)
+    in_front = rng.random()
+    if in_front < 0.08:
+        draw_person(scene._replace(foot=aside + (0, 0.05 * h)), dress(rng, rng), rng)
+    elif in_front < 0.16:
+        draw_box(scene.pixels, rng.uniform(0, w), h + 4, rng.uniform(3, 7), 1.2 * h, rng.uniform(0.2, 0.7, 1))  # a pole
+    elif in_front < 0.24:
+        draw_box(scene.pixels, rng.uniform(0, w), h + 4, rng.uniform(14, 28), rng.uniform(0.15, 0.35) * h,
+                 rng.uniform(0.2, 0.7, 1))  # a bin
+    return expose(camera, scene.pixels, rng)
 
 
-def _person(seed, pid):
-    return _dress(
-        np.random.default_rng([seed, WARDROBE, pid % FAMILIES]),
-        np.random.default_rng([seed, DETAILS, pid]),
-        pid // FAMILIES,
-    )
+def dress(wardrobe, details, member=0):
+    """→ Person; the generator `wardrobe` draws what the members of a family share, `details` the rest.
 
-
-def _dress(wardrobe, details, member):
-    """A Person: clothing colours from the generator `wardrobe`, the rest from `details`.
-
-    Generators in the same state give members of one family: each has another pattern, as steps below a prime number of
-    patterns do not meet.
+    Members have different patterns: multiples of a step meet only after a prime number of patterns.
     """
     upper, second = wardrobe.permutation(len(UPPERS))[:2]
     lower = wardrobe.integers(len(LOWERS))
-    pattern = wardrobe.integers(len(PATTERNS)) + member * wardrobe.integers(1, len(PATTERNS))
-    return Person(
-        upper=UPPERS[upper],
-        second=UPPERS[second],
-        pattern=PATTERNS[pattern % len(PATTERNS)],
-        long_sleeves=bool(details.random() < 0.5),
-        lower=LOWERS[lower],
-        lower_kind=LOWER_KINDS[details.choice(3, p=[0.5, 0.25, 0.25])],
-        shoes=SHOES[details.integers(len(SHOES))],
-        skin=SKINS[details.integers(len(SKINS))],
-        hair=HAIRS[details.integers(len(HAIRS))],
-        hair_kind=HAIR_KINDS[details.integers(len(HAIR_KINDS))],
-        bag=BAGS[details.integers(len(BAGS))],
-        bag_kind=BAG_KINDS[details.integers(len(BAG_KINDS))],
-        bag_side=int(details.choice([-1, 1])),
-        height=float(details.uniform(0.95, 1.05)),
-        build=float(details.uniform(0.88, 1.15)),
-    )
+    first, step = wardrobe.integers((0, 1), len(PATTERNS))
+
+    def pick(choices):
+        return choices[details.integers(len(choices))]
+
+    return Person(UPPERS[upper], UPPERS[second], LOWERS[lower], PATTERNS[(first + member * step) % len(PATTERNS)],
+                  pick((False, True)), pick(LEGWEAR), pick(SHOES), pick(SKINS), pick(HEADS), pick(HAIRS), pick(LUGGAGE),
+                  pick(BAGS), pick((-1, 1)), details.uniform(0.96, 1.04), details.uniform(0.88, 1.12))
 
 
-class _Canvas(NamedTuple):
+class Canvas(NamedTuple):
     pixels: np.ndarray  # (H, W, 3) float32 in [0, 1], painted in place
-    scale: float  # pixels per body height, the unit of all lengths below
-    foot: np.ndarray  # column and row of the ground between the feet: the origin; y points up
+    scale: float        # pixels to a unit of length
+    foot: np.ndarray    # column and row of the origin; from there x points right and y up
 
 
-def _draw_person(canvas, person, rng):
-    """Paints `person` in a pose of its own. Body axes: x to a side, y up, z forward; yaw 0 faces the camera."""
-    canvas = canvas._replace(scale=canvas.scale * person.height)
-    yaw = rng.choice([0.0, 0.5, 1.0, 1.5]) * np.pi + rng.normal(0, 0.3)
+def draw_person(canvas, person, rng):
+    """Paints `person` in a pose drawn from `rng`. Lengths in body heights; x points sideways, y up, z forwards."""
+    yaw = rng.integers(4) * np.pi / 2 + rng.normal(0, 0.3)  # 0 faces the camera
     phase, stride = rng.uniform(0, 2 * np.pi), rng.uniform(0.2, 0.5)
     cos, sin = np.cos(yaw), np.sin(yaw)
-    parts = []  # (depth towards the camera, corners (n, 2), radius, colour)
+    b = person.build
+    shapes = []  # (depth towards the camera, corners (n, 2), radius, colour)
 
-    def limb(joints, radius, colour, layer=0.0):
-        joints = np.asarray(joints)
-        corners = np.stack([joints[:, 0] * cos + joints[:, 2] * sin, joints[:, 1]], 1)
-        parts.append((layer + (joints[:, 2] * cos - joints[:, 0] * sin).mean(), corners, radius, colour))
+    def limb(start, end, radius, colour, layer=0.0):
+        x, y, z = np.array((start, end)).T
+        shapes.append((layer + np.mean(z * cos - x * sin), np.stack((x * cos + z * sin, y), 1), radius, colour))
 
-    def prism(middle, profile, radius, colour, layer=0.0):
-        """A solid of elliptic cross-sections; profile: (y, half width, half depth) from the bottom up."""
-        x, depth = middle[0] * cos + middle[1] * sin, middle[1] * cos - middle[0] * sin
-        half = [(np.hypot(wide * cos, deep * sin) - radius, y) for y, wide, deep in profile]
-        corners = [(x + r, y) for r, y in half] + [(x - r, y) for r, y in half[::-1]]
-        parts.append((layer + depth, np.array(corners), radius, colour))
+    def trunk(x, z, rings, colour, layer=0.0, radius=0.02):
+        """A solid of elliptic cross-sections; rings: (y, half width, half depth), from the lowest up."""
+        middle, half = x * cos + z * sin, [np.hypot(wide * cos, deep * sin) - radius for _, wide, deep in rings]
+        right = [(middle + r, y) for r, (y, _, _) in zip(half, rings)]
+        left = [(middle - r, y) for r, (y, _, _) in zip(half, rings)]
+        shapes.append((layer + z * cos - x * sin, np.array(right + left[::-1]), radius, colour))
 
     def cloth(x, y):
-        return _pattern(person, x, y, abs(cos))
+        return weave(person, x, y, abs(cos))
 
-    b = person.build
-    prism((0, 0), [(0.48, 0.100 * b, 0.075 * b), (0.60, 0.092 * b, 0.068 * b), (0.81, 0.125 * b, 0.070 * b)], 0.02, cloth)
-    limb([(0, 0.80, 0), (0, 0.87, 0.01)], 0.03, person.skin, -0.01)
-    limb([(0, 0.895, 0.018), (0, 0.925, 0.018)], 0.050, person.skin)
-    limb([(0, 0.915, -0.018), (0, 0.940, -0.008)], 0.058, person.hair, -0.001)
-    if person.hair_kind == "long":
-        limb([(0, 0.92, -0.030), (0, 0.77, -0.055)], 0.056, person.hair)
-    if person.hair_kind == "cap":
-        limb([(-0.03, 0.965, -0.01), (0.03, 0.965, -0.01)], 0.032, person.second, 0.2)
-        limb([(0, 0.95, 0.02), (0, 0.945, 0.09)], 0.012, person.second, 0.2)
+    trunk(0, 0, ((0.48, 0.105 * b, 0.078), (0.60, 0.100 * b, 0.070), (0.80, 0.118 * b, 0.072)), cloth)
+    limb((0, 0.80, 0), (0, 0.87, 0.01), 0.03, person.skin, -0.01)
+    limb((0, 0.895, 0.018), (0, 0.925, 0.018), 0.050, person.skin)
+    limb((0, 0.915, -0.018), (0, 0.94, -0.008), 0.058, person.hair)
+    if person.head == 'long hair':
+        limb((0, 0.92, -0.03), (0, 0.77, -0.055), 0.056, person.hair)
+    if person.head == 'cap':
+        limb((-0.03, 0.965, -0.01), (0.03, 0.965, -0.01), 0.032, person.second, 0.2)
+        limb((0, 0.95, 0.02), (0, 0.945, 0.09), 0.012, person.second, 0.2)
 
-    sleeve = person.second if person.pattern == "sleeves" else cloth
     for side in (-1, 1):
         swing = side * stride * np.sin(phase)
-        hip = np.array([side * 0.048 * b, 0.50, 0])
-        knee = hip + 0.24 * np.array([0, -np.cos(swing), np.sin(swing)])
-        shin = swing - (0.08 + 0.5 * stride * (1 + side * np.cos(phase)))
-        ankle = knee + 0.23 * np.array([0, -np.cos(shin), np.sin(shin)])
-        bare = person.skin if person.lower_kind != "trousers" else person.lower
-        limb([knee, ankle], 0.034 * b, bare, -0.2)
-        limb([hip, knee], 0.046 * b, person.lower if person.lower_kind != "skirt" else bare, -0.2)
-        limb([ankle, ankle + [0, -0.012, 0.05]], 0.024, person.shoes, -0.2)
+        shin = swing - 0.08 - 0.5 * stride * (1 + side * np.cos(phase))  # knees bend backwards only
+        forearm = 0.3 + 0.4 * stride - swing
+        hip = np.array((side * 0.048 * b, 0.50, 0))
+        knee = hip + (0, -0.24 * np.cos(swing), 0.24 * np.sin(swing))
+        ankle = knee + (0, -0.23 * np.cos(shin), 0.23 * np.sin(shin))
+        limb(knee, ankle, 0.034 * b, person.lower if person.legwear == 'trousers' else person.skin, -0.2)
+        limb(hip, knee, 0.046 * b, person.skin if person.legwear == 'skirt' else person.lower, -0.2)
+        limb(ankle, ankle + (0, -0.012, 0.05), 0.024, person.shoes, -0.2)
 
-        shoulder = np.array([side * 0.118 * b, 0.79, 0])
-        elbow = shoulder + 0.16 * np.array([side * 0.18, -np.cos(swing), -np.sin(swing)])
-        bend = 0.3 + 0.4 * stride - swing
-        hand = elbow + 0.14 * np.array([0, -np.cos(bend), np.sin(bend)])
-        limb([elbow, hand], 0.024 * b, sleeve if person.long_sleeves else person.skin)
-        limb([shoulder, elbow], 0.032 * b, sleeve, 0.001)
-        limb([hand, hand + [0, -0.02, 0]], 0.022, person.skin, 0.001)
-        if person.bag_kind == "hand" and side == person.bag_side:
-            limb([hand + [0, -0.09, -0.05], hand + [0, -0.09, 0.05]], 0.055, person.bag, 0.01)
-    if person.lower_kind == "skirt":
-        prism((0, 0), [(0.29, 0.145 * b, 0.13 * b), (0.52, 0.090 * b, 0.075 * b)], 0.01, person.lower, -0.05)
+        shoulder = np.array((side * 0.112 * b, 0.78, 0))
+        elbow = shoulder + (side * 0.02, -0.16 * np.cos(swing), -0.16 * np.sin(swing))
+        hand = elbow + (0, -0.14 * np.cos(forearm), 0.14 * np.sin(forearm))
+        sleeve = person.second if person.pattern == 'sleeves' else cloth
+        limb(elbow, hand, 0.024 * b, sleeve if person.long_sleeves else person.skin)
+        limb(shoulder, elbow, 0.032 * b, sleeve, 0.001)
+        limb(hand, hand + (0, -0.02, 0), 0.022, person.skin, 0.001)
+        if person.luggage == 'hand bag' and side == person.bag_side:
+            trunk(hand[0], hand[2], ((hand[1] - 0.16, 0.035, 0.080), (hand[1] - 0.04, 0.035, 0.070)), person.bag, 0.02)
 
-    if person.bag_kind == "backpack":
-        prism((0, -0.11), [(0.57, 0.095, 0.06), (0.68, 0.10, 0.06), (0.80, 0.075, 0.045)], 0.025, person.bag, 0.02)
+    if person.legwear == 'skirt':
+        trunk(0, 0, ((0.29, 0.145 * b, 0.130), (0.52, 0.090 * b, 0.075)), person.lower, -0.05)
+    if person.luggage == 'backpack':
+        trunk(0, -0.11, ((0.56, 0.100, 0.060), (0.68, 0.105, 0.060), (0.80, 0.080, 0.045)), person.bag, 0.02)
         for x in (-0.075, 0.075):
-            limb([(x, 0.82, 0.02), (x, 0.63, 0.08)], 0.014, person.bag, 0.05)
-    if person.bag_kind == "shoulder":
+            limb((x, 0.82, 0.02), (x, 0.60, 0.08), 0.014, person.bag, 0.05)
+    if person.luggage == 'shoulder bag':
         x = 0.115 * person.bag_side
         for z in (-0.075, 0.075):
-            limb([(-0.8 * x, 0.82, 0.2 * z), (1.2 * x, 0.53, z)], 0.011, person.bag, 0.03)
-        prism((1.35 * x, 0), [(0.40, 0.04, 0.085), (0.54, 0.04, 0.075)], 0.015, person.bag, 0.03)
+            limb((-0.8 * x, 0.82, 0.2 * z), (1.2 * x, 0.53, z), 0.011, person.bag, 0.03)
+        trunk(1.35 * x, 0, ((0.38, 0.040, 0.090), (0.54, 0.040, 0.080)), person.bag, 0.03)
 
-    for _, corners, radius, colour in sorted(parts, key=lambda part: part[0]):
-        _paint(canvas, corners, radius, colour)
+    canvas = canvas._replace(scale=canvas.scale * person.height)
+    for _, corners, radius, colour in sorted(shapes, key=lambda shape: shape[0]):
+        paint(canvas, corners, radius, colour)
 
 
-def _pattern(person, x, y, frontal):
-    """Colours (h, w, 3) of the upper clothing at x (1, w) and y (h, 1); edges are soft so as not to alias."""
-    if person.pattern == "hoops":
-        second = np.clip(0.5 + 2 * np.sin(2 * np.pi * y / 0.095), 0, 1) + 0 * x
-    elif person.pattern == "stripes":
-        second = np.clip(0.5 + 2 * np.cos(2 * np.pi * x / 0.095), 0, 1) + 0 * y
-    elif person.pattern == "checks":
-        second = np.clip(0.5 + 3 * np.sin(2 * np.pi * x / 0.13) * np.sin(2 * np.pi * y / 0.13), 0, 1)
-    elif person.pattern == "block":
+def weave(person, x, y, frontal):
+    """Colours (h, w, 3) of the upper garment at x (1, w), y (h, 1); `frontal` in [0, 1]: is its front or back in view?"""
+    x, y = np.broadcast_arrays(x, y)
+    if person.pattern == 'hoops':
+        second = np.clip(0.5 + 2 * np.sin(66 * y), 0, 1)  # a gain of 2: edges a pixel wide, against aliasing
+    elif person.pattern == 'stripes':
+        second = np.clip(0.5 + 2 * np.cos(66 * x), 0, 1)
+    elif person.pattern == 'checks':
+        second = np.clip(0.5 + 3 * np.sin(48 * x) * np.sin(48 * y), 0, 1)
+    elif person.pattern == 'block':
         second = (np.abs(x) < 0.02 + 0.05 * frontal) & (np.abs(y - 0.69) < 0.055)
-    elif person.pattern == "split":
-        second = (y > 0.66) & (x == x)
     else:
-        second = np.zeros_like(x + y)
+        second = (y > 0.66) & (person.pattern == 'split')
     return person.upper + second[..., None] * (person.second - person.upper)
 
 
-def _paint(canvas, corners, radius, colour):
-    """Paints a convex shape of corners (n, 2) counter-clockwise (two: a capsule), grown by radius.
+def paint(canvas, corners, radius, colour):
+    """Paints a convex polygon, grown by `radius`; its rim is darker, as on a round body.
 
-    colour: (3,) or a function of x (1, w) and y (h, 1). The rim is darker, as on a round body.
+    corners: (n, 2), anticlockwise; two make a capsule. colour: (3,), or a function of x (1, w) and y (h, 1).
     """
     pixels, scale, (column, row) = canvas
-    (left, bottom), (right, top) = corners.min(0) - radius, corners.max(0) + radius
+    (left, bottom), (right, top) = (corners.min(0) - radius).tolist(), (corners.max(0) + radius).tolist()
     rows = slice(max(int(row - top * scale) - 1, 0), max(int(row - bottom * scale) + 2, 0))
     columns = slice(max(int(column + left * scale) - 1, 0), max(int(column + right * scale) + 2, 0))
     window = pixels[rows, columns]
-    x = (np.arange(columns.start, columns.start + window.shape[1])[None] + 0.5 - column) / scale
-    y = (row - np.arange(rows.start, rows.start + window.shape[0])[:, None] - 0.5) / scale
+    y = ((row - rows.start - 0.5 - np.arange(window.shape[0], dtype=np.float32)) / np.float32(scale))[:, None]
+    x = ((columns.start + 0.5 - column + np.arange(window.shape[1], dtype=np.float32)) / np.float32(scale))[None]
 
+    points = corners.tolist()
     squared, outside = np.inf, -np.inf
-    edges = list(zip(corners, np.roll(corners, -1, 0)))[: len(corners) if len(corners) > 2 else 1]
-    for (ax, ay), (bx, by) in edges:
+    for (ax, ay), (bx, by) in zip(points, points[1:] + points[:1]):
         ex, ey, px, py = bx - ax, by - ay, x - ax, y - ay
-        t = np.clip((px * ex + py * ey) / (ex * ex + ey * ey + 1e-12), 0, 1)
-        squared = np.minimum(squared, (px - t * ex) ** 2 + (py - t * ey) ** 2)
+        along = np.minimum(np.maximum((px * ex + py * ey) / (ex * ex + ey * ey + 1e-9), 0), 1)
+        squared = np.minimum(squared, (px - along * ex) ** 2 + (py - along * ey) ** 2)
+        if len(points) == 2:
+            break
         outside = np.maximum(outside, ey * px - ex * py)
-    distance = np.sqrt(squared)
-    if len(edges) > 1:
-        distance = np.where(outside < 0, -distance, distance)
-    distance = (distance - radius)[..., None]  # negative inside
-    colour = colour(x, y) if callable(colour) else colour
-    shaded = colour * (0.72 + 0.28 * np.clip(-distance / 0.03, 0, 1))
-    window += np.clip(0.5 - distance * scale, 0, 1) * (shaded - window)
+    distance = np.sqrt(squared)[..., None]
+    if len(points) > 2:
+        distance = np.where(outside[..., None] < 0, -distance, distance)
+    distance -= radius
+    shade = 0.72 + 0.28 * np.minimum(np.maximum(distance / -0.03, 0), 1)
+    cover = np.minimum(np.maximum(0.5 - distance * scale, 0), 1)
+    window += cover * (shade * (colour(x, y) if callable(colour) else colour) - window)
 
 
-def _background(rng, camera, h, w):
-    """(h, w, 3) float32: a wall, a ground, and up to three upright things in the colours of clothes."""
+def draw_box(pixels, column, row, width, height, colour):
+    """An upright box on the ground; lengths in pixels, (column, row) the middle of its lower edge."""
+    x = 0.5 * width
+    corners = np.array(((-x, 0), (x, 0), (x, height), (-x, height)))
+    paint(Canvas(pixels, 1.0, np.array((column, row))), corners, 1.0, colour)
+
+
+def background(camera, h, w, rng):
+    """(h, w, 3) float32: a wall, the ground, and up to two boxes in dulled colours of clothes."""
     horizon = int(h * rng.uniform(0.5, 0.85))
-    wall = _texture(rng, camera.walls[rng.integers(len(camera.walls))], horizon, w)
-    ground = _texture(rng, camera.grounds[rng.integers(len(camera.grounds))], h - horizon, w)
-    pixels = np.concatenate([wall, ground]).astype(np.float32)
-    for _ in range(rng.integers(0, 4)):
-        colour = rng.permutation(np.concatenate([UPPERS, LOWERS]))[0] * rng.uniform(0.5, 1.0)
-        width, height = rng.uniform(4, 14), rng.uniform(8, 0.6 * h)
-        box = np.array([[0, 0], [width, 0], [width, height], [0, height]])
-        _paint(_Canvas(pixels, 1.0, np.array([rng.uniform(-8, w), horizon + rng.uniform(-0.4, 0.2) * h])), box, 1.0, colour)
+    wall, ground = camera.textures
+    pixels = np.concatenate((texture(wall, horizon, w, rng), texture(ground, h - horizon, w, rng)))
+    pixels *= (1 + 0.06 * noise(h, w, 3, rng) + 0.08 * noise(h, w, 30, rng))[..., None]
+    for _ in range(rng.integers(3)):
+        colour = np.concatenate((UPPERS, LOWERS))[rng.integers(len(UPPERS) + len(LOWERS))]
+        draw_box(pixels, rng.uniform(0, w), horizon + rng.uniform(0, 0.2) * h, rng.uniform(5, 14), rng.uniform(0.1, 0.5) * h,
+                 0.3 + 0.4 * colour)
     return pixels
 
 
-def _texture(rng, kind, h, w):
-    def paint():
-        return np.clip(rng.uniform(0.25, 0.8) + rng.normal(0, 0.07, 3), 0.05, 1)
-
-    pixels = paint() + np.zeros((h, w, 3))
-    y, x = np.arange(h)[:, None], np.arange(w)[None]
-    if kind == "panels":
-        edges = np.cumsum(rng.integers(5, 22, w))
-        pixels = np.stack([paint() for _ in edges[: w // 5 + 2]])[np.searchsorted(edges, x, "right")] + 0 * pixels
-    elif kind in ("bricks", "tiles"):
-        height, width = (rng.integers(5, 9), rng.integers(11, 18)) if kind == "bricks" else rng.integers(12, 26, 2)
-        course = (y + rng.integers(99)) // height
-        shift = course * (width // 2 if kind == "bricks" else rng.integers(0, 3))
-        column = x + shift + rng.integers(99)
-        joint = ((y - y[0] + rng.integers(99)) % height == 0) | (column % width == 0)
-        tone = rng.normal(1, 0.08, (50, 50))[course % 50, column // width % 50]
-        pixels = np.where(joint[..., None], paint(), pixels * tone[..., None])
+def texture(kind, h, w, rng):
+    """(h, w, 3) float32 in random, muted colours."""
+    main = rng.uniform(0.35, 0.65) + rng.normal(0, 0.04, 3)
+    other = main + rng.normal(0, 0.08) + rng.normal(0, 0.03, 3)
+    rows, columns = np.arange(h)[:, None] + rng.integers(99), np.arange(w)[None] + rng.integers(99)
+    if kind == 'foliage':
+        share = np.clip(0.5 + noise(h, w, 5, rng), 0, 1)
+    elif kind == 'panels':
+        share = rng.random(99)[columns // rng.integers(6, 16)] + 0 * rows
     else:
-        pixels = pixels + np.clip(0.5 + _smooth(rng, h, w, 5), 0, 1)[..., None] * (paint() - pixels)
-    return pixels * (1 + 0.12 * _smooth(rng, h, w, 3) + 0.15 * _smooth(rng, h, w, 30))[..., None]
+        height, width = rng.integers((5, 11), (9, 18)) if kind == 'bricks' else rng.integers(12, 26, 2)
+        columns = columns + rows // height * (width // 2 if kind == 'bricks' else 0)
+        share = (rows % height == 0) | (columns % width == 0)
+    return (main + share[..., None] * (other - main)).astype(np.float32)
 
 
-def _smooth(rng, h, w, cell):
-    """Noise (h, w) of mean 0 and deviation about 0.7: random values every `cell` pixels, linear between."""
-    values = rng.normal(0, 1, (h // cell + 2, w // cell + 2))
-    for size in (h, w):  # along the first axis, then, transposed, along the other
-        whole, part = np.divmod(np.arange(size) / cell, 1)
-        whole = whole.astype(int)
-        values = (values[whole] * (1 - part[:, None]) + values[whole + 1] * part[:, None]).T
+def noise(h, w, cell, rng):
+    """(h, w) float32 of mean 0 and deviation about 0.7: normal values every `cell` pixels, linear in between."""
+    values = rng.standard_normal((h // cell + 2, w // cell + 2), np.float32)
+    for size in (h, w):  # along the rows, then, transposed, along the columns
+        whole, part = np.divmod(np.arange(size, dtype=np.float32) / np.float32(cell), 1)
+        whole, part = whole.astype(int), part[:, None]
+        values = (values[whole] * (1 - part) + values[whole + 1] * part).T
     return values
 
 
-def _occlude(rng, canvas, beside):
-    """Sometimes, something stands before the person: a pole, a bin, or someone half in the picture."""
-    h, w = canvas.pixels.shape[:2]
-    kind = rng.random()
-    ground = canvas._replace(scale=1.0, foot=np.array([rng.uniform(0, w), h + 4.0]))
-    grey = rng.uniform(0.1, 0.7) + rng.normal(0, 0.05, 3)
-    if kind < 0.10:
-        _paint(ground, np.array([[0, 0], [0, h + 9.0]]), rng.uniform(1.5, 4), grey)
-    elif kind < 0.20:
-        width, height = rng.uniform(14, 30), rng.uniform(0.15, 0.4) * h
-        _paint(ground, np.array([[-width / 2, 0], [width / 2, 0], [width / 2, height], [-width / 2, height]]), 1.0, grey)
-    elif kind < 0.30:
-        _draw_person(canvas._replace(foot=beside + [0, 0.05 * h]), _dress(rng, rng, 0), rng)
-
-
-def _expose(rng, camera, pixels):
-    """What the lens and the sensor make of the scene: (H, W, 3) float in [0, 1] -> uint8."""
+def expose(camera, pixels, rng):
+    """What lens and sensor make of the scene: (H, W, 3) float32 → uint8."""
     h, w = pixels.shape[:2]
-    pixels = np.clip(pixels * (1 + 0.2 * _smooth(rng, h, w, 40))[..., None], 0, 1)  # shadows, sunlight
-    for _ in range(2):
-        side = camera.blur * rng.uniform(0.3, 1.7)
-        for axis in (0, 1):
-            before, after = np.roll(pixels, 1, axis), np.roll(pixels, -1, axis)
-            pixels = pixels + side * (before + after - 2 * pixels)
+    pixels = pixels * (1 + 0.1 * noise(h, w, 40, rng))[..., None]  # sun and shade
+    for side in np.repeat(camera.blur * rng.uniform(0.3, 1.7, 2), 2).astype(np.float32):
+        pixels = pixels.swapaxes(0, 1)  # twice along either axis
+        pixels[1:-1] += side * (pixels[2:] + pixels[:-2] - 2 * pixels[1:-1])
+    light = rng.uniform(0.88, 1.12) * rng.normal(1, 0.03, 3) * camera.light
     grey = pixels.mean(2, keepdims=True)
-    pixels = (grey + camera.saturation * (pixels - grey)) * camera.light * rng.uniform(0.85, 1.15) * rng.normal(1, 0.04, 3)
+    pixels = (grey + camera.saturation * (pixels - grey)) * light.astype(np.float32)
     pixels = camera.black + (camera.white - camera.black) * np.clip(pixels, 0, 1) ** camera.gamma
-    pixels = pixels + rng.normal(0, camera.noise, pixels.shape)
+    pixels += camera.noise * rng.standard_normal(pixels.shape, np.float32)
     return (255 * np.clip(pixels, 0, 1) + 0.5).astype(np.uint8)

@@ -1,0 +1,39 @@
+"""Images that the tests make themselves, in the layouts of the data sets."""
+
+import numpy as np
+import pytest
+import torch
+from torchvision.io import write_jpeg, write_png
+
+
+def write_image(path, seed, size=(64, 32)):
+    """A noisy image of one random colour, size=(H, W), as the suffix of `path` says; returns its (3, H, W) uint8 pixels."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (3, 1, 1)) // 2 + rng.integers(0, 128, (3, *size))
+    image = torch.from_numpy(pixels.astype(np.uint8))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (write_png if path.suffix == '.png' else write_jpeg)(image, str(path))
+    return image
+
+
+def write_market(root, identities=6, images=4, cameras=2, suffix='.jpg', size=(64, 32)):
+    """A folder in Market-1501's layout; identities 1… to train, 101… to test, one distractor, one junk box."""
+    seed = 0
+    for pid in range(1, identities + 1):
+        for i in range(images):
+            write_image(root / 'bounding_box_train' / f'{pid:04d}_c{i % cameras + 1}s1_{i:06d}_01{suffix}', seed, size)
+            seed += 1
+    for pid in (101, 102, 103):
+        write_image(root / 'query' / f'{pid:04d}_c1s1_000000_00{suffix}', seed, size)
+        for i in range(3):
+            write_image(root / 'bounding_box_test' / f'{pid:04d}_c{i % cameras + 1}s1_{i + 1:06d}_01{suffix}', seed + i, size)
+        seed += 3
+    write_image(root / 'bounding_box_test' / f'0000_c1s1_000009_01{suffix}', seed, size)
+    write_image(root / 'bounding_box_test' / f'-1_c1s1_000009_01{suffix}', seed + 1, size)
+    return root
+
+
+@pytest.fixture(scope='session')
+def market(tmp_path_factory):
+    """A small data set in Market-1501's layout, shared by all tests; none may change it."""
+    return write_market(tmp_path_factory.mktemp('data') / 'market1501')
