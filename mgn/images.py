@@ -36,6 +36,8 @@ def read_image(path, size):
         image = decode_image(read_file(path), mode=ImageReadMode.RGB)
     except (RuntimeError, OSError) as error:
         raise ValueError(f'{path}: {str(error).splitlines()[0]}') from None
+    if image.dtype == torch.uint16:  # a PNG of 16 bits
+        image = image.float().div_(257).round_().to(torch.uint8)
     if image.shape[1:] == torch.Size(size):
         return image
     return F.interpolate(image[None], size, mode='bicubic', antialias=True)[0]

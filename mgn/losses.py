@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from mgn.ops import batch_hard_triplet_loss
 
 
-@gin.configurable
+@gin.configurable(denylist=['output', 'labels'])
 def mgn_losses(output, labels, cross_entropy_weight=0.25, triplet_weight=1 / 3, margin=1.2, smoothing=0.1):
     """The weighted terms by name; their sum is what training minimises.
 

@@ -25,7 +25,7 @@ class MGNOutput(NamedTuple):
     features: torch.Tensor            # (B, heads · embedding_dim): the test feature, not yet L2-normalised
 
 
-@gin.configurable
+@gin.configurable(denylist=['num_classes'])
 class MGN(nn.Module):
     """Shared trunk, one branch per entry of `parts`, one head per whole map and per stripe.
 

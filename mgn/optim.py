@@ -10,7 +10,7 @@ for optimizer in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
     gin.external_configurable(optimizer, module='torch.optim')
 
 
-@gin.configurable
+@gin.configurable(denylist=['model'])
 def make_optimizer(model, optimizer=torch.optim.Adam, bias_lr_factor=2.0, bias_weight_decay=0.0):
     """An optimiser over the trainable parameters, those whose name contains "bias" in a group of their own.
 
@@ -28,13 +28,13 @@ def make_optimizer(model, optimizer=torch.optim.Adam, bias_lr_factor=2.0, bias_w
     return result
 
 
-@gin.configurable
+@gin.configurable(denylist=['step', 'total_steps'])
 def multi_step(step, total_steps, warmup_steps=2000, warmup_factor=0.01, milestones=(8000, 14000), gamma=0.1):
     """Linear warm-up, then × gamma at every milestone; steps count from 0. Returns the factor of the learning rate."""
     return warmup(step, warmup_steps, warmup_factor) * gamma ** bisect_right(milestones, step)
 
 
-@gin.configurable
+@gin.configurable(denylist=['step', 'total_steps'])
 def cosine(step, total_steps, warmup_steps=2000, warmup_factor=0.01, start=0, final_factor=0.0):
     """Linear warm-up, constant until step `start`, then half a cosine to final_factor at total_steps."""
     progress = min(max(step - start, 0) / max(total_steps - start, 1), 1)

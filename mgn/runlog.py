@@ -7,11 +7,6 @@ import sys
 
 from tqdm import tqdm
 
-try:
-    from torch.utils.tensorboard import SummaryWriter
-except ImportError:  # the optional package `tensorboard` is not installed
-    SummaryWriter = None
-
 logger = logging.getLogger(__name__)
 
 
@@ -26,7 +21,7 @@ class RunLog:
         self.path = os.path.join(output_dir, 'metrics.jsonl')
         self.records = [record for record in read_records(self.path) if record['step'] <= step]
         write_text(self.path, ''.join(json.dumps(record) + '\n' for record in self.records))
-        self.events = SummaryWriter(output_dir, purge_step=step + 1 if step else None) if SummaryWriter else None
+        self.events = event_writer(output_dir, step)
 
     def evaluated(self, step):
         return any(record['step'] == step and 'mAP' in record for record in self.records)
@@ -42,6 +37,15 @@ class RunLog:
     def close(self):
         if self.events:
             self.events.close()
+
+
+def event_writer(output_dir, step):
+    """TensorBoard's writer that forgets what was written after `step`; None where the package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+    except ImportError:
+        return None
+    return SummaryWriter(output_dir, purge_step=step + 1 if step else None)
 
 
 def read_records(path):

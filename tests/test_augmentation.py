@@ -1,0 +1,182 @@
+"""Batched augmentation against a loop over images with the same draws, and the statistics of the draws."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mgn.augmentation import MEAN, STD, Augmentation, Draws, normalise
+
+MEAN32, STD32 = (np.array(v, np.float32) for v in (MEAN, STD))
+
+
+def random_images(batch, height, width, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (batch, 3, height, width)).astype(np.uint8))
+
+
+def augment_one(image, flip, top, left, box, padding):
+    """The definition, for one (3, H, W) uint8 image: flip, pad with black, crop back, normalise, erase."""
+    height, width = image.shape[1:]
+    if flip:
+        image = image[:, :, ::-1]
+    padded = np.zeros((3, height + 2 * padding, width + 2 * padding), np.uint8)
+    padded[:, padding:padding + height, padding:padding + width] = image
+    crop = padded[:, top:top + height, left:left + width].astype(np.float32)
+    result = (crop - MEAN32[:, None, None]) / STD32[:, None, None]
+    y1, x1, y2, x2 = box
+    result[:, y1:y2, x1:x2] = 0
+    return result
+
+
+def augment_each(images, draws, padding):
+    return np.stack([augment_one(image.numpy(), bool(draws.flip[i]), int(draws.top[i]), int(draws.left[i]),
+                                 draws.erase[i].tolist(), padding) for i, image in enumerate(images)])
+
+
+def all_draws(steps=40, batch=50, size=(384, 128), seed=0, **options):
+    augmentation = Augmentation(**options)
+    parts = [augmentation.draw(seed, step, batch, size) for step in range(steps)]
+    return Draws(*(torch.cat(field) for field in zip(*parts)))
+
+
+@pytest.mark.parametrize('batch', [1, 31, 33, 129])
+@pytest.mark.parametrize('size, padding', [((24, 12), 10), ((24, 12), 0), ((7, 9), 3), ((1, 1), 2)])
+def test_a_batch_equals_the_loop_over_its_images(batch, size, padding):
+    augmentation = Augmentation(padding=padding)
+    images = random_images(batch, *size)
+    draws = augmentation.draw(1, 2, batch, size)
+    np.testing.assert_array_equal(augmentation(images, draws).numpy(), augment_each(images, draws, padding))
+
+
+@pytest.mark.parametrize('flip', [False, True])
+@pytest.mark.parametrize('top, left', [(0, 0), (0, 6), (6, 0), (6, 6), (3, 1)])
+@pytest.mark.parametrize('box', [(0, 0, 0, 0), (0, 0, 8, 5), (2, 1, 3, 4), (7, 4, 8, 5), (5, 0, 5, 3)])
+def test_every_corner_of_crop_and_box_is_right(flip, top, left, box):
+    images = random_images(1, 8, 5)
+    draws = Draws(torch.tensor([flip]), torch.tensor([top]), torch.tensor([left]), torch.tensor([box]))
+    got = Augmentation(padding=3)(images, draws)
+    np.testing.assert_array_equal(got.numpy(), augment_each(images, draws, 3))
+
+
+def test_each_image_has_its_own_draw():
+    images = random_images(1, 16, 8).expand(6, -1, -1, -1)
+    draws = Draws(torch.tensor([False, True] * 3), torch.tensor([0, 4, 2, 2, 2, 1]), torch.tensor([4, 0, 2, 2, 3, 1]),
+                  torch.tensor([[0, 0, 0, 0]] * 5 + [[1, 1, 9, 5]]))
+    got = Augmentation(padding=2)(images, draws)
+    np.testing.assert_array_equal(got.numpy(), augment_each(images, draws, 2))
+    assert len({image.numpy().tobytes() for image in got}) == 6
+
+
+def test_images_of_any_memory_layout_are_taken_and_left_as_they_were():
+    images = random_images(5, 12, 20, seed=4)
+    augmentation = Augmentation(padding=2)
+    draws = augmentation.draw(0, 0, 5, (12, 20))
+    expected = augmentation(images, draws)
+    strided = random_images(10, 20, 12)[::2].transpose(2, 3).copy_(images)
+    for layout in (images.contiguous(memory_format=torch.channels_last), strided):
+        assert torch.equal(augmentation(layout, draws), expected)
+    assert torch.equal(images, random_images(5, 12, 20, seed=4))
+
+
+def test_an_empty_batch_stays_empty():
+    none = torch.empty(0, dtype=torch.int64)
+    draws = Draws(none.bool(), none, none, none.reshape(0, 4))
+    assert Augmentation()(random_images(0, 8, 4), draws).shape == (0, 3, 8, 4)
+    assert normalise(random_images(0, 8, 4)).shape == (0, 3, 8, 4)
+
+
+def test_normalising_gives_imagenets_mean_0_and_deviation_1():
+    images = random_images(2, 3, 4)
+    expected = (images.double() - torch.tensor(MEAN).double()[:, None, None]) / torch.tensor(STD).double()[:, None, None]
+    assert normalise(images).dtype == torch.float32
+    torch.testing.assert_close(normalise(images).double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(MEAN) / 255, torch.tensor([0.485, 0.456, 0.406]))
+    torch.testing.assert_close(torch.tensor(STD) / 255, torch.tensor([0.229, 0.224, 0.225]))
+
+
+def test_draws_are_functions_of_seed_step_and_position_alone():
+    augmentation, size = Augmentation(), (384, 128)
+    whole = augmentation.draw(3, 5, 129, size)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    for batch in (1, 31, 33, 129):
+        part = augmentation.draw(3, 5, batch, size)
+        assert all(torch.equal(a, b[:batch]) for a, b in zip(part, whole))
+    for other in (augmentation.draw(4, 5, 129, size), augmentation.draw(3, 6, 129, size)):
+        assert not any(torch.equal(a, b) for a, b in zip(other, whole))
+
+
+def test_draws_have_the_documented_types():
+    draws = Augmentation().draw(0, 0, 33, (24, 12))
+    assert [field.dtype for field in draws] == [torch.bool, torch.int64, torch.int64, torch.int64]
+    assert [tuple(field.shape) for field in draws] == [(33,), (33,), (33,), (33, 4)]
+
+
+@pytest.mark.parametrize('probability', [0.5, 0.2])
+def test_flips_and_erasing_happen_as_often_as_bound_and_independently(probability):
+    draws = all_draws(flip_probability=probability, erasing_probability=probability)
+    erased = draws.erase.any(1)
+    for rate, expected in ((draws.flip, probability), (erased, probability), (draws.flip & erased, probability ** 2)):
+        assert abs(rate.float().mean() - expected) < 5 * math.sqrt(expected * (1 - expected) / 2000)
+
+
+@pytest.mark.parametrize('padding', [1, 10])
+def test_crops_are_uniform_over_all_offsets(padding):
+    n = 2 * padding + 1
+    draws = all_draws(padding=padding)
+    for offsets in (draws.top, draws.left):
+        counts = torch.bincount(offsets, minlength=n)
+        assert len(counts) == n
+        assert (abs(counts - 2000 / n) < 5 * math.sqrt(2000 / n)).all()
+    assert abs(np.corrcoef(draws.top, draws.left)[0, 1]) < 0.1
+
+
+def test_erasing_covers_2_to_40_percent_with_aspects_of_three_tenths_to_their_inverse():
+    height, width = 384, 128
+    top, left, bottom, right = all_draws(erasing_probability=1.0).erase.T.double()
+    h, w = bottom - top, right - left
+    assert (h > 0).all() and (w > 0).all()
+    assert (top >= 0).all() and (left >= 0).all() and (bottom <= height).all() and (right <= width).all()
+    # Height and width are rounded to pixels: each is half a pixel off at most.
+    assert ((h + 0.5) * (w + 0.5) >= 0.02 * height * width).all() and ((h - 0.5) * (w - 0.5) <= 0.4 * height * width).all()
+    assert ((h + 0.5) / (w - 0.5) >= 0.3).all() and ((h - 0.5) / (w + 0.5) <= 1 / 0.3).all()
+    assert (h * w / height / width).min() < 0.03 and (h * w / height / width).max() > 0.37
+    assert (h / w).min() < 0.5 and (h / w).max() > 3.2
+    assert top.min() == 0 and left.min() == 0 and bottom.max() == height and right.max() == width
+
+
+def test_erasing_draws_area_and_aspect_uniformly_where_every_box_fits():
+    height, width = 400, 400
+    top, left, bottom, right = all_draws(size=(height, width), erasing_probability=1.0, erasing_area=(0.02, 0.2)).erase.T
+    area = (bottom - top).double() * (right - left) / height / width
+    aspect = (bottom - top).double() / (right - left)
+    for values, low, high in ((area, 0.02, 0.2), (aspect, 0.3, 1 / 0.3)):
+        standard = (values - low) / (high - low)
+        assert abs(standard.mean() - 0.5) < 5 * math.sqrt(1 / 12 / 2000)
+        assert abs((standard < 0.25).double().mean() - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 2000)
+
+
+@pytest.mark.parametrize('size', [(1, 1), (2, 2), (3, 1), (31, 33)])
+def test_boxes_stay_inside_tiny_images(size):
+    top, left, bottom, right = all_draws(steps=4, size=size, erasing_probability=1.0).erase.T
+    assert (top >= 0).all() and (left >= 0).all() and (top <= bottom).all() and (left <= right).all()
+    assert (bottom <= size[0]).all() and (right <= size[1]).all()
+
+
+def test_a_box_that_can_never_fit_erases_nothing():
+    draws = all_draws(steps=1, size=(8, 8), erasing_probability=1.0, erasing_area=(2.0, 3.0), erasing_aspect=(1.0, 1.0))
+    assert not draws.erase.any()
+
+
+def test_probabilities_0_and_padding_0_leave_normalisation_alone():
+    augmentation = Augmentation(flip_probability=0.0, padding=0, erasing_probability=0.0)
+    images = random_images(33, 16, 8)
+    draws = augmentation.draw(0, 0, 33, (16, 8))
+    assert not any(field.any() for field in draws)
+    assert torch.equal(augmentation(images, draws), normalise(images))
+
+
+def test_probabilities_1_flip_and_erase_every_image():
+    draws = all_draws(steps=4, flip_probability=1.0, erasing_probability=1.0)
+    assert draws.flip.all() and draws.erase.any(1).all()

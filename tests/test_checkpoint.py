@@ -1,0 +1,231 @@
+"""Checkpoints: what is saved comes back, a failing write harms nothing, foreign files are refused without being run."""
+
+import errno
+import os
+import pickle
+import resource
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mgn import checkpoint
+
+CONTENT = {'config': "seed = 3\n# ü", 'step': 12, 'mAP': 0.25, 'resume': None, 'names': ['a', 'b'],
+           'model': {'empty': torch.empty(0), 'half': torch.arange(33.).half(), 'count': torch.tensor(7),
+                     'strided': torch.arange(129.)[::2], 'nan': torch.tensor([torch.nan, torch.inf])},
+           'optimizer': {'state': {0: {'step': torch.tensor(2.0)}}, 'param_groups': [{'lr': 0.1, 'params': [0]}]}}
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    path = tmp_path / 'last.pth'
+    checkpoint.save(str(path), CONTENT)
+    got = checkpoint.load(str(path))
+    assert {name: got[name] for name in ('config', 'step', 'mAP', 'resume', 'names')} == {
+        name: CONTENT[name] for name in ('config', 'step', 'mAP', 'resume', 'names')}
+    for name, tensor in CONTENT['model'].items():
+        torch.testing.assert_close(got['model'][name], tensor, rtol=0, atol=0, equal_nan=True)
+        assert got['model'][name].dtype == tensor.dtype
+    assert got['optimizer'] == CONTENT['optimizer']
+    assert os.listdir(tmp_path) == ['last.pth']
+
+
+def test_saving_again_replaces_the_file(tmp_path):
+    path = str(tmp_path / 'last.pth')
+    for step in (1, 2):
+        checkpoint.save(path, {'step': step})
+        assert checkpoint.load(path)['step'] == step
+    assert os.listdir(tmp_path) == ['last.pth']
+
+
+def test_the_data_are_on_disk_before_the_name_is(tmp_path, monkeypatch):
+    path = tmp_path / 'last.pth'
+    checkpoint.save(str(path), {'step': 1})
+    seen, fsync = [], os.fsync
+
+    def watched(descriptor):
+        seen.append(checkpoint.load(str(path))['step'])
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, 'fsync', watched)
+    checkpoint.save(str(path), {'step': 2})
+    assert seen == [1, 2]  # the file under its temporary name, then the folder
+
+
+BIG = {'model': {'weight': torch.zeros(100_000)}}
+
+
+@contextmanager
+def full_disk(monkeypatch):
+    def no_space(descriptor):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'fsync', no_space)
+        yield
+
+
+@contextmanager
+def size_limit(size):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+FAILURES = pytest.mark.parametrize('failure', [full_disk, lambda _: size_limit(150_000), lambda _: size_limit(0)],
+                                   ids=['no space to sync', 'room for a part', 'room for nothing'])
+
+
+@FAILURES
+def test_a_failing_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch, failure):
+    path = tmp_path / 'last.pth'
+    checkpoint.save(str(path), {**BIG, 'step': 1})
+    before = path.read_bytes()
+    with pytest.raises(OSError, match='last.pth, got: .*the previous one is unharmed.*free disk space'):
+        with failure(monkeypatch):
+            checkpoint.save(str(path), {**BIG, 'step': 2})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ['last.pth']
+
+
+@FAILURES
+def test_a_failing_first_write_leaves_nothing(tmp_path, monkeypatch, failure):
+    with pytest.raises(OSError, match='last.pth, got: .*there was none before'):
+        with failure(monkeypatch):
+            checkpoint.save(str(tmp_path / 'last.pth'), BIG)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_may_not_be_written_is_a_clear_error():
+    folder = Path(tempfile.mkdtemp())  # not tmp_path, into which root alone can look
+    path = folder / 'last.pth'
+    user = os.geteuid()
+    try:
+        checkpoint.save(str(path), {'step': 1})
+        folder.chmod(0o555)
+        if user == 0:
+            os.seteuid(65534)  # root may write anywhere
+        with pytest.raises(OSError, match='want to write the checkpoint .*last.pth, got: .*denied'):
+            checkpoint.save(str(path), {'step': 2})
+        os.seteuid(user)
+        assert os.listdir(folder) == ['last.pth']
+        assert checkpoint.load(str(path))['step'] == 1
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+def test_a_missing_folder_is_a_clear_error(tmp_path):
+    with pytest.raises(OSError, match='want to write the checkpoint .*nowhere/last.pth'):
+        checkpoint.save(str(tmp_path / 'nowhere' / 'last.pth'), {'step': 1})
+
+
+@pytest.mark.parametrize('path', ['nowhere.pth', '.'])
+def test_what_is_no_file_is_not_found(tmp_path, path):
+    with pytest.raises(FileNotFoundError, match='want a checkpoint, found no file'):
+        checkpoint.load(str(tmp_path / path))
+
+
+@pytest.mark.parametrize('length', [0, 1, 31, 33, 129, 0.5, -1])
+def test_a_truncated_checkpoint_is_refused(tmp_path, length):
+    path = tmp_path / 'last.pth'
+    checkpoint.save(str(path), CONTENT)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:int(length * len(whole)) if length == 0.5 else length])
+    with pytest.raises(ValueError, match='want a checkpoint written by mgn.train, got .*last.pth'):
+        checkpoint.load(str(path))
+
+
+class Code:
+    """Pickled: an instruction to create a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+@pytest.mark.parametrize('write', [
+    lambda path, marker: path.write_text('want: weights\ngot: text'),
+    lambda path, marker: path.write_bytes(bytes(range(256)) * 9),
+    lambda path, marker: path.write_bytes(pickle.dumps({'format': checkpoint.FORMAT, 'model': {}, 'x': Code(marker)})),
+    lambda path, marker: torch.save({'format': checkpoint.FORMAT, 'model': Code(marker)}, path),
+    lambda path, marker: torch.save({'format': checkpoint.FORMAT, 'model': Code(marker)}, path,
+                                    _use_new_zipfile_serialization=False),
+    lambda path, marker: torch.save(nn.Linear(1, 1), path),
+    lambda path, marker: torch.save(nn.Linear(1, 1).state_dict(), path),
+    lambda path, marker: torch.save({'format': 'mgn checkpoint 0', 'model': {}}, path),
+    lambda path, marker: torch.save(torch.zeros(3), path),
+    lambda path, marker: torch.save([checkpoint.FORMAT], path),
+], ids=['text', 'bytes', 'pickle with code', 'checkpoint with code', 'old checkpoint with code', 'module', 'state dict',
+        'other format', 'tensor', 'list'])
+def test_what_is_no_checkpoint_is_refused_and_not_run(tmp_path, write):
+    path, marker = tmp_path / 'best.pth', tmp_path / 'executed'
+    write(path, marker)
+    with pytest.raises(ValueError, match='want a checkpoint written by mgn.train, got .*best.pth'):
+        checkpoint.load(str(path))
+    assert not marker.exists()
+
+
+def test_the_code_of_these_tests_would_run_if_it_were_loaded(tmp_path):
+    pickle.loads(pickle.dumps(Code(tmp_path / 'executed')))
+    assert (tmp_path / 'executed').exists()
+
+
+def model(classes=3, width=4):
+    torch.manual_seed(classes)
+    heads = nn.ModuleList([nn.ModuleDict({'reduction': nn.Linear(width, 2)})])
+    if classes:
+        heads[0]['classifier'] = nn.Linear(2, classes, bias=False)
+    return nn.ModuleDict({'heads': heads})
+
+
+def test_a_fitting_state_is_loaded():
+    source, target = model().state_dict(), model()
+    nn.init.zeros_(target['heads'][0]['reduction'].weight)
+    checkpoint.load_model(target, source, 'best.pth')
+    assert all(torch.equal(value, source[name]) for name, value in target.state_dict().items())
+
+
+def test_missing_unexpected_and_ill_shaped_keys_are_all_listed_and_nothing_is_loaded():
+    state = model(7, width=5).state_dict()
+    state['trunk.0.weight'] = state.pop('heads.0.reduction.bias')
+    target = model(3)
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(ValueError, match='want weights of the configured architecture, my.pth does not fit') as raised:
+        checkpoint.load_model(target, state, 'my.pth')
+    for problem in ('missing heads.0.reduction.bias\n', 'unexpected trunk.0.weight\n',
+                    'heads.0.reduction.weight: want shape (2, 4), got (2, 5)\n',
+                    'heads.0.classifier.weight: want shape (3, 2), got (7, 2)\n'):
+        assert problem in str(raised.value)
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+
+
+@pytest.mark.parametrize('classes', [0, 7])
+def test_a_classifier_of_another_size_is_refused_where_the_whole_model_is_wanted(classes):
+    with pytest.raises(ValueError, match='heads.0.classifier.weight'):
+        checkpoint.load_model(model(3), model(classes).state_dict(), 'best.pth')
+
+
+@pytest.mark.parametrize('classes', [0, 7])
+def test_where_features_are_wanted_classifiers_are_dropped(classes):
+    source, target = model(classes).state_dict(), model(0)
+    checkpoint.load_model(target, source, 'best.pth', features_only=True)
+    assert sorted(target.state_dict()) == ['heads.0.reduction.bias', 'heads.0.reduction.weight']
+    assert all(torch.equal(value, source[name]) for name, value in target.state_dict().items())
+
+
+def test_where_features_are_wanted_everything_else_is_still_checked():
+    state = model(7, width=5).state_dict()
+    with pytest.raises(ValueError, match=r'heads.0.reduction.weight: want shape \(2, 4\), got \(2, 5\)') as raised:
+        checkpoint.load_model(model(0), state, 'best.pth', features_only=True)
+    assert 'classifier' not in str(raised.value)

@@ -1,0 +1,249 @@
+"""Files → uint8 images, against PIL; what stands in for an unreadable file; batches made by worker processes."""
+
+import gin
+import numpy as np
+import pytest
+import torch
+from conftest import write_image
+from PIL import Image
+
+from mgn.augmentation import Augmentation
+from mgn.datasets import Sample
+from mgn.images import TestBatches as EvaluationBatches  # under its own name pytest would collect it
+from mgn.images import TrainBatches, batches, read_image
+from mgn.sampler import IdentitySampler
+
+CPU = torch.device('cpu')
+SIZE = (16, 8)
+
+
+def smooth_pixels(height, width, seed=0, amplitude=150):
+    """(H, W, 3) uint8 with structure, as photographs have; an amplitude of 150 clips the extremes."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin(y * rng.uniform(0.05, 0.9) + x * rng.uniform(0.05, 0.9) + rng.uniform(0, 6)) for _ in range(3)]
+    return np.clip(np.stack(waves, -1) * amplitude + 128 + rng.normal(0, 10, (height, width, 3)), 0, 255).astype(np.uint8)
+
+
+def pil_rgb(path):
+    return np.asarray(Image.open(path).convert('RGB')).astype(int)
+
+
+def difference(image, path_or_pixels):
+    """Largest difference in levels of a (3, H, W) tensor and (H, W, 3) pixels."""
+    return np.abs(image.permute(1, 2, 0).numpy().astype(int) - path_or_pixels).max()
+
+
+def write_set(folder, identities=4, images=3, broken=()):
+    """Samples of `identities` with `images` files each; those whose index is in `broken` hold text."""
+    samples = []
+    for i in range(identities * images):
+        path = folder / f'{i // images + 1:04d}_c{i % 2 + 1}s1_{i:06d}.jpg'
+        write_image(path, i, size=(24, 12))
+        if i in broken:
+            path.write_text('no image')
+        samples.append(Sample(str(path), i // images + 1, i % 2 + 1))
+    return samples
+
+
+def make_train_batches(samples, P=2, K=2, seed=0):
+    labels = [sample.pid - 1 for sample in samples]
+    sampler = IdentitySampler(labels, [sample.camid for sample in samples], P, K, seed)
+    return TrainBatches(samples, labels, sampler, Augmentation(padding=2), SIZE)
+
+
+def same_batch(a, b):
+    return (torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and a.unreadable == b.unreadable
+            and all(torch.equal(x, y) for x, y in zip(a.draws, b.draws)))
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'P', 'RGBA', 'LA', '1'])
+@pytest.mark.parametrize('size', [(1, 1), (31, 33), (64, 32)])
+def test_png_files_of_every_mode_are_read_as_pil_converts_them_to_rgb(tmp_path, mode, size):
+    path = tmp_path / 'image.png'
+    Image.fromarray(smooth_pixels(*size)).convert(mode).save(path)
+    image = read_image(str(path), size)
+    assert (image.dtype, image.shape) == (torch.uint8, (3, *size))
+    assert difference(image, pil_rgb(path)) == 0
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L'])
+@pytest.mark.parametrize('options', [{}, {'quality': 60}, {'progressive': True}, {'subsampling': 0}])
+@pytest.mark.parametrize('size', [(1, 1), (31, 33), (128, 64)])
+def test_jpeg_files_are_read_as_pil_reads_them(tmp_path, mode, options, size):
+    path = tmp_path / 'image.jpg'
+    Image.fromarray(smooth_pixels(*size)).convert(mode).save(path, **options)
+    image = read_image(str(path), size)
+    assert (image.dtype, image.shape) == (torch.uint8, (3, *size))
+    assert difference(image, pil_rgb(path)) <= 1  # two builds of libjpeg may round differently
+
+
+@pytest.mark.parametrize('source', [(128, 64), (31, 33), (150, 350), (3, 1)])
+@pytest.mark.parametrize('target', [(384, 128), (128, 64), (33, 31), (1, 1)])
+def test_resizing_equals_pils_antialiased_bicubic_within_two_levels(tmp_path, source, target):
+    path = tmp_path / 'image.png'
+    Image.fromarray(smooth_pixels(*source, amplitude=60)).save(path)  # where overshoot is clipped the two differ more
+    expected = np.asarray(Image.open(path).resize(target[::-1], Image.BICUBIC)).astype(int)
+    image = read_image(str(path), target)
+    assert image.shape == (3, *target)
+    assert difference(image, expected) <= 2
+
+
+@pytest.mark.parametrize('value', [0, 1, 40000, 65535])
+def test_a_16_bit_png_is_read_as_8_bits(tmp_path, value):
+    path = tmp_path / 'deep.png'
+    Image.fromarray(np.full(SIZE, value, np.uint16)).save(path)
+    image = read_image(str(path), SIZE)
+    assert image.dtype == torch.uint8
+    assert (image.int() - value // 257).abs().max() <= 1
+
+
+def missing(path):
+    pass
+
+
+def empty(path):
+    path.touch()
+
+
+def text(path):
+    path.write_text('no image' * 100)
+
+
+def folder(path):
+    path.mkdir()
+
+
+def truncated(path):
+    write_image(path, 0)
+    content = path.read_bytes()
+    path.write_bytes(content[:len(content) // 2])
+
+
+def header_only(path):
+    write_image(path, 0)
+    path.write_bytes(path.read_bytes()[:24])
+
+
+def animated(path):
+    frames = [Image.fromarray(smooth_pixels(*SIZE, seed)) for seed in (0, 1)]
+    frames[0].save(path, 'GIF', save_all=True, append_images=frames[1:])
+
+
+@pytest.mark.parametrize('name', ['person.jpg', 'pérson 1.png'])
+@pytest.mark.parametrize('damage', [missing, empty, text, folder, truncated, header_only, animated])
+def test_what_is_no_readable_image_is_named(tmp_path, damage, name):
+    damage(tmp_path / name)
+    with pytest.raises(ValueError) as error:
+        read_image(str(tmp_path / name), SIZE)
+    assert str(tmp_path / name) in str(error.value)
+    assert '\n' not in str(error.value)
+
+
+def test_a_training_batch_holds_the_samplers_images_labels_and_draws(tmp_path):
+    samples = write_set(tmp_path)
+    train = make_train_batches(samples, P=3, K=2, seed=3)
+    for step in (0, 1, 7):
+        indices, batch = train.sampler.batch(step), train[step]
+        assert torch.equal(batch.images, torch.stack([read_image(samples[i].path, SIZE) for i in indices]))
+        assert batch.labels.tolist() == [samples[i].pid - 1 for i in indices]
+        assert batch.labels.dtype == torch.int64 and batch.images.dtype == torch.uint8 and batch.unreadable == []
+        assert all(torch.equal(a, b) for a, b in zip(batch.draws, train.augmentation.draw(3, step, 6, SIZE)))
+
+
+@pytest.mark.parametrize('images, broken', [(2, [0]), (2, [1]), (3, [0]), (3, [0, 2]), (5, [0, 1, 2, 4]), (5, [3])])
+def test_an_unreadable_image_is_replaced_by_another_of_its_identity_and_reported(tmp_path, images, broken):
+    samples = write_set(tmp_path, identities=2, images=images, broken=broken)
+    train = make_train_batches(samples, K=1)
+    good = [i for i in range(images) if i not in broken]
+    met = set()
+    for step in range(20):
+        batch, indices = train[step], train.sampler.batch(step)
+        position = next(p for p, i in enumerate(indices) if i < images)
+        readable = [read_image(samples[i].path, SIZE) for i in good]
+        assert batch.labels[position] == 0
+        assert any(torch.equal(batch.images[position], image) for image in readable)
+        names = [samples[i].path for i in broken if any(samples[i].path in text for text in batch.unreadable)]
+        assert len(names) == len(batch.unreadable) == len(set(batch.unreadable))
+        assert (samples[indices[position]].path in names) == (indices[position] in broken)
+        met.add(indices[position])
+        assert same_batch(batch, train[step])
+    assert met & set(broken)
+
+
+def test_every_readable_image_serves_as_a_replacement_and_each_position_draws_its_own(tmp_path):
+    samples = write_set(tmp_path, identities=2, images=5, broken=[0])
+    train = make_train_batches(samples, K=1)
+    images = [read_image(sample.path, SIZE) for sample in samples[1:5]]
+
+    def replacements(position):
+        found = [train.image(0, step, position, {}) for step in range(40)]
+        return [next(i for i, image in enumerate(images) if torch.equal(image, f)) for f in found]
+
+    assert set(replacements(0)) == set(range(4))
+    assert replacements(0) == replacements(0) != replacements(1)
+
+
+def test_an_unreadable_image_met_twice_in_a_batch_is_reported_once(tmp_path):
+    samples = write_set(tmp_path, identities=2, images=2, broken=[0])
+    reports = [make_train_batches(samples, K=6)[step].unreadable for step in range(5)]
+    assert [len(report) for report in reports] == [1] * 5
+
+
+@pytest.mark.parametrize('images', [1, 2, 4])
+def test_an_identity_without_a_readable_image_is_an_error_that_names_all(tmp_path, images):
+    samples = write_set(tmp_path, identities=2, images=images, broken=range(images))
+    with pytest.raises(ValueError, match='readable image of identity 1, got none') as error:
+        make_train_batches(samples)[0]
+    assert all(sample.path in str(error.value) for sample in samples[:images])
+
+
+@pytest.mark.parametrize('n, batch_size', [(1, 1), (1, 4), (4, 4), (5, 4), (9, 2)])
+def test_evaluation_batches_keep_the_order_and_the_short_tail(tmp_path, n, batch_size):
+    samples = write_set(tmp_path, identities=n, images=1)
+    dataset = EvaluationBatches(samples, SIZE, batch_size)
+    items = [dataset[i] for i in range(len(dataset))]
+    assert [len(item.images) for item in items] == [len(samples[i:i + batch_size]) for i in range(0, n, batch_size)]
+    assert torch.equal(torch.cat([item.images for item in items]),
+                       torch.stack([read_image(sample.path, SIZE) for sample in samples]))
+    assert all(item.unreadable == [] for item in items)
+
+
+def test_evaluation_batches_report_what_is_unreadable(tmp_path):
+    samples = write_set(tmp_path, identities=5, images=1, broken=[1, 2, 3])
+    items = [EvaluationBatches(samples, SIZE, 2)[i] for i in range(3)]
+    assert [item.images.shape for item in items] == [(1, 3, *SIZE), (0, 3, *SIZE), (1, 3, *SIZE)]
+    assert [[samples[i].path in text for text, i in zip(item.unreadable, broken)] for item, broken in
+            zip(items, ([1], [2, 3], []))] == [[True], [True, True], []]
+
+
+def test_no_samples_make_no_evaluation_batches():
+    assert len(EvaluationBatches([], SIZE, 4)) == 0
+
+
+def in_workers(dataset, items, context):
+    loader = batches(dataset, items, 2, CPU)
+    loader.multiprocessing_context = context
+    return list(loader)
+
+
+@pytest.mark.parametrize('context', ['fork', 'spawn'])
+def test_worker_processes_change_no_training_batch(tmp_path, context):
+    gin.parse_config('Augmentation.flip_probability = 1.0')  # spawned processes hold no bindings
+    try:
+        dataset = make_train_batches(write_set(tmp_path, images=4, broken=[4]))
+    finally:
+        gin.clear_config()
+    expected = list(batches(dataset, range(3, 11), 0, CPU))
+    got = in_workers(dataset, range(3, 11), context)
+    assert len(got) == len(expected) == 8
+    assert all(same_batch(a, b) and same_batch(a, dataset[step]) for a, b, step in zip(got, expected, range(3, 11)))
+    assert all(batch.draws.flip.all() for batch in got)
+    assert any(batch.unreadable for batch in got)
+
+
+def test_worker_processes_change_no_evaluation_batch(tmp_path):
+    dataset = EvaluationBatches(write_set(tmp_path, broken=[4]), SIZE, 5)
+    expected, got = list(batches(dataset, range(3), 0, CPU)), in_workers(dataset, range(3), 'fork')
+    assert [len(batch.images) for batch in got] == [4, 5, 2]
+    assert all(torch.equal(a.images, b.images) and a.unreadable == b.unreadable for a, b in zip(got, expected))

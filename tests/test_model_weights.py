@@ -1,0 +1,107 @@
+"""MGN's first weights: the recipe's distributions, branches that start equal, ImageNet's from a file or the network."""
+
+import io
+from email.message import Message
+from urllib.error import URLError
+
+import pytest
+import torch
+import torchvision
+
+from mgn.model import MGN
+
+
+def test_branches_start_equal_and_are_independent_afterwards():
+    model = MGN(5, backbone='resnet18', pretrained=False)
+    first, *others = (dict(branch.named_parameters()) for branch in model.branches)
+    for other in others:
+        assert first.keys() == other.keys()
+        for name in first:
+            assert torch.equal(first[name], other[name])
+            assert first[name].data_ptr() != other[name].data_ptr()
+    before = others[0]['0.conv1.weight'].clone()
+    with torch.no_grad():
+        first['0.conv1.weight'].zero_()
+    assert torch.equal(others[0]['0.conv1.weight'], before)
+    assert len(list(model.parameters())) == len({p.data_ptr() for p in model.parameters()})
+
+
+def test_initial_weights_follow_the_recipe():
+    torch.manual_seed(0)
+    heads = MGN(129, backbone='resnet18', pretrained=False).heads
+
+    def is_normal(values, mean, std):
+        values = torch.cat([v.detach().flatten() for v in values])
+        spread = std / len(values) ** 0.5
+        assert abs(values.mean() - mean) < 4 * spread
+        assert abs(values.std() / std - 1) < 4 * (2 * len(values)) ** -0.5
+        assert abs((values - mean).abs().mean() / std - 0.7979) < 4 * 0.6028 * len(values) ** -0.5  # as a Gaussian's
+
+    is_normal([head.reduction.weight for head in heads], 0, (2 / 256) ** 0.5)  # Kaiming, fan_out, ReLU's gain
+    is_normal([head.norm.weight for head in heads], 1, 0.02)
+    is_normal([head.neck.weight for head in heads], 1, 0.02)
+    is_normal([head.classifier.weight for head in heads], 0, 0.001)
+    assert not any(norm.bias.any() for head in heads for norm in (head.norm, head.neck))
+
+
+@pytest.fixture
+def imagenet_like():
+    torch.manual_seed(3)
+    return torchvision.models.resnet18(weights=None).state_dict()
+
+
+def holds(model, state):
+    assert torch.equal(model.trunk[0].weight, state['conv1.weight'])
+    assert torch.equal(model.trunk[6].conv2.weight, state['layer3.0.conv2.weight'])
+    for branch in model.branches:
+        assert torch.equal(branch[0].conv1.weight, state['layer3.1.conv1.weight'])
+        assert torch.equal(branch[1].downsample[0].weight, state['layer4.0.downsample.0.weight'])
+        assert torch.equal(branch[2].bn2.weight, state['layer4.1.bn2.weight'])
+
+
+def test_pretrained_weights_come_from_a_local_file(tmp_path, monkeypatch, imagenet_like):
+    torch.save(imagenet_like, tmp_path / 'weights.pth')
+    holds(MGN(5, backbone='resnet18', pretrained=str(tmp_path / 'weights.pth')), imagenet_like)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    holds(MGN(5, backbone='resnet18', pretrained='~/weights.pth'), imagenet_like)
+
+
+def test_pretrained_true_uses_torchvisions_cache(tmp_path, monkeypatch, imagenet_like):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    (tmp_path / 'hub' / 'checkpoints').mkdir(parents=True)
+    torch.save(imagenet_like, tmp_path / 'hub' / 'checkpoints' / weights.url.rsplit('/', 1)[1])
+    holds(MGN(5, backbone='resnet18', pretrained=True), imagenet_like)
+
+
+def test_pretrained_true_without_a_network_says_what_to_do(tmp_path, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise URLError('Name or service not known')
+
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    monkeypatch.setattr(torch.hub, 'urlopen', unreachable)
+    with pytest.raises(OSError, match='(?s)ImageNet weights https://.*resnet18.*not known.*MGN.pretrained') as raised:
+        MGN(5, backbone='resnet18', pretrained=True)
+    assert not isinstance(raised.value, URLError)
+
+
+def test_pretrained_true_answered_by_something_else_says_what_to_do(tmp_path, monkeypatch):
+    class LoginPage(io.BytesIO):
+        def info(self):
+            return Message()
+
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    monkeypatch.setattr(torch.hub, 'urlopen', lambda *args, **kwargs: LoginPage(b'<html>please log in</html>'))
+    with pytest.raises(OSError, match='(?s)ImageNet weights https://.*resnet18.*MGN.pretrained'):
+        MGN(5, backbone='resnet18', pretrained=True)
+
+
+def test_unfit_pretrained_files_are_errors(tmp_path, imagenet_like):
+    with pytest.raises(FileNotFoundError, match='MGN.pretrained.*nowhere.pth'):
+        MGN(5, backbone='resnet18', pretrained=str(tmp_path / 'nowhere.pth'))
+    torch.save(imagenet_like, tmp_path / 'resnet18.pth')
+    with pytest.raises(ValueError, match='(?s)state dict of resnet34.*resnet18.pth'):
+        MGN(5, backbone='resnet34', pretrained=str(tmp_path / 'resnet18.pth'))
+    (tmp_path / 'text.pth').write_text('not weights')
+    with pytest.raises(ValueError, match='state dict of resnet18.*text.pth'):
+        MGN(5, backbone='resnet18', pretrained=str(tmp_path / 'text.pth'))
