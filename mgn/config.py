@@ -110,7 +110,7 @@ def find_gin_file(path):
 def check_names(config):
     """Rejects what gin accepts silently: macros that nothing uses and scopes that nothing enters."""
     used = {ref.config_key for ref in gin.config.iterate_references(config)}
-    used_scopes = {scope for scope, selector in used if selector != MACRO and scope}
+    used_scopes = {scope for scope, _ in used if scope}  # a macro's value is made in a scope of the macro's name
     for scope, selector in config:
         if selector == MACRO and (scope, MACRO) not in used and scope not in default_macros():
             raise ValueError(f'want a name that something uses, got the macro {scope!r}, which nothing does'

@@ -11,11 +11,12 @@ for optimizer in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
 
 
 @gin.configurable(denylist=['model'])
-def make_optimizer(model, optimizer=torch.optim.Adam, bias_lr_factor=2.0, bias_weight_decay=0.0):
-    """An optimiser over the trainable parameters, those whose name contains "bias" in a group of their own.
+def make_optimizer(model, optimizer=gin.REQUIRED, bias_lr_factor=2.0, bias_weight_decay=0.0):
+    """An optimiser over the trainable parameters of `model`, those whose name contains "bias" in a group of their own.
 
-    The learning rate and weight decay are the optimiser's own bindings (Adam.lr, …); biases get bias_lr_factor × lr
-    and bias_weight_decay, as in fast-reid. Each group keeps its `initial_lr`.
+    `optimizer` is called with the groups alone: learning rate and weight decay are its own bindings (Adam.lr, …), so it
+    has to be gin's version of a class (@Adam), which knows them. Biases get bias_lr_factor × lr and bias_weight_decay,
+    as in fast-reid. Each group keeps its `initial_lr`.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     weights = [p for name, p in named if 'bias' not in name]
