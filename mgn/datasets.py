@@ -125,7 +125,7 @@ def read_market_folder(folder, camera_required):
     """Samples of one folder, sorted by file name, junk (id −1) left out. Files that are no images are passed over."""
     samples, without_camera = [], []
     for file_name in sorted(os.listdir(folder)):
-        if not file_name.lower().endswith(IMAGE_SUFFIXES):
+        if not file_name.lower().endswith(IMAGE_SUFFIXES) or file_name.startswith('.'):
             continue
         path = os.path.join(folder, file_name)
         fields = re.match(r'(-?\d+)_(?:c(\d+))?', file_name)
@@ -151,7 +151,7 @@ def read_msmt_list(folder, list_name, image_folder):
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            fields = re.fullmatch(r'(\S*?[^/\s_]+_[^/\s_]+_(\d+)_[^/\s]+)\s+(\d+)\s*', line)
+            fields = re.fullmatch(r'((?:\S*/)?[^/\s_]+_[^/\s_]+_(\d+)_[^/\s]+)\s+(\d+)\s*', line)
             if fields is None:
                 raise ValueError(f'want lines such as 0000/0000_000_01_0303morning_0008_0.jpg 0, got {line.rstrip()!r} '
                                  f'in line {number} of {os.path.join(folder, list_name)}; restore the list')

@@ -35,7 +35,10 @@ def read_image(path, size):
     try:
         image = decode_image(read_file(path), mode=ImageReadMode.RGB)
     except (RuntimeError, OSError) as error:
-        raise ValueError(f'{path}: {str(error).splitlines()[0]}') from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f'{path}: {reason.rsplit(".cpp:", 1)[-1].lstrip("0123456789, ")}') from None
+    if image.ndim != 3:
+        raise ValueError(f'{path}: want one image, got an animation of {len(image)}')
     if image.dtype == torch.uint16:  # a PNG of 16 bits
         image = image.float().div_(257).round_().to(torch.uint8)
     if image.shape[1:] == torch.Size(size):
@@ -68,22 +71,20 @@ class TrainBatches(Dataset):
         return TrainBatch(stack(images), labels, augmentation_draws, list(unreadable.values()))
 
     def image(self, index, step, position, unreadable):
-        candidates = [index]
-        while candidates:
-            path = self.samples[candidates[-1]].path
+        for candidate in self.candidates(index, step, position):
+            path = self.samples[candidate].path
             try:
                 return read_image(path, self.size)
             except ValueError as error:
                 unreadable[path] = str(error)
-            if len(candidates) == 1:
-                others = [i for i in self.sampler.images_of[self.labels[index]] if i != index]
-                rng = draws.generator(self.sampler.seed, draws.REPLACEMENT, step, position)
-                candidates = [index, *rng.permutation(others).tolist()]
-            candidates.pop()
-            if candidates == [index]:
-                break
         raise ValueError(f'want a readable image of identity {self.samples[index].pid}, got none:\n  '
                          + '\n  '.join(unreadable.values()) + '\nrestore the files or remove this identity')
+
+    def candidates(self, index, step, position):
+        """The image itself, then the others of its identity in random order."""
+        yield index
+        others = [i for i in self.sampler.images_of[self.labels[index]] if i != index]
+        yield from draws.generator(self.sampler.seed, draws.REPLACEMENT, step, position).permutation(others).tolist()
 
 
 class TestBatches(Dataset):

@@ -46,7 +46,9 @@ def test_a_batch_equals_the_loop_over_its_images(batch, size, padding):
     augmentation = Augmentation(padding=padding)
     images = random_images(batch, *size)
     draws = augmentation.draw(1, 2, batch, size)
-    np.testing.assert_array_equal(augmentation(images, draws).numpy(), augment_each(images, draws, padding))
+    got = augmentation(images, draws)
+    assert got.dtype == torch.float32 and got.is_contiguous(memory_format=torch.channels_last)
+    np.testing.assert_array_equal(got.numpy(), augment_each(images, draws, padding))
 
 
 @pytest.mark.parametrize('flip', [False, True])
@@ -88,7 +90,8 @@ def test_an_empty_batch_stays_empty():
 
 def test_normalising_gives_imagenets_mean_0_and_deviation_1():
     images = random_images(2, 3, 4)
-    expected = (images.double() - torch.tensor(MEAN).double()[:, None, None]) / torch.tensor(STD).double()[:, None, None]
+    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (MEAN, STD))
+    expected = (images.double() - mean) / std
     assert normalise(images).dtype == torch.float32
     torch.testing.assert_close(normalise(images).double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(torch.tensor(MEAN) / 255, torch.tensor([0.485, 0.456, 0.406]))
@@ -139,7 +142,8 @@ def test_erasing_covers_2_to_40_percent_with_aspects_of_three_tenths_to_their_in
     assert (h > 0).all() and (w > 0).all()
     assert (top >= 0).all() and (left >= 0).all() and (bottom <= height).all() and (right <= width).all()
     # Height and width are rounded to pixels: each is half a pixel off at most.
-    assert ((h + 0.5) * (w + 0.5) >= 0.02 * height * width).all() and ((h - 0.5) * (w - 0.5) <= 0.4 * height * width).all()
+    assert ((h + 0.5) * (w + 0.5) >= 0.02 * height * width).all()
+    assert ((h - 0.5) * (w - 0.5) <= 0.4 * height * width).all()
     assert ((h + 0.5) / (w - 0.5) >= 0.3).all() and ((h - 0.5) / (w + 0.5) <= 1 / 0.3).all()
     assert (h * w / height / width).min() < 0.03 and (h * w / height / width).max() > 0.37
     assert (h / w).min() < 0.5 and (h / w).max() > 3.2
@@ -147,9 +151,9 @@ def test_erasing_covers_2_to_40_percent_with_aspects_of_three_tenths_to_their_in
 
 
 def test_erasing_draws_area_and_aspect_uniformly_where_every_box_fits():
-    height, width = 400, 400
-    top, left, bottom, right = all_draws(size=(height, width), erasing_probability=1.0, erasing_area=(0.02, 0.2)).erase.T
-    area = (bottom - top).double() * (right - left) / height / width
+    draws = all_draws(size=(400, 400), erasing_probability=1.0, erasing_area=(0.02, 0.2))
+    top, left, bottom, right = draws.erase.T
+    area = (bottom - top).double() * (right - left) / 400 / 400
     aspect = (bottom - top).double() / (right - left)
     for values, low, high in ((area, 0.02, 0.2), (aspect, 0.3, 1 / 0.3)):
         standard = (values - low) / (high - low)

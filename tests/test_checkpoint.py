@@ -157,7 +157,7 @@ class Code:
 @pytest.mark.parametrize('write', [
     lambda path, marker: path.write_text('want: weights\ngot: text'),
     lambda path, marker: path.write_bytes(bytes(range(256)) * 9),
-    lambda path, marker: path.write_bytes(pickle.dumps({'format': checkpoint.FORMAT, 'model': {}, 'x': Code(marker)})),
+    lambda path, marker: path.write_bytes(pickle.dumps({'format': checkpoint.FORMAT, 'x': Code(marker)}, protocol=2)),
     lambda path, marker: torch.save({'format': checkpoint.FORMAT, 'model': Code(marker)}, path),
     lambda path, marker: torch.save({'format': checkpoint.FORMAT, 'model': Code(marker)}, path,
                                     _use_new_zipfile_serialization=False),

@@ -68,9 +68,9 @@ def test_files_that_are_no_images_are_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize('read, alias', [
-    (datasets.market1501, 'Market-1501-v15.09.15'), (datasets.market1501, 'market1501'), (datasets.market1501, 'Market-1501'),
-    (datasets.market1501, ''), (datasets.dukemtmcreid, 'DukeMTMC-reID'), (datasets.dukemtmcreid, 'dukemtmcreid'),
-    (datasets.dukemtmcreid, 'dukemtmc-reid'), (datasets.market_layout, '')])
+    (datasets.market1501, 'Market-1501-v15.09.15'), (datasets.market1501, 'market1501'),
+    (datasets.market1501, 'Market-1501'), (datasets.market1501, ''), (datasets.dukemtmcreid, 'DukeMTMC-reID'),
+    (datasets.dukemtmcreid, 'dukemtmcreid'), (datasets.dukemtmcreid, 'dukemtmc-reid'), (datasets.market_layout, '')])
 def test_folder_aliases_are_found(tmp_path, read, alias):
     folder = tmp_path / alias
     write_names(folder, ['0002_c1_f1.jpg'], ['0001_c2_f1.jpg'], ['0001_c1_f1.jpg'])
@@ -107,7 +107,8 @@ def test_msmt17_reads_ids_from_the_second_column_and_cameras_from_the_third_fiel
 
 
 def test_msmt17_keeps_the_order_of_its_lists_and_passes_over_blank_lines(tmp_path):
-    lines = ['0003/0003_000_15_a_0_0.jpg 3', '', '0001/0001_000_02_a_0_0.jpg 7', '  ', '0002/0002_000_01_a_0_0.jpg\t12  ']
+    lines = ['0003/0003_000_15_a_0_0.jpg 3', '', '0001/0001_000_02_a_0_0.jpg 7', '  ',
+             '0002/0002_000_01_a_0_0.jpg\t12  ']
     write_msmt(tmp_path, train='\r\n'.join(lines))
     train = datasets.msmt17(str(tmp_path)).train
     assert [(s.pid, s.camid) for s in train] == [(3, 15), (7, 2), (12, 1)]
@@ -116,8 +117,9 @@ def test_msmt17_keeps_the_order_of_its_lists_and_passes_over_blank_lines(tmp_pat
 
 @pytest.mark.parametrize('combine_val, images, said', [
     (False, ['0000_000_01_0303morning_0008_0.jpg'], 'list_train.txt alone'),
-    (True, ['0000_000_01_0303morning_0008_0.jpg', '0000_001_15_0303noon_0009_1.jpg'], 'list_train.txt and list_val.txt')])
-def test_msmt17_trains_on_the_validation_list_only_when_asked_and_says_which(tmp_path, caplog, combine_val, images, said):
+    (True, ['0000_000_01_0303morning_0008_0.jpg', '0000_001_15_0303noon_0009_1.jpg'],
+     'list_train.txt and list_val.txt')])
+def test_msmt17_takes_the_validation_list_only_when_asked_and_says_which(tmp_path, caplog, combine_val, images, said):
     write_msmt(tmp_path)
     with caplog.at_level(logging.INFO, 'mgn'):
         assert names(datasets.msmt17(str(tmp_path), combine_val=combine_val).train) == images
@@ -192,17 +194,18 @@ def test_a_folder_without_images_is_named(tmp_path, part, junk):
 
 
 @pytest.mark.parametrize('read, name', [
-    (datasets.market1501, 'person_c1s1_1.jpg'), (datasets.market1501, '0002_000451.jpg'), (datasets.dukemtmcreid, '0002.jpg'),
-    (datasets.dukemtmcreid, '0002_f0046182.jpg'), (datasets.market_layout, 'photo.png'), (datasets.market1501, '2-c1.jpg')])
+    (datasets.market1501, 'person_c1s1_1.jpg'), (datasets.market1501, '0002_000451.jpg'),
+    (datasets.market1501, '2-c1.jpg'), (datasets.dukemtmcreid, '0002.jpg'),
+    (datasets.dukemtmcreid, '0002_f0046182.jpg'), (datasets.market_layout, 'photo.png')])
 def test_a_misnamed_file_is_named(tmp_path, read, name):
     write_names(tmp_path, ['0002_c1s1_1.jpg', name], ['0001_c2s1_1.jpg'], ['0001_c1s1_1.jpg'])
     with pytest.raises(ValueError, match=re.escape(f'got {tmp_path}/bounding_box_train/{name};')):
         read(str(tmp_path))
 
 
-@pytest.mark.parametrize('line', ['0000/0000_001_02_a_0_0.jpg', '0000/0000_001_02_a_0_0.jpg x', '0000/0000_001.jpg 3', '3',
-                                  '0000/0000_001_xx_a_0_0.jpg 3', '0000/0000_001_cam_07_a_0.jpg 3',
-                                  '0000/0000_001_02_a_0_0.jpg 3 4'])
+@pytest.mark.parametrize('line', [
+    '0000/0000_001_02_a_0_0.jpg', '0000/0000_001_02_a_0_0.jpg x', '0000/0000_001.jpg 3', '3',
+    '0000/0000_001_xx_a_0_0.jpg 3', '0000/0000_001_cam_07_a_0.jpg 3', '0000/0000_001_02_a_0_0.jpg 3 4'])
 def test_a_broken_list_line_is_named(tmp_path, line):
     write_msmt(tmp_path, query=f'0001/0001_000_07_0302evening_1_0.jpg 1\n{line}\n')
     with pytest.raises(ValueError, match=re.escape(f'got {line!r} in line 2 of {tmp_path}/list_query.txt')):

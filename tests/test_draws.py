@@ -35,4 +35,5 @@ def test_a_seed_that_is_no_non_negative_integer_is_refused(seed):
 
 
 def test_large_seeds_are_taken():
-    assert draws.generator(2 ** 63, draws.AUGMENTATION, 0).random() != draws.generator(0, draws.AUGMENTATION, 0).random()
+    large, zero = (draws.generator(seed, draws.AUGMENTATION, 0).random() for seed in (2 ** 63, 0))
+    assert large != zero

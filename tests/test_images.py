@@ -22,7 +22,8 @@ def smooth_pixels(height, width, seed=0, amplitude=150):
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(y * rng.uniform(0.05, 0.9) + x * rng.uniform(0.05, 0.9) + rng.uniform(0, 6)) for _ in range(3)]
-    return np.clip(np.stack(waves, -1) * amplitude + 128 + rng.normal(0, 10, (height, width, 3)), 0, 255).astype(np.uint8)
+    pixels = np.stack(waves, -1) * amplitude + 128 + rng.normal(0, 10, (height, width, 3))
+    return np.clip(pixels, 0, 255).astype(np.uint8)
 
 
 def pil_rgb(path):
@@ -148,6 +149,7 @@ def test_a_training_batch_holds_the_samplers_images_labels_and_draws(tmp_path):
         assert torch.equal(batch.images, torch.stack([read_image(samples[i].path, SIZE) for i in indices]))
         assert batch.labels.tolist() == [samples[i].pid - 1 for i in indices]
         assert batch.labels.dtype == torch.int64 and batch.images.dtype == torch.uint8 and batch.unreadable == []
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
         assert all(torch.equal(a, b) for a, b in zip(batch.draws, train.augmentation.draw(3, step, 6, SIZE)))
 
 

@@ -74,7 +74,7 @@ def test_cross_entropy_takes_large_and_non_contiguous_logits():
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('heads', [(), (1,), (3,), (2, 3)])
-@pytest.mark.parametrize('n, width', [(2, 1), (31, 3), (33, 17), (64, 129)])
+@pytest.mark.parametrize('n, width', [(2, 1), (31, 129), (33, 17), (129, 2)])
 @pytest.mark.parametrize('margin', [0.0, 0.3, 1.2, None])
 def test_triplet_loss_equals_the_loop_over_triplets(dtype, heads, n, width, margin):
     anchors, labels = random_anchors(heads, n, width, dtype)
@@ -97,7 +97,8 @@ def test_heads_are_mined_separately(heads):
 def test_non_contiguous_anchors_and_labels_are_taken():
     anchors, labels = random_anchors((6,), 10, 8, torch.float64)
     strided, every_other = anchors.transpose(1, 2).contiguous().transpose(1, 2)[::2], labels.repeat_interleave(2)[::2]
-    assert torch.equal(batch_hard_triplet_loss(strided, every_other, 1.2), batch_hard_triplet_loss(anchors[::2], labels, 1.2))
+    expected = batch_hard_triplet_loss(anchors[::2], labels, 1.2)
+    torch.testing.assert_close(batch_hard_triplet_loss(strided, every_other, 1.2), expected, **TOLERANCE[torch.float64])
 
 
 @pytest.mark.parametrize('margin', [1.2, None])

@@ -44,6 +44,11 @@ def test_initial_weights_follow_the_recipe():
     assert not any(norm.bias.any() for head in heads for norm in (head.norm, head.neck))
 
 
+def test_classifiers_and_reductions_have_no_bias():
+    for head in MGN(5, backbone='resnet18', pretrained=False).heads:
+        assert head.reduction.bias is None and head.classifier.bias is None
+
+
 @pytest.fixture
 def imagenet_like():
     torch.manual_seed(3)

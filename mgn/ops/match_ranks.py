@@ -117,7 +117,13 @@ def as_features(features, name):
     if not np.isfinite(features).all():
         row = np.flatnonzero(~np.isfinite(features).all(1))[0]
         raise ValueError(f'want finite {name} features, got NaN or infinity in row {row}; look for what made it')
-    return features.astype(np.float64)
+    # torch.set_flush_denormal lasts for the thread and would make denormals 0 in the conversion.
+    flushing = np.array([1], np.uint32).view(np.float32).astype(np.float64)[0] == 0
+    torch.set_flush_denormal(False)
+    try:
+        return features.astype(np.float64)
+    finally:
+        torch.set_flush_denormal(bool(flushing))
 
 
 def as_ids(ids, length, name):

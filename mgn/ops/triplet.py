@@ -19,6 +19,8 @@ def batch_hard_triplet_loss(anchors, labels, margin=0.3):
     if labels.shape != anchors.shape[-2:-1]:
         raise ValueError(f'want labels of shape ({anchors.shape[-2]},) for anchors of shape {tuple(anchors.shape)}, '
                          f'got {tuple(labels.shape)}; pass one label per anchor')
+    if len(labels) == 0:
+        return anchors.sum((-2, -1))
     positive = labels[:, None] == labels[None, :]                                           # (N, N)
     with torch.no_grad():  # mined by distances from differences: x² + y² − 2xy would cancel between near duplicates
         dist = torch.cdist(anchors, anchors, compute_mode='donot_use_mm_for_euclid_dist')   # (..., N, N)

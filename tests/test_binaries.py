@@ -1,0 +1,228 @@
+"""python -m mgn.train and python -m mgn.eval as a user runs them: one run, its evaluation, a kill, and mistakes."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_market
+
+import mgn
+
+PROJECT = Path(mgn.__file__).parent.parent
+RECIPE = """
+dataset = @market_layout()
+data_root = 'data'
+input_size = (64, 32)
+P = 2
+K = 2
+total_steps = 5
+workers = 1
+device = 'cpu'
+MGN.backbone = 'resnet18'
+MGN.pretrained = False
+MGN.parts = (2,)
+MGN.last_strides = (2,)
+train.log_every = 1
+train.checkpoint_every = 3
+train.evaluate_every = 100
+"""
+FLAGS = ('--gin_file=my.gin', '--gin_bindings=seed = 3', '--gin_bindings=lr = 1e-3')
+
+
+def environment():
+    path = os.pathsep.join([str(PROJECT), *filter(None, [os.environ.get('PYTHONPATH')])])
+    return {**os.environ, 'PYTHONPATH': path}
+
+
+def start(folder, *command, stdout=subprocess.PIPE):
+    return subprocess.Popen([sys.executable, *command], cwd=folder, env=environment(), text=True, stdout=stdout,
+                            stderr=subprocess.PIPE)
+
+
+def run(folder, *command):
+    process = start(folder, *command)
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    """A user's folder with data and a recipe."""
+    home = tmp_path_factory.mktemp('home')
+    write_market(home / 'data', identities=4)
+    (home / 'my.gin').write_text(RECIPE)
+    yield home
+    shutil.rmtree(home)  # hundreds of megabytes
+
+
+@pytest.fixture(scope='module')
+def trained(home):
+    code, out, err = run(home, '-m', 'mgn.train', *FLAGS)
+    assert code == 0, err
+    return home / 'runs' / 'my', out, err
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+
+
+def test_training_writes_a_run_and_plain_lines_off_a_terminal(trained):
+    folder, out, err = trained
+    assert {'last.pth', 'best.pth', 'config.gin', 'metrics.jsonl', 'eval.json'} <= set(os.listdir(folder))
+    assert '\r' not in out + err and '\x1b' not in out + err
+    assert not re.search('Traceback|[Ee]rror', out + err)
+    for step in range(1, 6):
+        assert len(re.findall(rf'^\d\d:\d\d:\d\d I step {step}: loss \d+\.\d+, lr ', out, re.MULTILINE)) == 1
+    assert '4 identities and 16 images to train, 3 query, 10 gallery, 2 cameras' in out
+    last = metrics(folder)[-1]
+    assert re.search(rf'^ +5 +{100 * last["rank1"]:.2f} +{100 * last["mAP"]:.2f} +{100 * last["mINP"]:.2f}$', out,
+                     re.MULTILINE)
+    assert len(re.findall('to train', out)) == 1  # nothing is said twice
+
+
+def test_evaluation_needs_the_checkpoint_alone_from_any_folder(trained, tmp_path):
+    folder, _, _ = trained
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.iterdir()}
+    code, out, err = run(tmp_path, '-m', 'mgn.eval', f"--gin_bindings=weights='{folder / 'best.pth'}'")
+    assert code == 0, err
+    results = json.loads((tmp_path / 'eval.json').read_text())
+    best = max((line for line in metrics(folder) if 'mAP' in line), key=lambda line: line['mAP'])
+    assert {name: results[name] for name in best} == best
+    assert re.search(f'{100 * best["mAP"]:.2f}', out)
+    assert os.listdir(tmp_path) == ['eval.json']
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.iterdir()} == before
+
+
+KILLED = """
+import os, runpy, signal, sys
+from mgn import training
+calls, real = [], training.train_step
+
+def step(*args):
+    calls.append(0)
+    if len(calls) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+
+training.train_step = step
+sys.argv[0] = 'mgn.train'
+runpy.run_module('mgn.train', run_name='__main__', alter_sys=True)
+"""
+
+
+def test_a_killed_run_started_again_ends_as_if_nothing_had_happened_and_a_terminal_shows_a_bar(trained, home):
+    folder, _, _ = trained
+    flags = (*FLAGS, "--gin_bindings=output_dir = 'again'")
+    killed = subprocess.run([sys.executable, '-c', KILLED, *flags], cwd=home, env=environment(),
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # its worker would hold a pipe open
+    assert killed.returncode == -9
+    assert torch.load(home / 'again' / 'last.pth')['step'] == 3
+    assert [line['step'] for line in metrics(home / 'again')] == [0, 1, 2, 3, 4]
+
+    terminal, inner = pty.openpty()
+    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack('4H', 40, 120, 0, 0))  # rows, columns
+    process = start(home, '-m', 'mgn.train', *flags, stdout=inner)
+    os.close(inner)
+    shown = read_all(terminal)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert re.search(r'5/5 \[.*step.*loss=\d+\.\d+.*lr=.*images/s=', shown)
+    assert re.search(r'features: 100%.*13/13', shown)
+
+    one, other = (torch.load(run / 'last.pth') for run in (folder, home / 'again'))
+    assert one['step'] == other['step'] == 5
+    assert all(torch.equal(value, other['model'][name]) for name, value in one['model'].items())
+    states = one['optimizer']['state'], other['optimizer']['state']
+    assert all(torch.equal(value, states[1][key][name]) for key in states[0] for name, value in states[0][key].items())
+    timings = {'images_per_s', 'data_wait'}
+    assert [{name: line[name] for name in line.keys() - timings} for line in metrics(home / 'again')] == [
+        {name: line[name] for name in line.keys() - timings} for line in metrics(folder)]
+
+
+def read_all(descriptor):
+    chunks = []
+    while True:
+        try:
+            chunks.append(os.read(descriptor, 1 << 16))
+        except OSError:  # how a terminal says that its last writer is gone
+            chunks.append(b'')
+        if not chunks[-1]:
+            os.close(descriptor)
+            return b''.join(chunks).decode()
+
+
+MISTAKES = [
+    ('mgn.train', ['--gin_bindings=train.PP = 3'], "PP.*nearest valid name is 'P'"),
+    ('mgn.train', ['--gin_bindings=trian.P = 3'], "trian.*nearest valid name is 'train'"),
+    ('mgn.train', ["--gin_bindings=data_rot = 'x'"], "data_rot.*nearest valid name is 'data_root'"),
+    ('mgn.train', ['--gin_bindings=P ='], '(?i)pars|syntax|statement'),
+    ('mgn.train', ['--gin_bindings=P = (3'], '(?i)pars|syntax|statement'),
+    ('mgn.train', ['--gin_file=nowhere.gin'], 'nowhere.gin.*tried'),
+    ('mgn.train', ['--gin_file=my.gin', "--gin_bindings=data_root = 'nowhere'"], 'tried.*nowhere/bounding_box_train'),
+    ('mgn.train', ['--gin_file=my.gin', '--gin_bindings=P = 5'], 'at least P=5 identities, found 4'),
+    ('mgn.train', ['--gin_file=my.gin', "--gin_bindings=device = 'cuda:99'"], "device 'cuda:99'"),
+    ('mgn.train', ['--gin_file=my.gin', "--gin_bindings=MGN.pretrained = 'nowhere.pth'"], 'no file nowhere.pth'),
+    ('mgn.train', ['my.gin'], r"flags only, got \['my.gin'\]"),
+    ('mgn.eval', [], '--gin_bindings="weights='),
+    ('mgn.eval', ["--gin_bindings=weights = 'nowhere.pth'"], 'no file .*nowhere.pth'),
+    ('mgn.eval', ["--gin_bindings=weights = 'my.gin'"], 'checkpoint written by mgn.train, got .*my.gin'),
+    ('mgn.eval', ["--gin_bindings=weight = 'my.gin'"], 'weights'),
+]
+# The long import is done once; then every mistake is made by a process of its own, as by python -m.
+MAKE_MISTAKES = """
+import json, os, runpy, sys, traceback
+from mgn import config
+
+def end(error):
+    if isinstance(error, SystemExit):  # as Python ends on it, without the seconds that torch takes to be unloaded
+        code = error.code if isinstance(error.code, int) else 1
+        print(error.code, file=sys.stderr)
+    else:
+        code = 1
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+for number, (module, flags, _) in enumerate(json.loads(sys.argv[1])):
+    if os.fork() == 0:
+        for stream in (1, 2):
+            os.dup2(os.open(f'{number}.{stream}', os.O_CREAT | os.O_WRONLY), stream)
+        sys.argv = [module, *flags]
+        try:
+            runpy.run_module(module, run_name='__main__', alter_sys=True)
+        except BaseException as error:
+            end(error)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope='module')
+def mistaken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('mistakes')
+    write_market(folder / 'data', identities=4)
+    (folder / 'my.gin').write_text(RECIPE + 'workers = 0\nMGN.embedding_dim = 8\n')
+    code, out, err = run(folder, '-c', MAKE_MISTAKES, json.dumps(MISTAKES))
+    assert code == 0, err
+    return folder, [int(code) for code in out.split()]
+
+
+@pytest.mark.parametrize('number', range(len(MISTAKES)), ids=[' '.join([m[0], *m[1]]) for m in MISTAKES])
+def test_a_mistake_ends_with_code_1_and_one_clear_message(mistaken, number):
+    folder, codes = mistaken
+    out, err = ((folder / f'{number}.{stream}').read_text() for stream in (1, 2))
+    assert 'Traceback' not in out + err
+    assert len(re.findall('error: ', err)) == 1
+    assert re.search(MISTAKES[number][2], err, re.DOTALL)
+    assert codes[number] == 1

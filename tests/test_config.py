@@ -1,0 +1,268 @@
+"""Gin files and bindings: found from anywhere, later ones win, names that reach nothing are errors, all is savable."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gin
+import pytest
+import setuptools
+from setuptools.config.pyprojecttoml import read_configuration
+
+import mgn
+from mgn import config
+
+PROJECT = Path(mgn.__file__).parent.parent
+RECIPES = sorted(path.name for path in (PROJECT / 'gin').glob('*.gin'))
+
+
+@pytest.fixture(autouse=True)
+def bindings_end_with_the_test():
+    yield
+    gin.clear_config()
+
+
+def value(name):
+    return gin.query_parameter(name)
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return str(path)
+
+
+def test_every_recipe_of_the_project_loads_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert {'market.gin', 'duke.gin', 'msmt17.gin', 'cpu.gin', 'demo.gin'} <= set(RECIPES)
+    for name in RECIPES:
+        config.load([f'gin/{name}'], [])
+        assert gin.config_is_locked()
+
+
+@pytest.mark.parametrize('recipe, dataset, total, warmup, milestones', [
+    ('market', '@market1501()', 18000, 2000, (8000, 14000)),
+    ('duke', '@dukemtmcreid()', 23000, 2500, (10000, 18000)),
+    ('msmt17', '@msmt17()', 42000, 4700, (19000, 33000)),
+])
+def test_the_published_recipes_hold_the_published_values(recipe, dataset, total, warmup, milestones):
+    config.load([f'gin/{recipe}.gin'], [])
+    assert str(value('%dataset')) == dataset
+    assert value('%total_steps') == total
+    assert value('multi_step.warmup_steps') == warmup
+    assert value('multi_step.milestones') == milestones
+    assert (value('%P'), value('%K'), value('%input_size')) == (16, 4, (384, 128))
+    assert (value('%lr'), value('%weight_decay')) == (3.5e-4, 5e-4)
+    assert str(value('train.schedule')) == '@multi_step'
+
+
+def test_later_files_and_bindings_win_and_bindings_beat_files(tmp_path):
+    first = write(tmp_path / 'first.gin', 'P = 5\nK = 5\nseed = 5\n')
+    second = write(tmp_path / 'second.gin', 'K = 6\nseed = 6\n')
+    config.load([first, second], ['seed = 7', 'lr = 7.0', 'lr = 8.0'])
+    assert [value(name) for name in ('%P', '%K', '%seed', '%lr', '%workers')] == [5, 6, 7, 8.0, 4]
+    config.load([second, first], [])
+    assert [value(name) for name in ('%P', '%K', '%seed')] == [5, 5, 5]
+
+
+def test_loading_again_forgets_what_was_bound_before():
+    config.load([], ['P = 5', 'MGN.pooling = "avg"'])
+    config.load([], [])
+    assert value('%P') == 16
+    assert 'MGN.pooling' not in gin.config_str()
+
+
+def test_a_file_is_looked_for_in_the_working_folder_then_in_the_project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config.load(['gin/market.gin'], [])
+    assert value('%total_steps') == 18000
+    write(tmp_path / 'gin' / 'market.gin', 'total_steps = 3')
+    config.load(['gin/market.gin'], [])
+    assert value('%total_steps') == 3
+    monkeypatch.setenv('HOME', str(tmp_path))
+    config.load(['~/gin/market.gin'], [])
+    assert value('%total_steps') == 3
+
+
+def test_a_missing_file_names_the_paths_tried(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError) as raised:
+        config.load(['gin/markt.gin'], [])
+    assert str(tmp_path / 'gin' / 'markt.gin') in str(raised.value)
+    assert str(PROJECT / 'gin' / 'markt.gin') in str(raised.value)
+
+
+@pytest.mark.parametrize('flag', ['recipes/top.gin', '{here}/recipes/top.gin'])
+def test_an_include_is_found_beside_the_including_file(tmp_path, monkeypatch, caplog, flag):
+    write(tmp_path / 'recipes' / 'top.gin', "include 'base.gin'\nK = 6\n")
+    write(tmp_path / 'recipes' / 'base.gin', 'P = 5\nK = 5\n')
+    monkeypatch.chdir(tmp_path)
+    config.load([flag.format(here=tmp_path)], [])
+    assert (value('%P'), value('%K')) == (5, 6)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_an_include_is_found_from_another_working_folder(tmp_path, monkeypatch):
+    top = write(tmp_path / 'recipes' / 'top.gin', "include 'base.gin'\n")
+    write(tmp_path / 'recipes' / 'base.gin', 'P = 5\n')
+    write(tmp_path / 'elsewhere' / 'base.gin', 'P = 7\n')  # the working folder does not decide what a recipe holds
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    config.load([top], [])
+    assert value('%P') == 5
+
+
+def test_each_of_two_files_includes_what_stands_beside_it(tmp_path):
+    one = write(tmp_path / 'one' / 'top.gin', "include 'base.gin'\n")
+    two = write(tmp_path / 'two' / 'top.gin', "include 'base.gin'\n")
+    write(tmp_path / 'one' / 'base.gin', 'P = 5\n')
+    write(tmp_path / 'two' / 'base.gin', 'K = 6\n')
+    config.load([one, two], [])
+    assert (value('%P'), value('%K')) == (5, 6)
+
+
+def test_an_included_file_includes_what_stands_beside_it(tmp_path):
+    top = write(tmp_path / 'top.gin', "include 'parts/middle.gin'\n")
+    write(tmp_path / 'parts' / 'middle.gin', "include 'leaf.gin'\n")
+    write(tmp_path / 'parts' / 'leaf.gin', 'P = 5\n')
+    config.load([top], [])
+    assert value('%P') == 5
+
+
+def test_a_file_may_include_a_recipe_of_the_project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config.load([write(tmp_path / 'mine.gin', "include 'gin/duke.gin'\nP = 5\n")], [])
+    assert (value('%total_steps'), value('%P')) == (23000, 5)
+
+
+@pytest.mark.parametrize('binding, nearest', [
+    ("data_rot = 'x'", 'data_root'),                         # macros
+    ('datset = @market1501()', 'dataset'),
+    ('lr = %lrr', 'lr'),                                      # macros that have no value
+    ('train.total_steps = %total_step', 'total_steps'),
+    ('trian.P = 3', 'train'),                                 # configurables
+    ('Augmentatoin.padding = 3', 'Augmentation'),
+    ('dataset = @markt1501()', 'market1501'),                 # references
+    ('train.schedule = @cosin', 'cosine'),
+    ('make_optimizer.optimizer = @Addam', 'Adam'),
+    ('train.totl_steps = 3', 'total_steps'),                  # parameters
+    ('MGN.part = (1,)', 'parts'),
+    ('evaluate.cross_cameras = True', 'cross_camera'),
+    ('Adam.weight_decy = 1.0', 'weight_decay'),
+    ("dataset = @own/market_layout()\nonw/market_layout.root = 'x'", 'own'),  # scopes
+])
+def test_an_unknown_name_is_an_error_that_names_the_nearest(binding, nearest):
+    with pytest.raises(ValueError) as raised:
+        config.load([], binding.split('\n'))
+    assert f'the nearest valid name is {nearest!r}' in str(raised.value)
+
+
+def test_an_unknown_name_in_a_file_is_an_error_that_names_the_file_and_the_line(tmp_path):
+    path = write(tmp_path / 'mine.gin', 'P = 5\ntrain.PP = 6\n')
+    with pytest.raises(ValueError, match="(?s)PP.*mine.gin.*line 2.*nearest valid name is 'P'"):
+        config.load([path], [])
+
+
+@pytest.mark.parametrize('binding', [
+    'foo/train.P = 3', 'foo/lr = 3', "a/market1501.root = 'x'", 'gin.macro.value = 3'])
+def test_a_binding_in_a_scope_that_nothing_enters_is_an_error(binding):
+    with pytest.raises(ValueError, match='nothing does|none does'):
+        config.load([], [binding])
+
+
+@pytest.mark.parametrize('binding', [
+    'evaluate.dataset = 3', "train.default_output_dir = 'x'", 'MGN.num_classes = 3', 'multi_step.total_steps = 3',
+    'cosine.step = 3', 'mgn_losses.labels = 3', 'make_optimizer.model = 3'])
+def test_a_parameter_that_the_caller_always_gives_cannot_be_bound(binding):
+    with pytest.raises(ValueError, match=binding.split(' ')[0].split('.')[1]):
+        config.load([], [binding])
+
+
+@pytest.mark.parametrize('binding', [
+    "weights = 'x.pth'", 'SGD.momentum = 0.5', 'cosine.start = 3', 'msmt17.combine_val = True', 'SGD.nesterov = True',
+    'evaluate.flip_test = True', 'mgn.model.MGN.pooling = "avg"'])
+def test_a_binding_that_this_binary_does_not_use_is_fine(binding):
+    config.load([], [binding])
+
+
+def test_macros_and_scopes_of_ones_own_are_fine_where_something_uses_them():
+    config.load([], ['rate = 0.5', 'lr = %rate', 'dataset = @own/market_layout()', "own/market_layout.root = 'x'"])
+    assert gin.get_bindings('Adam')['lr'] == 0.5
+    assert value('own/market_layout.root') == 'x'
+
+
+@pytest.mark.parametrize('binding', ['P', 'P =', 'P = (3', '= 3', 'dataset = @', 'include nowhere'])
+def test_what_is_no_binding_is_an_error(binding):
+    with pytest.raises((SyntaxError, ValueError)):
+        config.load([], [binding])
+
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_a_saved_configuration_comes_back_whole(recipe, tmp_path, monkeypatch):
+    config.load([f'gin/{recipe}'], ["data_root = 'data'", 'MGN.parts = (1, 4)', 'lr = 1e-5', 'SGD.momentum = 0.1',
+                                    'mgn_losses.margin = None', 'Augmentation.erasing_area = (0.1, 1 / 3)'.replace(
+                                        '1 / 3', repr(1 / 3))])
+    saved = gin.config_str()
+    monkeypatch.chdir(tmp_path)
+    config.load([], [], saved=saved)
+    assert gin.config_str() == saved
+    assert gin.get_bindings('mgn_losses')['margin'] is None
+    assert gin.get_bindings('Augmentation')['erasing_area'] == (0.1, 1 / 3)
+
+
+def test_files_and_bindings_override_a_saved_configuration_but_for_its_output_dir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config.load([], ["output_dir = 'run'", 'P = 5', 'K = 5', 'seed = 5'])
+    saved = gin.config_str()
+    config.load([], [], saved=saved)
+    assert value('%output_dir') is None
+    config.load([write(tmp_path / 'mine.gin', 'K = 6\nseed = 6')], ["output_dir = 'there'", 'seed = 7'], saved=saved)
+    assert [value(name) for name in ('%P', '%K', '%seed')] == [5, 6, 7]
+    assert value('%output_dir') == str(tmp_path / 'there')
+
+
+def test_paths_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HOME', '/home/somebody')
+    config.load([], ["data_root = '~/data'", "output_dir = 'runs/a'", "weights = '/w/best.pth'"])
+    assert value('%data_root') == '/home/somebody/data'
+    assert value('%output_dir') == str(tmp_path / 'runs' / 'a')
+    assert value('%weights') == '/w/best.pth'
+    config.load([], [])
+    assert value('%data_root') == str(tmp_path / 'datasets')
+    assert (value('%output_dir'), value('%weights')) == (None, None)
+
+
+def test_the_weights_to_evaluate_come_from_the_flags(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config.bound_weights([], ["weights = 'best.pth'"]) == str(tmp_path / 'best.pth')
+    assert config.bound_weights([write(tmp_path / 'mine.gin', "weights = '/w/best.pth'")], []) == '/w/best.pth'
+    with pytest.raises(ValueError, match='--gin_bindings="weights='):
+        config.bound_weights([], [])
+
+
+@pytest.mark.parametrize('files, expected', [
+    ([], 'runs/mgn'), (['gin/market.gin'], 'runs/market'), (['gin/market.gin', '/a/b.c.gin'], 'runs/b.c')])
+def test_the_default_output_dir_is_named_after_the_last_file(files, expected):
+    assert config.default_output_dir(files) == expected
+
+
+def test_the_folder_of_recipes_is_no_package_and_the_package_is_whole():
+    assert not list((PROJECT / 'gin').glob('**/*.py'))
+    assert PROJECT not in Path(gin.__file__).parents or 'site-packages' in gin.__file__
+    settings = read_configuration(str(PROJECT / 'pyproject.toml'), expand=False)['tool']['setuptools']
+    found = setuptools.find_packages(str(PROJECT), **settings['packages']['find'])
+    assert set(found) == {'.'.join(path.parent.relative_to(PROJECT).parts)
+                          for path in (PROJECT / 'mgn').glob('**/__init__.py')}
+    assert (PROJECT / 'mgn' / 'defaults.gin').is_file()
+    assert 'defaults.gin' in settings['package-data']['mgn']
+
+
+def test_importing_the_package_and_its_ops_is_light():
+    script = ("import sys, mgn; first = set(sys.modules); from mgn import ops\n"
+              "print(sorted({'torch', 'gin', 'absl', 'torchvision', 'mgn.config'} & first))\n"
+              "print(sorted({'torch', 'gin', 'absl', 'torchvision', 'mgn.config'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True,
+                          env={**os.environ, 'PYTHONPATH': str(PROJECT)})
+    assert done.stdout == "[]\n['torch']\n"

@@ -1,0 +1,253 @@
+"""Evaluation against a naive pipeline that looks at one image and one pair at a time; what stops it; what it writes."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import gin
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import write_image, write_market
+from thin import thin  # noqa: F401
+from torchvision.io import ImageReadMode, decode_image, read_file, write_png
+
+from mgn import checkpoint, config, evaluation
+from mgn.datasets import market_layout
+from mgn.evaluation import evaluate, extract_features
+from mgn.model import MGN
+
+pytestmark = pytest.mark.usefixtures('thin')
+
+CPU = torch.device('cpu')
+SIZE = (48, 24)  # smaller than the images
+NAMES = ('rank1', 'rank5', 'rank10', 'mAP', 'mAP_trapezoid', 'mINP')
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = MGN(5)
+    for name, buffer in model.named_buffers():  # as after training: statistics of its own
+        if name.endswith('running_var'):
+            buffer.uniform_(0.5, 1.5)
+    return model.train()
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """More test images than `market` has: 5 queries of 4 identities, 22 gallery images, 3 cameras."""
+    root = write_market(tmp_path_factory.mktemp('data') / 'own', identities=2, images=2)
+    names = ['query/0101_c2s1_000050_00.png', 'query/0104_c3s1_000051_00.png']
+    names += [f'bounding_box_test/{pid:04d}_c{camera}s1_{60 + pid + camera:06d}_0{i}.png'
+              for pid in (101, 102, 104) for camera in (1, 3) for i in (1, 2)]
+    for seed, name in enumerate(names, 1000):
+        write_image(root / name, seed, (40, 56))
+    return root
+
+
+def naive_features(model, paths, flip_test):
+    model.eval()
+    features = []
+    with torch.no_grad():
+        for path in paths:
+            image = decode_image(read_file(str(path)), ImageReadMode.RGB)[None]
+            image = F.interpolate(image, SIZE, mode='bicubic', antialias=True) / 255
+            mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+            image = (image - mean[:, None, None]) / std[:, None, None]
+            feature = model(image).features[0]
+            if flip_test:
+                feature = (feature + model(image.flip(3)).features[0]) / 2
+            features.append(feature / feature.norm())
+    return features
+
+
+def naive_results(model, root, flip_test=False, cross_camera=True):
+    query, gallery = (sorted((root / part).iterdir()) for part in ('query', 'bounding_box_test'))
+    features = dict(zip(query + gallery, naive_features(model, query + gallery, flip_test)))
+
+    def ids(path):
+        return tuple(map(int, re.match(r'(-?\d+)_c(\d)', path.name).groups()))
+
+    collected, unmatched = [], 0
+    for q in query:
+        pid, camera = ids(q)
+        ranked = []
+        for g in gallery:
+            own = (ids(g) == (pid, camera)) if cross_camera else g.name == q.name
+            if ids(g)[0] != -1 and not own:
+                similarity = float(features[q].double() @ features[g].double())
+                ranked.append((-similarity, len(ranked), ids(g)[0] == pid))
+        hits = [match for _, _, match in sorted(ranked)]
+        ranks = [rank for rank, hit in enumerate(hits, 1) if hit]
+        if not ranks:
+            unmatched += 1
+            continue
+        precision = [i / rank for i, rank in enumerate(ranks, 1)]
+        before = [(i - 1) / (rank - 1) if rank > 1 else 1 for i, rank in enumerate(ranks, 1)]
+        collected.append([ranks[0] <= 1, ranks[0] <= 5, ranks[0] <= 10, sum(precision) / len(ranks),
+                          sum((p + b) / 2 for p, b in zip(precision, before)) / len(ranks), len(ranks) / ranks[-1]])
+    means = [sum(values) / len(collected) for values in zip(*collected)]
+    return dict(zip(NAMES, means)), unmatched
+
+
+@pytest.mark.parametrize('batch_size, workers', [(1, 0), (3, 2), (64, 0)])
+@pytest.mark.parametrize('flip_test', [False, True])
+def test_the_results_are_those_of_the_naive_pipeline(model, folder, batch_size, workers, flip_test):
+    got = evaluate(model, market_layout(str(folder)), CPU, SIZE, batch_size, workers, flip_test)
+    want, unmatched = naive_results(model, folder, flip_test)
+    assert 0 < want['mAP'] < 1
+    assert {name: got[name] for name in NAMES} == pytest.approx(want, abs=1e-12)
+    assert (got['queries'], got['queries_without_match'], got['gallery']) == (5, unmatched, 22)
+
+
+@pytest.mark.parametrize('flip_test', [False, True])
+def test_features_are_those_of_one_image_at_a_time_in_order(model, folder, flip_test):
+    dataset = market_layout(str(folder))
+    paths = [sample.path for sample in dataset.gallery]
+    want = torch.stack(naive_features(model, paths, flip_test))
+    model.train()
+    got = extract_features(model, dataset.gallery, CPU, SIZE, 5, 0, flip_test)
+    assert got.shape == (22, 8 * 256)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.norm(dim=1), torch.ones(22))
+
+
+def test_the_flip_test_is_the_mean_of_image_and_mirrored_image(model, tmp_path):
+    for name, mirror in (('a', False), ('b', True)):
+        write_market(tmp_path / name, suffix='.png', size=SIZE)
+    for path in (tmp_path / 'b').glob('query/*.png'):
+        write_png(decode_image(read_file(str(path))).flip(2), str(path))
+    plain, mirrored = (market_layout(str(tmp_path / name)).query for name in 'ab')
+    both = [extract_features(model, samples, CPU, SIZE, 2, 0, True) for samples in (plain, mirrored)]
+    torch.testing.assert_close(both[0], both[1], rtol=1e-5, atol=1e-6)
+    alone = [extract_features(model, samples, CPU, SIZE, 2, 0, False) for samples in (plain, mirrored)]
+    assert (alone[0] - alone[1]).abs().max() > 1e-3
+    assert (alone[0] - both[0]).abs().max() > 1e-3
+
+
+def test_evaluation_leaves_the_model_as_it_was(model, folder):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for training in (True, False):
+        model.train(training)
+        evaluate(model, market_layout(str(folder)), CPU, SIZE, 64, 0)
+        assert all(module.training is training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize('where', ['query', 'bounding_box_test'])
+@pytest.mark.parametrize('damage', [lambda data: data[:len(data) // 2], lambda data: b'', lambda data: b'no image'])
+@pytest.mark.parametrize('workers', [0, 1])
+def test_an_unreadable_image_stops_it_and_is_named(model, folder, tmp_path, where, damage, workers):
+    root = shutil.copytree(folder, tmp_path / 'data')
+    path = sorted((root / where).glob('0101*'))[0]
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match='want readable images to evaluate') as raised:
+        evaluate(model, market_layout(str(root)), CPU, SIZE, 4, workers)
+    assert str(path) in str(raised.value) and 'Traceback' not in str(raised.value)
+
+
+def test_queries_without_a_match_are_left_out_counted_and_reported(model, folder, tmp_path, caplog):
+    root = shutil.copytree(folder, tmp_path / 'data')
+    write_image(root / 'query' / '0555_c1s1_000000_00.jpg', 1)  # nobody in the gallery
+    write_image(root / 'query' / '0556_c1s1_000000_00.jpg', 2)  # there, but of the same camera alone
+    write_image(root / 'bounding_box_test' / '0556_c1s1_000001_00.jpg', 3)
+    got = evaluate(model, market_layout(str(root)), CPU, SIZE, 64, 0)
+    want, unmatched = naive_results(model, root)
+    assert {name: got[name] for name in NAMES} == pytest.approx(want, abs=1e-12)
+    assert (got['queries'], got['queries_without_match']) == (7, unmatched) == (7, 2)
+    assert '2 of 7 queries have no true match and are left out' in caplog.text
+
+
+def test_no_query_with_a_match_is_an_error(model, tmp_path):
+    root = write_market(tmp_path / 'data')
+    for path in (root / 'query').iterdir():
+        path.rename(path.with_name(path.name.replace('0', '9', 1)))
+    with pytest.raises(ValueError, match='want a query of .*data whose identity another camera has in the gallery'):
+        evaluate(model, market_layout(str(root)), CPU, SIZE, 64, 0)
+    with pytest.raises(ValueError, match='at least one query with a true match'):
+        evaluate(model, market_layout(str(root)), CPU, SIZE, 64, 0, cross_camera=False)
+
+
+def test_features_that_are_not_finite_are_an_error(model, folder):
+    model.heads[3].norm.bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match='want finite query features, got NaN or infinity in row 0'):
+        evaluate(model, market_layout(str(folder)), CPU, SIZE, 64, 0)
+
+
+def one_camera(path):
+    return path.with_name(re.sub(r'_c\d', '_c1', path.name))
+
+
+def no_camera(path):
+    return path.with_name(re.sub(r'_c\ds1', '', path.name))
+
+
+@pytest.mark.parametrize('rename', [one_camera, no_camera])
+def test_without_cameras_only_the_querys_own_file_is_left_out(model, tmp_path, rename):
+    root = write_market(tmp_path / 'data', suffix='.png')
+    for path in list((root / 'query').iterdir()):
+        shutil.copy(path, root / 'bounding_box_test' / path.name)
+    for part in ('bounding_box_train', 'query', 'bounding_box_test'):
+        for path in list((root / part).iterdir()):
+            path.rename(rename(path))
+    with pytest.raises(ValueError, match='several cameras, found camera . alone; bind evaluate.cross_camera = False'):
+        evaluate(model, market_layout(str(root)), CPU, SIZE, 64, 0)
+    got = evaluate(model, market_layout(str(root)), CPU, SIZE, 64, 0, cross_camera=False)
+    for path in list(root.glob('*/*')):  # the naive pipeline wants a camera in every name
+        if '_c' not in path.name:
+            path.rename(path.with_name(path.name.replace('_', '_c1s1_', 1)))
+    want, unmatched = naive_results(model, root, cross_camera=False)
+    assert {name: got[name] for name in NAMES} == pytest.approx(want, abs=1e-12)
+    assert got['queries_without_match'] == unmatched == 0 and not got['cross_camera']
+    assert got['gallery'] == len(list((root / 'bounding_box_test').iterdir())) - 1  # without the junk box
+
+
+@pytest.fixture
+def saved(model, folder, tmp_path):
+    """A checkpoint of `model` as training writes it."""
+    config.load([], [f"data_root = '{folder}'", 'dataset = @market_layout()', 'input_size = (48, 24)', 'workers = 0',
+                     "output_dir = '/nowhere'", "device = 'cpu'", "MGN.pretrained = 'gone.pth'"])
+    path = str(tmp_path / 'best.pth')
+    checkpoint.save(path, {'config': gin.config_str(), 'num_classes': 5, 'step': 33, 'mAP': 0.5,
+                           'model': model.state_dict()})
+    return path
+
+
+def test_a_checkpoint_alone_rebuilds_model_and_data(model, folder, saved, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    content = checkpoint.load(saved)
+    config.load([], [f"weights = '{saved}'"], saved=content['config'])
+    got = evaluation.evaluate_checkpoint(content)
+    want, _ = naive_results(model, folder)
+    assert {name: got[name] for name in NAMES} == pytest.approx(want, abs=1e-12)
+    assert json.loads(Path('eval.json').read_text()) == got
+    assert (got['weights'], got['step'], got['data_root'], got['dataset']) == (saved, 33, str(folder), 'own')
+    assert (got['input_size'], got['flip_test'], got['cross_camera']) == ([48, 24], False, True)
+    assert set(NAMES) | {'queries', 'queries_without_match', 'gallery', 'features_s', 'ranking_s'} <= got.keys()
+    shown = capsys.readouterr().out
+    for name in NAMES:
+        assert re.search(rf'\b{100 * want[name]:.2f}\b', shown) and name in shown
+    assert '5 queries, 0 of them without a match; 22 in the gallery' in shown
+
+
+def test_bindings_override_what_a_checkpoint_carries(model, folder, saved, market, tmp_path):
+    content = checkpoint.load(saved)
+    config.load([], [f"weights = '{saved}'", f"data_root = '{market}'", f"output_dir = '{tmp_path / 'out'}'",
+                     'evaluate.flip_test = True', 'evaluate.batch_size = 3'], saved=content['config'])
+    got = evaluation.evaluate_checkpoint(content)
+    want, _ = naive_results(model, market, flip_test=True)
+    assert {name: got[name] for name in NAMES} == pytest.approx(want, abs=1e-12)
+    assert got['data_root'] == str(market) and got['flip_test'] is True
+    assert json.loads((tmp_path / 'out' / 'eval.json').read_text()) == got
+
+
+def test_weights_of_another_architecture_are_an_error(saved):
+    content = checkpoint.load(saved)
+    config.load([], [f"weights = '{saved}'", 'MGN.parts = (1, 2)', 'MGN.last_strides = (2, 1)'],
+                saved=content['config'])
+    with pytest.raises(ValueError, match='(?s)best.pth does not fit it.*unexpected branches.2.*unexpected heads.7'):
+        evaluation.evaluate_checkpoint(content)

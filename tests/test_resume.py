@@ -1,0 +1,229 @@
+"""A run interrupted and resumed ends with the very bits of an uninterrupted one; what must not go on is refused."""
+
+import errno
+import json
+import logging
+import os
+import shutil
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import write_market
+from thin import ThinResNet, thin, train  # noqa: F401
+
+from mgn import checkpoint, training
+
+pytestmark = pytest.mark.usefixtures('thin')
+
+TIMINGS = {'images_per_s', 'data_wait', 'features_s', 'ranking_s'}
+
+
+class Crash(Exception):
+    pass
+
+
+def crash(monkeypatch, name, call):
+    """Makes call number `call` (from 0) of training.<name> end the run."""
+    calls, real = [], getattr(training, name)
+
+    def crashing(*args, **kwargs):
+        if len(calls) == call:
+            raise Crash
+        calls.append(0)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(training, name, crashing)
+
+
+def outcome(folder):
+    """All that a run leaves, but for its timings."""
+    def untimed(record):
+        return {name: value for name, value in record.items() if name not in TIMINGS}
+
+    return {'last': checkpoint.load(str(folder / 'last.pth')), 'best': checkpoint.load(str(folder / 'best.pth')),
+            'metrics': [untimed(json.loads(line)) for line in (folder / 'metrics.jsonl').read_text().splitlines()],
+            'eval': untimed(json.loads((folder / 'eval.json').read_text()))}
+
+
+def assert_same(a, b, where=''):
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert list(a) == list(b), where
+        for name in a:
+            assert_same(a[name], b[name], f'{where}.{name}')
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f'{where}[{i}]')
+    else:
+        assert a == b, where
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(market, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('uninterrupted')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mgn.model.make_resnet', lambda backbone, pretrained: ThinResNet())
+        train(market, folder)
+    return folder
+
+
+def test_the_comparison_sees_the_last_bit(uninterrupted):
+    one, other = outcome(uninterrupted), outcome(uninterrupted)
+    assert_same(one, other)
+    weight = next(iter(other['last']['optimizer']['state'].values()))['exp_avg']
+    weight[0, 0, 0, 0] = torch.nextafter(weight[0, 0, 0, 0], torch.tensor(9.0))
+    with pytest.raises(AssertionError, match='exp_avg'):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize('name, call', [
+    ('evaluate', 0), ('train_step', 1), ('train_step', 3), ('evaluate', 1), ('train_step', 5), ('train_step', 6),
+    ('evaluate', 2), ('log_step', 0), ('log_step', 2), ('write_results', 1)])
+def test_resumed_equals_uninterrupted_bit_for_bit(market, tmp_path, monkeypatch, uninterrupted, name, call):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash(patch, name, call)
+        train(market, tmp_path)
+    stopped = checkpoint.load(str(tmp_path / 'last.pth'))['step']
+    assert stopped < 7 or name == 'evaluate'
+    train(market, tmp_path)
+    assert_same(outcome(tmp_path), outcome(uninterrupted))
+
+
+@pytest.mark.parametrize('call', [0, 5, 7])
+def test_the_configuration_beside_a_resumed_run_stays_whole(market, tmp_path, monkeypatch, uninterrupted, call):
+    with monkeypatch.context() as patch:
+        crash(patch, 'train_step', call)
+        with pytest.raises(Crash) if call < 7 else nullcontext():
+            train(market, tmp_path)
+    train(market, tmp_path)
+    assert (tmp_path / 'config.gin').read_text() == (uninterrupted / 'config.gin').read_text()
+
+
+@pytest.mark.parametrize('before, after', [(2, 2), (0, 2), (2, 0)])
+def test_workers_change_no_bit_of_a_resumed_run(market, tmp_path, monkeypatch, uninterrupted, before, after):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash(patch, 'train_step', 5)
+        train(market, tmp_path, f'workers = {before}')
+    train(market, tmp_path, f'workers = {after}')
+    got, want = outcome(tmp_path), outcome(uninterrupted)
+    for part in (got, want):
+        del part['last']['config'], part['best']['config']  # they differ in `workers`
+    assert_same(got, want)
+
+
+def test_interrupted_again_and_again_it_still_equals_uninterrupted(market, tmp_path, monkeypatch, uninterrupted):
+    for _ in range(3):
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            crash(patch, 'train_step', 2)
+            train(market, tmp_path)
+    train(market, tmp_path)
+    assert_same(outcome(tmp_path), outcome(uninterrupted))
+
+
+def test_a_torn_last_line_of_the_metrics_is_written_anew(market, tmp_path, monkeypatch, uninterrupted):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash(patch, 'train_step', 5)
+        train(market, tmp_path)
+    with open(tmp_path / 'metrics.jsonl', 'a') as file:
+        file.write('{"step": 6, "epo')
+    train(market, tmp_path)
+    assert_same(outcome(tmp_path), outcome(uninterrupted))
+
+
+def test_a_full_disk_stops_a_run_that_can_go_on_later(market, tmp_path, monkeypatch, uninterrupted):
+    fsync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(0)
+        if len(calls) > 6:  # two for each of last.pth at 0, best.pth at 0 and last.pth at 2
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match='No space left on device; the previous one'):
+        patch.setattr(os, 'fsync', full)
+        train(market, tmp_path)
+    assert checkpoint.load(str(tmp_path / 'last.pth'))['step'] == 2
+    assert not list(tmp_path.glob('*.tmp'))
+    train(market, tmp_path)
+    assert_same(outcome(tmp_path), outcome(uninterrupted))
+
+
+@pytest.fixture
+def copy(uninterrupted, tmp_path):
+    return shutil.copytree(uninterrupted, tmp_path / 'run')
+
+
+def test_a_finished_run_started_again_changes_nothing(market, copy, uninterrupted, caplog):
+    with caplog.at_level(logging.WARNING):
+        train(market, copy)
+    assert_same(outcome(copy), outcome(uninterrupted))
+    assert 'another configuration' not in caplog.text
+
+
+def test_resuming_under_another_configuration_says_what_changed_and_obeys_it(market, tmp_path, monkeypatch, caplog):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash(patch, 'train_step', 5)
+        train(market, tmp_path)
+    train(market, tmp_path, 'lr = 0.5', 'weight_decay = 0.25')
+    assert '-lr = 0.01' in caplog.text and '+lr = 0.5' in caplog.text
+    weights, biases = checkpoint.load(str(tmp_path / 'last.pth'))['optimizer']['param_groups']
+    assert (weights['initial_lr'], weights['weight_decay']) == (0.5, 0.25)
+    assert (biases['initial_lr'], biases['weight_decay']) == (1.0, 0)
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(market, copy):
+    train(market, copy, 'total_steps = 9')
+    assert checkpoint.load(str(copy / 'last.pth'))['step'] == 9
+    assert [json.loads(line)['step'] for line in (copy / 'metrics.jsonl').read_text().splitlines()] == [
+        0, 3, 4, 6, 7, 7, 8, 9, 9]
+
+
+def refuses(market, folder, message, *bindings):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match=message):
+        train(market, folder, *bindings)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_resume_false_refuses_a_folder_that_holds_a_run(market, copy):
+    refuses(market, copy, '(?s)train.resume = False, got .*last.pth', 'train.resume = False')
+
+
+def test_resume_false_starts_in_an_empty_folder(market, tmp_path):
+    train(market, tmp_path, 'train.resume = False', 'total_steps = 1')
+    assert checkpoint.load(str(tmp_path / 'last.pth'))['step'] == 1
+
+
+@pytest.mark.parametrize('resume', [True, False])
+def test_a_foreign_best_is_not_overwritten(market, copy, resume):
+    (copy / 'last.pth').unlink()
+    refuses(market, copy, 'best.pth without last.pth', f'train.resume = {resume}')
+
+
+def test_another_number_of_identities_is_refused(copy, tmp_path):
+    other = write_market(tmp_path / 'other', identities=7)
+    refuses(other, copy, 'trained on 6 identities, got a data set of 7')
+
+
+def test_another_architecture_is_refused(market, copy):
+    refuses(market, copy, '(?s)want weights of the configured architecture.*missing heads.4', 'MGN.parts = (1, 3)')
+
+
+@pytest.mark.parametrize('before, after', [('Adam', 'SGD'), ('SGD', 'Adam')])
+def test_another_optimiser_is_refused(market, tmp_path, before, after):
+    train(market, tmp_path, 'total_steps = 2', f'make_optimizer.optimizer = @{before}')
+    refuses(market, tmp_path, 'want the optimiser', f'make_optimizer.optimizer = @{after}')
+
+
+def test_weights_alone_are_refused(market, copy):
+    shutil.copy(copy / 'best.pth', copy / 'last.pth')
+    refuses(market, copy, 'whole state of a run in .*last.pth, got weights alone')
+
+
+def test_a_damaged_last_is_refused(market, copy):
+    (copy / 'last.pth').write_bytes((copy / 'last.pth').read_bytes()[:-33])
+    refuses(market, copy, 'want a checkpoint written by mgn.train, got .*last.pth')

@@ -1,0 +1,232 @@
+"""The training loop: what it writes, in which fields, and that every step does what it says."""
+
+import json
+import logging
+import math
+import os
+import sys
+from importlib.util import find_spec
+
+import gin
+import pytest
+import torch
+from conftest import write_market
+from thin import thin, train  # noqa: F401
+
+from mgn import augmentation, checkpoint, config, training
+from mgn.evaluation import find_device
+from mgn.images import TrainBatch
+from mgn.model import MGN, MGNOutput
+from mgn.runlog import RunLog, read_records
+
+pytestmark = pytest.mark.usefixtures('thin')
+
+TRAINING = {'step', 'epoch', 'loss', 'cross_entropy', 'triplet', 'lr', 'images_per_s', 'data_wait'}
+EVALUATION = {'step', 'rank1', 'rank5', 'rank10', 'mAP', 'mAP_trapezoid', 'mINP'}
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+
+
+def test_a_run_writes_its_files_and_its_lines(market, tmp_path, capsys):
+    train(market, tmp_path)
+    assert {'last.pth', 'best.pth', 'config.gin', 'metrics.jsonl', 'eval.json'} <= set(os.listdir(tmp_path))
+    assert not list(tmp_path.glob('*.tmp'))
+    assert bool(list(tmp_path.glob('events*'))) == (find_spec('tensorboard') is not None)
+
+    lines = records(tmp_path)
+    assert [line['step'] for line in lines] == [0, 3, 4, 6, 7, 7]
+    evaluations = [line for line in lines if 'mAP' in line]
+    steps = [line for line in lines if 'loss' in line]
+    assert [line['step'] for line in evaluations] == [0, 4, 7]
+    assert all(line.keys() == EVALUATION for line in evaluations)
+    assert all(line.keys() == TRAINING for line in steps)
+    assert all(0 <= line[name] <= 1 for line in evaluations for name in EVALUATION - {'step'})
+    assert [line['epoch'] for line in steps] == [0, 1, 2]
+    for line in steps:
+        assert line['loss'] == pytest.approx(line['cross_entropy'] + line['triplet'], rel=1e-6)
+        assert line['images_per_s'] > 0 and 0 <= line['data_wait'] < 1
+    # Warm-up over two steps, constant to step 3, then half a cosine to step 7; each line has the lr of its last step.
+    assert [line['lr'] for line in steps] == pytest.approx(
+        [1e-2, 1e-2 * (1 + math.cos(math.pi / 2)) / 2, 1e-2 * (1 + math.cos(math.pi * 3 / 4)) / 2])
+
+    results = json.loads((tmp_path / 'eval.json').read_text())
+    assert {name: results[name] for name in EVALUATION} == evaluations[-1]
+    shown = capsys.readouterr().out
+    for line in evaluations:
+        if line['mAP'] in (evaluations[0]['mAP'], evaluations[-1]['mAP']):
+            assert f'{100 * line["mAP"]:.2f}' in shown
+    assert str(tmp_path) in shown
+
+
+def test_best_holds_the_weights_of_the_best_evaluation_and_nothing_to_go_on_with(market, tmp_path):
+    train(market, tmp_path)
+    best, last = (checkpoint.load(str(tmp_path / name)) for name in ('best.pth', 'last.pth'))
+    evaluations = [line for line in records(tmp_path) if 'mAP' in line]
+    assert best['mAP'] == max(line['mAP'] for line in evaluations)
+    assert best['step'] == max(evaluations, key=lambda line: line['mAP'])['step']
+    assert set(best) == {'format', 'config', 'num_classes', 'step', 'mAP', 'model'}
+    assert best['num_classes'] == 6 and best['model'].keys() == last['model'].keys()
+    assert last['step'] == 7
+    assert best['config'] == last['config'] == gin.config_str()
+    assert os.path.getsize(tmp_path / 'best.pth') < os.path.getsize(tmp_path / 'last.pth') / 2
+
+
+def test_the_configuration_written_beside_a_run_is_the_operative_one_and_loads(market, tmp_path):
+    train(market, tmp_path, 'SGD.momentum = 0.5')
+    text = (tmp_path / 'config.gin').read_text()
+    for line in ('lr = 0.01', 'train.clip_gradient_norm = None', 'mgn_losses.margin = 1.2',
+                 'evaluate.flip_test = False'):
+        assert line in text.splitlines()
+    assert 'SGD' not in text and 'msmt17' not in text
+    config.load([str(tmp_path / 'config.gin')], [])
+    assert gin.query_parameter('%P') == 2
+
+
+def test_the_periods_may_coincide_or_exceed_the_run(market, tmp_path):
+    train(market, tmp_path / 'all', 'train.log_every = 1', 'train.checkpoint_every = 1', 'train.evaluate_every = 1',
+          'total_steps = 2')
+    assert [('mAP' in line, line['step']) for line in records(tmp_path / 'all')] == [
+        (True, 0), (False, 1), (True, 1), (False, 2), (True, 2)]
+    train(market, tmp_path / 'none', 'train.log_every = 99', 'train.checkpoint_every = 99', 'train.evaluate_every = 99',
+          'total_steps = 2')
+    assert [('mAP' in line, line['step']) for line in records(tmp_path / 'none')] == [(True, 0), (False, 2), (True, 2)]
+    assert checkpoint.load(str(tmp_path / 'none' / 'last.pth'))['step'] == 2
+
+
+def test_training_changes_the_weights_and_the_seed_decides_them(market, tmp_path):
+    untrained = train(market, tmp_path / 'a', 'total_steps = 1', 'lr = 0.0')
+    once, again, other = (train(market, tmp_path / name, 'total_steps = 2', f'seed = {seed}')
+                          for name, seed in (('b', 0), ('c', 0), ('d', 1)))
+    weights = [model.state_dict()['branches.1.0.conv1.weight'] for model in (untrained, once, again, other)]
+    assert not torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[1], weights[2])
+    assert not torch.equal(weights[1], weights[3])
+
+
+def test_the_returned_model_is_the_one_in_last(market, tmp_path):
+    model = train(market, tmp_path, 'total_steps = 2')
+    saved = checkpoint.load(str(tmp_path / 'last.pth'))['model']
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize('name', ['train.log_every', 'train.checkpoint_every', 'train.evaluate_every', 'total_steps'])
+def test_a_period_below_one_is_an_error(market, tmp_path, name):
+    with pytest.raises(ValueError, match=f'{name.split(".")[-1]} >= 1, got 0'):
+        train(market, tmp_path, f'{name} = 0')
+
+
+def test_too_few_identities_are_an_error(market, tmp_path):
+    with pytest.raises(ValueError, match='P=7 identities, found 6'):
+        train(market, tmp_path, 'P = 7')
+
+
+class Tiny(torch.nn.Module):
+    """Some model of MGN's interface."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3 * 8 * 4, 5)
+
+    def forward(self, images):
+        x = self.layer(images.flatten(1))
+        return MGNOutput((x[:, :2], x[:, 1:3]), x[None, :, 2:], x)
+
+
+def tiny_step(clip_gradient_norm):
+    """Change of all weights by one step of plain gradient descent at lr 1, and the losses."""
+    torch.manual_seed(0)
+    model = Tiny()
+    augment = augmentation.Augmentation()
+    images = torch.randint(0, 256, (4, 3, 8, 4), dtype=torch.uint8)
+    batch = TrainBatch(images, torch.tensor([0, 0, 1, 1]), augment.draw(0, 0, 4, (8, 4)), [])
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    losses = training.train_step(model, optimizer, augment, batch, torch.device('cpu'), clip_gradient_norm)
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach() - before.detach(), losses
+
+
+def test_clipping_shortens_the_whole_gradient_and_keeps_its_direction():
+    free, losses = tiny_step(None)
+    assert free.norm() > 1
+    clipped, _ = tiny_step(0.25)
+    torch.testing.assert_close(clipped, free / free.norm() * 0.25, rtol=1e-4, atol=1e-6)
+    loose, _ = tiny_step(1e6)
+    torch.testing.assert_close(loose, free, rtol=1e-6, atol=0)
+    assert set(losses) == {'loss', 'cross_entropy', 'triplet'} and not any(x.requires_grad for x in losses.values())
+
+
+def test_clipping_is_bound_by_gin(market, tmp_path):
+    fixed = train(market, tmp_path / 'a', 'total_steps = 1', 'lr = 0.0').state_dict()
+    clipped = train(market, tmp_path / 'b', 'total_steps = 1', 'lr = 1.0', 'train.clip_gradient_norm = 0.5',
+                    'make_optimizer.optimizer = @SGD', 'SGD.momentum = 0', 'weight_decay = 0.0',
+                    'make_optimizer.bias_lr_factor = 1.0', 'cosine.warmup_steps = 0').state_dict()
+    names = [name for name, _ in MGN(6).named_parameters()]
+    change = torch.cat([(clipped[name] - fixed[name]).flatten() for name in names])
+    assert change.norm() == pytest.approx(0.5, rel=1e-3)
+
+
+def test_the_meter_means_since_the_last_reading(tmp_path):
+    meter, values = training.Meter(), torch.rand(7, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for first, last in ((0, 3), (3, 4), (4, 7)):
+        for step in range(first, last):
+            meter.add({'a': values[step, 0], 'b': values[step, 1]}, step)
+        a, b = values[first:last].mean(0).tolist()
+        assert meter.read(str(tmp_path)) == pytest.approx({'a': a, 'b': b})
+
+
+@pytest.mark.parametrize('name', ['cuda:99', 'mps:99', 'gpu', ''])
+def test_a_device_that_is_not_there_is_a_clear_error(market, tmp_path, name):
+    with pytest.raises(ValueError, match=f"want the device '{name}', this machine.*bind device = 'cpu' or 'auto'"):
+        train(market, tmp_path, f"device = '{name}'")
+    assert not list(tmp_path.glob('*.pth'))
+
+
+def test_cuda_is_a_clear_error_exactly_where_there_is_none():
+    if torch.cuda.is_available():
+        assert find_device('cuda').type == find_device('auto').type == 'cuda'
+    else:
+        with pytest.raises(ValueError, match="want the device 'cuda'"):
+            find_device('cuda')
+        assert find_device('auto').type == ('mps' if torch.backends.mps.is_available() else 'cpu')
+
+
+def test_data_of_one_camera_need_cross_camera_false(tmp_path):
+    data = write_market(tmp_path / 'data', cameras=1)
+    with pytest.raises(ValueError, match='several cameras, found camera 1 alone; bind evaluate.cross_camera = False'):
+        train(data, tmp_path / 'run', 'total_steps = 1')
+    train(data, tmp_path / 'run', 'total_steps = 1', 'evaluate.cross_camera = False')
+    assert [line['step'] for line in records(tmp_path / 'run')] == [0, 1, 1]
+
+
+def test_a_log_drops_a_torn_line_and_the_lines_of_later_steps(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    path.write_text('{"step": 0, "mAP": 0.1}\n{"step": 2, "loss": 1.5}\n{"step": 3, "loss": 1.25}\n{"step": 4, "lo')
+    log = RunLog(str(tmp_path), 2)
+    assert log.evaluated(0) and not log.evaluated(2)
+    log.write({'step': 3, 'loss': 0.5})
+    log.close()
+    assert records(tmp_path) == [{'step': 0, 'mAP': 0.1}, {'step': 2, 'loss': 1.5}, {'step': 3, 'loss': 0.5}]
+
+
+def test_a_damaged_line_within_a_log_is_an_error_that_names_it(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    path.write_text('{"step": 0}\n{"st\n{"step": 1}\n')
+    with pytest.raises(ValueError, match='line 2 of .*metrics.jsonl'):
+        read_records(str(path))
+
+
+def test_without_tensorboard_everything_else_is_written(market, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)  # importing it fails
+    train(market, tmp_path, 'total_steps = 1')
+    assert len(records(tmp_path)) == 3 and not list(tmp_path.glob('events*'))
+
+
+def test_off_a_terminal_every_logging_step_is_a_plain_line(market, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger='mgn'):
+        train(market, tmp_path)
+    lines = [record.message for record in caplog.records if record.message.startswith('step ')]
+    assert [line.split(':')[0] for line in lines] == ['step 3', 'step 6', 'step 7']
+    for name in ('loss', 'cross_entropy', 'triplet', 'lr', 'images/s', 'data_wait'):
+        assert all(f'{name} ' in line for line in lines)

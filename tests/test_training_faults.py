@@ -1,0 +1,171 @@
+"""What goes wrong in training: losses or weights that are not finite, images that cannot be read."""
+
+import json
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import write_market
+from thin import thin, train  # noqa: F401
+
+from mgn import checkpoint, datasets, training
+from mgn.augmentation import Augmentation
+from mgn.images import TrainBatches, read_image
+from mgn.sampler import IdentitySampler
+
+pytestmark = pytest.mark.usefixtures('thin')
+
+
+def spoil(monkeypatch, name, at_step, value):
+    """Multiplies the loss `name` of one step, counted from 0, by `value`."""
+    calls, real = [], training.mgn_losses
+
+    def spoilt(*args):
+        losses = real(*args)
+        calls.append(0)
+        return {**losses, name: losses[name] * value} if len(calls) == at_step + 1 else losses
+
+    monkeypatch.setattr(training, 'mgn_losses', spoilt)
+
+
+@pytest.mark.parametrize('name, at_step, value, last_good, log_every', [
+    ('triplet', 0, torch.nan, 0, 99), ('triplet', 3, torch.nan, 2, 1), ('cross_entropy', 4, torch.inf, 4, 99),
+    ('cross_entropy', 5, -torch.inf, 4, 99), ('triplet', 6, torch.nan, 6, 1)])
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(market, tmp_path, monkeypatch, name, at_step, value,
+                                                                    last_good, log_every):
+    with monkeypatch.context() as patch:
+        spoil(patch, name, at_step, value)
+        with pytest.raises(ValueError) as raised:
+            train(market, tmp_path, f'train.log_every = {log_every}')
+    last = tmp_path / 'last.pth'
+    assert f'NaN or infinity in {name} at step {at_step}; ' in str(raised.value)
+    assert f'the last good checkpoint is {last}, of step {last_good}' in str(raised.value)
+    for path, step in ((last, last_good), (tmp_path / 'best.pth', None)):
+        content = checkpoint.load(str(path))
+        assert all(tensor.isfinite().all() for tensor in content['model'].values())
+        assert step is None or content['step'] == step
+    lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+    assert max(line['step'] for line in lines) <= at_step
+    train(market, tmp_path)  # what was wrong is mended
+    assert checkpoint.load(str(last))['step'] == 7
+
+
+def test_the_first_bad_step_is_remembered_until_the_losses_are_read(tmp_path):
+    checkpoint.save(str(tmp_path / 'last.pth'), {'step': 2})
+    meter = training.Meter()
+    for step, (a, b) in enumerate([(1, 1), (1, 1), (1, torch.nan), (torch.inf, 1), (torch.nan, torch.nan), (1, 1)]):
+        meter.add({'loss': torch.tensor(float(a + b)), 'a': torch.tensor(float(a)), 'b': torch.tensor(float(b))}, step)
+    for read in (meter.check, meter.read):
+        with pytest.raises(ValueError, match='infinity in b at step 2; .*last.pth, of step 2; lower lr'):
+            read(str(tmp_path))
+
+
+def test_all_losses_that_went_bad_at_the_first_bad_step_are_named(tmp_path):
+    checkpoint.save(str(tmp_path / 'last.pth'), {'step': 0})
+    meter = training.Meter()
+    meter.add({name: torch.tensor(torch.nan) for name in ('loss', 'a', 'b')}, 0)
+    with pytest.raises(ValueError, match='infinity in a, b at step 0'):
+        meter.check(str(tmp_path))
+
+
+@pytest.mark.parametrize('at_step, last_good', [(0, 0), (3, 2), (6, 6)])
+def test_weights_that_are_not_finite_are_never_saved(market, tmp_path, monkeypatch, at_step, last_good):
+    calls, real = [], training.train_step
+
+    def spoilt(model, *args):
+        losses = real(model, *args)
+        calls.append(0)
+        if len(calls) == at_step + 1:
+            model.trunk[0].weight.data[0, 0, 0, 0] = torch.inf
+        return losses
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=f'last.pth, of step {last_good}'):
+        patch.setattr(training, 'train_step', spoilt)
+        train(market, tmp_path, 'train.log_every = 99')
+    last = checkpoint.load(str(tmp_path / 'last.pth'))
+    assert last['step'] == last_good and last['model']['trunk.0.weight'].isfinite().all()
+
+
+def test_initial_weights_that_are_not_finite_are_a_clear_error(market, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.init, 'kaiming_normal_', lambda tensor, **kwargs: tensor.data.fill_(torch.nan))
+    with pytest.raises(ValueError, match='want finite weights, got NaN or infinity'):
+        train(market, tmp_path)
+    assert not (tmp_path / 'last.pth').exists()
+
+
+@contextmanager
+def damaged(path, damage):
+    with open(path, 'rb') as file:
+        whole = file.read()
+    try:
+        with open(path, 'wb') as file:
+            file.write(damage(whole))
+        yield
+    finally:
+        with open(path, 'wb') as file:
+            file.write(whole)
+
+
+@pytest.fixture(scope='module')
+def hundred(tmp_path_factory):
+    """120 training images, of which one may be unreadable; the first images of the first batch."""
+    root = write_market(tmp_path_factory.mktemp('hundred'), identities=30, size=(16, 8))
+    train_samples = datasets.market_layout(str(root)).train
+    labels, _ = datasets.train_labels(train_samples)
+    batch = IdentitySampler(labels, [sample.camid for sample in train_samples], 2, 2, 0).batch(0)
+    return root, [train_samples[batch[0]].path, train_samples[batch[2]].path]
+
+
+@pytest.mark.parametrize('damage', [lambda data: data[:len(data) // 2], lambda data: b'', lambda data: b'no image'])
+@pytest.mark.parametrize('workers', [0, 1])
+def test_an_unreadable_training_image_is_replaced_and_counted(hundred, tmp_path, caplog, damage, workers):
+    root, (path, _) = hundred
+    with damaged(path, damage):
+        train(root, tmp_path, f'workers = {workers}', 'total_steps = 2')
+    warnings = [record.message for record in caplog.records if 'unreadable' in record.message]
+    assert len(warnings) == 1
+    assert 'number 1' in warnings[0] and path in warnings[0]
+    assert checkpoint.load(str(tmp_path / 'last.pth'))['step'] == 2
+
+
+def test_more_than_one_per_cent_of_unreadable_images_are_an_error(hundred, tmp_path):
+    root, (one, other) = hundred
+    with damaged(one, lambda data: data[:99]), damaged(other, lambda data: b''):
+        with pytest.raises(ValueError, match='at most 1% of 120 training images unreadable, got 2:') as raised:
+            train(root, tmp_path, 'total_steps = 2')
+    assert one in str(raised.value) and other in str(raised.value)
+
+
+def test_the_only_other_image_of_an_identity_takes_the_place_of_an_unreadable_one(tmp_path):
+    root = write_market(tmp_path, identities=2, images=2, size=(16, 8))
+    samples = datasets.market_layout(str(root)).train
+    labels, _ = datasets.train_labels(samples)
+    sampler = IdentitySampler(labels, [sample.camid for sample in samples], 2, 2, 0)
+    batches = TrainBatches(samples, labels, sampler, Augmentation(), (16, 8))
+    with damaged(samples[0].path, lambda data: data[:50]):
+        got = batches[0]
+    for position, index in enumerate(sampler.batch(0)):
+        assert torch.equal(got.images[position], read_image(samples[index or 1].path, (16, 8)))
+    assert len(got.unreadable) == 1 and samples[0].path in got.unreadable[0]
+
+
+@pytest.mark.parametrize('images, limit', [(99, 0), (100, 1), (199, 1), (12936, 129)])
+def test_the_same_image_counts_once_and_one_per_cent_is_allowed(images, limit):
+    unreadable = {}
+    for _ in range(3):
+        training.count_unreadable(unreadable, [f'{i}.jpg: truncated' for i in range(limit)], images)
+    assert len(unreadable) == limit
+    with pytest.raises(ValueError, match=f'got {limit + 1}:'):
+        training.count_unreadable(unreadable, ['one more.jpg: truncated'], images)
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_an_identity_without_a_readable_image_is_an_error_that_names_them_all(tmp_path, workers):
+    root = write_market(tmp_path / 'data', identities=2, images=3, size=(16, 8))
+    images = list((root / 'bounding_box_train').glob('0001_*'))
+    for image in images:
+        image.write_bytes(b'')
+    with pytest.raises(ValueError, match='want a readable image of identity 1, got none') as raised:
+        train(root, tmp_path / 'run', f'workers = {workers}')
+    assert len(images) == 3 and all(str(image) in str(raised.value) for image in images)
+    assert 'Traceback' not in str(raised.value)

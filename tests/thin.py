@@ -1,0 +1,46 @@
+"""A thin ResNet in place of torchvision's, so that a test of the loop around the model takes a fraction of a second."""
+
+import gin
+import pytest
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+
+from mgn import config, training
+
+BINDINGS = ("input_size = (64, 32)", "P = 2", "K = 2", "total_steps = 7", "workers = 0", "device = 'cpu'", "lr = 1e-2",
+            "MGN.pretrained = False", "MGN.embedding_dim = 16", "MGN.parts = (1, 2)", "MGN.last_strides = (2, 1)",
+            "train.log_every = 3", "train.checkpoint_every = 2", "train.evaluate_every = 4",
+            "train.schedule = @cosine", "cosine.warmup_steps = 2", "cosine.start = 3")
+
+
+class ThinResNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+
+        def block(width, stride, out):
+            down = nn.Sequential(nn.Conv2d(width, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+            return BasicBlock(width, out, stride, down)
+
+        self.conv1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU()
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.layer1 = nn.Sequential(BasicBlock(8, 8))
+        self.layer2 = nn.Sequential(block(8, 2, 8))
+        self.layer3 = nn.Sequential(block(8, 2, 16), BasicBlock(16, 16))
+        self.layer4 = nn.Sequential(block(16, 2, 16))
+        self.fc = nn.Linear(16, 10)
+
+
+@pytest.fixture
+def thin(monkeypatch):
+    """MGN over a thin ResNet; no binding outlives the test."""
+    monkeypatch.setattr('mgn.model.make_resnet', lambda backbone, pretrained: ThinResNet())
+    yield
+    gin.clear_config()
+
+
+def train(data_root, output_dir, *bindings):
+    """Seven steps in epochs of three, logged at 3, 6, 7, saved at 0, 2, 4, 6, 7, evaluated at 0, 4, 7."""
+    config.load([], [*BINDINGS, f"data_root = '{data_root}'", *bindings])
+    return training.train(default_output_dir=str(output_dir))
