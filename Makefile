@@ -8,3 +8,4 @@ long:        # the short tests and those of minutes
 
 bench:       # ratios against named peers, on this machine
 	python -m benchmarks.loading
+	python -m benchmarks.small_maps

@@ -87,7 +87,7 @@ def test_training_writes_a_run_and_plain_lines_off_a_terminal(trained):
     last = metrics(folder)[-1]
     assert re.search(rf'^ +5 +{100 * last["rank1"]:.2f} +{100 * last["mAP"]:.2f} +{100 * last["mINP"]:.2f}$', out,
                      re.MULTILINE)
-    assert len(re.findall('to train', out)) == 1  # nothing is said twice
+    assert len(re.findall('to train', out + err)) == 1  # nothing is said twice
 
 
 def test_evaluation_needs_the_checkpoint_alone_from_any_folder(trained, tmp_path):

@@ -225,7 +225,8 @@ def test_where_features_are_wanted_classifiers_are_dropped(classes):
 
 
 def test_where_features_are_wanted_everything_else_is_still_checked():
-    state = model(7, width=5).state_dict()
+    state = {**model(7, width=5).state_dict(), 'trunk.0.weight': torch.zeros(1)}
     with pytest.raises(ValueError, match=r'heads.0.reduction.weight: want shape \(2, 4\), got \(2, 5\)') as raised:
         checkpoint.load_model(model(0), state, 'best.pth', features_only=True)
+    assert 'unexpected trunk.0.weight' in str(raised.value)
     assert 'classifier' not in str(raised.value)

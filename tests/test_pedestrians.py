@@ -1,0 +1,91 @@
+"""The drawn pedestrians of the demo: written once, the same bytes every time, with no way round looking at the people."""
+
+import hashlib
+import os
+import re
+
+import numpy as np
+import pytest
+
+from mgn import datasets, pedestrians
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp('pedestrians') / 'set')
+    pedestrians.write_pedestrians(path)
+    return path
+
+
+def digest(folder, parts=pedestrians.FOLDERS):
+    return {name: hashlib.sha256(open(os.path.join(folder, part, name), 'rb').read()).hexdigest()
+            for part in parts for name in os.listdir(os.path.join(folder, part))}
+
+
+def test_identities_of_train_and_test_are_disjoint_and_every_query_has_a_match(folder):
+    dataset = datasets.pedestrians(folder)
+    train, query, gallery = ({s.pid for s in part} for part in dataset[2:])
+    assert not train & (query | gallery)
+    assert query == gallery - {0}
+    cameras = {(s.pid, s.camid) for s in dataset.gallery}
+    assert all(any(pid == s.pid and camid != s.camid for pid, camid in cameras) for s in dataset.query)
+    assert any(s.pid == 0 for s in dataset.gallery)
+    assert any(name.startswith('-1_') for name in os.listdir(os.path.join(folder, 'bounding_box_test')))
+
+
+def test_a_complete_set_is_left_as_it_is(folder):
+    before = {name: os.stat(os.path.join(folder, 'query', name)).st_mtime_ns
+              for name in os.listdir(os.path.join(folder, 'query'))}
+    pedestrians.write_pedestrians(folder)
+    assert before == {name: os.stat(os.path.join(folder, 'query', name)).st_mtime_ns
+                      for name in os.listdir(os.path.join(folder, 'query'))}
+
+
+def test_an_image_is_a_function_of_seed_pid_camera_and_index():
+    shots = pedestrians.plan(0)
+    assert shots == pedestrians.plan(0)
+    assert pedestrians.file_names(shots, 0) == pedestrians.file_names(shots, 0)
+    for shot in shots[::300]:
+        assert np.array_equal(pedestrians.take(shot, 0), pedestrians.take(shot, 0))
+        assert not np.array_equal(pedestrians.take(shot, 0)[:100, :50], pedestrians.take(shot, 1)[:100, :50])
+
+
+def test_frame_numbers_and_sizes_tell_nothing_of_the_identity():
+    shots = [shot for shot in pedestrians.plan(0) if shot.pid > 0]
+    names = pedestrians.file_names(shots, 0)
+    frames = np.array([int(re.fullmatch(r'\d{4}_c\ds\d_(\d{6})_\d\d\.jpg', name)[1]) for name in names])
+    assert len(set(frames)) == len(frames)
+    pids = np.array([shot.pid for shot in shots])
+    assert abs(np.corrcoef(pids, frames)[0, 1]) < 0.1
+    sizes = np.array([pedestrians.take(shot, 0).shape[:2] for shot in shots[:240]])
+    variance_within = np.mean([sizes[pids[:240] == pid].var(0) for pid in set(pids[:240])], axis=0)
+    assert (variance_within > 0.75 * sizes.var(0)).all()  # 12 images an identity: 11/12 of it if size tells nothing
+
+
+def test_backgrounds_of_one_identity_and_camera_differ():
+    first, second = [shot for shot in pedestrians.plan(0) if shot.pid == 1][:2]
+    assert first.camera == second.camera
+    corners = [pedestrians.take(shot, 0)[:20, :10].astype(float) for shot in (first, second)]
+    assert np.abs(corners[0] - corners[1]).mean() > 3
+
+
+def test_a_foreign_folder_is_refused_and_stays(tmp_path):
+    (tmp_path / 'thesis.txt').write_text('mine')
+    with pytest.raises(ValueError, match='thesis.txt'):
+        pedestrians.write_pedestrians(str(tmp_path))
+    assert (tmp_path / 'thesis.txt').read_text() == 'mine'
+
+
+def test_a_damaged_set_is_written_anew_with_the_same_bytes(folder, tmp_path, monkeypatch):
+    whole = digest(folder, ('query',))
+    shots = [shot for shot in pedestrians.plan(0)]
+    names = dict(zip(pedestrians.file_names(shots, 0), shots))
+    monkeypatch.setattr(pedestrians, 'plan', lambda seed: [names[name] for name in sorted(whole)][:20])
+    monkeypatch.setattr(pedestrians, 'file_names', lambda shots, seed: sorted(whole)[:20])
+    small = str(tmp_path / 'small')
+    pedestrians.write_pedestrians(small)
+    written = digest(small)
+    assert written == {name: whole[name] for name in sorted(whole)[:20]}
+    os.remove(os.path.join(small, 'query', sorted(whole)[0]))
+    pedestrians.write_pedestrians(small)
+    assert digest(small) == written
