@@ -28,7 +28,7 @@ def save(path, content):
         if os.path.exists(temporary):
             os.remove(temporary)
         kept = 'the previous one is unharmed' if os.path.exists(path) else 'there was none before'
-        raise OSError(f'want to write the checkpoint {path}, got: {str(error).splitlines()[0]}; {kept}; '
+        raise OSError(f'want to write the checkpoint {path}, got: {first_line(error)}; {kept}; '
                       f'free disk space or bind another output_dir') from error
 
 
@@ -43,11 +43,15 @@ def load(path):
         content = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # unpickling damaged or foreign bytes can raise nearly anything
         raise ValueError(f'want a checkpoint written by mgn.train, got {path}, which cannot be loaded as one '
-                         f'({str(error).splitlines()[0]}); give another file') from error
+                         f'({first_line(error)}); give another file') from error
     if not isinstance(content, dict) or content.get('format') != FORMAT:
         raise ValueError(f'want a checkpoint written by mgn.train, got {path}, which holds something else; '
                          f'ImageNet weights go into MGN.pretrained')
     return content
+
+
+def first_line(error):
+    return (str(error).splitlines() or [repr(error)])[0]
 
 
 def load_model(model, state, path, features_only=False):

@@ -4,12 +4,14 @@ Order: defaults.gin, the configuration saved in a checkpoint (mgn.eval), every -
 ones win. Import this from binaries only.
 """
 
+import contextlib
 import difflib
 import inspect
 import logging
 import os
 import re
 import sys
+import tokenize
 
 import gin
 from absl import app, flags
@@ -51,10 +53,11 @@ def load(gin_files, bindings, saved=''):
     """Parses everything into gin's global configuration and locks it.
 
     Args:
-        gin_files: paths, looked for in the working folder, then in the project's folder.
+        gin_files: paths, looked for in the working folder, then in the project's folder; what they include, beside
+            the including file first.
         bindings: strings. saved: the gin text of a checkpoint; its output_dir is not taken over.
     Raises:
-        ValueError, SyntaxError: unknown names, with the nearest valid one. FileNotFoundError: the paths tried.
+        ValueError: unknown names, with the nearest valid one. FileNotFoundError: the paths tried.
     """
     parse(gin_files, bindings, saved)
     try:
@@ -83,27 +86,35 @@ def default_output_dir(gin_files):
 
 def parse(gin_files, bindings, saved=''):
     gin.clear_config()
-    for folder in (HERE, os.path.dirname(HERE)):
-        gin.add_config_file_search_path(folder)
+    gin.config._FILE_READERS[:] = [(open_gin_file, lambda path: True)]  # gin's own would look in the working folder first
     try:
         gin.parse_config_file(os.path.join(HERE, 'defaults.gin'))
         gin.parse_config(saved)
         if saved:
             gin.bind_parameter('output_dir/macro.value', None)
         for gin_file in gin_files:
-            gin.add_config_file_search_path(os.path.dirname(find_gin_file(gin_file)))  # for its includes
-            gin.parse_config_file(find_gin_file(gin_file))
+            gin.parse_config_file(gin_file)
         gin.parse_config(bindings)
+    except (SyntaxError, tokenize.TokenError) as error:
+        raise ValueError(f'want gin bindings such as P = 16, got what cannot be parsed: {error}') from None
     except ValueError as error:
         raise ValueError(str(error) + hint(str(error))) from None
 
 
-def find_gin_file(path):
-    tried = [os.path.abspath(os.path.expanduser(path)), os.path.join(os.path.dirname(HERE), path)]
-    for candidate in tried:
-        if os.path.isfile(candidate):
-            return candidate
-    raise FileNotFoundError(f'want the gin file {path}, found none; tried {" and ".join(tried)}')
+@contextlib.contextmanager
+def open_gin_file(path, including=[]):
+    """Opens a gin file; `including` holds the folders of the files being read, the innermost last."""
+    folders = [*including[-1:], os.getcwd(), os.path.dirname(HERE)]
+    tried = [os.path.join(folder, os.path.expanduser(path)) for folder in folders]
+    found = next((candidate for candidate in tried if os.path.isfile(candidate)), None)
+    if found is None:
+        raise FileNotFoundError(f'want the gin file {path}, found none; tried {", ".join(dict.fromkeys(tried))}')
+    including.append(os.path.dirname(found))
+    try:
+        with open(found) as file:
+            yield file
+    finally:
+        including.pop()
 
 
 @gin.config.register_finalize_hook
@@ -136,11 +147,12 @@ def hint(message):
     """The nearest valid name for gin's own complaints."""
     configurable = re.search(r"No configurable matching (?:reference )?'@?([^'()]*)", message)
     if configurable:
-        names = [name.rsplit('.', 1)[-1] for name in gin.config._REGISTRY]  # gin has no public list
+        names = [name.rsplit('.', 1)[-1] for name, _ in gin.config._REGISTRY.items()]  # gin has no public list
         return nearest(configurable[1], names)
     parameter = re.search(r"Configurable '(.*?)' doesn't have a parameter named '(.*?)'", message)
     if parameter:
-        return nearest(parameter[2], inspect.signature(gin.get_configurable(parameter[1])).parameters)
+        configurable = gin.config._REGISTRY.get_match(parameter[1])
+        return nearest(parameter[2], inspect.signature(configurable.wrapped).parameters)
     return ''
 
 

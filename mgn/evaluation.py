@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def evaluate_checkpoint(checkpoint, weights=gin.REQUIRED, dataset=gin.REQUIRED, output_dir=None, device='auto'):
     """Evaluates a loaded checkpoint on `dataset`; prints the table, writes output_dir/eval.json, returns the results."""
     device = find_device(device)
-    model = MGN(num_classes=0, pretrained=False).to(device, memory_format=torch.channels_last)
+    model = MGN(num_classes=0, fresh=False).to(device, memory_format=torch.channels_last)
     checkpoints.load_model(model, checkpoint['model'], weights, features_only=True)
     results = {'weights': weights, 'step': checkpoint['step'], **evaluate(model, dataset, device)}
     print(table(results))

@@ -7,7 +7,6 @@ ACM MM 2018, arXiv:1804.01438. Defaults follow fast-reid's `projects/MGN`; `pape
 import copy
 import os
 from typing import NamedTuple
-from urllib.error import URLError
 
 import gin
 import torch
@@ -25,7 +24,7 @@ class MGNOutput(NamedTuple):
     features: torch.Tensor            # (B, heads · embedding_dim): the test feature, not yet L2-normalised
 
 
-@gin.configurable(denylist=['num_classes'])
+@gin.configurable(denylist=['num_classes', 'fresh'])
 class MGN(nn.Module):
     """Shared trunk, one branch per entry of `parts`, one head per whole map and per stripe.
 
@@ -39,10 +38,11 @@ class MGN(nn.Module):
         pooling: 'max', 'avg' or 'gem' (generalised mean, learnable p, Radenović et al., TPAMI 2019).
         bnneck: batch normalisation without bias behind the reduced feature (Luo et al., CVPRW 2019).
         paper_heads: the paper's softmax on the unreduced whole-map features instead of on the reduced ones.
+        fresh: False leaves `pretrained` aside, for a model whose weights a checkpoint will replace.
     """
 
     def __init__(self, num_classes, backbone='resnet50', pretrained=True, parts=(1, 2, 3), last_strides=(2, 1, 1),
-                 embedding_dim=256, pooling='max', bnneck=True, paper_heads=False):
+                 embedding_dim=256, pooling='max', bnneck=True, paper_heads=False, fresh=True):
         super().__init__()
         if len(parts) == 0 or len(parts) != len(last_strides) or min(parts) < 1 or not set(last_strides) <= {1, 2}:
             raise ValueError(f'want a part count >= 1 and a last stride of 1 or 2 for every branch, got parts={parts}, '
@@ -51,7 +51,7 @@ class MGN(nn.Module):
             raise ValueError(f'want MGN.pooling to be one of {", ".join(POOLINGS)}, got {pooling!r}')
         if paper_heads and bnneck:
             raise ValueError('the paper has no BNNeck: with MGN.paper_heads = True bind MGN.bnneck = False')
-        resnet = make_resnet(backbone, pretrained)
+        resnet = make_resnet(backbone, pretrained if fresh else False)
         width = resnet.fc.in_features
         self.parts = tuple(parts)
         self.trunk = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool, resnet.layer1, resnet.layer2,
@@ -177,7 +177,7 @@ def make_resnet(backbone, pretrained):
         weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
         try:
             resnet.load_state_dict(weights.get_state_dict(check_hash=True))
-        except (URLError, OSError) as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: what came has another hash
             raise OSError(f'want the ImageNet weights {weights.url}, could not download them ({error}); bring that file '
                           f"and bind MGN.pretrained = '<its path>', or train from scratch with MGN.pretrained = False") from error
     elif pretrained:

@@ -57,18 +57,19 @@ def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=
     augmentation = Augmentation()
     train_batches = TrainBatches(dataset.train, labels, sampler, augmentation, input_size)
     torch.manual_seed(seed)  # of the initial weights; nothing else draws from torch
-    model = MGN(num_classes, pretrained=False) if last else MGN(num_classes)
+    model = MGN(num_classes, fresh=last is None)
     model.to(device, memory_format=torch.channels_last).train()
     optimizer = make_optimizer(model)
     meter = Meter()
-    step = restore(last, model, optimizer, meter, num_classes, output_dir) if last else 0
+    step = start = restore(last, model, optimizer, meter, num_classes, output_dir) if last else 0
     log = RunLog(output_dir, step)
 
     def save_last():
         check_finite(model, meter, step, output_dir)
         checkpoints.save(os.path.join(output_dir, 'last.pth'), {
             'config': gin.config_str(), 'num_classes': num_classes, 'step': step, 'model': model.state_dict(),
-            'optimizer': optimizer.state_dict(), 'meter': meter.state()})
+            'optimizer': optimizer.state_dict(),
+            'optimizer_class': type(optimizer).__name__, 'meter': meter.state()})
         write_text(os.path.join(output_dir, 'config.gin'), gin.operative_config_str())
 
     if not last:
@@ -84,7 +85,7 @@ def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=
             if step >= total_steps:
                 break
             began = time.perf_counter()
-            batch = next(loader)
+            batch = next_batch(loader)
             meter.waited += time.perf_counter() - began
             count_unreadable(unreadable, batch.unreadable, len(dataset.train))
             lr = set_lr(optimizer, schedule(step, total_steps))
@@ -101,13 +102,22 @@ def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=
             if is_due(step, checkpoint_every, total_steps) or is_due(step, evaluate_every, total_steps):
                 save_last()
     log.close()
-    write_text(os.path.join(output_dir, 'config.gin'), gin.operative_config_str())
+    if step > start:  # else this process has not used all of the configuration
+        write_text(os.path.join(output_dir, 'config.gin'), gin.operative_config_str())
     print(summary(log, output_dir))
     return model
 
 
 def is_due(step, period, total_steps):
     return step % period == 0 or step == total_steps
+
+
+def next_batch(loader):
+    """The next TrainBatch; an error raised in a worker process comes without the traceback that is wrapped round it there."""
+    try:
+        return next(loader)
+    except ValueError as error:
+        raise ValueError(str(error).rsplit('\nValueError: ', 1)[-1]) from None
 
 
 def train_step(model, optimizer, augmentation, batch, device, clip_gradient_norm):
@@ -192,6 +202,8 @@ def check_finite(model, meter, step, output_dir):
 
 def last_good(output_dir):
     path = os.path.join(output_dir, 'last.pth')
+    if not os.path.exists(path):
+        return 'there is no checkpoint yet'
     return f'the last good checkpoint is {path}, of step {checkpoints.load(path)["step"]}'
 
 
@@ -221,12 +233,12 @@ def restore(last, model, optimizer, meter, num_classes, output_dir):
                                                      lineterm='') if line[:1] in '+-' and line[:3] not in ('+++', '---')]
     if changes:
         logger.warning('resuming under another configuration than before:\n  %s', '\n  '.join(changes))
+    if last['optimizer_class'] != type(optimizer).__name__:
+        raise ValueError(f'want the optimiser {last["optimizer_class"]} that {path} was trained with, got '
+                         f'{type(optimizer).__name__}; bind make_optimizer.optimizer = @{last["optimizer_class"]} or '
+                         f'another output_dir')
     checkpoints.load_model(model, last['model'], path)
-    try:
-        optimizer.load_state_dict({**last['optimizer'], 'param_groups': optimizer.state_dict()['param_groups']})
-    except (ValueError, KeyError) as error:
-        raise ValueError(f'want the optimiser that {path} was trained with, its state does not fit: {error}; '
-                         f'bind it or another output_dir') from None
+    optimizer.load_state_dict({**last['optimizer'], 'param_groups': optimizer.state_dict()['param_groups']})
     meter.load_state(last['meter'])
     return last['step']
 
