@@ -14,7 +14,7 @@ from mgn.datasets import train_labels
 from mgn.evaluation import evaluate, find_device, table, write_results
 from mgn.images import TrainBatches, batches
 from mgn.losses import mgn_losses
-from mgn.model import MGN
+from mgn.model import MGN, MGNOutput
 from mgn.optim import make_optimizer, multi_step
 from mgn.runlog import RunLog, progress, write_text
 from mgn.sampler import IdentitySampler
@@ -28,7 +28,7 @@ UNREADABLE_LIMIT = 0.01  # share of the training images beyond which a run stops
 @gin.configurable(denylist=['default_output_dir'])
 def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=gin.REQUIRED, P=16, K=4,
           total_steps=gin.REQUIRED, schedule=multi_step, seed=0, workers=4, device='auto', log_every=50,
-          checkpoint_every=1000, evaluate_every=2000, clip_gradient_norm=None, resume=True):
+          checkpoint_every=1000, evaluate_every=2000, clip_gradient_norm=None, precision='float32', resume=True):
     """Trains MGN on dataset.train, evaluates it on dataset.query and dataset.gallery; returns the model.
 
     Goes on from output_dir/last.pth where there is one. Every random draw depends on (seed, step, position) alone, so
@@ -41,12 +41,16 @@ def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=
         log_every, checkpoint_every, evaluate_every: periods in steps. Checkpoints are written before evaluations too;
             evaluations happen before the first step and after the last one too.
         clip_gradient_norm: largest Euclidean norm of the whole gradient; None: any.
+        precision: of the model's forward and backward pass in training: 'float32', or 'bfloat16' by autocast. Weights,
+            losses and evaluations are float32.
         resume: False refuses an output_dir that holds a run.
     """
     for name, period in (('log_every', log_every), ('checkpoint_every', checkpoint_every),
                          ('evaluate_every', evaluate_every), ('total_steps', total_steps)):
         if period < 1:
             raise ValueError(f'want train.{name} >= 1, got {period}')
+    if precision not in ('float32', 'bfloat16'):
+        raise ValueError(f"want train.precision to be 'float32' or 'bfloat16', got {precision!r}")
     output_dir = output_dir or os.path.abspath(default_output_dir)
     os.makedirs(output_dir, exist_ok=True)
     last = load_last(output_dir, resume)
@@ -89,7 +93,7 @@ def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=
             meter.waited += time.perf_counter() - began
             count_unreadable(unreadable, batch.unreadable, len(dataset.train))
             lr = set_lr(optimizer, schedule(step, total_steps))
-            losses = train_step(model, optimizer, augmentation, batch, device, clip_gradient_norm)
+            losses = train_step(model, optimizer, augmentation, batch, device, precision, clip_gradient_norm)
             meter.add(losses, step)
             step += 1
             if is_due(step, log_every, total_steps):
@@ -120,11 +124,14 @@ def next_batch(loader):
         raise ValueError(str(error).rsplit('\nValueError: ', 1)[-1]) from None
 
 
-def train_step(model, optimizer, augmentation, batch, device, clip_gradient_norm):
+def train_step(model, optimizer, augmentation, batch, device, precision, clip_gradient_norm):
     """One optimiser step on a TrainBatch; returns the losses by name, left on the device."""
     images, labels, *draws = (x.to(device, non_blocking=True) for x in (batch.images, batch.labels, *batch.draws))
     images = augmentation(images, Draws(*draws)).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W) float32
-    losses = mgn_losses(model(images), labels)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bfloat16'):
+        output = model(images)
+    output = MGNOutput(tuple(x.float() for x in output.logits), output.embeddings.float(), output.features)
+    losses = mgn_losses(output, labels)
     loss = sum(losses.values())
     optimizer.zero_grad()
     loss.backward()

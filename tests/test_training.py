@@ -117,6 +117,20 @@ def test_a_period_below_one_is_an_error(market, tmp_path, name):
         train(market, tmp_path, f'{name} = 0')
 
 
+def test_bfloat16_trains_to_about_the_losses_of_float32(market, tmp_path):
+    for precision in ('float32', 'bfloat16'):
+        train(market, tmp_path / precision, f"train.precision = '{precision}'")
+    first, second = ([line['loss'] for line in records(tmp_path / precision) if 'loss' in line]
+                     for precision in ('float32', 'bfloat16'))
+    assert first != second
+    assert first[0] == pytest.approx(second[0], rel=0.05)
+
+
+def test_a_precision_that_does_not_exist_is_an_error(market, tmp_path):
+    with pytest.raises(ValueError, match="'float32' or 'bfloat16', got 'fp16'"):
+        train(market, tmp_path, "train.precision = 'fp16'")
+
+
 def test_too_few_identities_are_an_error(market, tmp_path):
     with pytest.raises(ValueError, match='P=7 identities, found 6'):
         train(market, tmp_path, 'P = 7')
@@ -143,7 +157,7 @@ def tiny_step(clip_gradient_norm):
     batch = TrainBatch(images, torch.tensor([0, 0, 1, 1]), augment.draw(0, 0, 4, (8, 4)), [])
     before = torch.nn.utils.parameters_to_vector(model.parameters()).clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    losses = training.train_step(model, optimizer, augment, batch, torch.device('cpu'), clip_gradient_norm)
+    losses = training.train_step(model, optimizer, augment, batch, torch.device('cpu'), 'float32', clip_gradient_norm)
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach() - before.detach(), losses
 
 
