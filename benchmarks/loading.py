@@ -20,7 +20,7 @@ from torchvision.io import ImageReadMode, decode_image, read_file, write_jpeg
 
 from benchmarks.machine import cpu_model
 from mgn.augmentation import MEAN, STD, Augmentation
-from mgn.images import read_image, stack
+from mgn.images import decode, to_batch
 
 SIZE, BATCH, IMAGES, ROUNDS = (384, 128), 64, 256, 7
 
@@ -34,7 +34,7 @@ def classic(paths):
 
 
 def loader(paths):
-    return stack([read_image(path, SIZE) for path in paths])
+    return to_batch([decode(path) for path in paths], SIZE)
 
 
 def loader_and_augmentation(paths):

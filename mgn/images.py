@@ -27,11 +27,8 @@ class TestBatch(NamedTuple):
     unreadable: list[str]
 
 
-def read_image(path, size):
-    """One image as (3, H, W) uint8 RGB, resized to size=(H, W) by antialiased bicubic interpolation where it differs.
-
-    Raises ValueError naming the path where it is missing, truncated or no image.
-    """
+def decode(path):
+    """One image as (3, h, w) uint8 RGB; ValueError naming the path where it is missing, truncated or no image."""
     try:
         image = decode_image(read_file(path), mode=ImageReadMode.RGB)
     except (RuntimeError, OSError) as error:
@@ -41,14 +38,23 @@ def read_image(path, size):
         raise ValueError(f'{path}: want one image, got an animation of {len(image)}')
     if image.dtype == torch.uint16:  # a PNG of 16 bits
         image = image.float().div_(257).round_().to(torch.uint8)
-    if image.shape[1:] == torch.Size(size):
-        return image
-    return F.interpolate(image[None], size, mode='bicubic', antialias=True)[0]
+    return image
 
 
-def stack(images):
-    """(3, H, W) images, pixel by pixel in memory as decoders leave them → (B, 3, H, W), channels-last, without transposing."""
-    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+def to_batch(images, size):
+    """(3, h, w) uint8 images → (B, 3, H, W) uint8, channels-last, resized to size=(H, W) by antialiased bicubic interpolation.
+
+    Images of one size go through it together, which takes a third of the time of one by one.
+    """
+    batch = torch.empty(len(images), *size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    for shape in {image.shape for image in images}:
+        places = [i for i, image in enumerate(images) if image.shape == shape]
+        group = torch.stack([images[i].permute(1, 2, 0) for i in places]).permute(0, 3, 1, 2)
+        if shape[1:] != size:
+            group = F.interpolate(group, size, mode='bicubic', antialias=True)
+        for place, image in zip(places, group):
+            batch[place] = image
+    return batch
 
 
 class TrainBatches(Dataset):
@@ -68,13 +74,13 @@ class TrainBatches(Dataset):
             images.append(self.image(index, step, position, unreadable))
         augmentation_draws = self.augmentation.draw(self.sampler.seed, step, len(indices), self.size)
         labels = torch.tensor([self.labels[index] for index in indices])
-        return TrainBatch(stack(images), labels, augmentation_draws, list(unreadable.values()))
+        return TrainBatch(to_batch(images, self.size), labels, augmentation_draws, list(unreadable.values()))
 
     def image(self, index, step, position, unreadable):
         for candidate in self.candidates(index, step, position):
             path = self.samples[candidate].path
             try:
-                return read_image(path, self.size)
+                return decode(path)
             except ValueError as error:
                 unreadable[path] = str(error)
         raise ValueError(f'want a readable image of identity {self.samples[index].pid}, got none:\n  '
@@ -100,10 +106,10 @@ class TestBatches(Dataset):
         images, unreadable = [], []
         for sample in self.samples[item * self.batch_size:(item + 1) * self.batch_size]:
             try:
-                images.append(read_image(sample.path, self.size))
+                images.append(decode(sample.path))
             except ValueError as error:  # raised by the caller: across processes an error would lose its shape
                 unreadable.append(str(error))
-        return TestBatch(stack(images) if images else torch.empty(0, 3, *self.size, dtype=torch.uint8), unreadable)
+        return TestBatch(to_batch(images, self.size), unreadable)
 
 
 def batches(dataset, items, workers, device):

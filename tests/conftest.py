@@ -5,6 +5,8 @@ import pytest
 import torch
 from torchvision.io import write_jpeg, write_png
 
+from mgn.images import decode, to_batch
+
 
 def write_image(path, seed, size=(64, 32)):
     """A noisy image of one random colour, size=(H, W), as the suffix of `path` says; returns its (3, H, W) uint8 pixels."""
@@ -14,6 +16,11 @@ def write_image(path, seed, size=(64, 32)):
     path.parent.mkdir(parents=True, exist_ok=True)
     (write_png if path.suffix == '.png' else write_jpeg)(image, str(path))
     return image
+
+
+def read_image(path, size):
+    """One image as a batch would hold it."""
+    return to_batch([decode(path)], size)[0]
 
 
 def write_market(root, identities=6, images=4, cameras=2, suffix='.jpg', size=(64, 32)):

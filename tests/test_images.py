@@ -4,13 +4,13 @@ import gin
 import numpy as np
 import pytest
 import torch
-from conftest import write_image
+from conftest import read_image, write_image
 from PIL import Image
 
 from mgn.augmentation import Augmentation
 from mgn.datasets import Sample
 from mgn.images import TestBatches as EvaluationBatches  # under its own name pytest would collect it
-from mgn.images import TrainBatches, batches, read_image
+from mgn.images import TrainBatches, batches, decode
 from mgn.sampler import IdentitySampler
 
 CPU = torch.device('cpu')
@@ -176,7 +176,7 @@ def test_an_unreadable_image_is_replaced_by_another_of_its_identity_and_reported
 def test_every_readable_image_serves_as_a_replacement_and_each_position_draws_its_own(tmp_path):
     samples = write_set(tmp_path, identities=2, images=5, broken=[0])
     train = make_train_batches(samples, K=1)
-    images = [read_image(sample.path, SIZE) for sample in samples[1:5]]
+    images = [decode(sample.path) for sample in samples[1:5]]
 
     def replacements(position):
         found = [train.image(0, step, position, {}) for step in range(40)]

@@ -11,7 +11,7 @@ import gin
 import pytest
 import torch
 from conftest import write_market
-from thin import thin, train  # noqa: F401
+from thin import thin, train  # noqa: F401 (a fixture)
 
 from mgn import augmentation, checkpoint, config, training
 from mgn.evaluation import find_device

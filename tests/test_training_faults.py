@@ -5,12 +5,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import write_market
-from thin import thin, train  # noqa: F401
+from conftest import read_image, write_market
+from thin import thin, train  # noqa: F401 (a fixture)
 
 from mgn import checkpoint, datasets, training
 from mgn.augmentation import Augmentation
-from mgn.images import TrainBatches, read_image
+from mgn.images import TrainBatches
 from mgn.sampler import IdentitySampler
 
 pytestmark = pytest.mark.usefixtures('thin')
