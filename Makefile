@@ -1,10 +1,7 @@
-.PHONY: test long bench
+.PHONY: test bench
 
 test:        # what CI runs
 	pytest
-
-long:        # the short tests and those of minutes
-	pytest -m "long or not long"
 
 bench:       # ratios against named peers, on this machine
 	python -m benchmarks.loading

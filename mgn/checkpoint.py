@@ -25,11 +25,12 @@ def save(path, content):
         finally:
             os.close(folder)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        if os.path.exists(temporary):
-            os.remove(temporary)
         kept = 'the previous one is unharmed' if os.path.exists(path) else 'there was none before'
         raise OSError(f'want to write the checkpoint {path}, got: {first_line(error)}; {kept}; '
                       f'free disk space or bind another output_dir') from error
+    finally:
+        if os.path.exists(temporary):  # stopped half-way, by whatever
+            os.remove(temporary)
 
 
 def load(path):

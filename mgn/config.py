@@ -24,6 +24,7 @@ flags.DEFINE_multi_string('gin_file', [], 'Gin file, e.g. gin/market.gin; repeat
 flags.DEFINE_multi_string('gin_bindings', [], 'Gin binding, e.g. "data_root=\'datasets\'"; repeatable, later ones win.')
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+SHARED = ('dataset', 'input_size')  # training and evaluation have to agree on them
 PATH_MACROS = ('data_root', 'output_dir', 'weights')
 MACRO = 'gin.macro'
 
@@ -42,7 +43,7 @@ def run(main):
                 raise ValueError(f'want flags only, got {argv[1:]}; give --gin_file=FILE or --gin_bindings="name=value"')
             with logging_redirect_tqdm([package]):
                 main(flags.FLAGS.gin_file, flags.FLAGS.gin_bindings)
-        except (ValueError, OSError) as error:
+        except (ValueError, TypeError, OSError) as error:
             if flags.FLAGS.verbosity > 0:
                 raise
             sys.exit(f'error: {error}\n(--verbosity=1 shows where)')
@@ -126,6 +127,10 @@ def check_names(config):
         if selector == MACRO and (scope, MACRO) not in used and scope not in default_macros():
             raise ValueError(f'want a name that something uses, got the macro {scope!r}, which nothing does'
                              + nearest(scope, default_macros()))
+        for name in SHARED:
+            if name in config[scope, selector] and str(config[scope, selector][name]) != f'%{name}':
+                raise ValueError(f'want {name} bound as a macro, which training and evaluation share, got {selector}.{name} = '
+                                 f'{config[scope, selector][name]}; bind {name} = …')
         if selector != MACRO and scope and scope not in used_scopes:
             raise ValueError(f'want a scope that a reference enters, got {scope!r} in {scope}/{selector}, which none does'
                              + nearest(scope, used_scopes))
@@ -133,9 +138,10 @@ def check_names(config):
 
 @gin.config.register_finalize_hook
 def absolute_paths(config):
-    """Macros that hold paths become absolute, so that a checkpoint's configuration serves from any folder."""
-    return {(name, MACRO, 'value'): os.path.abspath(os.path.expanduser(config[name, MACRO]['value']))
-            for name in PATH_MACROS if isinstance(config.get((name, MACRO), {}).get('value'), str)}
+    """Paths become absolute, so that a checkpoint's configuration serves from any folder."""
+    keys = [(name, MACRO, 'value') for name in PATH_MACROS] + [(*key, 'root') for key in config]
+    paths = {key: config.get(key[:2], {}).get(key[2]) for key in keys}
+    return {key: os.path.abspath(os.path.expanduser(path)) for key, path in paths.items() if isinstance(path, str)}
 
 
 def default_macros():

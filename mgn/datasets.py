@@ -117,13 +117,20 @@ def find_folder(root, aliases, contents):
 
 
 def read_market_layout(name, folder, camera_required):
-    return Dataset(name, folder, *(read_market_folder(os.path.join(folder, part), camera_required)
-                                   for part in MARKET_FOLDERS))
+    parts = [read_market_folder(os.path.join(folder, part), camera_required) for part in MARKET_FOLDERS]
+    without = [sample.path for part in parts for sample in part if sample.camid is None]
+    if without and len(without) < sum(map(len, parts)):
+        raise ValueError(f'want a camera in every file name of {folder} or in none, got {without[0]} without one among '
+                         f'others with one; rename it as in 0002_c1_….jpg')
+    return Dataset(name, folder, *([sample._replace(camid=sample.camid or 0) for sample in part] for part in parts))
 
 
 def read_market_folder(folder, camera_required):
-    """Samples of one folder, sorted by file name, junk (id −1) left out. Files that are no images are passed over."""
-    samples, without_camera = [], []
+    """Samples of one folder, sorted by file name, junk (id −1) left out; camid None where the name has no camera.
+
+    Files that are no images are passed over.
+    """
+    samples = []
     for file_name in sorted(os.listdir(folder)):
         if not file_name.lower().endswith(IMAGE_SUFFIXES) or file_name.startswith('.'):
             continue
@@ -132,13 +139,8 @@ def read_market_folder(folder, camera_required):
         if fields is None or (camera_required and fields[2] is None):
             raise ValueError(f'want file names such as 0002_c1s1_000451_03.jpg (identity 2, camera 1), got {path}; '
                              f'rename or remove it')
-        if fields[2] is None:
-            without_camera.append(path)
         if int(fields[1]) != JUNK_PID:
-            samples.append(Sample(path, int(fields[1]), int(fields[2] or 0)))
-    if without_camera and any(sample.camid for sample in samples):
-        raise ValueError(f'want a camera in every file name of {folder} or in none, got {without_camera[0]} without '
-                         f'one among others with one; rename it as in 0002_c1_….jpg')
+            samples.append(Sample(path, int(fields[1]), fields[2] and int(fields[2])))
     if not samples:
         raise ValueError(f'want images ({", ".join(IMAGE_SUFFIXES)}) in {folder}, found none; add them or correct data_root')
     return samples
@@ -159,6 +161,12 @@ def read_msmt_list(folder, list_name, image_folder):
     if not samples:
         raise ValueError(f'want image lines in {os.path.join(folder, list_name)}, found none; restore the list')
     return samples
+
+
+def check_dataset(dataset):
+    """Raises ValueError where gin was given a data set's function instead of its value."""
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f'want a data set, got {dataset!r}; bind it with parentheses, e.g. dataset = @market1501()')
 
 
 def report(dataset, published):

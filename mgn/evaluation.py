@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from mgn import checkpoint as checkpoints
 from mgn.augmentation import normalise
+from mgn.datasets import check_dataset
 from mgn.images import TestBatches, batches
 from mgn.metrics import retrieval_metrics
 from mgn.model import MGN
@@ -48,6 +49,9 @@ def evaluate(model, dataset, device, input_size=gin.REQUIRED, batch_size=64, wor
     Raises:
         ValueError: unreadable images, or no query with a match.
     """
+    check_dataset(dataset)
+    if batch_size < 1:
+        raise ValueError(f'want evaluate.batch_size >= 1, got {batch_size}')
     query_camids, gallery_camids = match_groups(dataset, cross_camera)
     start = time.perf_counter()
     features = extract_features(model, dataset.query + dataset.gallery, device, input_size, batch_size, workers, flip_test)
@@ -89,7 +93,7 @@ def extract_features(model, samples, device, input_size, batch_size, workers, fl
     loader = batches(TestBatches(samples, input_size, batch_size), range(-(-len(samples) // batch_size)), workers, device)
     training = model.training
     model.eval()
-    features = []
+    features, said = [], time.perf_counter()
     with progress(len(samples), unit='image', what='features') as bar:
         for batch in loader:
             if batch.unreadable:
@@ -101,6 +105,9 @@ def extract_features(model, samples, device, input_size, batch_size, workers, fl
                 output = (output + model(images.flip(3)).features) / 2
             features.append(F.normalize(output.float()).cpu())
             bar.update(len(output))
+            if bar.disable and time.perf_counter() - said > 30:
+                said = time.perf_counter()
+                logger.info('features of %d of %d images', sum(map(len, features)), len(samples))
     model.train(training)
     return torch.cat(features)
 

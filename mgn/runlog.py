@@ -73,6 +73,6 @@ def write_text(path, text):
 
 
 def progress(total, initial=0, unit='step', what=''):
-    """A tqdm bar on a terminal; elsewhere one that shows nothing, and `say` prints lines instead."""
+    """A tqdm bar on a terminal; elsewhere one that shows nothing (`disable` is true), and plain lines are logged instead."""
     return tqdm(total=total, initial=initial, unit=unit, desc=what, dynamic_ncols=True, file=sys.stdout,
                 disable=not sys.stdout.isatty())

@@ -23,6 +23,7 @@ class IdentitySampler:
         self.images_of = {}
         for index, label in enumerate(labels):
             self.images_of.setdefault(label, []).append(index)
+        draws.generator(seed, draws.IDENTITY_ORDER)  # refuses a bad seed before anything is written
         if P < 2 or K < 1:
             raise ValueError(f'want P >= 2 identities (a triplet needs a stranger) and K >= 1 images of each, '
                              f'got P={P}, K={K}; bind P and K')

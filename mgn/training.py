@@ -10,7 +10,7 @@ import torch
 
 from mgn import checkpoint as checkpoints
 from mgn.augmentation import Augmentation, Draws
-from mgn.datasets import train_labels
+from mgn.datasets import check_dataset, train_labels
 from mgn.evaluation import evaluate, find_device, table, write_results
 from mgn.images import TrainBatches, batches
 from mgn.losses import mgn_losses
@@ -49,6 +49,7 @@ def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=
                          ('evaluate_every', evaluate_every), ('total_steps', total_steps)):
         if period < 1:
             raise ValueError(f'want train.{name} >= 1, got {period}')
+    check_dataset(dataset)
     if precision not in ('float32', 'bfloat16'):
         raise ValueError(f"want train.precision to be 'float32' or 'bfloat16', got {precision!r}")
     output_dir = output_dir or os.path.abspath(default_output_dir)
@@ -286,6 +287,8 @@ def log_step(log, bar, record):
 def summary(log, output_dir):
     """The run's last evaluation beside its first and its best, in per cent."""
     evaluations = [record for record in log.records if 'mAP' in record]
+    if not evaluations:
+        return f'no evaluation stands in {log.path}'
     lines = ['  step   Rank-1     mAP    mINP']
     for record in (evaluations[0], max(evaluations, key=lambda r: r['mAP']), evaluations[-1]):
         lines.append(f'{record["step"]:6d}' + ''.join(f'{100 * record[name]:9.2f}' for name in ('rank1', 'mAP', 'mINP')))

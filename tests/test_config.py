@@ -189,7 +189,14 @@ def test_a_binding_that_this_binary_does_not_use_is_fine(binding):
 def test_macros_and_scopes_of_ones_own_are_fine_where_something_uses_them():
     config.load([], ['rate = 0.5', 'lr = %rate', 'dataset = @own/market_layout()', "own/market_layout.root = 'x'"])
     assert gin.get_bindings('Adam')['lr'] == 0.5
-    assert value('own/market_layout.root') == 'x'
+    assert value('own/market_layout.root') == os.path.abspath('x')  # a checkpoint's configuration serves from any folder
+
+
+@pytest.mark.parametrize('binding', ['train.input_size = (64, 32)', 'evaluate.input_size = (64, 32)',
+                                     'train.dataset = @msmt17()', 'evaluate_checkpoint.dataset = @msmt17()'])
+def test_what_training_and_evaluation_share_is_bound_as_a_macro(binding):
+    with pytest.raises(ValueError, match='bound as a macro'):
+        config.load([], [binding])
 
 
 @pytest.mark.parametrize('binding', ['P', 'P =', 'P = (3', '= 3', 'dataset = @', 'include nowhere'])

@@ -147,6 +147,14 @@ def test_market_layout_refuses_cameras_in_some_file_names_only(tmp_path):
         datasets.market_layout(str(tmp_path))
 
 
+def test_cameras_in_one_folder_and_none_in_another_are_an_error(tmp_path):
+    write_market(tmp_path)
+    for path in (tmp_path / 'query').iterdir():
+        path.rename(path.with_name(path.name.replace('_c1s1_', '_')))
+    with pytest.raises(ValueError, match=r'want a camera in every file name .*query.0101_000000_00\.jpg'):
+        datasets.market_layout(str(tmp_path))
+
+
 @pytest.mark.parametrize('read, aliases', [
     (datasets.market1501, ('Market-1501-v15.09.15', 'market1501', 'Market-1501', '')),
     (datasets.dukemtmcreid, ('DukeMTMC-reID', 'dukemtmcreid', 'dukemtmc-reid')), (datasets.market_layout, ('',))])
