@@ -22,10 +22,10 @@ VERSION = 1  # of the images; raise it with any change that alters one of their 
 STAMP = 'complete.json'
 TRAIN, QUERY, GALLERY = FOLDERS = ('bounding_box_train', 'query', 'bounding_box_test')
 
-TRAIN_PIDS, TEST_PIDS = 96, 28
+TRAIN_PIDS, TEST_PIDS = 144, 28
 FAMILY = 2  # persons in clothes of the same colours; a family is trained or tested as a whole
 FAMILIES = (TRAIN_PIDS + TEST_PIDS) // FAMILY
-TRAIN_CAMERAS, TRAIN_SHOTS = 4, 3  # how many of the six cameras see a person, and how many images each takes
+TRAIN_CAMERAS, TRAIN_SHOTS = 4, 2  # how many of the six cameras see a person, and how many images each takes
 TEST_CAMERAS, TEST_SHOTS = 3, 4    # the first shot of each camera is a query
 DISTRACTORS, JUNK = 24, 18         # gallery images of nobody's query, pid 0, and of no whole person, pid -1
 
