@@ -125,9 +125,8 @@ def test_senseless_P_and_K_are_refused(P, K):
 
 @pytest.mark.parametrize('seed', [-1, 0.5, None])
 def test_a_senseless_seed_is_refused(seed):
-    _, _, sampler = make([4, 4], 2, 2, 2, seed=seed)
     with pytest.raises(ValueError, match='want a seed'):
-        sampler.batch(0)
+        make([4, 4], 2, 2, 2, seed=seed)
 
 
 def test_how_many_identities_repeat_images_is_said_once(caplog):
