@@ -90,7 +90,8 @@ def match_groups(dataset, cross_camera):
 @torch.no_grad()
 def extract_features(model, samples, device, input_size, batch_size, workers, flip_test):
     """L2-normalised test features of `samples`, in their order: (len(samples), D) float32 on the CPU."""
-    loader = batches(TestBatches(samples, input_size, batch_size), range(-(-len(samples) // batch_size)), workers, device)
+    test_batches = TestBatches(samples, input_size, batch_size)
+    loader = batches(test_batches, range(len(test_batches)), workers, device)
     training = model.training
     model.eval()
     features, said = [], time.perf_counter()
