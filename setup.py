@@ -1,3 +1,80 @@
+"""Builds the extension: mgn._C (CPU) wherever there is a C++ compiler, mgn._cuda wherever nvcc and torch share a CUDA major.
+
+Both use LibTorch's stable ABI and Python's limited API, so one build serves torch 2.10 and later on Python 3.10 and later.
+No GPU is needed. Environment variables: CUDA_HOME, TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), MGN_CUDA=0 (CPU module only).
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
 from setuptools import setup
 
-setup()
+ARCHITECTURES = ['7.5', '8.0', '8.6', '9.0', '10.0', '12.0']  # one per generation; PTX of the last serves newer ones
+
+
+def cuda_toolkit():
+    """(home, version) of the toolkit to build with, or the reason why there is none as (None, reason)."""
+    if os.environ.get('MGN_CUDA') == '0':
+        return None, 'switched off by MGN_CUDA=0'
+    if torch.version.cuda is None:
+        return None, 'the torch it was built beside has no CUDA'
+    home = os.environ.get('CUDA_HOME') or os.environ.get('CUDA_PATH')
+    nvcc = f'{home}/bin/nvcc' if home else shutil.which('nvcc') or '/usr/local/cuda/bin/nvcc'
+    if not os.path.exists(nvcc):
+        return None, f'no nvcc at {nvcc}; install the CUDA {torch.version.cuda.split(".")[0]} toolkit, then mgn again'
+    # What nvcc says of itself: the one found first on PATH may be a script in a folder that is no toolkit.
+    told = subprocess.run([nvcc, '--dryrun', '-x', 'cu', os.devnull], capture_output=True, text=True)
+    top = re.search(r'TOP=(.+)', told.stdout + told.stderr)
+    home = os.path.realpath(top[1].strip()) if top else os.path.dirname(os.path.dirname(os.path.realpath(nvcc)))
+    if not any(Path(home).glob('lib*/libcudart.so*')) and not any(Path(home).glob('targets/*/lib/libcudart.so*')):
+        return None, f'{nvcc} belongs to {home}, which has no libcudart; install the toolkit whole or name another in CUDA_HOME'
+    release = re.search(r'release (\d+)\.(\d+)', subprocess.run([nvcc, '--version'], capture_output=True, text=True).stdout)
+    if release is None or release[1] != torch.version.cuda.split('.')[0]:
+        return None, (f'nvcc is of CUDA {release[1] + "." + release[2] if release else "?"}, torch of CUDA {torch.version.cuda}, '
+                      'and the majors must agree; pip install --no-build-isolation . beside the torch in use')
+    return home, release[1] + '.' + release[2]
+
+
+def architectures(home):
+    """TORCH_CUDA_ARCH_LIST, by default ARCHITECTURES as far as this nvcc knows them, and PTX of the newest."""
+    listed = subprocess.run([f'{home}/bin/nvcc', '--list-gpu-arch'], capture_output=True, text=True, check=True).stdout
+    known = [arch for arch in ARCHITECTURES if 'compute_' + arch.replace('.', '') in listed.split()]
+    return ';'.join(known) + '+PTX'
+
+
+def extensions():
+    """What can be built here; why not the rest is said once, and remembered by mgn._C for `python -m mgn.ops`."""
+    compiler = (os.environ.get('CXX') or sysconfig.get_config_var('CXX') or 'c++').split()[0]
+    if sys.platform == 'win32' or not shutil.which(compiler):
+        print(f'mgn: no C++ compiler {compiler} for the extension: operations run their slower PyTorch references', file=sys.stderr)
+        return [], {}
+    home, version = cuda_toolkit()
+    if home:
+        os.environ['CUDA_HOME'] = home  # before torch guesses, as it does on import
+        os.environ.setdefault('TORCH_CUDA_ARCH_LIST', architectures(home))
+    else:
+        print(f'mgn: building without the CUDA module: {version}', file=sys.stderr)
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    target = '-DTORCH_TARGET_VERSION=0x020a000000000000'
+    info = f'-DMGN_CUDA_MODULE="{"built" if home else version}"'
+    built = [CppExtension('mgn._C', ['csrc/bindings_cpu.cpp', 'csrc/kernels/batch_hard_cpu.cpp'], py_limited_api=True,
+                          depends=[str(header) for header in Path('csrc').rglob('*.h')],
+                          extra_compile_args={'cxx': ['-O3', '-fvisibility=hidden', target, info]})]
+    if home:
+        told = f'-DMGN_CUDA_BUILD="CUDA {version}, {os.environ["TORCH_CUDA_ARCH_LIST"]}"'
+        built.append(CUDAExtension('mgn._cuda', ['csrc/bindings_cuda.cpp', 'csrc/kernels/batch_hard.cu'], py_limited_api=True,
+                                   depends=[str(header) for header in Path('csrc').rglob('*.h')],
+                                   extra_compile_args={'cxx': ['-O3', '-fvisibility=hidden', '-DUSE_CUDA', target, told],
+                                                       'nvcc': ['-O3', '-DUSE_CUDA', target]}))
+    return built, {'build_ext': BuildExtension}
+
+
+modules, commands = extensions()
+setup(ext_modules=modules, cmdclass=commands, options={'bdist_wheel': {'py_limited_api': 'cp310'}} if modules else {})

@@ -40,6 +40,15 @@ def write_market(root, identities=6, images=4, cameras=2, suffix='.jpg', size=(6
     return root
 
 
+def pytest_addoption(parser):
+    parser.addoption('--device', default='cpu', help='what the tests of operations run on: cpu or cuda')
+
+
+@pytest.fixture(scope='session')
+def device(request):
+    return request.config.getoption('--device')
+
+
 @pytest.fixture(scope='session')
 def market(tmp_path_factory):
     """A small data set in Market-1501's layout, shared by all tests; none may change it."""

@@ -1,0 +1,126 @@
+// The module mgn._C: what torch needs to reach the CPU kernels. Callers validate (mgn/ops); here stands only what keeps
+// a wrong call from touching memory that is not its own. Outputs come allocated.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+
+#include "kernels/batch_hard_cpu.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+void parallel(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& work) {
+  torch::stable::parallel_for(0, count, grain, work);
+}
+
+template <typename T>
+T* pointer(const Tensor& tensor, ScalarType type, int64_t count) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == type && tensor.numel() == count,
+                  "mgn_cpu: want a contiguous CPU tensor of the agreed type with ", count, " elements, got ", tensor.numel(),
+                  "; call mgn.ops, which prepares them");
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+template <typename T>
+constexpr ScalarType kType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+
+template <typename T>
+mgn::Features<T> features(const Tensor& anchors, const std::optional<Tensor>& others) {
+  const Tensor& candidates = others ? *others : anchors;
+  STD_TORCH_CHECK(anchors.dim() == 3 && candidates.dim() == 3, "mgn_cpu: want features of shape (heads, rows, D)");
+  const int64_t heads = anchors.size(0), n = anchors.size(1), m = candidates.size(1), d = anchors.size(2);
+  return {heads, n, m, d, !others, pointer<T>(anchors, kType<T>, heads * n * d), pointer<T>(candidates, kType<T>, heads * m * d)};
+}
+
+template <typename T>
+mgn::Mined<T> mined(const Tensor& dist_ap, const Tensor& dist_an, const Tensor& pos_idx, const Tensor& neg_idx, int64_t count) {
+  return {pointer<T>(dist_ap, kType<T>, count), pointer<T>(dist_an, kType<T>, count),
+          pointer<int64_t>(pos_idx, ScalarType::Long, count), pointer<int64_t>(neg_idx, ScalarType::Long, count)};
+}
+
+template <typename T>
+int64_t forward(const Tensor& anchors, const Tensor& labels, const std::optional<Tensor>& candidates,
+                const std::optional<Tensor>& candidate_labels, const Tensor& dist_ap, const Tensor& dist_an, const Tensor& pos_idx, const Tensor& neg_idx,
+                const std::optional<Tensor>& loss, const std::optional<Tensor>& slope, std::optional<double> margin, int64_t set) {
+  STD_TORCH_CHECK(0 <= set && set < mgn::instruction_sets(), "mgn_cpu: no instruction set ", set);
+  const auto x = features<T>(anchors, candidates);
+  const auto out = mined<T>(dist_ap, dist_an, pos_idx, neg_idx, x.heads * x.n);
+  const Tensor& of_candidates = candidate_labels ? *candidate_labels : labels;
+  const int64_t odd = mgn::batch_hard(x, pointer<int64_t>(labels, ScalarType::Long, x.n),
+                                      pointer<int64_t>(of_candidates, ScalarType::Long, x.m), out, int(set), parallel);
+  if (odd < 0 && loss)
+    mgn::triplet_loss(x.heads, x.n, out.dist_ap, out.dist_an, margin ? &*margin : nullptr, pointer<T>(*loss, kType<T>, x.heads),
+                      pointer<T>(*slope, kType<T>, x.heads * x.n));
+  return odd;
+}
+
+int64_t batch_hard(Tensor anchors, Tensor labels, std::optional<Tensor> candidates, std::optional<Tensor> candidate_labels,
+                   Tensor dist_ap, Tensor dist_an, Tensor pos_idx, Tensor neg_idx, std::optional<Tensor> loss,
+                   std::optional<Tensor> slope, std::optional<double> margin, int64_t set) {
+  const auto run = anchors.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
+  return run(anchors, labels, candidates, candidate_labels, dist_ap, dist_an, pos_idx, neg_idx, loss, slope, margin, set);
+}
+
+template <typename T>
+void backward(const Tensor& anchors, const std::optional<Tensor>& candidates, const Tensor& dist_ap, const Tensor& dist_an, const Tensor& pos_idx,
+              const Tensor& neg_idx, const Tensor& grad_ap, const std::optional<Tensor>& grad_an, const std::optional<Tensor>& slope,
+              const Tensor& grad_anchors, const Tensor& grad_candidates) {
+  const auto x = features<T>(anchors, candidates);
+  const int64_t count = x.heads * x.n;
+  mgn::batch_hard_backward(x, mined<T>(dist_ap, dist_an, pos_idx, neg_idx, count),
+                           pointer<T>(grad_ap, kType<T>, slope ? x.heads : count),
+                           slope ? nullptr : pointer<T>(*grad_an, kType<T>, count),
+                           slope ? pointer<T>(*slope, kType<T>, count) : nullptr,
+                           pointer<T>(grad_anchors, kType<T>, count * x.d),
+                           pointer<T>(grad_candidates, kType<T>, x.heads * x.m * x.d), parallel);
+}
+
+void batch_hard_backward(Tensor anchors, std::optional<Tensor> candidates, Tensor dist_ap, Tensor dist_an, Tensor pos_idx, Tensor neg_idx,
+                         Tensor grad_ap, std::optional<Tensor> grad_an, std::optional<Tensor> slope, Tensor grad_anchors,
+                         Tensor grad_candidates) {
+  const auto run = anchors.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
+  run(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx, grad_ap, grad_an, slope, grad_anchors, grad_candidates);
+}
+
+std::string instruction_sets() {
+  std::string names;
+  for (int i = 0; i < mgn::instruction_sets(); ++i) names += (i ? " " : "") + std::string(mgn::instruction_set_name(i));
+  return names;
+}
+
+std::string cuda_module() { return MGN_CUDA_MODULE; }  // "built", or why not
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(mgn_cpu, m) {
+  m.def(
+      "batch_hard(Tensor anchors, Tensor labels, Tensor? candidates, Tensor? candidate_labels, Tensor(a!) dist_ap, "
+      "Tensor(b!) dist_an, Tensor(c!) pos_idx, Tensor(d!) neg_idx, Tensor(e!)? loss, Tensor(f!)? slope, float? margin, "
+      "int instruction_set=0) -> int");
+  m.def(
+      "batch_hard_backward(Tensor anchors, Tensor? candidates, Tensor dist_ap, Tensor dist_an, Tensor pos_idx, Tensor neg_idx, "
+      "Tensor grad_ap, Tensor? grad_an, Tensor? slope, Tensor(a!) grad_anchors, Tensor(b!) grad_candidates) -> ()");
+  m.def("instruction_sets() -> str");
+  m.def("cuda_module() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mgn_cpu, CPU, m) {
+  m.impl("batch_hard", TORCH_BOX(&batch_hard));
+  m.impl("batch_hard_backward", TORCH_BOX(&batch_hard_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mgn_cpu, CompositeExplicitAutograd, m) {
+  m.impl("instruction_sets", TORCH_BOX(&instruction_sets));
+  m.impl("cuda_module", TORCH_BOX(&cuda_module));
+}
+
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,137 @@
+// The module mgn._cuda: what torch needs to reach the CUDA kernels. As bindings_cpu.cpp; nothing here waits for the device.
+#include <Python.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+
+#include "kernels/batch_hard.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+void* pointer(const Tensor& tensor, const Tensor& beside, ScalarType type, int64_t count) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == beside.get_device_index() && tensor.is_contiguous() &&
+                      tensor.scalar_type() == type && tensor.numel() == count,
+                  "mgn_cuda: want a contiguous tensor of the agreed type on the features' device with ", count, " elements, got ",
+                  tensor.numel(), "; call mgn.ops, which prepares them");
+  return tensor.data_ptr();
+}
+void* pointer(const std::optional<Tensor>& tensor, const Tensor& beside, ScalarType type, int64_t count) {
+  return tensor ? pointer(*tensor, beside, type, count) : nullptr;
+}
+int64_t* indices(const Tensor& tensor, const Tensor& beside, int64_t count) {
+  return static_cast<int64_t*>(pointer(tensor, beside, ScalarType::Long, count));
+}
+
+mgn::FeatureType feature_type(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return mgn::FeatureType::float32;
+    case ScalarType::Double: return mgn::FeatureType::float64;
+    case ScalarType::Half: return mgn::FeatureType::float16;
+    default: STD_TORCH_CHECK(type == ScalarType::BFloat16, "mgn_cuda: want floating point features"); return mgn::FeatureType::bfloat16;
+  }
+}
+ScalarType wide(const Tensor& features) {
+  return features.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+mgn::BatchHard mining(const Tensor& anchors, const std::optional<Tensor>& others, const Tensor& dist_ap, const Tensor& dist_an,
+                      const Tensor& pos_idx, const Tensor& neg_idx) {
+  const Tensor& candidates = others ? *others : anchors;
+  STD_TORCH_CHECK(anchors.dim() == 3 && candidates.dim() == 3, "mgn_cuda: want features of shape (heads, rows, D)");
+  const int64_t heads = anchors.size(0), n = anchors.size(1), m = candidates.size(1), d = anchors.size(2), count = heads * n;
+  const ScalarType type = anchors.scalar_type();
+  return {feature_type(type), heads, n, m, d, !others, pointer(anchors, anchors, type, count * d),
+          pointer(candidates, anchors, type, heads * m * d), pointer(dist_ap, anchors, wide(anchors), count),
+          pointer(dist_an, anchors, wide(anchors), count), indices(pos_idx, anchors, count), indices(neg_idx, anchors, count)};
+}
+
+cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "mgn_cuda: ", cudaGetErrorString(error)); }
+
+int64_t batch_hard(Tensor anchors, Tensor labels, std::optional<Tensor> candidates, std::optional<Tensor> candidate_labels,
+                   Tensor dist_ap, Tensor dist_an, Tensor pos_idx, Tensor neg_idx, std::optional<Tensor> loss,
+                   std::optional<Tensor> slope, std::optional<double> margin) {
+  const torch::stable::accelerator::DeviceGuard guard(anchors.get_device_index());
+  const auto x = mining(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx);
+  const Tensor finished = torch::stable::new_empty(anchors, {loss ? x.heads : 0}, ScalarType::Int);
+  const mgn::TripletLoss triplet = {pointer(loss, anchors, wide(anchors), x.heads), pointer(slope, anchors, wide(anchors), x.heads * x.n),
+                                    static_cast<int*>(finished.data_ptr()), !margin, margin.value_or(0)};
+  check(mgn::batch_hard_forward(x, indices(labels, anchors, x.n), indices(candidate_labels ? *candidate_labels : labels, anchors, x.m),
+                                triplet, current_stream(anchors)));
+  return -1;  // whether features are finite is not known here: a CPU kernel's word, and worth no waiting
+}
+
+void batch_hard_backward(Tensor anchors, std::optional<Tensor> candidates, Tensor dist_ap, Tensor dist_an, Tensor pos_idx,
+                         Tensor neg_idx, Tensor grad_ap, std::optional<Tensor> grad_an, std::optional<Tensor> slope, std::optional<Tensor> entries,
+                         std::optional<Tensor> offsets, Tensor grad_anchors, Tensor grad_candidates) {
+  const torch::stable::accelerator::DeviceGuard guard(anchors.get_device_index());
+  const auto x = mining(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx);
+  STD_TORCH_CHECK(slope || grad_an, "mgn_cuda: want grad_an or a slope");
+  STD_TORCH_CHECK(!entries == !offsets, "mgn_cuda: want entries and offsets, or neither");
+  const ScalarType type = anchors.scalar_type(), arithmetic = wide(anchors);
+  const int64_t count = x.heads * x.n;
+  const mgn::MinedGradient gradient = {
+      pointer(grad_ap, anchors, arithmetic, slope ? x.heads : count),
+      pointer(grad_an, anchors, arithmetic, count),
+      pointer(slope, anchors, arithmetic, count),
+      static_cast<const int64_t*>(pointer(entries, anchors, ScalarType::Long, 2 * count)),
+      static_cast<const int64_t*>(pointer(offsets, anchors, ScalarType::Long, x.heads * (x.m + 1))),
+      pointer(grad_anchors, anchors, type, count * x.d),
+      pointer(grad_candidates, anchors, type, x.heads * x.m * x.d)};
+  check(mgn::batch_hard_backward(x, gradient, current_stream(anchors)));
+}
+
+// Why this build cannot run on that device (an architecture that it was not compiled for), or nothing.
+std::string unusable(int64_t device) {
+  const torch::stable::accelerator::DeviceGuard guard{static_cast<int32_t>(device)};
+  const cudaError_t error = mgn::batch_hard_loads();
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();  // told, so forgotten
+  return std::string(cudaGetErrorString(error)) + "; mgn._cuda was compiled for " MGN_CUDA_BUILD
+         ", TORCH_CUDA_ARCH_LIST with pip install --no-build-isolation -e . changes that";
+}
+
+std::string build() { return MGN_CUDA_BUILD; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(mgn_cuda, m) {
+  m.def(
+      "batch_hard(Tensor anchors, Tensor labels, Tensor? candidates, Tensor? candidate_labels, Tensor(a!) dist_ap, "
+      "Tensor(b!) dist_an, Tensor(c!) pos_idx, Tensor(d!) neg_idx, Tensor(e!)? loss, Tensor(f!)? slope, float? margin) -> int");
+  m.def(
+      "batch_hard_backward(Tensor anchors, Tensor? candidates, Tensor dist_ap, Tensor dist_an, Tensor pos_idx, Tensor neg_idx, "
+      "Tensor grad_ap, Tensor? grad_an, Tensor? slope, Tensor? entries, Tensor? offsets, Tensor(a!) grad_anchors, "
+      "Tensor(b!) grad_candidates) -> ()");
+  m.def("unusable(int device) -> str");
+  m.def("build() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mgn_cuda, CUDA, m) {
+  m.impl("batch_hard", TORCH_BOX(&batch_hard));
+  m.impl("batch_hard_backward", TORCH_BOX(&batch_hard_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mgn_cuda, CompositeExplicitAutograd, m) {
+  m.impl("unusable", TORCH_BOX(&unusable));
+  m.impl("build", TORCH_BOX(&build));
+}
+
+PyMODINIT_FUNC PyInit__cuda() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

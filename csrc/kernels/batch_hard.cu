@@ -1,0 +1,447 @@
+// Batch-hard mining on CUDA, forward in one launch and backward in one, whatever the size.
+//
+// Forward: a block owns 16 or 64 anchors of a head and passes over all candidates, 64 at a time, as a matrix product would:
+// slices of both in shared memory, a register tile a thread. It sums (x − y)² where a product sums x·y, so nothing cancels
+// between near duplicates and nothing has to be measured again. Then it mines the tile in registers; the distances never
+// reach memory. At the end each warp settles anchors: it measures the selected pairs in double, and selects anew in double
+// where squares left the range of their type. The last block of a head to finish sums that head's loss in a fixed order.
+//
+// Backward: a warp owns 128 columns of one row of a gradient and gathers, in a fixed order, the mined pairs that the row is
+// part of. No atomics on floating point anywhere: the same input gives the same bits.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "batch_hard.h"
+
+namespace mgn {
+namespace {
+
+constexpr int kThreads = 256, kSide = 16;  // a block is 16 × 16 threads
+constexpr int kColumns = 64, kColumnsPerThread = kColumns / kSide;
+constexpr int kDepth = 32;  // dimensions in shared memory; summed apart, then added: bounds the rounding
+constexpr unsigned kWarp = 0xffffffffu;
+
+template <typename T>
+struct Arithmetic {
+  using type = float;
+};
+template <>
+struct Arithmetic<double> {
+  using type = double;
+};
+template <typename T>
+using Wide = typename Arithmetic<T>::type;
+
+__device__ float widen(float x) { return x; }
+__device__ double widen(double x) { return x; }
+__device__ float widen(__half x) { return __half2float(x); }
+__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <typename T>
+__device__ T narrow(Wide<T> x) {
+  return x;
+}
+template <>
+__device__ __half narrow<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+template <typename C>
+struct alignas(16) Four {  // read from shared memory in one instruction, or two
+  C at[4];
+};
+
+// Squares outside (tiny, infinity) may have left the range of C.
+template <typename C>
+constexpr C kTiny = C(sizeof(C) == 4 ? 0x1p-80 : 0x1p-900);
+template <typename C>
+__device__ constexpr C infinity() {
+  return C(HUGE_VAL);
+}
+enum : unsigned { kPositiveOutOfRange = 1, kNegativeTiny = 2, kNegativeOutOfRange = 4 };
+
+// The hardest pair so far, by squared distance; of equals the lower index. Index −1: none yet.
+template <typename C>
+struct Best {
+  C ap, an;
+  int pos, neg;
+  unsigned odd;
+
+  static __device__ Best none() { return {C(-1), infinity<C>(), -1, -1, 0}; }
+
+  __device__ void offer(C dist2, int j, bool positive) {  // j ascending
+    const bool in_range = dist2 < infinity<C>();            // and no NaN
+    if (positive) {
+      if (!in_range) odd |= kPositiveOutOfRange;
+      if (dist2 > ap) ap = dist2, pos = j;
+    } else {
+      if (!in_range) odd |= kNegativeOutOfRange;
+      if (dist2 < an) an = dist2, neg = j;
+    }
+  }
+
+  __device__ void merge_lane(int distance) {
+    const C other_ap = __shfl_xor_sync(kWarp, ap, distance), other_an = __shfl_xor_sync(kWarp, an, distance);
+    const int other_pos = __shfl_xor_sync(kWarp, pos, distance), other_neg = __shfl_xor_sync(kWarp, neg, distance);
+    odd |= __shfl_xor_sync(kWarp, odd, distance);
+    // As unsigned, no index is the largest.
+    if (other_ap > ap || (other_ap == ap && unsigned(other_pos) < unsigned(pos))) ap = other_ap, pos = other_pos;
+    if (other_an < an || (other_an == an && unsigned(other_neg) < unsigned(neg))) an = other_an, neg = other_neg;
+  }
+};
+
+template <typename V>
+__device__ V sum_over_warp(V value) {
+  for (int distance = 16; distance; distance /= 2) value += __shfl_xor_sync(kWarp, value, distance);
+  return value;
+}
+
+template <typename T>
+__device__ bool warp_finds_all_finite(const T* row, int64_t d) {
+  bool finite = true;
+  for (int64_t k = threadIdx.x % 32; k < d; k += 32) finite &= bool(isfinite(widen(row[k])));
+  return __all_sync(kWarp, finite);
+}
+
+// Euclidean distance in double by one warp, right wherever it can be represented; NaN where an element is not finite.
+template <typename T>
+__device__ double warp_distance(const T* x, const T* y, int64_t d) {
+  double sum = 0, largest = 0;
+  bool finite = true;
+  for (int64_t k = threadIdx.x % 32; k < d; k += 32) {
+    const double a = widen(x[k]), b = widen(y[k]), difference = a - b;
+    finite &= isfinite(a) && isfinite(b);
+    sum += difference * difference;
+    largest = fmax(largest, fabs(difference));
+  }
+  sum = sum_over_warp(sum);
+  if (!__all_sync(kWarp, finite)) return nan("");
+  if (sum > 1e-280 && sum < infinity<double>()) return sqrt(sum);
+  for (int distance = 16; distance; distance /= 2) largest = fmax(largest, __shfl_xor_sync(kWarp, largest, distance));
+  if (largest == 0 || !isfinite(largest)) return largest;
+  sum = 0;
+  for (int64_t k = threadIdx.x % 32; k < d; k += 32) {
+    const double ratio = (double(widen(x[k])) - double(widen(y[k]))) / largest;
+    sum += ratio * ratio;
+  }
+  return largest * sqrt(sum_over_warp(sum));
+}
+
+template <typename T>
+struct Forward {
+  int64_t n, m, d;
+  const T *anchors, *candidates;
+  const int64_t *labels, *candidate_labels;
+  Wide<T>*dist_ap, *dist_an;
+  int64_t *pos_idx, *neg_idx;
+  Wide<T>*loss, *slope;
+  int* finished;
+  bool soft;
+  double margin;
+};
+
+// The selected partner measured; where its selection is in doubt, selected anew. One warp.
+template <typename T>
+__device__ void settle(const Forward<T>& f, int64_t head, int64_t i, bool positive, int partner, bool doubt, Wide<T>* dist, int64_t* idx) {
+  const T *anchor = f.anchors + (head * f.n + i) * f.d, *candidates = f.candidates + head * f.m * f.d;
+  double best = positive ? -infinity<double>() : infinity<double>();
+  if (!doubt) {
+    if (partner >= 0) best = warp_distance(anchor, candidates + partner * f.d, f.d);
+  } else {
+    const int64_t label = f.labels[i];
+    const int lane = threadIdx.x % 32;
+    partner = -1;
+    for (int64_t first = 0; first < f.m && !isnan(best); first += 32) {
+      unsigned wanted = __ballot_sync(kWarp, first + lane < f.m && (f.candidate_labels[first + lane] == label) == positive);
+      for (; wanted && !isnan(best); wanted &= wanted - 1) {
+        const int64_t j = first + __ffs(wanted) - 1;
+        const double here = warp_distance(anchor, candidates + j * f.d, f.d);
+        if (isnan(here)) best = here, partner = -1;
+        if (partner < 0 ? !isnan(here) : positive ? here > best : here < best) best = here, partner = int(j);
+      }
+    }
+  }
+  if (threadIdx.x % 32 == 0) {
+    *dist = Wide<T>(best);
+    *idx = partner;
+  }
+}
+
+// loss and slope of a head from all its distances. One block, every thread.
+template <typename T>
+__device__ void sum_loss(const Forward<T>& f, int64_t head) {
+  using C = Wide<T>;
+  __shared__ double sums[kThreads / 32];
+  __shared__ int64_t counts[kThreads / 32];
+  const volatile C *ap = f.dist_ap + head * f.n, *an = f.dist_an + head * f.n;  // volatile: other blocks wrote them
+  C* slope = f.slope + head * f.n;
+  double sum = 0;
+  int64_t count = 0;
+  for (int64_t i = threadIdx.x; i < f.n; i += kThreads) {
+    const double dist_ap = ap[i], dist_an = an[i];
+    const bool pair = dist_ap != -infinity<double>() && dist_an != infinity<double>();
+    const double gap = dist_ap - dist_an + (f.soft ? 0 : f.margin);
+    // log(1 + eˣ) = max(x, 0) + log(1 + e^−|x|); a NaN passes through both.
+    double term = isnan(gap) ? gap : fmax(gap, 0.0), rise = isnan(gap) ? gap : gap > 0 ? 1 : 0;
+    if (f.soft) term += log1p(exp(-fabs(gap))), rise = 1 / (1 + exp(-gap));
+    if (pair) sum += term, ++count;
+    slope[i] = pair ? C(rise) : C(0);
+  }
+  sum = sum_over_warp(sum);
+  count = sum_over_warp(count);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum, counts[threadIdx.x / 32] = count;
+  __syncthreads();
+  sum = 0, count = 0;
+  for (int warp = 0; warp < kThreads / 32; ++warp) sum += sums[warp], count += counts[warp];
+  const double share = 1.0 / double(count > 0 ? count : 1);
+  if (threadIdx.x == 0) f.loss[head] = C(sum * share);
+  for (int64_t i = threadIdx.x; i < f.n; i += kThreads) slope[i] *= C(share);
+}
+
+template <typename T, int kRowsPerThread>
+__global__ void __launch_bounds__(kThreads, sizeof(Wide<T>) == 8 ? 1 : 2) mine(Forward<T> f) {
+  using C = Wide<T>;
+  constexpr int kRows = kSide * kRowsPerThread;
+  // [dimension][row or column]; the pad spreads what one warp stores over the banks.
+  __shared__ Four<C> columns[kDepth][kColumns / 4 + 1];
+  __shared__ Four<C> rows[kDepth][kRows / 4 + 1];
+  __shared__ Best<C> selected[kRows];
+  __shared__ bool last;
+
+  const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
+  const int64_t tiles = (f.n + kRows - 1) / kRows, head = blockIdx.x / tiles, first = blockIdx.x % tiles * kRows;
+  const T *anchors = f.anchors + head * f.n * f.d, *candidates = f.candidates + head * f.m * f.d;
+
+  Best<C> best[kRowsPerThread];
+  int64_t labels[kRowsPerThread];
+  for (int r = 0; r < kRowsPerThread; ++r) {
+    const int64_t i = first + ty * kRowsPerThread + r;
+    labels[r] = i < f.n ? f.labels[i] : 0;
+    best[r] = Best<C>::none();
+  }
+
+  for (int64_t column = 0; column < f.m; column += kColumns) {
+    C total[kRowsPerThread][kColumnsPerThread] = {};
+    for (int64_t from = 0; from < f.d; from += kDepth) {
+      __syncthreads();  // the last slice has been read
+      const int k = threadIdx.x % kDepth;
+      for (int r = threadIdx.x / kDepth; r < kRows; r += kThreads / kDepth)
+        rows[k][r / 4].at[r % 4] = first + r < f.n && from + k < f.d ? widen(anchors[(first + r) * f.d + from + k]) : C(0);
+      for (int c = threadIdx.x / kDepth; c < kColumns; c += kThreads / kDepth)
+        columns[k][c / 4].at[c % 4] = column + c < f.m && from + k < f.d ? widen(candidates[(column + c) * f.d + from + k]) : C(0);
+      __syncthreads();
+      C sum[kRowsPerThread][kColumnsPerThread] = {};
+#pragma unroll
+      for (int depth = 0; depth < kDepth; ++depth) {
+        const Four<C> candidate = columns[depth][tx];
+        C anchor[kRowsPerThread];
+        if constexpr (kRowsPerThread == 4) {
+          const Four<C> four = rows[depth][ty];
+#pragma unroll
+          for (int r = 0; r < 4; ++r) anchor[r] = four.at[r];
+        } else {
+          anchor[0] = rows[depth][ty / 4].at[ty % 4];
+        }
+#pragma unroll
+        for (int r = 0; r < kRowsPerThread; ++r)
+#pragma unroll
+          for (int c = 0; c < kColumnsPerThread; ++c) {
+            const C difference = candidate.at[c] - anchor[r];
+            sum[r][c] += difference * difference;
+          }
+      }
+#pragma unroll
+      for (int r = 0; r < kRowsPerThread; ++r)
+#pragma unroll
+        for (int c = 0; c < kColumnsPerThread; ++c) total[r][c] += sum[r][c];
+    }
+#pragma unroll
+    for (int c = 0; c < kColumnsPerThread; ++c) {
+      const int64_t j = column + tx * kColumnsPerThread + c;
+      if (j >= f.m) continue;
+      const int64_t label = f.candidate_labels[j];
+#pragma unroll
+      for (int r = 0; r < kRowsPerThread; ++r) best[r].offer(total[r][c], int(j), labels[r] == label);
+    }
+  }
+
+#pragma unroll
+  for (int r = 0; r < kRowsPerThread; ++r) {
+    for (int distance = kSide / 2; distance; distance /= 2) best[r].merge_lane(distance);
+    if (best[r].pos >= 0 && best[r].ap < kTiny<C>) best[r].odd |= kPositiveOutOfRange;
+    if (best[r].neg >= 0 && best[r].an < kTiny<C>) best[r].odd |= kNegativeTiny;
+    if (tx == 0) selected[ty * kRowsPerThread + r] = best[r];
+  }
+  __syncthreads();
+
+  for (int r = threadIdx.x / 32; r < kRows && first + r < f.n; r += kThreads / 32) {
+    const int64_t i = first + r, at = head * f.n + i;
+    const Best<C> found = selected[r];
+    if (!warp_finds_all_finite(anchors + i * f.d, f.d)) {
+      if (threadIdx.x % 32 == 0) {
+        f.dist_ap[at] = f.dist_an[at] = C(nan(""));
+        f.pos_idx[at] = f.neg_idx[at] = -1;
+      }
+      continue;
+    }
+    settle(f, head, i, true, found.pos, found.odd & kPositiveOutOfRange, f.dist_ap + at, f.pos_idx + at);
+    // A tiny sum is of the nearest candidate beyond doubt where that is a duplicate: the first with sum 0.
+    const bool duplicate = (found.odd & kNegativeTiny) && warp_distance(anchors + i * f.d, candidates + found.neg * f.d, f.d) == 0;
+    settle(f, head, i, false, found.neg, (found.odd & kNegativeOutOfRange) || ((found.odd & kNegativeTiny) && !duplicate), f.dist_an + at,
+           f.neg_idx + at);
+  }
+
+  if (f.loss == nullptr) return;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(f.finished + head, 1) == tiles - 1;
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  sum_loss(f, head);
+}
+
+template <typename T>
+struct Backward {
+  int64_t heads, n, m, d;
+  bool own;
+  const T *anchors, *candidates;
+  const Wide<T>*dist_ap, *dist_an;
+  const int64_t *pos_idx, *neg_idx;
+  const Wide<T>*grad_ap, *grad_an, *slope;
+  const int64_t *entries, *offsets;
+  T *grad_anchors, *grad_candidates;
+};
+
+constexpr int kColumnsPerLane = 4, kColumnsPerWarp = 32 * kColumnsPerLane;
+
+// One warp's 128 columns of one row of the gradient.
+template <typename T>
+struct Gathered {
+  using C = Wide<T>;
+  const Backward<T>& b;
+  int64_t head, from;
+  C sum[kColumnsPerLane] = {};
+
+  // The mined pair of anchor i adds its pull on the anchor (side +1), or on its partner (side −1).
+  __device__ void add(int64_t i, bool positive, C side) {
+    const int64_t at = head * b.n + i, partner = (positive ? b.pos_idx : b.neg_idx)[at];
+    const C dist = (positive ? b.dist_ap : b.dist_an)[at];
+    const C grad = b.slope ? (positive ? b.grad_ap[head] : -b.grad_ap[head]) * b.slope[at] : (positive ? b.grad_ap : b.grad_an)[at];
+    if (isnan(dist)) {  // it has no partner, and its own gradient is no number
+#pragma unroll
+      for (int c = 0; c < kColumnsPerLane; ++c) sum[c] = dist;
+    }
+    if (partner < 0 || dist == 0) return;  // at distance 0 the gradient is 0
+    const T *x = b.anchors + at * b.d, *y = b.candidates + (head * b.m + partner) * b.d;
+#pragma unroll
+    for (int c = 0; c < kColumnsPerLane; ++c) {
+      const int64_t k = from + c * 32 + threadIdx.x % 32;
+      if (k < b.d) sum[c] += side * ((widen(x[k]) - widen(y[k])) / dist * grad);
+    }
+  }
+};
+
+template <typename T>
+__global__ void __launch_bounds__(128, 6) gather(Backward<T> b) {
+  const int lane = threadIdx.x % 32;
+  const int64_t slices = (b.d + kColumnsPerWarp - 1) / kColumnsPerWarp, rows = b.own ? b.n : b.n + b.m;
+  const int64_t warp = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+  if (warp >= b.heads * rows * slices) return;
+  const int64_t head = warp / (rows * slices), row = warp / slices % rows, from = warp % slices * kColumnsPerWarp;
+  const bool anchor = row < b.n, candidate = b.own || !anchor;
+  const int64_t j = b.own ? row : row - b.n;
+
+  Gathered<T> gathered{b, head, from};
+  if (anchor) {
+    gathered.add(row, true, 1);
+    gathered.add(row, false, 1);
+  }
+  if (candidate && b.entries) {
+    const int64_t* offsets = b.offsets + head * (b.m + 1) + j;
+    for (int64_t e = offsets[0]; e < offsets[1]; ++e) {
+      const int64_t entry = b.entries[head * 2 * b.n + e];
+      gathered.add(entry % b.n, entry < b.n, -1);
+    }
+  } else if (candidate) {
+    for (int64_t first = 0; first < 2 * b.n; first += 32) {
+      const int64_t entry = first + lane;
+      bool mine = false;
+      if (entry < 2 * b.n) mine = (entry < b.n ? b.pos_idx[head * b.n + entry] : b.neg_idx[head * b.n + entry - b.n]) == j;
+      for (unsigned found = __ballot_sync(kWarp, mine); found; found &= found - 1) {
+        const int64_t which = first + __ffs(found) - 1;
+        gathered.add(which % b.n, which < b.n, -1);
+      }
+    }
+  }
+  T* out = anchor ? b.grad_anchors + (head * b.n + row) * b.d : b.grad_candidates + (head * b.m + j) * b.d;
+#pragma unroll
+  for (int c = 0; c < kColumnsPerLane; ++c) {
+    const int64_t k = from + c * 32 + lane;
+    if (k < b.d) out[k] = narrow<T>(gathered.sum[c]);
+  }
+}
+
+template <typename T>
+cudaError_t forward(const BatchHard& x, const int64_t* labels, const int64_t* candidate_labels, const TripletLoss& t, cudaStream_t stream) {
+  using C = Wide<T>;
+  const Forward<T> f = {x.n, x.m, x.d, static_cast<const T*>(x.anchors), static_cast<const T*>(x.candidates), labels, candidate_labels,
+                        static_cast<C*>(x.dist_ap), static_cast<C*>(x.dist_an), x.pos_idx, x.neg_idx, static_cast<C*>(t.loss),
+                        static_cast<C*>(t.slope), t.finished, t.soft, t.margin};
+  if (t.loss)
+    if (const cudaError_t error = cudaMemsetAsync(t.finished, 0, x.heads * sizeof(int), stream)) return error;
+  const bool large = x.heads * x.n >= 8192;  // enough anchors for a block on every multiprocessor, 64 at a time
+  const int64_t rows = large ? 64 : 16;
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = dim3(unsigned(x.heads * ((x.n + rows - 1) / rows)));
+  launch.blockDim = dim3(kThreads);
+  launch.stream = stream;
+  return cudaLaunchKernelEx(&launch, large ? mine<T, 4> : mine<T, 1>, f);
+}
+
+template <typename T>
+cudaError_t backward(const BatchHard& x, const MinedGradient& g, cudaStream_t stream) {
+  using C = Wide<T>;
+  const Backward<T> b = {x.heads, x.n, x.m, x.d, x.own, static_cast<const T*>(x.anchors), static_cast<const T*>(x.candidates),
+                         static_cast<const C*>(x.dist_ap), static_cast<const C*>(x.dist_an), x.pos_idx, x.neg_idx,
+                         static_cast<const C*>(g.grad_ap), static_cast<const C*>(g.grad_an), static_cast<const C*>(g.slope), g.entries,
+                         g.offsets, static_cast<T*>(g.grad_anchors), static_cast<T*>(g.grad_candidates)};
+  const int64_t rows = x.own ? x.n : x.n + x.m;
+  const int64_t warps = x.heads * rows * ((x.d + kColumnsPerWarp - 1) / kColumnsPerWarp);
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = dim3(unsigned((warps + 3) / 4));
+  launch.blockDim = dim3(128);
+  launch.stream = stream;
+  return warps == 0 ? cudaSuccess : cudaLaunchKernelEx(&launch, gather<T>, b);
+}
+
+}  // namespace
+
+cudaError_t batch_hard_forward(const BatchHard& x, const int64_t* labels, const int64_t* candidate_labels, const TripletLoss& triplet,
+                               cudaStream_t stream) {
+  if (x.heads * x.n == 0)  // no anchors: losses of 0
+    return triplet.loss ? cudaMemsetAsync(triplet.loss, 0, x.heads * (x.type == FeatureType::float64 ? 8 : 4), stream) : cudaSuccess;
+  const auto run = x.type == FeatureType::float32   ? forward<float>
+                   : x.type == FeatureType::float64 ? forward<double>
+                   : x.type == FeatureType::float16 ? forward<__half>
+                                                    : forward<__nv_bfloat16>;
+  return run(x, labels, candidate_labels, triplet, stream);
+}
+
+cudaError_t batch_hard_backward(const BatchHard& x, const MinedGradient& gradient, cudaStream_t stream) {
+  const auto run = x.type == FeatureType::float32   ? backward<float>
+                   : x.type == FeatureType::float64 ? backward<double>
+                   : x.type == FeatureType::float16 ? backward<__half>
+                                                    : backward<__nv_bfloat16>;
+  return run(x, gradient, stream);
+}
+
+cudaError_t batch_hard_loads() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, gather<float>);
+}
+
+}  // namespace mgn

@@ -1,0 +1,377 @@
+// Batch-hard mining on the CPU: squared distances in register tiles, each tile mined while it is in the first cache.
+//
+// The candidates are packed into panels (dimension by dimension, kWidth candidates side by side). A task is a block of
+// anchors: it visits the panels, sums a tile of squared distances, and offers them to the best pairs so far. Where the
+// anchors are their own candidates each pair is computed once and offered to both its ends.
+#include "batch_hard_cpu.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+namespace mgn {
+namespace {
+
+constexpr int kBlock = 32;       // anchors of a task, a multiple of every group
+constexpr int64_t kDepth = 128;  // dimensions summed in one go: bounds rounding, and keeps a panel's slice in the first cache
+constexpr int32_t kNone = std::numeric_limits<int32_t>::max();  // no partner yet: loses every tie
+constexpr int64_t kGrain = 1 << 18;  // element operations worth a thread
+
+template <typename T>
+struct Loops {
+  int group, width;
+  void (*add_squares)(const T* const* anchors, const T* panel, int64_t from, int64_t to, T* dist2);
+  bool (*any_better)(const T* dist2, const int32_t* panel_labels, int32_t label, T best_an, const T* panel_an, bool both);
+  double (*squares)(const T* x, const T* y, int64_t d);
+};
+
+}  // namespace
+}  // namespace mgn
+
+#if defined(__x86_64__)
+#define SET avx512
+#define TARGET __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,fma")))
+#define VECTOR_BYTES 64
+#define GROUP 8
+#include "batch_hard_tile.h"
+#define SET avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#define VECTOR_BYTES 32
+#define GROUP 4
+#include "batch_hard_tile.h"
+#endif
+#define SET baseline
+#define TARGET
+#define VECTOR_BYTES 16
+#define GROUP 4
+#include "batch_hard_tile.h"
+
+namespace mgn {
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  const Loops<float>* narrow;
+  const Loops<double>* wide;
+};
+
+const std::vector<InstructionSet>& usable() {
+  static const std::vector<InstructionSet> sets = [] {
+    std::vector<InstructionSet> found;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool fma = __builtin_cpu_supports("fma");
+    if (fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw"))
+      found.push_back({"avx512", &avx512::kLoops<float>, &avx512::kLoops<double>});
+    if (fma && __builtin_cpu_supports("avx2")) found.push_back({"avx2", &avx2::kLoops<float>, &avx2::kLoops<double>});
+#endif
+    found.push_back({"baseline", &baseline::kLoops<float>, &baseline::kLoops<double>});
+    return found;
+  }();
+  return sets;
+}
+
+const Loops<float>& loops_of(const InstructionSet& set, float) { return *set.narrow; }
+const Loops<double>& loops_of(const InstructionSet& set, double) { return *set.wide; }
+
+int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Labels of any integers as 0, 1, …: equal where they were equal, and as narrow as a float, so that one mask fits both.
+struct DenseLabels {
+  std::vector<int32_t> anchors, candidates;  // candidates padded with −1, which no anchor has
+
+  DenseLabels(const int64_t* labels, int64_t n, const int64_t* candidate_labels, int64_t m, int64_t padded)
+      : anchors(n), candidates(padded, -1) {
+    std::vector<int64_t> values(labels, labels + n);
+    values.insert(values.end(), candidate_labels, candidate_labels + m);
+    std::sort(values.begin(), values.end());
+    values.erase(std::unique(values.begin(), values.end()), values.end());
+    const auto rank = [&](int64_t label) { return int32_t(std::lower_bound(values.begin(), values.end(), label) - values.begin()); };
+    std::transform(labels, labels + n, anchors.begin(), rank);
+    std::transform(candidate_labels, candidate_labels + m, candidates.begin(), rank);
+  }
+};
+
+template <typename T>
+bool all_finite(const T* row, int64_t d) {
+  int odd = 0;
+  for (int64_t k = 0; k < d; ++k) odd |= !(std::abs(row[k]) <= std::numeric_limits<T>::max());
+  return odd == 0;
+}
+
+template <typename T>
+int64_t first_not_finite(const T* rows, int64_t count, int64_t d, const Parallel& parallel) {
+  std::mutex mutex;
+  int64_t first = count;
+  parallel(count, std::max<int64_t>(1, kGrain / std::max<int64_t>(d, 1)), [&](int64_t begin, int64_t end) {
+    int64_t row = begin;
+    while (row < end && all_finite(rows + row * d, d)) ++row;
+    if (row == end) return;
+    std::lock_guard<std::mutex> lock(mutex);
+    first = std::min(first, row);
+  });
+  return first == count ? -1 : first;
+}
+
+struct Aligned {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+// (heads, panels, d, width); a candidate beyond the last is NaN, which wins no comparison.
+template <typename T>
+std::unique_ptr<T, Aligned> pack(const Features<T>& x, int width, const Parallel& parallel) {
+  const int64_t panels = round_up(x.m, width) / width;
+  const size_t bytes = round_up(std::max<int64_t>(x.heads * panels * x.d * width, 1) * int64_t(sizeof(T)), 64);
+  std::unique_ptr<T, Aligned> packed(static_cast<T*>(std::aligned_alloc(64, bytes)));
+  if (!packed) throw std::bad_alloc();
+  parallel(x.heads * panels, std::max<int64_t>(1, kGrain / std::max<int64_t>(x.d * width, 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t head = p / panels, first = p % panels * width, count = std::min<int64_t>(width, x.m - first);
+      T* panel = packed.get() + p * x.d * width;
+      if (count < width) std::fill(panel, panel + x.d * width, std::numeric_limits<T>::quiet_NaN());
+      for (int64_t from = 0; from < x.d; from += 16)  // so few lines of the panel at a time that they stay in the cache
+        for (int64_t c = 0; c < count; ++c) {
+          const T* row = x.candidates + (head * x.m + first + c) * x.d;
+          for (int64_t k = from; k < std::min<int64_t>(from + 16, x.d); ++k) panel[k * width + c] = row[k];
+        }
+    }
+  });
+  return packed;
+}
+
+// The best pairs so far of each anchor of each head, by squared distance. Equal distances: the lower index, so the
+// result depends neither on the order of the offers nor on how they were divided among threads.
+template <typename T>
+struct Best {
+  std::vector<T> ap, an;
+  std::vector<int32_t> pos, neg;
+
+  explicit Best(int64_t size)
+      : ap(size, -std::numeric_limits<T>::infinity()), an(size, std::numeric_limits<T>::infinity()), pos(size, kNone), neg(size, kNone) {}
+
+  void offer_positive(int64_t anchor, int32_t partner, T dist2) {
+    if (dist2 > ap[anchor] || (dist2 == ap[anchor] && partner < pos[anchor])) ap[anchor] = dist2, pos[anchor] = partner;
+  }
+  void offer_negative(int64_t anchor, int32_t partner, T dist2) {
+    if (dist2 < an[anchor] || (dist2 == an[anchor] && partner < neg[anchor])) an[anchor] = dist2, neg[anchor] = partner;
+  }
+  void offer(int64_t anchor, int32_t partner, T dist2, bool positive) {
+    positive ? offer_positive(anchor, partner, dist2) : offer_negative(anchor, partner, dist2);
+  }
+  void offer_all(const Best& other) {
+    for (size_t i = 0; i < ap.size(); ++i) {
+      if (other.pos[i] != kNone) offer_positive(i, other.pos[i], other.ap[i]);
+      if (other.neg[i] != kNone) offer_negative(i, other.neg[i], other.an[i]);
+    }
+  }
+};
+
+template <typename T>
+Best<T> mine(const Features<T>& x, const DenseLabels& labels, const T* packed, const Loops<T>& loops, const Parallel& parallel) {
+  const int width = loops.width, group = loops.group;
+  const int64_t panels = round_up(x.m, width) / width, rows = std::max(x.n, panels * width);
+  const int block = x.n >= 256 ? kBlock : 8;  // a small batch is divided finer: every thread gets some
+  const int64_t blocks = round_up(x.n, block) / block, tasks = (blocks + 1) / 2;
+
+  const auto mine_block = [&](int64_t head, int64_t first, Best<T>& best) {
+    const T* anchors = x.anchors + head * x.n * x.d;
+    const int64_t last = std::min(first + block, x.n), offset = head * rows;
+    alignas(64) T dist2[kBlock * 32];
+    for (int64_t panel = x.own ? first / width : 0; panel < panels; ++panel) {
+      const T* candidates = packed + (head * panels + panel) * x.d * width;
+      // Own candidates: a group meets its own panel and those behind it; groups behind this panel have no business here.
+      const int64_t end = x.own ? std::min(last, (panel + 1) * width) : last;
+      std::fill(dist2, dist2 + kBlock * width, T(0));
+      for (int64_t from = 0; from < x.d; from += kDepth)
+        for (int64_t i = first; i < end; i += group) {
+          const T* pointers[8];
+          for (int r = 0; r < group; ++r) pointers[r] = anchors + std::min(i + r, x.n - 1) * x.d;
+          loops.add_squares(pointers, candidates, from, std::min(from + kDepth, x.d), dist2 + (i - first) * width);
+        }
+      const int32_t* panel_labels = labels.candidates.data() + panel * width;
+      const int32_t column = int32_t(panel * width);
+      for (int64_t i = first; i < end; ++i) {
+        const T* row = dist2 + (i - first) * width;
+        const bool both = x.own && panel > i / width;
+        if (!loops.any_better(row, panel_labels, labels.anchors[i], best.an[offset + i], best.an.data() + offset + column, both)) continue;
+        for (int32_t c = 0; c < width && column + c < x.m; ++c) {
+          const bool positive = panel_labels[c] == labels.anchors[i];
+          best.offer(offset + i, column + c, row[c], positive);
+          if (both) best.offer(offset + column + c, int32_t(i), row[c], positive);
+        }
+      }
+    }
+  };
+
+  std::mutex mutex;
+  Best<T> best(x.heads * rows);
+  const int64_t cost = 2 * block * std::max<int64_t>(x.m * x.d, 1) / (x.own ? 2 : 1);
+  parallel(x.heads * tasks, std::max<int64_t>(1, kGrain / cost), [&](int64_t begin, int64_t end) {
+    Best<T> mine_only(x.heads * rows);
+    for (int64_t task = begin; task < end; ++task) {  // a long block and a short one: all tasks cost the same
+      const int64_t head = task / tasks, near = task % tasks, far = blocks - 1 - near;
+      mine_block(head, near * block, mine_only);
+      if (far != near) mine_block(head, far * block, mine_only);
+    }
+    std::lock_guard<std::mutex> lock(mutex);
+    best.offer_all(mine_only);
+  });
+  return best;
+}
+
+// Euclidean distance in double: right wherever it can be represented.
+template <typename T>
+double distance(const Loops<T>& loops, const T* x, const T* y, int64_t d) {
+  const double sum = loops.squares(x, y, d);
+  if (sum > 1e-280 && sum <= std::numeric_limits<double>::max()) return std::sqrt(sum);
+  double largest = 0;  // squares have left double's range, or all are zero
+  for (int64_t k = 0; k < d; ++k) largest = std::max(largest, std::abs(double(x[k]) - double(y[k])));
+  if (largest == 0 || std::isinf(largest)) return largest;
+  double ratios = 0;
+  for (int64_t k = 0; k < d; ++k) {
+    const double ratio = (double(x[k]) - double(y[k])) / largest;
+    ratios += ratio * ratio;
+  }
+  return largest * std::sqrt(ratios);
+}
+
+// Squares in T say nothing where they may have left T's range: beyond it upwards, or below this.
+template <typename T>
+constexpr T kTiny = T(sizeof(T) == 4 ? 0x1p-80 : 0x1p-900);
+
+// The selected pair measured directly; where the squares that selected it were out of range, selected anew in double.
+template <typename T>
+void settle(const Features<T>& x, const Loops<T>& loops, int64_t head, int64_t i, const DenseLabels& labels, bool positive, T dist2,
+            int32_t partner, T* dist, int64_t* idx) {
+  const T* anchor = x.anchors + (head * x.n + i) * x.d;
+  const T* candidates = x.candidates + head * x.m * x.d;
+  if (partner == kNone) {
+    *dist = positive ? -std::numeric_limits<T>::infinity() : std::numeric_limits<T>::infinity();
+    *idx = -1;
+    return;
+  }
+  double best = distance(loops, anchor, candidates + partner * x.d, x.d);
+  const bool duplicate = !positive && best == 0;  // the first of all whose sum is 0: no candidate can be nearer or earlier
+  if ((dist2 < kTiny<T> || std::isinf(dist2)) && !duplicate) {
+    best = positive ? -1 : std::numeric_limits<double>::infinity();
+    partner = kNone;
+    for (int64_t j = 0; j < x.m; ++j) {
+      if ((labels.candidates[j] == labels.anchors[i]) != positive) continue;
+      const T* candidate = candidates + j * x.d;
+      const double here = std::memcmp(anchor, candidate, x.d * sizeof(T)) == 0 ? 0 : distance(loops, anchor, candidate, x.d);
+      if (partner == kNone || (positive ? here > best : here < best)) best = here, partner = int32_t(j);
+      if (!positive && best == 0) break;
+    }
+  }
+  *dist = T(best);
+  *idx = partner;
+}
+
+}  // namespace
+
+int instruction_sets() { return int(usable().size()); }
+const char* instruction_set_name(int index) { return usable()[index].name; }
+
+template <typename T>
+int64_t batch_hard(const Features<T>& x, const int64_t* labels, const int64_t* candidate_labels, const Mined<T>& out,
+                   int instruction_set, const Parallel& parallel) {
+  const Loops<T>& loops = loops_of(usable()[instruction_set], T());
+  const int64_t odd_anchor = first_not_finite(x.anchors, x.heads * x.n, x.d, parallel);
+  if (odd_anchor >= 0) return odd_anchor;
+  const int64_t odd_candidate = x.own ? -1 : first_not_finite(x.candidates, x.heads * x.m, x.d, parallel);
+  if (odd_candidate >= 0) return x.heads * x.n + odd_candidate;
+
+  const int64_t padded = round_up(x.m, loops.width), rows = std::max(x.n, padded);
+  const DenseLabels dense(labels, x.n, candidate_labels, x.m, padded);
+  const auto packed = pack(x, loops.width, parallel);
+  const Best<T> best = mine(x, dense, packed.get(), loops, parallel);
+  parallel(x.heads * x.n, std::max<int64_t>(1, kGrain / std::max<int64_t>(4 * x.d, 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t head = row / x.n, i = row % x.n, at = head * rows + i;
+      settle(x, loops, head, i, dense, true, best.ap[at], best.pos[at], out.dist_ap + row, out.pos_idx + row);
+      settle(x, loops, head, i, dense, false, best.an[at], best.neg[at], out.dist_an + row, out.neg_idx + row);
+    }
+  });
+  return -1;
+}
+
+template <typename T>
+void triplet_loss(int64_t heads, int64_t n, const T* dist_ap, const T* dist_an, const double* margin, T* loss, T* slope) {
+  const T infinity = std::numeric_limits<T>::infinity();
+  for (int64_t head = 0; head < heads; ++head, dist_ap += n, dist_an += n, slope += n) {
+    double sum = 0;
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      slope[i] = 0;
+      if (dist_ap[i] == -infinity || dist_an[i] == infinity) continue;
+      ++count;
+      const double gap = double(dist_ap[i]) - double(dist_an[i]) + (margin ? *margin : 0);
+      if (std::isnan(gap)) {
+        sum = gap, slope[i] = T(gap);
+      } else if (margin) {
+        sum += std::max(gap, 0.0), slope[i] = T(gap > 0);
+      } else {  // log(1 + eˣ) = max(x, 0) + log(1 + e^−|x|)
+        sum += std::max(gap, 0.0) + std::log1p(std::exp(-std::abs(gap)));
+        slope[i] = T(1 / (1 + std::exp(-gap)));
+      }
+    }
+    const T share = T(1) / T(std::max<int64_t>(count, 1));
+    loss[head] = T(sum / double(std::max<int64_t>(count, 1)));
+    for (int64_t i = 0; i < n; ++i) slope[i] *= share;
+  }
+}
+
+// Each thread owns columns and passes over all mined pairs in one order: no atomics, and the same bits for any division.
+template <typename T>
+void batch_hard_backward(const Features<T>& x, const Mined<T>& mined, const T* grad_ap, const T* grad_an, const T* slope,
+                         T* grad_anchors, T* grad_candidates, const Parallel& parallel) {
+  constexpr int64_t kColumns = 64 / sizeof(T);  // a cache line
+  const int64_t slices = round_up(x.d, kColumns) / kColumns;
+  const auto backward = [&](int64_t head, int64_t from, int64_t to) {
+    T* of_anchors = grad_anchors + head * x.n * x.d;
+    T* of_candidates = grad_candidates + head * x.m * x.d;
+    for (int64_t i = 0; i < x.n; ++i) std::fill(of_anchors + i * x.d + from, of_anchors + i * x.d + to, T(0));
+    for (int64_t j = 0; j < x.m; ++j) std::fill(of_candidates + j * x.d + from, of_candidates + j * x.d + to, T(0));
+    for (int64_t i = 0; i < x.n; ++i) {
+      const int64_t at = head * x.n + i;
+      for (const bool positive : {true, false}) {
+        const T dist = positive ? mined.dist_ap[at] : mined.dist_an[at];
+        const int64_t partner = positive ? mined.pos_idx[at] : mined.neg_idx[at];
+        const T grad = slope ? (positive ? grad_ap[head] * slope[at] : -grad_ap[head] * slope[at]) : (positive ? grad_ap : grad_an)[at];
+        if (std::isnan(dist)) std::fill(of_anchors + i * x.d + from, of_anchors + i * x.d + to, dist);
+        if (partner < 0 || !(dist > 0) || grad == 0) continue;
+        const T* anchor = x.anchors + at * x.d;
+        const T* candidate = x.candidates + (head * x.m + partner) * x.d;
+        T *to_anchor = of_anchors + i * x.d, *to_candidate = of_candidates + partner * x.d;
+        const T unit = T(1) / dist;  // infinite for the smallest distances: those divide
+        for (int64_t k = from; k < to; ++k) {
+          const T difference = anchor[k] - candidate[k];
+          const T pull = (std::isinf(unit) ? difference / dist : difference * unit) * grad;
+          to_anchor[k] += pull;
+          to_candidate[k] -= pull;
+        }
+      }
+    }
+  };
+  parallel(x.heads * slices, std::max<int64_t>(1, kGrain / (4 * kColumns * std::max<int64_t>(x.n + x.m, 1))), [&](int64_t begin, int64_t end) {
+    while (begin < end) {  // neighbouring slices of one head in one pass
+      const int64_t head = begin / slices, stop = std::min(end, (head + 1) * slices);
+      backward(head, begin % slices * kColumns, std::min((stop - head * slices) * kColumns, x.d));
+      begin = stop;
+    }
+  });
+}
+
+#define INSTANTIATE(T)                                                                                                          \
+  template int64_t batch_hard(const Features<T>&, const int64_t*, const int64_t*, const Mined<T>&, int, const Parallel&);      \
+  template void triplet_loss(int64_t, int64_t, const T*, const T*, const double*, T*, T*);                                     \
+  template void batch_hard_backward(const Features<T>&, const Mined<T>&, const T*, const T*, const T*, T*, T*, const Parallel&);
+INSTANTIATE(float)
+INSTANTIATE(double)
+
+}  // namespace mgn

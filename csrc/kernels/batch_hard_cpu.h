@@ -1,0 +1,44 @@
+// Batch-hard mining on the CPU. No torch header: plain pointers, and the caller brings the threads.
+#pragma once
+#include <cstdint>
+#include <functional>
+
+namespace mgn {
+
+// Calls work(begin, end) on disjoint ranges that cover 0 … count, each of at least `grain` items where there are as many.
+using Parallel = std::function<void(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& work)>;
+
+template <typename T>
+struct Features {  // row-major
+  int64_t heads, n, m, d;
+  bool own;  // the anchors are their own candidates: one array, one list of labels, one gradient
+  const T* anchors;     // (heads, n, d)
+  const T* candidates;  // (heads, m, d)
+};
+
+template <typename T>
+struct Mined {  // (heads, n) each
+  T *dist_ap, *dist_an;
+  int64_t *pos_idx, *neg_idx;
+};
+
+// Instruction sets that this build has code for and this CPU runs, fastest first; the last is the compiler's baseline.
+int instruction_sets();
+const char* instruction_set_name(int index);
+
+// Returns −1, or the flat row (anchors first, then candidates) of the first NaN or infinite feature; nothing is written then.
+template <typename T>
+int64_t batch_hard(const Features<T>& x, const int64_t* labels, const int64_t* candidate_labels, const Mined<T>& out,
+                   int instruction_set, const Parallel& parallel);
+
+// loss: (heads), the mean over anchors with both a positive and a negative; slope: (heads, n), ∂loss/∂dist_ap = −∂loss/∂dist_an.
+template <typename T>
+void triplet_loss(int64_t heads, int64_t n, const T* dist_ap, const T* dist_an, const double* margin, T* loss, T* slope);
+
+// Gradients of Σ grad_ap·dist_ap + grad_an·dist_an. With a slope (heads, n) the two are grad_ap[head]·slope and its negative,
+// and grad_an is not read. grad_candidates is grad_anchors where the anchors are their own candidates.
+template <typename T>
+void batch_hard_backward(const Features<T>& x, const Mined<T>& mined, const T* grad_ap, const T* grad_an, const T* slope,
+                         T* grad_anchors, T* grad_candidates, const Parallel& parallel);
+
+}  // namespace mgn

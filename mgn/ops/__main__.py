@@ -1,0 +1,23 @@
+"""python -m mgn.ops: what is compiled in, for what, which implementation each operation takes on each device, and why."""
+
+import torch
+
+from mgn.ops.extension import implementation, missing
+
+
+def main():
+    print(f'torch {torch.__version__}, CUDA {torch.version.cuda}')
+    print(f'mgn._C     {missing("_C") or "instruction sets here: " + torch.ops.mgn_cpu.instruction_sets()}')
+    print(f'mgn._cuda  {missing("_cuda") or torch.ops.mgn_cuda.build()}')
+    devices = ['cpu', *(f'cuda:{index}' for index in range(torch.cuda.device_count()))] + ['mps'] * torch.backends.mps.is_available()
+    if torch.cuda.device_count() == 0:
+        print('cuda: no device here')
+    for device in devices:
+        name = f' ({torch.cuda.get_device_name(device)})' if device.startswith('cuda') else ''
+        print(f'{device}{name}:')
+        print(f'  batch_hard, batch_hard_triplet_loss, forward and backward: {implementation(device)}')
+        print('  match_ranks: reference: NumPy on the CPU, whatever the device')
+
+
+if __name__ == '__main__':
+    main()

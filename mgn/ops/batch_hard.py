@@ -1,0 +1,271 @@
+"""Batch-hard mining and triplet loss (Hermans et al., "In Defense of the Triplet Loss", arXiv:1703.07737)."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from mgn.ops.extension import kernels
+
+
+class BatchHard(NamedTuple):
+    """Each anchor's hardest pairs: distances float32 (float64 for float64 features), indices int64, all (..., N)."""
+    dist_ap: torch.Tensor  # to the farthest positive; −inf where there is none
+    dist_an: torch.Tensor  # to the nearest negative; +inf where there is none
+    pos_idx: torch.Tensor  # which candidate that is; −1 where there is none
+    neg_idx: torch.Tensor
+
+
+def batch_hard(anchors, labels, candidates=None, candidate_labels=None):
+    """Each anchor's farthest candidate of its own label and nearest of another, by Euclidean distance (not squared).
+
+    An anchor counts among its own positives, at distance 0, where it is among the candidates. Of equal distances the lowest
+    index is taken. Distances are measured on the selected pairs from the differences of features, so they do not cancel
+    between near duplicates far from the origin, and are differentiable, with gradient 0 at distance 0. Memory is O(N·D + M·D).
+
+    Args:
+        anchors: (..., N, D) float16, bfloat16, float32 or float64; leading dimensions are heads, mined separately in one call.
+            Half precision is mined in float32.
+        labels: (N,) of any integer type.
+        candidates: (..., M, D) like the anchors; the anchors themselves if left out.
+        candidate_labels: (M,) integers, with candidates.
+    Returns:
+        BatchHard. On CUDA an anchor that is not finite, or is compared with a candidate that is not, has distance NaN and index −1.
+    Raises:
+        ValueError: shapes, types or devices that do not go together; on the CPU features that are not finite.
+    """
+    _check(anchors, labels, candidates, candidate_labels)
+    return BatchHard(*torch.ops.mgn.batch_hard(anchors, labels, candidates, candidate_labels))
+
+
+def batch_hard_triplet_loss(anchors, labels, margin=0.3, candidates=None, candidate_labels=None):
+    """Mean over each head's anchors of the hinge max(0, ap − an + margin) of their hardest pairs.
+
+    Args:
+        anchors, labels, candidates, candidate_labels: as of batch_hard.
+        margin: in units of distance; None for the soft margin log(1 + exp(ap − an)).
+    Returns:
+        (...) loss per head, of batch_hard's type of distances, over the anchors that have both a positive and a negative; 0 with
+        gradient 0 where none has. Differentiable in anchors and candidates. NaN on CUDA where features are not finite.
+    Raises:
+        ValueError: as batch_hard; a margin that is no finite number.
+    """
+    _check(anchors, labels, candidates, candidate_labels)
+    if margin is not None and not math.isfinite(margin):
+        raise ValueError(f'want a finite margin, or None for the soft margin, got {margin}')
+    return torch.ops.mgn.batch_hard_triplet_loss(anchors, labels, candidates, candidate_labels, margin)[0]
+
+
+FEATURE_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
+
+
+def _check(anchors, labels, candidates, candidate_labels):
+    if (candidates is None) != (candidate_labels is None):
+        given, wanted = ('candidate_labels', 'candidates') if candidates is None else ('candidates', 'candidate_labels')
+        raise ValueError(f'want {wanted} along with {given}, got {given} alone; pass both, or neither to mine among the anchors')
+    groups = [('anchors', anchors, 'labels', labels)]
+    if candidates is not None:
+        groups.append(('candidates', candidates, 'candidate_labels', candidate_labels))
+    for name, features, of_labels, integers in groups:
+        for what, value in ((name, features), (of_labels, integers)):
+            if not isinstance(value, torch.Tensor):
+                raise ValueError(f'want {what} as a tensor, got {type(value).__name__}; torch.as_tensor makes one')
+        if features.dim() < 2 or features.dtype not in FEATURE_TYPES:
+            raise ValueError(f'want {name} of shape (..., rows, D), real floating point, got shape {tuple(features.shape)}, '
+                             f'{features.dtype}; a single head is (rows, D)')
+        if integers.shape != features.shape[-2:-1] or integers.dtype not in INTEGERS:
+            raise ValueError(f'want {of_labels} of shape ({features.shape[-2]},), integers, for {name} of shape {tuple(features.shape)}, '
+                             f'got {tuple(integers.shape)}, {integers.dtype}; pass one label per row, the same for all heads')
+        if features.device != anchors.device or integers.device != anchors.device:
+            raise ValueError(f'want {name} and {of_labels} on {anchors.device}, where the anchors are, got {features.device} and '
+                             f'{integers.device}; move them with .to()')
+        if features.shape[-2] >= 2**31:
+            raise ValueError(f'want fewer than 2³¹ {name}, got {features.shape[-2]}; mine in parts')
+        if features.dtype != anchors.dtype or features.shape[:-2] != anchors.shape[:-2] or features.shape[-1] != anchors.shape[-1]:
+            raise ValueError(f'want candidates like the anchors but for their number, {tuple(anchors.shape)}, {anchors.dtype}, got '
+                             f'{tuple(features.shape)}, {features.dtype}; cast or expand one of them')
+        if (integers.dtype == torch.uint64) != (labels.dtype == torch.uint64):
+            raise ValueError(f'want labels and candidate_labels both uint64 or neither, got {labels.dtype} and {integers.dtype}; cast one')
+
+
+# Below: the operators as torch knows them (schema, every device's implementation, fake, autograd). Without candidates the anchors are
+# their own.
+
+torch.library.define('mgn::batch_hard', '(Tensor anchors, Tensor labels, Tensor? candidates, Tensor? candidate_labels) -> '
+                                        '(Tensor, Tensor, Tensor, Tensor)')
+torch.library.define('mgn::batch_hard_triplet_loss', '(Tensor anchors, Tensor labels, Tensor? candidates, Tensor? candidate_labels, '
+                                                     'float? margin) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)')
+torch.library.define('mgn::batch_hard_backward', '(Tensor anchors, Tensor? candidates, Tensor dist_ap, Tensor dist_an, Tensor pos_idx, '
+                                                 'Tensor neg_idx, Tensor grad_ap, Tensor? grad_an, Tensor? slope) -> (Tensor, Tensor)')
+
+
+def wide(dtype):
+    """The type of arithmetic, distances and loss."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def heads_first(features):
+    """(..., rows, D) → (heads, rows, D), contiguous, in a type that the kernels of its device read."""
+    features = features.reshape(math.prod(features.shape[:-2]), *features.shape[-2:]).contiguous()
+    return features.to(wide(features.dtype)) if features.device.type == 'cpu' else features
+
+
+@torch.library.impl('mgn::batch_hard', 'CompositeExplicitAutograd')
+def _batch_hard(anchors, labels, candidates, candidate_labels):
+    return _mine(anchors, labels, candidates, candidate_labels, with_loss=False, margin=None)[2:]
+
+
+@torch.library.impl('mgn::batch_hard_triplet_loss', 'CompositeExplicitAutograd')
+def _batch_hard_triplet_loss(anchors, labels, candidates, candidate_labels, margin):
+    return _mine(anchors, labels, candidates, candidate_labels, with_loss=True, margin=margin)
+
+
+def _mine(anchors, labels, candidates, candidate_labels, with_loss, margin):
+    """(loss, slope, dist_ap, dist_an, pos_idx, neg_idx); slope is ∂loss/∂dist_ap = −∂loss/∂dist_an."""
+    x, labels = heads_first(anchors), labels.to(torch.int64).contiguous()
+    y, candidate_labels = (None, None) if candidates is None else (heads_first(candidates), candidate_labels.to(torch.int64).contiguous())
+    compiled = kernels(x.device)
+    if compiled is None:
+        if x.device.type == 'cpu':
+            _refuse_odd_rows(anchors, candidates)
+        mined = batch_hard_reference(x, labels, *((x, labels) if y is None else (y, candidate_labels)))
+        loss, slope = triplet_loss_reference(*mined[:2], margin) if with_loss else (None, None)
+    else:
+        mined = tuple(x.new_empty(x.shape[:2], dtype=dtype) for dtype in (wide(x.dtype), wide(x.dtype), torch.int64, torch.int64))
+        loss, slope = (mined[0].new_empty(x.shape[:1]), torch.empty_like(mined[0])) if with_loss else (None, None)
+        if compiled.batch_hard(x, labels, y, candidate_labels, *mined, loss, slope, margin) >= 0:
+            _refuse_odd_rows(anchors, candidates)
+    mined = [tensor.view(anchors.shape[:-1]) for tensor in mined]
+    return (loss.view(anchors.shape[:-2]), slope.view(anchors.shape[:-1]), *mined) if with_loss else (None, None, *mined)
+
+
+def _refuse_odd_rows(anchors, candidates):
+    """ValueError that names the first row with NaN or infinity, if any."""
+    for name, features in (('anchors', anchors), ('candidates', candidates)):
+        if features is not None and not features.isfinite().all():
+            *head, row, column = (~features.isfinite()).nonzero()[0].tolist()
+            raise ValueError(f'want finite {name}, got {features[(*head, row, column)].item()} in head {", ".join(map(str, head)) or 0}, '
+                             f'row {row}, dimension {column}; look for what diverged, e.g. a learning rate too high')
+
+
+def batch_hard_reference(anchors, labels, candidates, candidate_labels):
+    """batch_hard by its definition, in float64 (float32 on devices without it), some anchors at a time."""
+    dtype = torch.float32 if anchors.device.type == 'mps' else torch.float64
+    x, y = (rows.to(dtype).masked_fill(~rows.isfinite().all(-1, keepdim=True), torch.nan) for rows in (anchors, candidates))
+    tiles = []
+    for some, of_labels in zip(x.split(256, dim=1), labels.split(256)):
+        dist = torch.cdist(some, y, compute_mode='donot_use_mm_for_euclid_dist')                     # (heads, 256, M)
+        positive = of_labels[:, None] == candidate_labels
+        # One more column stands for "none", behind all others.
+        dist_ap, pos_idx = F.pad(dist.masked_fill(~positive, -torch.inf), (0, 1), value=-torch.inf).max(-1)
+        dist_an, neg_idx = F.pad(dist.masked_fill(positive, torch.inf), (0, 1), value=torch.inf).min(-1)
+        odd = some.isnan().any(-1)
+        dist_ap, dist_an = dist_ap.masked_fill(odd, torch.nan), dist_an.masked_fill(odd, torch.nan)
+        tiles.append((dist_ap, dist_an, pos_idx.masked_fill(dist_ap.isnan() | (dist_ap == -torch.inf), -1),
+                      neg_idx.masked_fill(dist_an.isnan() | (dist_an == torch.inf), -1)))
+    dist_ap, dist_an, pos_idx, neg_idx = (torch.cat(parts, dim=1) for parts in zip(*tiles))
+    return dist_ap.to(wide(anchors.dtype)), dist_an.to(wide(anchors.dtype)), pos_idx, neg_idx
+
+
+def triplet_loss_reference(dist_ap, dist_an, margin):
+    """(heads, N) distances → loss (heads,) and its slope (heads, N)."""
+    pair = (dist_ap != -torch.inf) & (dist_an != torch.inf)
+    share = 1 / pair.sum(-1, keepdim=True).clamp(min=1).to(dist_ap.dtype)
+    if margin is None:
+        gap = dist_ap - dist_an
+        term, slope = torch.logaddexp(gap, torch.zeros_like(gap)), gap.sigmoid()
+    else:
+        gap = dist_ap - dist_an + margin
+        term, slope = gap.relu(), torch.where(gap.isnan(), gap, gap > 0)
+    return (term.masked_fill(~pair, 0) * share).sum(-1), slope.masked_fill(~pair, 0) * share
+
+
+@torch.library.impl('mgn::batch_hard_backward', 'CompositeExplicitAutograd')
+def _batch_hard_backward(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx, grad_ap, grad_an, slope):
+    x, y = heads_first(anchors), None if candidates is None else heads_first(candidates)
+    mined = [tensor.reshape(x.shape[:2]) for tensor in (dist_ap, dist_an, pos_idx, neg_idx)]
+    grads = [grad_ap.reshape(x.shape[:1] if slope is not None else x.shape[:2]).contiguous()]
+    grads += [None if tensor is None else tensor.reshape(x.shape[:2]).contiguous() for tensor in (grad_an, slope)]
+    compiled = kernels(x.device)
+    if compiled is None:
+        grad_anchors, grad_candidates = backward_reference(x, x if y is None else y, *mined, *grads)
+        if y is None:
+            grad_anchors += grad_candidates
+    else:
+        grad_anchors = torch.empty_like(x)
+        grad_candidates = grad_anchors if y is None else torch.empty_like(y)
+        entries = [] if x.device.type == 'cpu' else pairs_by_candidate(mined[2], mined[3], (x if y is None else y).shape[1])
+        compiled.batch_hard_backward(x, y, *mined, *grads, *entries, grad_anchors, grad_candidates)
+    grad_anchors = grad_anchors.view(anchors.shape).to(anchors.dtype)
+    return grad_anchors, grad_anchors.new_empty(0) if y is None else grad_candidates.view(candidates.shape).to(candidates.dtype)
+
+
+def pairs_by_candidate(pos_idx, neg_idx, m):
+    """The mined pairs of each candidate, as the CUDA kernel gathers them: entries (heads, 2N) sorted by candidate, offsets (heads, M + 1).
+
+    Entry e < N stands for anchor e and its positive, N + e for e and its negative. (None, None) where looking through all of them
+    costs the kernel less than sorting.
+    """
+    if pos_idx.shape[1] <= 4096:
+        return None, None
+    candidates, entries = torch.cat((pos_idx, neg_idx), dim=1).sort(dim=1, stable=True)
+    bounds = torch.arange(m + 1, device=candidates.device).expand(len(candidates), -1)
+    return entries, torch.searchsorted(candidates, bounds.contiguous())
+
+
+def backward_reference(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx, grad_ap, grad_an, slope):
+    """Gradients of Σ grad_ap·dist_ap + grad_an·dist_an; with a slope of the loss, whose gradient grad_ap (heads,) then is."""
+    if slope is not None:
+        grad_ap = grad_ap[:, None] * slope
+        grad_an = -grad_ap
+    heads, m = candidates.shape[:2]
+    padded = F.pad(candidates.to(wide(candidates.dtype)), (0, 0, 0, 1)).flatten(0, 1)  # row M of each head stands for "none"
+    to_anchors, to_candidates = torch.zeros_like(anchors, dtype=padded.dtype), torch.zeros_like(padded)
+    for dist, idx, grad in ((dist_ap, pos_idx, grad_ap), (dist_an, neg_idx, grad_an)):
+        rows = (idx % (m + 1) + torch.arange(heads, device=idx.device)[:, None] * (m + 1)).flatten()
+        difference = anchors.to(padded.dtype) - padded[rows].view_as(to_anchors)
+        pull = (difference / dist[..., None] * grad[..., None]).masked_fill(((idx < 0) | (dist == 0))[..., None], 0)
+        to_anchors += pull.masked_fill(dist.isnan()[..., None], torch.nan)
+        to_candidates.index_put_((rows,), -pull.flatten(0, 1), accumulate=True)
+    return to_anchors, to_candidates.unflatten(0, (heads, m + 1))[:, :m].contiguous()
+
+
+@torch.library.register_fake('mgn::batch_hard')
+def _(anchors, labels, candidates, candidate_labels):
+    dtypes = (wide(anchors.dtype), wide(anchors.dtype), torch.int64, torch.int64)
+    return tuple(anchors.new_empty(anchors.shape[:-1], dtype=dtype) for dtype in dtypes)
+
+
+@torch.library.register_fake('mgn::batch_hard_triplet_loss')
+def _(anchors, labels, candidates, candidate_labels, margin):
+    loss, slope = (anchors.new_empty(shape, dtype=wide(anchors.dtype)) for shape in (anchors.shape[:-2], anchors.shape[:-1]))
+    dtypes = (wide(anchors.dtype), wide(anchors.dtype), torch.int64, torch.int64)
+    return (loss, slope, *(anchors.new_empty(anchors.shape[:-1], dtype=dtype) for dtype in dtypes))
+
+
+@torch.library.register_fake('mgn::batch_hard_backward')
+def _(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx, grad_ap, grad_an, slope):
+    grad_anchors = anchors.new_empty(anchors.shape)
+    return grad_anchors, anchors.new_empty(0) if candidates is None else candidates.new_empty(candidates.shape)
+
+
+def _remember(ctx, inputs, output):
+    anchors, _, candidates, *_ = inputs
+    ctx.with_loss = len(output) == 6
+    loss_and_slope, mined = output[:-4], output[-4:]
+    ctx.mark_non_differentiable(*(output[1:] if ctx.with_loss else output[2:]))
+    ctx.save_for_backward(anchors, candidates, *mined, *loss_and_slope[1:])
+
+
+def _backward(ctx, *grads):
+    anchors, candidates, *mined = ctx.saved_tensors
+    slope = mined.pop() if ctx.with_loss else None
+    to_anchors, to_candidates = torch.ops.mgn.batch_hard_backward(
+        anchors, candidates, *mined, grads[0], None if ctx.with_loss else grads[1], slope)
+    return to_anchors, None, None if candidates is None else to_candidates, None, *([None] if ctx.with_loss else [])
+
+
+torch.library.register_autograd('mgn::batch_hard', _backward, setup_context=_remember)
+torch.library.register_autograd('mgn::batch_hard_triplet_loss', _backward, setup_context=_remember)

@@ -1,0 +1,61 @@
+"""The compiled modules `mgn._C` (CPU) and `mgn._cuda`: loaded where they can be, else the reason why not."""
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+
+import torch
+
+REBUILD = 'pip install --no-build-isolation -e . (or .) builds it anew'
+
+
+@functools.cache
+def missing(name):
+    """Why `mgn.<name>` cannot be used; None where it can."""
+    if os.environ.get('MGN_REFERENCE') == '1':
+        return 'switched off by MGN_REFERENCE=1'
+    if name == '_cuda' and torch.version.cuda is None:
+        return 'this torch has no CUDA'
+    if importlib.util.find_spec(f'mgn.{name}') is None:
+        built = torch.ops.mgn_cpu.cuda_module() if name == '_cuda' and missing('_C') is None else 'built'
+        return f'not compiled when mgn was installed: {"no C++ compiler" if built == "built" else built}; {REBUILD}'
+    try:
+        importlib.import_module(f'mgn.{name}')
+    except (ImportError, OSError) as error:
+        return f'it does not load: {error}; {REBUILD}'
+    return None
+
+
+@functools.cache
+def _unusable(device):
+    """Why tensors of this device take the references; None where they take compiled kernels."""
+    if device.type == 'cpu':
+        return missing('_C')
+    if device.type != 'cuda':
+        return f'there are no kernels for {device.type}'
+    if missing('_cuda'):
+        return missing('_cuda')
+    return torch.ops.mgn_cuda.unusable(device.index if device.index is not None else torch.cuda.current_device()) or None
+
+
+@functools.cache
+def kernels(device):
+    """torch.ops.mgn_cpu or mgn_cuda for tensors of this device; None, with one warning, where the references must do."""
+    reason = _unusable(device)
+    if reason:
+        warnings.warn(f'mgn.ops runs its PyTorch references on {device.type}, right but slower: {reason}', stacklevel=2)
+        return None
+    return torch.ops.mgn_cpu if device.type == 'cpu' else torch.ops.mgn_cuda
+
+
+def implementation(device):
+    """What operations on tensors of this device run, e.g. 'compiled for avx512' or 'reference: this torch has no CUDA'."""
+    device = torch.device(device)
+    reason = _unusable(device)
+    if reason:
+        return f'reference: {reason}'
+    if device.type == 'cpu':
+        return f'compiled for {torch.ops.mgn_cpu.instruction_sets().split()[0]}'
+    return f'compiled for {torch.ops.mgn_cuda.build()}'
