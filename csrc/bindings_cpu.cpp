@@ -49,6 +49,7 @@ int64_t forward(const Tensor& anchors, const Tensor& labels, const std::optional
                 const std::optional<Tensor>& candidate_labels, const Tensor& dist_ap, const Tensor& dist_an, const Tensor& pos_idx, const Tensor& neg_idx,
                 const std::optional<Tensor>& loss, const std::optional<Tensor>& slope, std::optional<double> margin, int64_t set) {
   STD_TORCH_CHECK(0 <= set && set < mgn::instruction_sets(), "mgn_cpu: no instruction set ", set);
+  STD_TORCH_CHECK(!loss == !slope && !candidates == !candidate_labels, "mgn_cpu: want both of a pair of arguments, or neither");
   const auto x = features<T>(anchors, candidates);
   const auto out = mined<T>(dist_ap, dist_an, pos_idx, neg_idx, x.heads * x.n);
   const Tensor& of_candidates = candidate_labels ? *candidate_labels : labels;
@@ -71,6 +72,7 @@ template <typename T>
 void backward(const Tensor& anchors, const std::optional<Tensor>& candidates, const Tensor& dist_ap, const Tensor& dist_an, const Tensor& pos_idx,
               const Tensor& neg_idx, const Tensor& grad_ap, const std::optional<Tensor>& grad_an, const std::optional<Tensor>& slope,
               const Tensor& grad_anchors, const Tensor& grad_candidates) {
+  STD_TORCH_CHECK(slope || grad_an, "mgn_cpu: want grad_an or a slope");
   const auto x = features<T>(anchors, candidates);
   const int64_t count = x.heads * x.n;
   mgn::batch_hard_backward(x, mined<T>(dist_ap, dist_an, pos_idx, neg_idx, count),

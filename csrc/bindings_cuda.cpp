@@ -66,12 +66,13 @@ int64_t batch_hard(Tensor anchors, Tensor labels, std::optional<Tensor> candidat
                    Tensor dist_ap, Tensor dist_an, Tensor pos_idx, Tensor neg_idx, std::optional<Tensor> loss,
                    std::optional<Tensor> slope, std::optional<double> margin) {
   const torch::stable::accelerator::DeviceGuard guard(anchors.get_device_index());
+  STD_TORCH_CHECK(!loss == !slope && !candidates == !candidate_labels, "mgn_cuda: want both of a pair of arguments, or neither");
   const auto x = mining(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx);
   const Tensor finished = torch::stable::new_empty(anchors, {loss ? x.heads : 0}, ScalarType::Int);
   const mgn::TripletLoss triplet = {pointer(loss, anchors, wide(anchors), x.heads), pointer(slope, anchors, wide(anchors), x.heads * x.n),
                                     static_cast<int*>(finished.data_ptr()), !margin, margin.value_or(0)};
   check(mgn::batch_hard_forward(x, indices(labels, anchors, x.n), indices(candidate_labels ? *candidate_labels : labels, anchors, x.m),
-                                triplet, current_stream(anchors)));
+                                triplet, 0, current_stream(anchors)));
   return -1;  // whether features are finite is not known here: a CPU kernel's word, and worth no waiting
 }
 

@@ -15,6 +15,7 @@ from mgn.evaluation import evaluate, find_device, table, write_results
 from mgn.images import TrainBatches, batches
 from mgn.losses import mgn_losses
 from mgn.model import MGN, MGNOutput
+from mgn.ops import implementation
 from mgn.optim import make_optimizer, multi_step
 from mgn.runlog import RunLog, progress, write_text
 from mgn.sampler import IdentitySampler
@@ -79,8 +80,8 @@ def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=
 
     if not last:
         save_last()  # a run stopped before its first checkpoint resumes, too
-    logger.info('training on %s from step %d to %d, %d steps an epoch, output in %s', device, step, total_steps,
-                sampler.steps_per_epoch, output_dir)
+    logger.info('training on %s from step %d to %d, %d steps an epoch, output in %s; mgn.ops: %s', device, step, total_steps,
+                sampler.steps_per_epoch, output_dir, implementation(device))
     loader = iter(batches(train_batches, range(step, total_steps), workers, device))
     unreadable = {}
     with progress(total_steps, initial=step) as bar:
@@ -94,7 +95,11 @@ def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=
             meter.waited += time.perf_counter() - began
             count_unreadable(unreadable, batch.unreadable, len(dataset.train))
             lr = set_lr(optimizer, schedule(step, total_steps))
-            losses = train_step(model, optimizer, augmentation, batch, device, precision, clip_gradient_norm)
+            try:
+                losses = train_step(model, optimizer, augmentation, batch, device, precision, clip_gradient_norm)
+            except ValueError as error:  # on the CPU mining refuses features that are not finite
+                check_finite(model, meter, step, output_dir)  # an earlier loss, or a weight, says more
+                raise ValueError(f'{error} (step {step}; {last_good(output_dir)})') from None
             meter.add(losses, step)
             step += 1
             if is_due(step, log_every, total_steps):

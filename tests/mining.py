@@ -1,6 +1,7 @@
 """Batch-hard mining by loops in float64, what a right result is, and the cases that every implementation is tried on."""
 
 import math
+import os
 
 import numpy as np
 import torch
@@ -86,6 +87,11 @@ def random_features(*shape, dtype=torch.float32, seed=0, device='cpu'):
 
 def random_labels(n, classes=4, seed=0, device='cpu'):
     return torch.randint(classes, (n,), generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def examples(usual):
+    """How many random cases hypothesis tries: `make long` asks for 10 times the usual."""
+    return usual * int(os.environ.get('MGN_TIMES', 1))
 
 
 @st.composite

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from mining import RELATIVE_ERROR, TYPES, assert_mined, cases, naive, naive_loss, random_features, random_labels
+from mining import RELATIVE_ERROR, TYPES, assert_mined, cases, examples, naive, naive_loss, random_features, random_labels
 
 from mgn.ops import batch_hard, batch_hard_triplet_loss, extension
 
@@ -277,12 +276,7 @@ def test_the_number_of_threads_changes_no_bit(threads):
     assert all(torch.equal(*pair) for pair in zip(*results))
 
 
-def examples():
-    """Hypothesis cases: 200, or what MGN_EXAMPLES says (`make long`)."""
-    return int(os.environ.get('MGN_EXAMPLES', 200))
-
-
-@settings(max_examples=examples(), deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(200), deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cases())
 def test_random_cases(device, case):
     anchors, labels, *candidates, margin = [value.to(device) if isinstance(value, torch.Tensor) else value for value in case]

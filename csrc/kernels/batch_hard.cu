@@ -386,20 +386,21 @@ __global__ void __launch_bounds__(128, 6) gather(Backward<T> b) {
 }
 
 template <typename T>
-cudaError_t forward(const BatchHard& x, const int64_t* labels, const int64_t* candidate_labels, const TripletLoss& t, cudaStream_t stream) {
+cudaError_t forward(const BatchHard& x, const int64_t* labels, const int64_t* candidate_labels, const TripletLoss& t,
+                    int anchors_per_block, cudaStream_t stream) {
   using C = Wide<T>;
   const Forward<T> f = {x.n, x.m, x.d, static_cast<const T*>(x.anchors), static_cast<const T*>(x.candidates), labels, candidate_labels,
                         static_cast<C*>(x.dist_ap), static_cast<C*>(x.dist_an), x.pos_idx, x.neg_idx, static_cast<C*>(t.loss),
                         static_cast<C*>(t.slope), t.finished, t.soft, t.margin};
   if (t.loss)
     if (const cudaError_t error = cudaMemsetAsync(t.finished, 0, x.heads * sizeof(int), stream)) return error;
-  const bool large = x.heads * x.n >= 8192;  // enough anchors for a block on every multiprocessor, 64 at a time
-  const int64_t rows = large ? 64 : 16;
+  // 64 at a time make better use of a multiprocessor, once there are enough anchors for a block on each.
+  const int64_t rows = anchors_per_block ? anchors_per_block : x.heads * x.n >= 8192 ? 64 : 16;
   cudaLaunchConfig_t launch = {};
   launch.gridDim = dim3(unsigned(x.heads * ((x.n + rows - 1) / rows)));
   launch.blockDim = dim3(kThreads);
   launch.stream = stream;
-  return cudaLaunchKernelEx(&launch, large ? mine<T, 4> : mine<T, 1>, f);
+  return cudaLaunchKernelEx(&launch, rows == 64 ? mine<T, 4> : mine<T, 1>, f);
 }
 
 template <typename T>
@@ -421,14 +422,14 @@ cudaError_t backward(const BatchHard& x, const MinedGradient& g, cudaStream_t st
 }  // namespace
 
 cudaError_t batch_hard_forward(const BatchHard& x, const int64_t* labels, const int64_t* candidate_labels, const TripletLoss& triplet,
-                               cudaStream_t stream) {
+                               int anchors_per_block, cudaStream_t stream) {
   if (x.heads * x.n == 0)  // no anchors: losses of 0
     return triplet.loss ? cudaMemsetAsync(triplet.loss, 0, x.heads * (x.type == FeatureType::float64 ? 8 : 4), stream) : cudaSuccess;
   const auto run = x.type == FeatureType::float32   ? forward<float>
                    : x.type == FeatureType::float64 ? forward<double>
                    : x.type == FeatureType::float16 ? forward<__half>
                                                     : forward<__nv_bfloat16>;
-  return run(x, labels, candidate_labels, triplet, stream);
+  return run(x, labels, candidate_labels, triplet, anchors_per_block, stream);
 }
 
 cudaError_t batch_hard_backward(const BatchHard& x, const MinedGradient& gradient, cudaStream_t stream) {

@@ -37,9 +37,9 @@ struct MinedGradient {
   void* grad_candidates;  // (heads, m, d); not written where the anchors are their own candidates
 };
 
-// One launch each. Both return what the launch returned.
+// One launch each. Both return what the launch returned. anchors_per_block: 16, 64, or 0 to choose by the number of anchors.
 cudaError_t batch_hard_forward(const BatchHard& mining, const int64_t* labels, const int64_t* candidate_labels, const TripletLoss& triplet,
-                               cudaStream_t stream);
+                               int anchors_per_block, cudaStream_t stream);
 cudaError_t batch_hard_backward(const BatchHard& mining, const MinedGradient& gradient, cudaStream_t stream);
 
 

@@ -202,13 +202,13 @@ def _batch_hard_backward(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx
     return grad_anchors, grad_anchors.new_empty(0) if y is None else grad_candidates.view(candidates.shape).to(candidates.dtype)
 
 
-def pairs_by_candidate(pos_idx, neg_idx, m):
+def pairs_by_candidate(pos_idx, neg_idx, m, scanned=4096):
     """The mined pairs of each candidate, as the CUDA kernel gathers them: entries (heads, 2N) sorted by candidate, offsets (heads, M + 1).
 
-    Entry e < N stands for anchor e and its positive, N + e for e and its negative. (None, None) where looking through all of them
-    costs the kernel less than sorting.
+    Entry e < N stands for anchor e and its positive, N + e for e and its negative. (None, None) up to `scanned` anchors a head:
+    looking through all of them costs the kernel less than sorting.
     """
-    if pos_idx.shape[1] <= 4096:
+    if pos_idx.shape[1] <= scanned:
         return None, None
     candidates, entries = torch.cat((pos_idx, neg_idx), dim=1).sort(dim=1, stable=True)
     bounds = torch.arange(m + 1, device=candidates.device).expand(len(candidates), -1)

@@ -30,7 +30,7 @@ T* as(const Bytes& bytes) {
 }
 
 struct Case {
-  int64_t type, heads, n, m, d, own, with_loss, soft, with_entries;
+  int64_t type, heads, n, m, d, own, with_loss, soft, with_entries, anchors_per_block;
   double margin;
 };
 
@@ -44,7 +44,8 @@ void run(const Case& c) {
   const mgn::BatchHard mining = {mgn::FeatureType(c.type), c.heads, c.n, c.m, c.d, bool(c.own), anchors.get(), c.own ? anchors.get() : candidates.get(),
                                  dist_ap.get(), dist_an.get(), as<int64_t>(pos_idx), as<int64_t>(neg_idx)};
   const mgn::TripletLoss triplet = {c.with_loss ? loss.get() : nullptr, slope.get(), as<int>(finished), bool(c.soft), c.margin};
-  mgn::batch_hard_forward(mining, as<int64_t>(labels), as<int64_t>(c.own ? labels : candidate_labels), triplet, nullptr);
+  mgn::batch_hard_forward(mining, as<int64_t>(labels), as<int64_t>(c.own ? labels : candidate_labels), triplet, int(c.anchors_per_block),
+                          nullptr);
   write(dist_ap, rows * wide);
   write(dist_an, rows * wide);
   write(pos_idx, rows * 8);
@@ -71,5 +72,6 @@ void run(const Case& c) {
 }  // namespace
 
 int main() {
+  if (mgn::batch_hard_loads()) return 1;
   for (Case c; std::fread(&c, sizeof c, 1, stdin) == 1;) run(c);
 }

@@ -233,7 +233,8 @@ EMULATOR_UNWATCHED inline void release_barrier() {
   for (unsigned i = 0; i < machine.count; ++i) machine.threads[i].state = State::ready;
 }
 
-EMULATOR_UNWATCHED inline void run_block(std::vector<unsigned>& turns, bool shuffle, std::mt19937& random) {
+EMULATOR_UNWATCHED inline void run_block(unsigned block, std::vector<unsigned>& turns, bool shuffle, std::mt19937& random) {
+  blockIdx.x = block;
   for (volatile char* byte = __start_cuda_shared; byte != __stop_cuda_shared; ++byte) *byte = char(0xAB);
   for (unsigned i = 0; i < machine.count; ++i) {
     Thread& thread = machine.threads[i];
@@ -263,6 +264,7 @@ EMULATOR_UNWATCHED inline void run_block(std::vector<unsigned>& turns, bool shuf
 template <typename... Parameters, typename... Arguments>
 void launch(const cudaLaunchConfig_t& config, void (*kernel)(Parameters...), Arguments&&... arguments) {
   const unsigned blocks = config.gridDim.x;
+  blockIdx = dim3(0, 0, 0);
   blockDim = config.blockDim;
   gridDim = config.gridDim;
   machine.count = config.blockDim.x * config.blockDim.y * config.blockDim.z;
@@ -291,10 +293,7 @@ void launch(const cudaLaunchConfig_t& config, void (*kernel)(Parameters...), Arg
   for (unsigned i = 0; i < machine.count; ++i) turns[i] = order == "reverse" ? machine.count - 1 - i : i;
   if (shuffle) std::shuffle(block_turns.begin(), block_turns.end(), random);
   happens_before(&machine.order);
-  for (unsigned block : block_turns) {
-    blockIdx = dim3(block, 0, 0);
-    run_block(turns, shuffle, random);
-  }
+  for (unsigned block : block_turns) run_block(block, turns, shuffle, random);
   happens_after(&machine.order);
 }
 

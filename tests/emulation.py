@@ -1,0 +1,100 @@
+"""Compiles CUDA sources for the emulator, plain or under a sanitizer, and passes cases through the kernels."""
+
+import os
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mgn.ops import BatchHard
+
+ROOT = Path(__file__).parent.parent
+FLAGS = {
+    'plain': ['-O1'],
+    'coverage': ['-O0', '--coverage'],
+    # Variables in a section of their own are watched only when the section is named.
+    'address': ['-O1', '-g', '-fsanitize=address,undefined', '-fno-sanitize-recover=undefined', '-fsanitize-sections=cuda_shared'],
+    'thread': ['-O1', '-g', '-fsanitize=thread'],
+}
+TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # as FeatureType counts them
+
+
+def need(tool, why):
+    """Path of a program; skips the test where it is missing, but fails in CI, where only a GPU may be."""
+    path = shutil.which(tool)
+    if path is None:
+        (pytest.fail if os.environ.get('CI') else pytest.skip)(f'no {tool} here, {why}')
+    return path
+
+
+def compile_for_emulator(folder, name, sources, flags):
+    """g++ under the emulator's headers → the executable; skips where g++ or the sanitizer is missing."""
+    compiler = need('g++', 'which compiles kernels for the emulator')
+    command = [compiler, '-std=c++17', '-U_FORTIFY_SOURCE', '-w', *flags, '-I', ROOT / 'tests/cuda_emulator', '-I', ROOT / 'csrc/kernels',
+               '-o', name, '-x', 'c++', *sources]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode and 'cannot find' in done.stderr and 'san' in done.stderr and not os.environ.get('CI'):
+        pytest.skip(f'no library for {flags} here: {done.stderr.splitlines()[-2]}')
+    assert done.returncode == 0, done.stderr
+    return Path(folder) / name
+
+
+def start(executable, *arguments, order='forward'):
+    """The executable with pipes. Its address space is not randomised: ThreadSanitizer's shadow wants the usual layout."""
+    plain = [shutil.which('setarch'), '-R'] if shutil.which('setarch') else []
+    return subprocess.Popen([*plain, executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, 'EMULATOR_ORDER': order, 'TSAN_OPTIONS': 'atexit_sleep_ms=0'})
+
+
+def to_bytes(tensor):
+    tensor = tensor.detach().contiguous()
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy().tobytes()
+
+
+def receive(process, dtype, *shape):
+    raw = torch.int16 if dtype == torch.bfloat16 else dtype
+    count = int(np.prod(shape)) * torch.empty(0, dtype=raw).element_size()
+    data = process.stdout.read(count)
+    if len(data) < count:
+        raise AssertionError(f'the kernels stopped: {process.communicate()[1].decode()}')
+    return torch.frombuffer(bytearray(data), dtype=raw).view(dtype).view(shape) if count else torch.empty(shape, dtype=dtype)
+
+
+def batch_hard(process, anchors, labels, candidates=None, candidate_labels=None, margin=0.3, with_loss=True, entries=None, tile=0):
+    """(heads, N, D) through forward and backward → (BatchHard, loss, slope, gradients), of upstream gradients 1, 2, … per head.
+
+    entries: pairs_by_candidate where the backward kernel is to read sorted pairs. tile: anchors of a block, 0 for the usual choice.
+    """
+    heads, n, d = anchors.shape
+    m = n if candidates is None else candidates.shape[1]
+    wide = torch.float64 if anchors.dtype == torch.float64 else torch.float32
+    process.stdin.write(struct.pack('10qd', TYPES.index(anchors.dtype), heads, n, m, d, candidates is None, with_loss, margin is None,
+                                    entries is not None, tile, margin or 0))
+    given = [anchors, labels] if candidates is None else [anchors, candidates, labels, candidate_labels]
+    process.stdin.write(b''.join(map(to_bytes, given)))
+    process.stdin.flush()
+    mined = BatchHard(*(receive(process, dtype, heads, n) for dtype in (wide, wide, torch.int64, torch.int64)))
+    loss = receive(process, wide, heads) if with_loss else None
+    slope = receive(process, wide, heads, n) if with_loss else None
+    upstream = torch.arange(1, heads + 1, dtype=wide)
+    grads = (upstream,) if with_loss else (upstream[:, None].expand(heads, n), -0.5 * upstream[:, None].expand(heads, n))
+    sorted_pairs = entries(mined.pos_idx, mined.neg_idx, m) if entries else ()
+    process.stdin.write(b''.join(map(to_bytes, [*grads, *sorted_pairs])))
+    process.stdin.flush()
+    gradients = [receive(process, anchors.dtype, heads, n, d)]
+    if candidates is not None:
+        gradients.append(receive(process, anchors.dtype, heads, m, d))
+    return mined, loss, slope, gradients
+
+
+def finish(process):
+    """Ends the executable; fails with what a sanitizer said, if one did."""
+    process.stdin.close()
+    said = process.stderr.read().decode()
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait() == 0 and not said, said

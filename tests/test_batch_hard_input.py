@@ -1,0 +1,128 @@
+"""What mgn.ops.batch_hard refuses and how, and that torch knows its operators: opcheck, autocast, torch.compile."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from mining import TYPES, random_features, random_labels
+
+from mgn.ops import batch_hard, batch_hard_triplet_loss
+
+X, LABELS = torch.ones(3, 8, 4), torch.zeros(8, dtype=torch.int64)
+
+
+@pytest.mark.parametrize('arguments, message', [
+    ((X[0, 0], LABELS), r'want anchors of shape \(..., rows, D\), real floating point, got shape \(4,\), torch.float32; a single head'),
+    ((X.long(), LABELS), r'want anchors .* got shape \(3, 8, 4\), torch.int64'),
+    ((X.to(torch.complex64), LABELS), 'want anchors .*, real floating point, got .* torch.complex64'),
+    ((X, LABELS[:7]), r'want labels of shape \(8,\), integers, for anchors of shape \(3, 8, 4\), got \(7,\), torch.int64; pass one label'),
+    ((X, LABELS.expand(3, 8)), r'want labels of shape \(8,\)'),
+    ((X, LABELS.float()), r'want labels .* integers, .* got \(8,\), torch.float32'),
+    ((X, LABELS.bool()), 'want labels .* integers, .* torch.bool'),
+    ((X, [0] * 8), 'want labels as a tensor, got list; torch.as_tensor makes one'),
+    ((X.tolist(), LABELS), 'want anchors as a tensor, got list'),
+    ((X, LABELS, X), 'want candidate_labels along with candidates, got candidates alone; pass both'),
+    ((X, LABELS, None, LABELS), 'want candidates along with candidate_labels, got candidate_labels alone'),
+    ((X, LABELS, X[0], LABELS), r'want candidates like the anchors but for their number, \(3, 8, 4\), torch.float32, got \(8, 4\)'),
+    ((X, LABELS, X[..., :3], LABELS), r'want candidates like the anchors .* got \(3, 8, 3\)'),
+    ((X, LABELS, X.half(), LABELS), 'want candidates like the anchors .* torch.float16; cast'),
+    ((X, LABELS, X, LABELS[:2]), r'want candidate_labels of shape \(8,\)'),
+    ((X, LABELS, X, LABELS.to(torch.uint64)), 'want labels and candidate_labels both uint64 or neither'),
+    ((X, LABELS, X.to('meta'), LABELS), 'want candidates and candidate_labels on cpu, where the anchors are, got meta and cpu; move'),
+    ((X, LABELS.to('meta')), 'want anchors and labels on cpu'),
+])
+def test_what_does_not_go_together_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        batch_hard(*arguments)
+    with pytest.raises(ValueError, match=message):
+        batch_hard_triplet_loss(*arguments[:2], 0.3, *arguments[2:])
+
+
+@pytest.mark.parametrize('margin', [float('nan'), float('inf')])
+def test_a_margin_that_is_no_number_is_refused(margin):
+    with pytest.raises(ValueError, match='want a finite margin, or None for the soft margin, got'):
+        batch_hard_triplet_loss(X, LABELS, margin)
+
+
+@pytest.mark.parametrize('reference', [False, True])
+@pytest.mark.parametrize('value', [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize('dtype', TYPES)
+def test_features_that_are_not_finite_are_named_on_the_cpu(monkeypatch, reference, value, dtype):
+    if reference:
+        monkeypatch.setattr(sys.modules['mgn.ops.batch_hard'], 'kernels', lambda device: None)
+    spoilt = X.to(dtype).clone()
+    spoilt[1, 5, 2] = value
+    with pytest.raises(ValueError, match=f'want finite anchors, got {value} in head 1, row 5, dimension 2; look for what diverged'):
+        batch_hard_triplet_loss(spoilt, LABELS)
+    with pytest.raises(ValueError, match='want finite candidates, got .* in head 1, row 5, dimension 2'):
+        batch_hard(X.to(dtype), LABELS, spoilt, LABELS)
+    with pytest.raises(ValueError, match='in head 0, row 5'):
+        batch_hard(spoilt[1], LABELS)
+    with pytest.raises(ValueError, match='in head 0, 1, row 5'):
+        batch_hard(spoilt[None], LABELS)
+
+
+@pytest.mark.parametrize('dtype', TYPES)
+@pytest.mark.parametrize('own', [True, False])
+def test_opcheck(device, dtype, own):
+    anchors, labels = random_features(2, 6, 3, dtype=dtype, device=device).requires_grad_(), random_labels(6, device=device)
+    others = (None, None) if own else (random_features(2, 5, 3, dtype=dtype, seed=1, device=device).requires_grad_(),
+                                       random_labels(5, seed=1, device=device))
+    torch.library.opcheck(torch.ops.mgn.batch_hard, (anchors, labels, *others))
+    for margin in (0.3, None):
+        torch.library.opcheck(torch.ops.mgn.batch_hard_triplet_loss, (anchors, labels, *others, margin))
+    mined = [tensor.detach() for tensor in torch.ops.mgn.batch_hard(anchors, labels, *others)]
+    inputs = anchors.detach(), None if own else others[0].detach()
+    torch.library.opcheck(torch.ops.mgn.batch_hard_backward, (*inputs, *mined, torch.ones_like(mined[0]), torch.ones_like(mined[0]), None))
+    torch.library.opcheck(torch.ops.mgn.batch_hard_backward, (*inputs, *mined, torch.ones_like(mined[0][:, 0]), None, torch.ones_like(mined[0])))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast_mines_half_features_in_float32(device, dtype):
+    layer = torch.nn.Linear(8, 5, device=device)
+    images, labels = random_features(20, 8, device=device), random_labels(20, device=device)
+    with torch.autocast(torch.device(device).type, dtype):
+        features = layer(images)
+        loss = batch_hard_triplet_loss(features, labels)
+    assert features.dtype == dtype and loss.dtype == torch.float32
+    torch.testing.assert_close(loss, batch_hard_triplet_loss(features.float(), labels))
+    loss.backward()
+    assert layer.weight.grad.isfinite().all() and layer.weight.grad.any()
+
+
+def test_torch_compile_takes_the_loss_in_one_graph(device):
+    anchors, labels = random_features(2, 20, 8, device=device).requires_grad_(), random_labels(20, device=device)
+
+    def loss_of(anchors, labels):
+        return batch_hard_triplet_loss(2 * anchors, labels, 1.2).sum() + batch_hard(anchors, labels).dist_ap.mean()
+
+    results = []
+    for function in (loss_of, torch.compile(loss_of, fullgraph=True, backend='aot_eager')):
+        anchors.grad = None
+        loss = function(anchors, labels)
+        loss.backward()
+        results.append((loss.detach(), anchors.grad))
+    assert all(torch.equal(*pair) for pair in zip(*results))
+
+
+def test_raw_operators_refuse_what_would_touch_memory_that_is_not_theirs():
+    """In a process of its own: what they must not do is crash."""
+    program = '''
+import torch
+from mgn.ops import extension
+assert extension.missing('_C') is None
+x, labels = torch.ones(1, 8, 4), torch.zeros(8, dtype=torch.int64)
+good = [x, labels, None, None, torch.empty(1, 8), torch.empty(1, 8), labels[None].clone(), labels[None].clone(), None, None, None]
+torch.ops.mgn_cpu.batch_hard(*good)
+for place, bad in ((0, x[0]), (0, x.half()), (0, x.expand(2, 8, 4)), (1, labels[:7]), (1, labels.int()), (2, x[:, :, :3]), (4, torch.empty(1, 7)),
+                   (4, torch.empty(1, 8, dtype=torch.float64)), (6, labels[None, :3]), (8, torch.empty(0))):
+    try:
+        torch.ops.mgn_cpu.batch_hard(*good[:place], bad, *good[place + 1:])
+    except RuntimeError as error:
+        print(str(error).splitlines()[0])
+    else:
+        raise SystemExit(f'argument {place} was taken: {bad.shape} {bad.dtype}')
+'''
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

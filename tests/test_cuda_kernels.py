@@ -1,0 +1,199 @@
+"""The CUDA kernels of batch-hard mining on the host, under the emulator and sanitizers, against loops over pairs."""
+
+import itertools
+import json
+import subprocess
+from contextlib import contextmanager
+
+import pytest
+import torch
+from emulation import FLAGS, ROOT, TYPES, batch_hard, compile_for_emulator, finish, need, start
+from hypothesis import HealthCheck, given, settings
+from mining import RELATIVE_ERROR, assert_mined, cases, examples, naive, naive_loss, random_features, random_labels
+
+from mgn.ops.batch_hard import backward_reference, batch_hard_reference, pairs_by_candidate, triplet_loss_reference
+
+SOURCES = [ROOT / 'csrc/kernels/batch_hard.cu', ROOT / 'tests/cuda_emulator/batch_hard_main.cpp']
+ORDERS = ['forward', 'reverse', '1', '2', '3']
+
+
+@pytest.fixture(scope='module')
+def kernels(tmp_path_factory):
+    """with kernels(kind, order) as process: …; on the way out the executable has ended and no sanitizer spoke."""
+    folder, built = tmp_path_factory.mktemp('kernels'), {}
+
+    @contextmanager
+    def kernels(kind, order='forward'):
+        if kind not in built:
+            built[kind] = compile_for_emulator(folder, kind, SOURCES, FLAGS[kind])
+        process = start(built[kind], order=order)
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
+        finish(process)
+    return kernels
+
+
+def sorted_always(pos_idx, neg_idx, m):
+    return pairs_by_candidate(pos_idx, neg_idx, m, scanned=-1)
+
+
+def check(process, anchors, labels, candidates=(), margin=0.3, with_loss=True, entries=None, tile=0):
+    """Forward and backward of one case are right."""
+    mined, loss, slope, gradients = batch_hard(process, anchors, labels, *candidates, margin=margin, with_loss=with_loss, entries=entries,
+                                              tile=tile)
+    assert_mined(mined, anchors, labels, *candidates)
+    wide = mined.dist_ap.dtype
+    upstream = torch.arange(1, len(anchors) + 1, dtype=wide)
+    tolerance = RELATIVE_ERROR[anchors.dtype]
+    if with_loss:
+        expected = naive_loss(*naive(anchors, labels, *candidates)[:2], margin)
+        size = 1 + (anchors.double().abs().max().item() * anchors.shape[-1] ** 0.5 if anchors.numel() else 0)
+        assert loss.tolist() == pytest.approx(expected, rel=tolerance, abs=tolerance * size)
+        torch.testing.assert_close(slope, triplet_loss_reference(*mined[:2], margin)[1])
+        grads = (upstream, None, slope)
+    else:
+        grads = (upstream[:, None].expand_as(mined.dist_ap), -0.5 * upstream[:, None].expand_as(mined.dist_ap), None)
+    x, y = (rows.to(wide) for rows in (anchors, candidates[0] if candidates else anchors))
+    expected = backward_reference(x, y, *mined, *grads)
+    expected = list(expected) if candidates else [sum(expected)]
+    coarse = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[anchors.dtype]
+    assert len(gradients) == len(expected)
+    for got, want in zip(gradients, expected):
+        torch.testing.assert_close(got.to(wide), want, rtol=coarse, atol=coarse)
+
+
+def features_of(n, m, width, dtype, heads=2, classes=4):
+    """Anchors, labels and (candidates, their labels), or () for m None."""
+    candidates = () if m is None else (random_features(heads, m, width, dtype=dtype, seed=1), random_labels(m, classes, seed=1))
+    return random_features(heads, n, width, dtype=dtype), random_labels(n, classes), candidates
+
+
+# anchors, candidates, dimensions: around the sizes of tiles (16 or 64 anchors, 64 candidates, 32 dimensions, 128 columns a warp)
+SIZES = [(1, None, 1), (16, 65, 33), (33, None, 31), (64, 1, 32), (17, 64, 129)]
+SHORT = [(*size, dtype, tile, 0.3 if number % 2 else None, number % 3 > 0, number % 4 < 2)
+         for number, (size, dtype, tile) in enumerate(itertools.product(SIZES, TYPES, [16, 64]))]
+FULL = list(itertools.product([1, 15, 17, 33, 64, 65], [None, 1, 63, 65, 130], [1, 31, 33, 129, 256], TYPES, [16, 64], [0.3, None],
+                              [True, False], [True, False]))
+
+
+def run_all(process, table):
+    for n, m, width, dtype, tile, margin, with_loss, is_sorted in table:
+        anchors, labels, candidates = features_of(n, m, width, dtype)
+        check(process, anchors, labels, candidates, margin, with_loss, sorted_always if is_sorted else None, tile)
+
+
+@pytest.mark.parametrize('kind, order', [('plain', order) for order in ORDERS] + [('address', 'forward'), ('thread', 'forward'), ('thread', '1')])
+def test_sizes_and_types(kernels, kind, order):
+    with kernels(kind, order) as process:
+        run_all(process, SHORT)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('kind', ['plain', 'address', 'thread'])
+@pytest.mark.parametrize('order', ORDERS)
+def test_all_sizes_and_types(kernels, kind, order):
+    """The orders share the cases out among them; under a sanitizer every thirteenth."""
+    table = FULL[ORDERS.index(order)::len(ORDERS)]
+    with kernels(kind, order) as process:
+        run_all(process, table if kind == 'plain' else table[::13])
+
+
+def test_many_anchors_take_the_large_tiles(kernels):
+    """From 8192 anchors in all heads a block owns 64 of them, unless told otherwise."""
+    anchors, labels, candidates = features_of(1025, 70, 5, torch.float32, heads=8, classes=9)
+    with kernels('plain') as process:
+        results = [batch_hard(process, anchors, labels, *candidates, tile=tile) for tile in (0, 64, 16)]
+    expected = batch_hard_reference(anchors, labels, *candidates)
+    for mined, loss, _, (to_anchors, to_candidates) in results:
+        assert torch.equal(mined.pos_idx, expected[2]) and torch.equal(mined.neg_idx, expected[3])
+        torch.testing.assert_close(loss, triplet_loss_reference(*expected[:2], 0.3)[0], rtol=1e-5, atol=0)
+        assert all(torch.equal(*pair) for pair in zip((*mined, to_anchors, to_candidates), (*results[0][0], *results[0][3])))
+
+
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=cases(largest=40))
+def test_random_cases(kernels, case):
+    anchors, labels, candidates, candidate_labels, margin = case
+    anchors = anchors.reshape(anchors.shape[:-2].numel(), *anchors.shape[-2:])
+    if candidates is not None:
+        candidates = candidates.reshape(len(anchors), *candidates.shape[-2:])
+    with kernels('plain', '7') as process:
+        check(process, anchors, labels, () if candidates is None else (candidates, candidate_labels), margin)
+
+
+@pytest.mark.parametrize('heads, n, m, width', [(2, 0, None, 3), (2, 0, 5, 3), (2, 5, 0, 3), (2, 5, None, 0), (0, 5, None, 3)])
+def test_empty_batches(kernels, heads, n, m, width):
+    for kind in ('plain', 'address'):
+        with kernels(kind) as process:
+            anchors, labels, candidates = features_of(n, m, width, torch.float32, heads)
+            check(process, anchors, labels, candidates)
+            check(process, anchors, labels, candidates, entries=sorted_always)
+
+
+def test_ties_go_to_the_lowest_index(kernels):
+    anchors, labels, candidates = features_of(50, 130, 4, torch.float32)
+    anchors, candidates = anchors.round().clamp(-1, 1), (candidates[0].round().clamp(-1, 1), candidates[1])
+    for order in ORDERS:
+        with kernels('plain', order) as process:
+            mined = batch_hard(process, anchors, labels, *candidates)[0]
+        expected = naive(anchors, labels, *candidates)
+        assert mined.pos_idx.tolist() == expected[2].tolist() and mined.neg_idx.tolist() == expected[3].tolist()
+
+
+@pytest.mark.parametrize('dtype', TYPES)
+@pytest.mark.parametrize('value', [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize('where', ['anchor', 'candidate'])
+def test_no_odd_feature_is_silently_passed_over(kernels, dtype, value, where):
+    anchors, labels, (candidates, candidate_labels) = features_of(20, 70, 9, dtype, classes=3)
+    (anchors if where == 'anchor' else candidates)[1, 7, 3] = value
+    expected = batch_hard_reference(anchors, labels, candidates, candidate_labels)
+    with kernels('plain', 'reverse') as process:
+        mined, loss, slope, gradients = batch_hard(process, anchors, labels, candidates, candidate_labels)
+    odd = (torch.arange(20) == 7) if where == 'anchor' else (labels == candidate_labels[7]), (
+        torch.arange(20) == 7) if where == 'anchor' else (labels != candidate_labels[7])
+    for dist, idx, want, want_idx, is_odd in zip(mined[:2], mined[2:], expected[:2], expected[2:], odd):
+        assert dist[1].isnan().tolist() == is_odd.tolist() and (idx[1] == -1).tolist() == is_odd.tolist()
+        torch.testing.assert_close(dist, want, rtol=1e-6, atol=0, equal_nan=True)
+        assert torch.equal(idx, want_idx)
+    assert loss[0].isfinite() and loss[1].isnan()
+    assert gradients[0][0].isfinite().all() and gradients[0][1, odd[0] | odd[1]].isnan().all()
+
+
+@pytest.mark.parametrize('kind', ['plain', 'address'])
+def test_squares_beyond_the_range_of_their_type(kernels, kind):
+    """Distances that float32 holds and squares that it does not, and the same of float64."""
+    with kernels(kind) as process:
+        for dtype, exponent in ((torch.float32, 25), (torch.float64, 200)):
+            for scale in (10.0 ** exponent, 10.0 ** -exponent):
+                anchors, labels, candidates = features_of(20, 70, 9, torch.float64)
+                check(process, (scale * anchors).to(dtype), labels, ((scale * candidates[0]).to(dtype), candidates[1]), with_loss=False)
+
+
+def test_every_line_of_the_kernels_is_run(kernels, tmp_path_factory):
+    """By gcov: each line of the .cu file that compiles to anything."""
+    need('gcov', 'which counts the lines that were run')
+    with kernels('coverage') as process:
+        run_all(process, SHORT)
+        for special in (torch.nan, 1e25, 1e-25):
+            anchors, labels, candidates = features_of(20, 70, 9, torch.float32)
+            candidates[0][1, 7] = special
+            anchors[0] *= 1e-25
+            batch_hard(process, anchors, labels, *candidates)
+            anchors[0, 3] = special
+            batch_hard(process, anchors, labels, *candidates)
+        anchors, labels, candidates = features_of(20, None, 9, torch.float64)
+        batch_hard(process, 1e-200 * anchors, labels)
+        run_all(process, [(0, 3, 3, torch.float32, 0, 0.3, True, False)])
+        folder = process.args[-1].parent
+    done = subprocess.run(['gcov', '--json-format', '--stdout', *folder.glob('*batch_hard.gcda')], capture_output=True, text=True, cwd=folder)
+    runs = {}
+    for file in json.loads(done.stdout)['files']:
+        if file['file'].endswith('batch_hard.cu'):
+            for line in file['lines']:  # once per instantiation of a template
+                runs[line['line_number']] = runs.get(line['line_number'], 0) + line['count']
+    text = SOURCES[0].read_text().splitlines()
+    missed = [f'{number}: {text[number - 1].strip()}' for number, count in sorted(runs.items()) if count == 0]
+    assert len(runs) > 100 and not missed, '\n'.join(missed)

@@ -1,0 +1,149 @@
+"""The compiled modules: built, loaded, told of, missed; and that they bind torch's stable ABI alone."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from emulation import ROOT, need
+
+import mgn
+from mgn.ops import extension, implementation
+
+MODULES = sorted(Path(mgn.__file__).parent.glob('_*.so'))
+PROGRAM = '''
+import warnings, torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always')
+    from mgn import ops
+    x, labels = torch.arange(12.).view(6, 2), torch.arange(6) // 2
+    for _ in range(3):
+        ops.batch_hard_triplet_loss(x.requires_grad_(), labels).backward()
+print(ops.batch_hard(x.detach(), labels).neg_idx.tolist(), ops.implementation('cpu'))
+print(*[warning.message for warning in caught], sep='\\n')
+'''
+
+
+# An editable install finds the modules in the checkout, wherever the package itself was copied.
+COPY_ALONE = 'import sys; sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]\n'
+
+
+def run(*command, **options):
+    options = {'cwd': ROOT, **options, 'env': {**os.environ, **options.get('env', {})}}
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def test_the_cpu_module_is_compiled_here():
+    need('c++', 'which the CPU module needs')
+    assert extension.missing('_C') is None
+    assert implementation('cpu').startswith('compiled for ') and implementation('cpu').split()[-1] in ('avx512', 'avx2', 'baseline')
+
+
+def test_the_cuda_module_is_compiled_wherever_nvcc_fits_and_loads_without_a_gpu():
+    """In CI both are there."""
+    need('nvcc', 'which the CUDA module needs')
+    reason = torch.ops.mgn_cpu.cuda_module()
+    if torch.version.cuda is None or 'majors' in reason or 'MGN_CUDA=0' in reason:
+        assert extension.missing('_cuda') and not os.environ.get('CI')
+        return
+    assert reason == 'built' and extension.missing('_cuda') is None
+    assert re.fullmatch(r'CUDA \d+\.\d+, 7\.5;.*\+PTX', torch.ops.mgn_cuda.build()) or 'TORCH_CUDA_ARCH_LIST' in os.environ
+
+
+def test_the_operations_import_torch_and_numpy_alone():
+    done = run(sys.executable, '-c', '''
+import sys
+from mgn import ops
+print([name for name in ("gin", "absl", "torchvision") if name in sys.modules])
+''')
+    assert done.stdout == '[]\n', done.stderr
+
+
+def test_it_tells_what_is_compiled_and_what_each_operation_runs():
+    done = run(sys.executable, '-m', 'mgn.ops')
+    assert done.returncode == 0, done.stderr
+    assert re.search(r'^mgn\._C .*\nmgn\._cuda .*\n', done.stdout, re.M)
+    assert re.search(r'^cpu:\n  batch_hard, .*: compiled for \w+\n  match_ranks: reference', done.stdout, re.M)
+
+
+def test_references_on_request():
+    done = run(sys.executable, '-c', PROGRAM, env={'MGN_REFERENCE': '1'})
+    assert done.stdout.splitlines() == [
+        '[2, 2, 1, 4, 3, 3] reference: switched off by MGN_REFERENCE=1',
+        'mgn.ops runs its PyTorch references on cpu, right but slower: switched off by MGN_REFERENCE=1'], done.stderr
+
+
+@pytest.mark.parametrize('content, reason', [(None, 'not compiled when mgn was installed: no C\\+\\+ compiler'), (b'no library', 'it does not load: ')])
+def test_without_a_module_that_loads_the_references_run_and_say_so_once(tmp_path, content, reason):
+    shutil.copytree(ROOT / 'mgn', tmp_path / 'mgn', ignore=shutil.ignore_patterns('*.so', '__pycache__'))
+    if content:
+        for name in ('_C', '_cuda'):
+            (tmp_path / 'mgn' / f'{name}.abi3.so').write_bytes(content)
+    done = run(sys.executable, '-c', COPY_ALONE + PROGRAM, cwd=tmp_path)
+    result, *warned = done.stdout.splitlines()
+    assert re.match(rf'\[2, 2, 1, 4, 3, 3\] reference: {reason}', result), done.stderr
+    assert len(warned) == 1 and 'pip install --no-build-isolation' in warned[0]
+    told = run(sys.executable, '-c', COPY_ALONE + 'import runpy; runpy.run_module("mgn.ops", run_name="__main__")', cwd=tmp_path)
+    assert told.returncode == 0 and re.search(rf'mgn\._cuda +({reason}|this torch has no CUDA)', told.stdout), told.stdout + told.stderr
+
+
+@pytest.mark.parametrize('library', MODULES, ids=lambda path: path.name)
+def test_the_modules_bind_the_stable_abi_alone(library):
+    """Symbols of at::, c10:: or torch:: would tie a wheel to one torch, those outside Python's limited API to one Python."""
+    done = run(need('nm', 'which lists symbols'), '-D', '--undefined-only', library)
+    symbols = [line.split()[-1].split('@')[0] for line in done.stdout.splitlines()]
+    assert len(symbols) > 20 and '.abi3.' in library.name
+    assert [name for name in symbols if re.match(r'_ZNK?\d*(2at|3c10|5torch)', name)] == []
+    assert {name for name in symbols if name.startswith(('Py', '_Py'))} <= {'PyModule_Create2'}
+
+
+def fake_nvcc(folder, release):
+    script = folder / 'bin' / 'nvcc'
+    script.parent.mkdir(parents=True)
+    (folder / 'lib64').mkdir()
+    (folder / 'lib64' / 'libcudart.so').touch()
+    script.write_text(f'#!/bin/sh\necho "Cuda compilation tools, release {release}, V{release}.1"\n')
+    script.chmod(0o755)
+    return folder
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason='this torch has no CUDA, so setup.py looks for no toolkit')
+@pytest.mark.parametrize('case, message', [
+    ('none', 'no nvcc at .*/bin/nvcc; install the CUDA .* toolkit, then mgn again'),
+    ('older', 'nvcc is of CUDA 9.1, torch of CUDA .*, and the majors must agree; pip install --no-build-isolation .'),
+    ('incomplete', 'which has no libcudart; install the toolkit whole'),
+    ('off', 'switched off by MGN_CUDA=0'),
+])
+def test_an_install_without_a_fitting_toolkit_says_why_in_one_line(tmp_path, case, message):
+    home = tmp_path / 'cuda'
+    if case in ('older', 'incomplete'):
+        fake_nvcc(home, '9.1')
+    if case == 'incomplete':
+        (home / 'lib64' / 'libcudart.so').unlink()
+    done = run(sys.executable, 'setup.py', '--version', env={'CUDA_HOME': str(home), 'MGN_CUDA': '0' if case == 'off' else '1'})
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == mgn.__version__
+    lines = [line for line in done.stderr.splitlines() if line.startswith('mgn: ')]
+    assert len(lines) == 1 and re.match('mgn: building without the CUDA module: .*' + message, lines[0])
+
+
+def test_an_install_without_a_compiler_says_so_in_one_line():
+    done = run(sys.executable, 'setup.py', '--version', env={'CXX': '/nowhere/c++'})
+    assert done.returncode == 0
+    assert [line for line in done.stderr.splitlines() if line.startswith('mgn: ')] == [
+        'mgn: no C++ compiler /nowhere/c++ for the extension: operations run their slower PyTorch references']
+
+
+def test_built_beside_a_toolkit_of_another_major_the_module_remembers_why(tmp_path):
+    """A whole build: CPU only, and it succeeds."""
+    need('c++', 'which the CPU module needs')
+    done = run(sys.executable, 'setup.py', '-q', 'build_ext', '--build-lib', tmp_path, '--build-temp', tmp_path / 'objects',
+               env={'CUDA_HOME': str(fake_nvcc(tmp_path / 'cuda', '9.1'))})
+    assert done.returncode == 0, done.stderr
+    (library,) = (tmp_path / 'mgn').iterdir()
+    told = run(sys.executable, '-c', f'import torch; torch.ops.load_library({str(library)!r}); print(torch.ops.mgn_cpu.cuda_module())')
+    expected = 'the torch it was built beside has no CUDA' if torch.version.cuda is None else 'nvcc is of CUDA 9.1, torch of CUDA'
+    assert told.stdout.startswith(expected), told.stderr
