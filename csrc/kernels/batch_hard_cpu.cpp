@@ -19,7 +19,8 @@ namespace {
 constexpr int kBlock = 32;       // anchors of a task, a multiple of every group
 constexpr int64_t kDepth = 128;  // dimensions summed in one go: bounds rounding, and keeps a panel's slice in the first cache
 constexpr int32_t kNone = std::numeric_limits<int32_t>::max();  // no partner yet: loses every tie
-constexpr int64_t kGrain = 1 << 18;  // element operations worth a thread
+constexpr int64_t kGrain = 1 << 17;  // element operations in registers worth a thread
+constexpr int64_t kCopyGrain = 1 << 14;  // the same of elements that are copied, converted or compared one by one
 
 template <typename T>
 struct Loops {
@@ -129,7 +130,7 @@ std::unique_ptr<T, Aligned> pack(const Features<T>& x, int width, const Parallel
   const size_t bytes = round_up(std::max<int64_t>(x.heads * panels * x.d * width, 1) * int64_t(sizeof(T)), 64);
   std::unique_ptr<T, Aligned> packed(static_cast<T*>(std::aligned_alloc(64, bytes)));
   if (!packed) throw std::bad_alloc();
-  parallel(x.heads * panels, std::max<int64_t>(1, kGrain / std::max<int64_t>(x.d * width, 1)), [&](int64_t begin, int64_t end) {
+  parallel(x.heads * panels, std::max<int64_t>(1, kCopyGrain / std::max<int64_t>(x.d * width, 1)), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t head = p / panels, first = p % panels * width, count = std::min<int64_t>(width, x.m - first);
       T* panel = packed.get() + p * x.d * width;
@@ -290,7 +291,7 @@ int64_t batch_hard(const Features<T>& x, const int64_t* labels, const int64_t* c
   const DenseLabels dense(labels, x.n, candidate_labels, x.m, padded);
   const auto packed = pack(x, loops.width, parallel);
   const Best<T> best = mine(x, dense, packed.get(), loops, parallel);
-  parallel(x.heads * x.n, std::max<int64_t>(1, kGrain / std::max<int64_t>(4 * x.d, 1)), [&](int64_t begin, int64_t end) {
+  parallel(x.heads * x.n, std::max<int64_t>(1, kCopyGrain / std::max<int64_t>(x.d, 1)), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t head = row / x.n, i = row % x.n, at = head * rows + i;
       settle(x, loops, head, i, dense, true, best.ap[at], best.pos[at], out.dist_ap + row, out.pos_idx + row);
@@ -358,7 +359,7 @@ void batch_hard_backward(const Features<T>& x, const Mined<T>& mined, const T* g
       }
     }
   };
-  parallel(x.heads * slices, std::max<int64_t>(1, kGrain / (4 * kColumns * std::max<int64_t>(x.n + x.m, 1))), [&](int64_t begin, int64_t end) {
+  parallel(x.heads * slices, std::max<int64_t>(1, kCopyGrain / (kColumns * std::max<int64_t>(x.n + x.m, 1))), [&](int64_t begin, int64_t end) {
     while (begin < end) {  // neighbouring slices of one head in one pass
       const int64_t head = begin / slices, stop = std::min(end, (head + 1) * slices);
       backward(head, begin % slices * kColumns, std::min((stop - head * slices) * kColumns, x.d));

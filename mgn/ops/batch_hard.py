@@ -36,7 +36,7 @@ def batch_hard(anchors, labels, candidates=None, candidate_labels=None):
         ValueError: shapes, types or devices that do not go together; on the CPU features that are not finite.
     """
     _check(anchors, labels, candidates, candidate_labels)
-    return BatchHard(*torch.ops.mgn.batch_hard(anchors, labels, candidates, candidate_labels))
+    return BatchHard(*torch.ops.mgn.batch_hard.default(anchors, labels, candidates, candidate_labels))
 
 
 def batch_hard_triplet_loss(anchors, labels, margin=0.3, candidates=None, candidate_labels=None):
@@ -54,7 +54,7 @@ def batch_hard_triplet_loss(anchors, labels, margin=0.3, candidates=None, candid
     _check(anchors, labels, candidates, candidate_labels)
     if margin is not None and not math.isfinite(margin):
         raise ValueError(f'want a finite margin, or None for the soft margin, got {margin}')
-    return torch.ops.mgn.batch_hard_triplet_loss(anchors, labels, candidates, candidate_labels, margin)[0]
+    return torch.ops.mgn.batch_hard_triplet_loss.default(anchors, labels, candidates, candidate_labels, margin)[0]
 
 
 FEATURE_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -108,8 +108,11 @@ def wide(dtype):
 
 def heads_first(features):
     """(..., rows, D) → (heads, rows, D), contiguous, in a type that the kernels of its device read."""
-    features = features.reshape(math.prod(features.shape[:-2]), *features.shape[-2:]).contiguous()
-    return features.to(wide(features.dtype)) if features.device.type == 'cpu' else features
+    if features.dim() != 3:  # a tenth of a small batch's time goes into what needs no doing
+        features = features.reshape(math.prod(features.shape[:-2]), *features.shape[-2:])
+    if features.dtype in (torch.float16, torch.bfloat16) and features.device.type == 'cpu':
+        features = features.float()
+    return features.contiguous()
 
 
 @torch.library.impl('mgn::batch_hard', 'CompositeExplicitAutograd')
@@ -133,12 +136,16 @@ def _mine(anchors, labels, candidates, candidate_labels, with_loss, margin):
         mined = batch_hard_reference(x, labels, *((x, labels) if y is None else (y, candidate_labels)))
         loss, slope = triplet_loss_reference(*mined[:2], margin) if with_loss else (None, None)
     else:
-        mined = tuple(x.new_empty(x.shape[:2], dtype=dtype) for dtype in (wide(x.dtype), wide(x.dtype), torch.int64, torch.int64))
-        loss, slope = (mined[0].new_empty(x.shape[:1]), torch.empty_like(mined[0])) if with_loss else (None, None)
-        if compiled.batch_hard(x, labels, y, candidate_labels, *mined, loss, slope, margin) >= 0:
+        heads, n, _ = x.shape
+        mined = [torch.empty(heads, n, dtype=dtype, device=x.device) for dtype in (wide(x.dtype), wide(x.dtype), torch.int64, torch.int64)]
+        loss, slope = (mined[0].new_empty(heads), torch.empty_like(mined[0])) if with_loss else (None, None)
+        if compiled.batch_hard.default(x, labels, y, candidate_labels, *mined, loss, slope, margin) >= 0:
             _refuse_odd_rows(anchors, candidates)
-    mined = [tensor.view(anchors.shape[:-1]) for tensor in mined]
-    return (loss.view(anchors.shape[:-2]), slope.view(anchors.shape[:-1]), *mined) if with_loss else (None, None, *mined)
+    results = loss, slope, *mined
+    if anchors.dim() != 3:
+        heads = anchors.shape[:-2]
+        results = [tensor if tensor is None else tensor.view(heads + tensor.shape[1:]) for tensor in results]
+    return tuple(results)
 
 
 def _refuse_odd_rows(anchors, candidates):
@@ -185,9 +192,11 @@ def triplet_loss_reference(dist_ap, dist_an, margin):
 @torch.library.impl('mgn::batch_hard_backward', 'CompositeExplicitAutograd')
 def _batch_hard_backward(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx, grad_ap, grad_an, slope):
     x, y = heads_first(anchors), None if candidates is None else heads_first(candidates)
-    mined = [tensor.reshape(x.shape[:2]) for tensor in (dist_ap, dist_an, pos_idx, neg_idx)]
-    grads = [grad_ap.reshape(x.shape[:1] if slope is not None else x.shape[:2]).contiguous()]
-    grads += [None if tensor is None else tensor.reshape(x.shape[:2]).contiguous() for tensor in (grad_an, slope)]
+    mined, grads = [dist_ap, dist_an, pos_idx, neg_idx], [grad_ap, grad_an, slope]
+    if anchors.dim() != 3:
+        mined = [tensor.reshape(x.shape[:2]) for tensor in mined]
+        grads = [tensor if tensor is None else tensor.reshape(x.shape[:tensor.dim() - anchors.dim() + 3]) for tensor in grads]
+    grads = [tensor if tensor is None else tensor.contiguous() for tensor in grads]
     compiled = kernels(x.device)
     if compiled is None:
         grad_anchors, grad_candidates = backward_reference(x, x if y is None else y, *mined, *grads)
@@ -197,9 +206,9 @@ def _batch_hard_backward(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx
         grad_anchors = torch.empty_like(x)
         grad_candidates = grad_anchors if y is None else torch.empty_like(y)
         entries = [] if x.device.type == 'cpu' else pairs_by_candidate(mined[2], mined[3], (x if y is None else y).shape[1])
-        compiled.batch_hard_backward(x, y, *mined, *grads, *entries, grad_anchors, grad_candidates)
-    grad_anchors = grad_anchors.view(anchors.shape).to(anchors.dtype)
-    return grad_anchors, grad_anchors.new_empty(0) if y is None else grad_candidates.view(candidates.shape).to(candidates.dtype)
+        compiled.batch_hard_backward.default(x, y, *mined, *grads, *entries, grad_anchors, grad_candidates)
+    grad_anchors = grad_anchors.view_as(anchors).to(anchors.dtype)
+    return grad_anchors, grad_anchors.new_empty(0) if y is None else grad_candidates.view_as(candidates).to(candidates.dtype)
 
 
 def pairs_by_candidate(pos_idx, neg_idx, m, scanned=4096):
@@ -251,21 +260,37 @@ def _(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx, grad_ap, grad_an,
     return grad_anchors, anchors.new_empty(0) if candidates is None else candidates.new_empty(candidates.shape)
 
 
-def _remember(ctx, inputs, output):
-    anchors, _, candidates, *_ = inputs
-    ctx.with_loss = len(output) == 6
-    loss_and_slope, mined = output[:-4], output[-4:]
-    ctx.mark_non_differentiable(*(output[1:] if ctx.with_loss else output[2:]))
-    ctx.save_for_backward(anchors, candidates, *mined, *loss_and_slope[1:])
+class Mining(torch.autograd.Function):
+    """torch.library.register_autograd does the same, at twice the price for a batch of 64."""
+
+    @staticmethod
+    def forward(ctx, operator, anchors, labels, candidates, *rest):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = operator(anchors, labels, candidates, *rest)
+        *loss, dist_ap, dist_an, pos_idx, neg_idx = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(output[1:] if loss else output[2:]))
+        ctx.save_for_backward(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx, *loss[1:])
+        ctx.rest = len(rest)
+        return output
+
+    @staticmethod
+    def backward(ctx, first, second, *_):
+        anchors, candidates, *mined = ctx.saved_tensors
+        slope = mined.pop() if len(mined) == 5 else None
+        if first is second is None:
+            return (None,) * (4 + ctx.rest)
+        if slope is None:
+            first, second = (torch.zeros_like(dist) if grad is None else grad for grad, dist in zip((first, second), mined))
+        to_anchors, to_candidates = torch.ops.mgn.batch_hard_backward.default(anchors, candidates, *mined, first, second, slope)
+        return None, to_anchors, None, None if candidates is None else to_candidates, *(None,) * ctx.rest
 
 
-def _backward(ctx, *grads):
-    anchors, candidates, *mined = ctx.saved_tensors
-    slope = mined.pop() if ctx.with_loss else None
-    to_anchors, to_candidates = torch.ops.mgn.batch_hard_backward(
-        anchors, candidates, *mined, grads[0], None if ctx.with_loss else grads[1], slope)
-    return to_anchors, None, None if candidates is None else to_candidates, None, *([None] if ctx.with_loss else [])
+@torch.library.impl('mgn::batch_hard', 'Autograd')
+def _(*inputs):
+    return Mining.apply(torch.ops.mgn.batch_hard.default, *inputs)
 
 
-torch.library.register_autograd('mgn::batch_hard', _backward, setup_context=_remember)
-torch.library.register_autograd('mgn::batch_hard_triplet_loss', _backward, setup_context=_remember)
+@torch.library.impl('mgn::batch_hard_triplet_loss', 'Autograd')
+def _(*inputs):
+    return Mining.apply(torch.ops.mgn.batch_hard_triplet_loss.default, *inputs)
