@@ -1,8 +1,22 @@
-.PHONY: test bench
+.PHONY: build test long gpu peers bench
+
+build:       # anew after an edit in csrc/: an editable install does not see it
+	pip install --no-build-isolation -e .
 
 test:        # what CI runs
 	pytest
 
+long:        # the whole matrix, and ten times the random cases
+	MGN_TIMES=10 pytest -m ''
+
+gpu:         # on a machine with a GPU: build, the whole suite on it, compute-sanitizer, benchmarks; prints a table to keep
+	python -m benchmarks.gpu
+
+peers:       # what the benchmarks measure against; fastreid without its dependencies, which pin a torch of 2022
+	pip install --no-deps fastreid
+	pip install pytorch-metric-learning
+
 bench:       # ratios against named peers, on this machine
 	python -m benchmarks.loading
 	python -m benchmarks.small_maps
+	python -m benchmarks.triplet

@@ -1,0 +1,59 @@
+"""Everything to be checked on a machine with a GPU, in one go; prints each step's output, then one table.
+
+    python -m benchmarks.gpu
+
+Needs nvcc and compute-sanitizer (both of the CUDA toolkit), `pip install -e '.[test]'` and `make peers`.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import torch
+
+from mgn.ops import implementation
+
+PYTHON, PYTEST = [sys.executable], [sys.executable, '-m', 'pytest', '--device=cuda']
+# Under a tool that slows kernels down a hundredfold: every kernel, fewer random cases.
+SANITIZED = [*PYTEST, '-p', 'no:cacheprovider', '-x', 'tests/test_batch_hard.py', 'tests/test_batch_hard_cuda.py', '-k',
+             'compiled or test_batch_hard_cuda', '--deselect', 'tests/test_batch_hard.py::test_tens_of_thousands_of_anchors_equal_the_loop_on_some']
+STEPS = {
+    'build': [*PYTHON, '-m', 'pip', 'install', '-q', '--no-build-isolation', '--no-deps', '-e', '.'],
+    'python -m mgn.ops': [*PYTHON, '-m', 'mgn.ops'],
+    'the whole suite on CUDA': [*PYTEST, '-m', ''],
+    'memcheck': ['compute-sanitizer', '--tool=memcheck', '--error-exitcode=1', *SANITIZED],
+    'racecheck': ['compute-sanitizer', '--tool=racecheck', '--error-exitcode=1', *SANITIZED],
+    # PyTorch's own kernels copy padding that nothing has written; only this project's are looked at.
+    'initcheck': ['compute-sanitizer', '--tool=initcheck', '--kernel-name=kernel_substring=mgn', '--error-exitcode=1', *SANITIZED],
+    'benchmarks.kernel_resources': [*PYTHON, '-m', 'benchmarks.kernel_resources'],
+    'benchmarks.triplet on CUDA': [*PYTHON, '-m', 'benchmarks.triplet', '--device=cuda'],
+    'benchmarks.triplet': [*PYTHON, '-m', 'benchmarks.triplet'],
+    'benchmarks.loading': [*PYTHON, '-m', 'benchmarks.loading'],
+    'benchmarks.small_maps': [*PYTHON, '-m', 'benchmarks.small_maps'],
+}
+
+
+def main():
+    if not torch.cuda.is_available():
+        sys.exit('want a GPU, torch sees none; on a machine without one `pytest` runs the kernels under an emulator')
+    rows = []
+    for name, command in STEPS.items():
+        print(f'\n=== {name}: {" ".join(command)}', flush=True)
+        start = time.perf_counter()
+        if shutil.which(command[0]) is None:
+            result = f'no {command[0]} on PATH'
+        else:
+            status = subprocess.run(command, env={**os.environ, 'MGN_TIMES': '1' if 'sanitizer' in command[0] else '10'}).returncode
+            result = 'passed' if status == 0 else f'FAILED, exit status {status}'
+        rows.append((name, result, time.perf_counter() - start))
+    built = subprocess.run([*PYTHON, '-c', 'from mgn import ops; print(ops.implementation("cuda"))'], capture_output=True, text=True).stdout
+    print(f'\n{torch.cuda.get_device_name()}, torch {torch.__version__}, {built.strip() or implementation("cuda")}\n\n| step | result | minutes |\n|---|---|---|')
+    for name, result, seconds in rows:
+        print(f'| {name} | {result} | {seconds / 60:.1f} |')
+    sys.exit(any(result != 'passed' for _, result, _ in rows))
+
+
+if __name__ == '__main__':
+    main()
