@@ -4,6 +4,7 @@ Both use LibTorch's stable ABI and Python's limited API, so one build serves tor
 No GPU is needed. Environment variables: CUDA_HOME, TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), MGN_CUDA=0 (CPU module only).
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from setuptools import setup
 
+LIMITED = not sysconfig.get_config_var('Py_GIL_DISABLED')  # free-threaded Python has no limited API
 ARCHITECTURES = ['7.5', '8.0', '8.6', '9.0', '10.0', '12.0']  # one per generation; PTX of the last serves newer ones
 
 
@@ -48,6 +50,12 @@ def architectures(home):
     return ';'.join(known) + '+PTX'
 
 
+def sources_hash():
+    """What the modules are compiled from, as mgn.ops.extension.sources sees it beside an editable install."""
+    files = sorted(path for path in Path('csrc').rglob('*') if path.suffix in ('.h', '.cpp', '.cu'))
+    return hashlib.sha256(b''.join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
 def extensions():
     """What can be built here; why not the rest is said once, and remembered by mgn._C for `python -m mgn.ops`."""
     compiler = (os.environ.get('CXX') or sysconfig.get_config_var('CXX') or 'c++').split()[0]
@@ -62,19 +70,18 @@ def extensions():
         print(f'mgn: building without the CUDA module: {version}', file=sys.stderr)
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    target = '-DTORCH_TARGET_VERSION=0x020a000000000000'
+    flags = ['-DTORCH_TARGET_VERSION=0x020a000000000000', f'-DMGN_SOURCES="{sources_hash()}"']
     info = f'-DMGN_CUDA_MODULE="{"built" if home else version}"'
-    built = [CppExtension('mgn._C', ['csrc/bindings_cpu.cpp', 'csrc/kernels/batch_hard_cpu.cpp'], py_limited_api=True,
-                          depends=[str(header) for header in Path('csrc').rglob('*.h')],
-                          extra_compile_args={'cxx': ['-O3', '-fvisibility=hidden', target, info]})]
+    shared = {'py_limited_api': LIMITED, 'depends': [str(header) for header in Path('csrc').rglob('*.h')]}
+    built = [CppExtension('mgn._C', ['csrc/bindings_cpu.cpp', 'csrc/kernels/batch_hard_cpu.cpp'], **shared,
+                          extra_compile_args={'cxx': ['-O3', '-fvisibility=hidden', *flags, info]})]
     if home:
         told = f'-DMGN_CUDA_BUILD="CUDA {version}, {os.environ["TORCH_CUDA_ARCH_LIST"]}"'
-        built.append(CUDAExtension('mgn._cuda', ['csrc/bindings_cuda.cpp', 'csrc/kernels/batch_hard.cu'], py_limited_api=True,
-                                   depends=[str(header) for header in Path('csrc').rglob('*.h')],
-                                   extra_compile_args={'cxx': ['-O3', '-fvisibility=hidden', '-DUSE_CUDA', target, told],
-                                                       'nvcc': ['-O3', '-DUSE_CUDA', target]}))
+        built.append(CUDAExtension('mgn._cuda', ['csrc/bindings_cuda.cpp', 'csrc/kernels/batch_hard.cu'], **shared,
+                                   extra_compile_args={'cxx': ['-O3', '-fvisibility=hidden', '-DUSE_CUDA', *flags, told],
+                                                       'nvcc': ['-O3', '-DUSE_CUDA', *flags]}))
     return built, {'build_ext': BuildExtension}
 
 
 modules, commands = extensions()
-setup(ext_modules=modules, cmdclass=commands, options={'bdist_wheel': {'py_limited_api': 'cp310'}} if modules else {})
+setup(ext_modules=modules, cmdclass=commands, options={'bdist_wheel': {'py_limited_api': 'cp310'}} if modules and LIMITED else {})

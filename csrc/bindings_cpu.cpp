@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 
@@ -56,7 +57,7 @@ int64_t forward(const Tensor& anchors, const Tensor& labels, const std::optional
   const int64_t odd = mgn::batch_hard(x, pointer<int64_t>(labels, ScalarType::Long, x.n),
                                       pointer<int64_t>(of_candidates, ScalarType::Long, x.m), out, int(set), parallel);
   if (odd < 0 && loss)
-    mgn::triplet_loss(x.heads, x.n, out.dist_ap, out.dist_an, margin ? &*margin : nullptr, pointer<T>(*loss, kType<T>, x.heads),
+    mgn::triplet_loss(x.heads, x.n, out, margin ? &*margin : nullptr, pointer<T>(*loss, kType<T>, x.heads),
                       pointer<T>(*slope, kType<T>, x.heads * x.n));
   return odd;
 }
@@ -75,7 +76,11 @@ void backward(const Tensor& anchors, const std::optional<Tensor>& candidates, co
   STD_TORCH_CHECK(slope || grad_an, "mgn_cpu: want grad_an or a slope");
   const auto x = features<T>(anchors, candidates);
   const int64_t count = x.heads * x.n;
-  mgn::batch_hard_backward(x, mined<T>(dist_ap, dist_an, pos_idx, neg_idx, count),
+  const auto pairs = mined<T>(dist_ap, dist_an, pos_idx, neg_idx, count);
+  for (const int64_t* idx : {pairs.pos_idx, pairs.neg_idx})
+    STD_TORCH_CHECK(std::all_of(idx, idx + count, [&](int64_t j) { return j < x.m; }), "want indices below ", x.m,
+                    ", the number of candidates, for the gradient; mined indices were changed in place, change a clone instead");
+  mgn::batch_hard_backward(x, pairs,
                            pointer<T>(grad_ap, kType<T>, slope ? x.heads : count),
                            slope ? nullptr : pointer<T>(*grad_an, kType<T>, count),
                            slope ? pointer<T>(*slope, kType<T>, count) : nullptr,
@@ -96,6 +101,7 @@ std::string instruction_sets() {
   return names;
 }
 
+std::string sources() { return MGN_SOURCES; }
 std::string cuda_module() { return MGN_CUDA_MODULE; }  // "built", or why not
 
 }  // namespace
@@ -110,6 +116,7 @@ STABLE_TORCH_LIBRARY(mgn_cpu, m) {
       "Tensor grad_ap, Tensor? grad_an, Tensor? slope, Tensor(a!) grad_anchors, Tensor(b!) grad_candidates) -> ()");
   m.def("instruction_sets() -> str");
   m.def("cuda_module() -> str");
+  m.def("sources() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mgn_cpu, CPU, m) {
@@ -120,6 +127,7 @@ STABLE_TORCH_LIBRARY_IMPL(mgn_cpu, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(mgn_cpu, CompositeExplicitAutograd, m) {
   m.impl("instruction_sets", TORCH_BOX(&instruction_sets));
   m.impl("cuda_module", TORCH_BOX(&cuda_module));
+  m.impl("sources", TORCH_BOX(&sources));
 }
 
 PyMODINIT_FUNC PyInit__C() {

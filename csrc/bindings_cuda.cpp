@@ -60,7 +60,10 @@ cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "mgn_cuda: ", cudaGetErrorString(error)); }
+void check(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();  // told here, so no later launch is to be blamed for it
+  STD_TORCH_CHECK(error == cudaSuccess, "mgn_cuda: ", cudaGetErrorString(error));
+}
 
 int64_t batch_hard(Tensor anchors, Tensor labels, std::optional<Tensor> candidates, std::optional<Tensor> candidate_labels,
                    Tensor dist_ap, Tensor dist_an, Tensor pos_idx, Tensor neg_idx, std::optional<Tensor> loss,
@@ -107,6 +110,7 @@ std::string unusable(int64_t device) {
 }
 
 std::string build() { return MGN_CUDA_BUILD; }
+std::string sources() { return MGN_SOURCES; }
 
 }  // namespace
 
@@ -120,6 +124,7 @@ STABLE_TORCH_LIBRARY(mgn_cuda, m) {
       "Tensor(b!) grad_candidates) -> ()");
   m.def("unusable(int device) -> str");
   m.def("build() -> str");
+  m.def("sources() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mgn_cuda, CUDA, m) {
@@ -130,6 +135,7 @@ STABLE_TORCH_LIBRARY_IMPL(mgn_cuda, CUDA, m) {
 STABLE_TORCH_LIBRARY_IMPL(mgn_cuda, CompositeExplicitAutograd, m) {
   m.impl("unusable", TORCH_BOX(&unusable));
   m.impl("build", TORCH_BOX(&build));
+  m.impl("sources", TORCH_BOX(&sources));
 }
 
 PyMODINIT_FUNC PyInit__cuda() {

@@ -39,9 +39,9 @@ def test_what_does_not_go_together_is_refused(arguments, message):
         batch_hard_triplet_loss(*arguments[:2], 0.3, *arguments[2:])
 
 
-@pytest.mark.parametrize('margin', [float('nan'), float('inf')])
+@pytest.mark.parametrize('margin', [float('nan'), float('inf'), torch.tensor(0.3)])
 def test_a_margin_that_is_no_number_is_refused(margin):
-    with pytest.raises(ValueError, match='want a finite margin, or None for the soft margin, got'):
+    with pytest.raises(ValueError, match='want a finite number as margin, or None for the soft margin, got'):
         batch_hard_triplet_loss(X, LABELS, margin)
 
 
@@ -61,6 +61,37 @@ def test_features_that_are_not_finite_are_named_on_the_cpu(monkeypatch, referenc
         batch_hard(spoilt[1], LABELS)
     with pytest.raises(ValueError, match='in head 0, 1, row 5'):
         batch_hard(spoilt[None], LABELS)
+
+
+def test_second_derivatives_are_refused_instead_of_being_0(device):
+    anchors, labels = random_features(8, 4, device=device).requires_grad_(), random_labels(8, device=device)
+    for value in (batch_hard_triplet_loss(anchors, labels), batch_hard(anchors, labels).dist_an.sum()):
+        gradient, = torch.autograd.grad(value, anchors, create_graph=True)
+        with pytest.raises(RuntimeError, match='want first derivatives of batch-hard mining'):
+            gradient.square().sum().backward()
+
+
+def test_indices_changed_in_place_are_refused_by_the_gradient():
+    """NumPy changes them behind autograd's back."""
+    anchors = random_features(8, 4).requires_grad_()
+    mined = batch_hard(anchors, random_labels(8))
+    indices = mined.neg_idx.numpy()
+    indices += 1000
+    with pytest.raises(RuntimeError, match='want indices below 8, the number of candidates'):
+        mined.dist_an.sum().backward()
+
+
+@pytest.mark.parametrize('heads', [(), (3,), (2, 3)])
+def test_results_can_be_changed_in_place(device, heads):
+    anchors, labels = random_features(*heads, 8, 4, device=device).requires_grad_(), random_labels(8, device=device)
+    loss = batch_hard_triplet_loss(anchors, labels)
+    expected, = torch.autograd.grad(2 * loss.sum(), anchors, retain_graph=True)
+    loss *= 2
+    loss += 1
+    loss.sum().backward()
+    assert torch.equal(anchors.grad, expected)
+    with torch.no_grad():
+        assert batch_hard(anchors, labels).dist_an.mul_(0).sum() == 0
 
 
 @pytest.mark.parametrize('dtype', TYPES)

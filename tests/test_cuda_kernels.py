@@ -52,7 +52,7 @@ def check(process, anchors, labels, candidates=(), margin=0.3, with_loss=True, e
         expected = naive_loss(*naive(anchors, labels, *candidates)[:2], margin)
         size = 1 + (anchors.double().abs().max().item() * anchors.shape[-1] ** 0.5 if anchors.numel() else 0)
         assert loss.tolist() == pytest.approx(expected, rel=tolerance, abs=tolerance * size)
-        torch.testing.assert_close(slope, triplet_loss_reference(*mined[:2], margin)[1])
+        torch.testing.assert_close(slope, triplet_loss_reference(*mined, margin)[1])
         grads = (upstream, None, slope)
     else:
         grads = (upstream[:, None].expand_as(mined.dist_ap), -0.5 * upstream[:, None].expand_as(mined.dist_ap), None)
@@ -62,7 +62,7 @@ def check(process, anchors, labels, candidates=(), margin=0.3, with_loss=True, e
     coarse = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[anchors.dtype]
     assert len(gradients) == len(expected)
     for got, want in zip(gradients, expected):
-        torch.testing.assert_close(got.to(wide), want, rtol=coarse, atol=coarse)
+        torch.testing.assert_close(got.double(), want, rtol=coarse, atol=coarse)
 
 
 def features_of(n, m, width, dtype, heads=2, classes=4):
@@ -109,7 +109,7 @@ def test_many_anchors_take_the_large_tiles(kernels):
     expected = batch_hard_reference(anchors, labels, *candidates)
     for mined, loss, _, (to_anchors, to_candidates) in results:
         assert torch.equal(mined.pos_idx, expected[2]) and torch.equal(mined.neg_idx, expected[3])
-        torch.testing.assert_close(loss, triplet_loss_reference(*expected[:2], 0.3)[0], rtol=1e-5, atol=0)
+        torch.testing.assert_close(loss, triplet_loss_reference(*expected, 0.3)[0], rtol=1e-5, atol=0)
         assert all(torch.equal(*pair) for pair in zip((*mined, to_anchors, to_candidates), (*results[0][0], *results[0][3])))
 
 
@@ -160,6 +160,15 @@ def test_no_odd_feature_is_silently_passed_over(kernels, dtype, value, where):
         assert torch.equal(idx, want_idx)
     assert loss[0].isfinite() and loss[1].isnan()
     assert gradients[0][0].isfinite().all() and gradients[0][1, odd[0] | odd[1]].isnan().all()
+
+
+@pytest.mark.parametrize('label', [0, 1])
+def test_an_odd_candidate_makes_the_loss_nan_where_it_is_all_there_is(kernels, label):
+    """Its own pair is NaN, and of the other kind there is none."""
+    anchors, labels = random_features(1, 5, 9), torch.zeros(5, dtype=torch.int64)
+    with kernels('plain') as process:
+        mined, loss, _, (gradient, _) = batch_hard(process, anchors, labels, torch.full((1, 1, 9), torch.nan), torch.tensor([label]))
+    assert loss.isnan().all() and gradient.isnan().all() and mined[label].isnan().all() and mined[1 - label].isinf().all()
 
 
 @pytest.mark.parametrize('kind', ['plain', 'address'])

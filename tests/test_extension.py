@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,21 @@ def test_the_cuda_module_is_compiled_wherever_nvcc_fits_and_loads_without_a_gpu(
     assert re.fullmatch(r'CUDA \d+\.\d+, 7\.5;.*\+PTX', torch.ops.mgn_cuda.build()) or 'TORCH_CUDA_ARCH_LIST' in os.environ
 
 
+def test_a_cuda_module_beside_a_torch_of_another_major_is_left_alone(monkeypatch):
+    """Even where the other CUDA's libraries are found and it would load."""
+    if extension.missing('_cuda'):
+        pytest.skip(f'no CUDA module here: {extension.missing("_cuda")}')
+    monkeypatch.setattr(torch.version, 'cuda', '9.1')
+    assert re.match(r'it was compiled for CUDA \d+\.\d+, .*, and torch is of CUDA 9.1; pip install --no-build-isolation',
+                    extension.missing.__wrapped__('_cuda'))
+
+
+def test_without_a_gpu_cuda_is_told_to_be_missing():
+    if torch.cuda.is_available():
+        pytest.skip('there is a GPU')
+    assert implementation('cuda') == 'reference: torch sees no CUDA device'
+
+
 def test_the_operations_import_torch_and_numpy_alone():
     done = run(sys.executable, '-c', '''
 import sys
@@ -89,6 +105,28 @@ def test_without_a_module_that_loads_the_references_run_and_say_so_once(tmp_path
     assert len(warned) == 1 and 'pip install --no-build-isolation' in warned[0]
     told = run(sys.executable, '-c', COPY_ALONE + 'import runpy; runpy.run_module("mgn.ops", run_name="__main__")', cwd=tmp_path)
     assert told.returncode == 0 and re.search(rf'mgn\._cuda +({reason}|this torch has no CUDA)', told.stdout), told.stdout + told.stderr
+
+
+def test_modules_compiled_from_other_sources_are_left_alone(tmp_path):
+    shutil.copytree(ROOT / 'mgn', tmp_path / 'mgn', ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copytree(ROOT / 'csrc', tmp_path / 'csrc')
+    done = run(sys.executable, '-c', COPY_ALONE + PROGRAM, cwd=tmp_path)
+    assert '] compiled for' in done.stdout, done.stdout + done.stderr
+    with open(tmp_path / 'csrc/kernels/batch_hard_tile.h', 'a') as file:
+        file.write('// an edit\n')
+    done = run(sys.executable, '-c', COPY_ALONE + PROGRAM, cwd=tmp_path)
+    assert '] reference: csrc/ has changed since it was compiled; pip install --no-build-isolation' in done.stdout
+
+
+def test_a_source_distribution_has_every_source_wherever_it_is_made(tmp_path):
+    """Also where no CUDA module could be built, which does not name its sources then."""
+    done = run(sys.executable, '-c', f'import setuptools.build_meta as backend; print(backend.build_sdist({str(tmp_path)!r}))',
+               env={'MGN_CUDA': '0'})
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(tmp_path / done.stdout.splitlines()[-1]) as archive:
+        packed = {name.split('/', 1)[1] for name in archive.getnames() if '/' in name}
+    wanted = run('git', 'ls-files', 'csrc', 'mgn', 'tests', 'gin', 'benchmarks').stdout.split()
+    assert len(wanted) > 50 and set(wanted) <= packed
 
 
 @pytest.mark.parametrize('library', MODULES, ids=lambda path: path.name)

@@ -20,6 +20,7 @@ constexpr int kThreads = 256, kSide = 16;  // a block is 16 × 16 threads
 constexpr int kColumns = 64, kColumnsPerThread = kColumns / kSide;
 constexpr int kDepth = 32;  // dimensions in shared memory; summed apart, then added: bounds the rounding
 constexpr unsigned kWarp = 0xffffffffu;
+constexpr int64_t kMostBlocks = 0x7fffffff;
 
 template <typename T>
 struct Arithmetic {
@@ -177,12 +178,13 @@ __device__ void sum_loss(const Forward<T>& f, int64_t head) {
   __shared__ double sums[kThreads / 32];
   __shared__ int64_t counts[kThreads / 32];
   const volatile C *ap = f.dist_ap + head * f.n, *an = f.dist_an + head * f.n;  // volatile: other blocks wrote them
+  const volatile int64_t *pos = f.pos_idx + head * f.n, *neg = f.neg_idx + head * f.n;
   C* slope = f.slope + head * f.n;
   double sum = 0;
   int64_t count = 0;
   for (int64_t i = threadIdx.x; i < f.n; i += kThreads) {
     const double dist_ap = ap[i], dist_an = an[i];
-    const bool pair = dist_ap != -infinity<double>() && dist_an != infinity<double>();
+    const bool pair = (pos[i] >= 0 && neg[i] >= 0) || isnan(dist_ap) || isnan(dist_an);
     const double gap = dist_ap - dist_an + (f.soft ? 0 : f.margin);
     // log(1 + eˣ) = max(x, 0) + log(1 + e^−|x|); a NaN passes through both.
     double term = isnan(gap) ? gap : fmax(gap, 0.0), rise = isnan(gap) ? gap : gap > 0 ? 1 : 0;
@@ -335,7 +337,7 @@ struct Gathered {
 #pragma unroll
       for (int c = 0; c < kColumnsPerLane; ++c) sum[c] = dist;
     }
-    if (partner < 0 || dist == 0) return;  // at distance 0 the gradient is 0
+    if (partner < 0 || partner >= b.m || dist == 0 || grad == 0) return;  // at distance 0 the gradient is 0
     const T *x = b.anchors + at * b.d, *y = b.candidates + (head * b.m + partner) * b.d;
 #pragma unroll
     for (int c = 0; c < kColumnsPerLane; ++c) {
@@ -396,11 +398,12 @@ cudaError_t forward(const BatchHard& x, const int64_t* labels, const int64_t* ca
     if (const cudaError_t error = cudaMemsetAsync(t.finished, 0, x.heads * sizeof(int), stream)) return error;
   // 64 at a time make better use of a multiprocessor, once there are enough anchors for a block on each.
   const int64_t rows = anchors_per_block ? anchors_per_block : x.heads * x.n >= 8192 ? 64 : 16;
+  const int64_t blocks = x.heads * ((x.n + rows - 1) / rows);
   cudaLaunchConfig_t launch = {};
-  launch.gridDim = dim3(unsigned(x.heads * ((x.n + rows - 1) / rows)));
+  launch.gridDim = dim3(unsigned(blocks));
   launch.blockDim = dim3(kThreads);
   launch.stream = stream;
-  return cudaLaunchKernelEx(&launch, rows == 64 ? mine<T, 4> : mine<T, 1>, f);
+  return blocks > kMostBlocks ? cudaErrorInvalidConfiguration : cudaLaunchKernelEx(&launch, rows == 64 ? mine<T, 4> : mine<T, 1>, f);
 }
 
 template <typename T>
@@ -412,11 +415,13 @@ cudaError_t backward(const BatchHard& x, const MinedGradient& g, cudaStream_t st
                          g.offsets, static_cast<T*>(g.grad_anchors), static_cast<T*>(g.grad_candidates)};
   const int64_t rows = x.own ? x.n : x.n + x.m;
   const int64_t warps = x.heads * rows * ((x.d + kColumnsPerWarp - 1) / kColumnsPerWarp);
+  const int64_t blocks = (warps + 3) / 4;
   cudaLaunchConfig_t launch = {};
-  launch.gridDim = dim3(unsigned((warps + 3) / 4));
+  launch.gridDim = dim3(unsigned(blocks));
   launch.blockDim = dim3(128);
   launch.stream = stream;
-  return warps == 0 ? cudaSuccess : cudaLaunchKernelEx(&launch, gather<T>, b);
+  if (blocks > kMostBlocks) return cudaErrorInvalidConfiguration;
+  return blocks == 0 ? cudaSuccess : cudaLaunchKernelEx(&launch, gather<T>, b);
 }
 
 }  // namespace

@@ -17,7 +17,10 @@ namespace mgn {
 namespace {
 
 constexpr int kBlock = 32;       // anchors of a task, a multiple of every group
-constexpr int64_t kDepth = 128;  // dimensions summed in one go: bounds rounding, and keeps a panel's slice in the first cache
+// Dimensions summed in one go, and in how many goes before those are summed apart, too: bounds the rounding at (64 + 64 + D/4096)
+// half units in the last place, and keeps a panel's slice in the first cache.
+constexpr int64_t kDepth = 64, kGoes = 64;
+constexpr int64_t kPacked = 1 << 22;  // elements packed at a time, unless one head has more
 constexpr int32_t kNone = std::numeric_limits<int32_t>::max();  // no partner yet: loses every tie
 constexpr int64_t kGrain = 1 << 17;  // element operations in registers worth a thread
 constexpr int64_t kCopyGrain = 1 << 14;  // the same of elements that are copied, converted or compared one by one
@@ -182,18 +185,23 @@ Best<T> mine(const Features<T>& x, const DenseLabels& labels, const T* packed, c
   const auto mine_block = [&](int64_t head, int64_t first, Best<T>& best) {
     const T* anchors = x.anchors + head * x.n * x.d;
     const int64_t last = std::min(first + block, x.n), offset = head * rows;
-    alignas(64) T dist2[kBlock * 32];
+    alignas(64) T dist2[kBlock * 32], part[kBlock * 32];
     for (int64_t panel = x.own ? first / width : 0; panel < panels; ++panel) {
       const T* candidates = packed + (head * panels + panel) * x.d * width;
       // Own candidates: a group meets its own panel and those behind it; groups behind this panel have no business here.
       const int64_t end = x.own ? std::min(last, (panel + 1) * width) : last;
       std::fill(dist2, dist2 + kBlock * width, T(0));
-      for (int64_t from = 0; from < x.d; from += kDepth)
-        for (int64_t i = first; i < end; i += group) {
-          const T* pointers[8];
-          for (int r = 0; r < group; ++r) pointers[r] = anchors + std::min(i + r, x.n - 1) * x.d;
-          loops.add_squares(pointers, candidates, from, std::min(from + kDepth, x.d), dist2 + (i - first) * width);
-        }
+      for (int64_t begin = 0; begin < x.d; begin += kGoes * kDepth) {
+        T* sums = begin == 0 ? dist2 : part;
+        if (begin > 0) std::fill(part, part + kBlock * width, T(0));
+        for (int64_t from = begin; from < std::min(begin + kGoes * kDepth, x.d); from += kDepth)
+          for (int64_t i = first; i < end; i += group) {
+            const T* pointers[8];
+            for (int r = 0; r < group; ++r) pointers[r] = anchors + std::min(i + r, x.n - 1) * x.d;
+            loops.add_squares(pointers, candidates, from, std::min(from + kDepth, x.d), sums + (i - first) * width);
+          }
+        if (begin > 0) std::transform(dist2, dist2 + kBlock * width, part, dist2, std::plus<T>());
+      }
       const int32_t* panel_labels = labels.candidates.data() + panel * width;
       const int32_t column = int32_t(panel * width);
       for (int64_t i = first; i < end; ++i) {
@@ -289,29 +297,37 @@ int64_t batch_hard(const Features<T>& x, const int64_t* labels, const int64_t* c
 
   const int64_t padded = round_up(x.m, loops.width), rows = std::max(x.n, padded);
   const DenseLabels dense(labels, x.n, candidate_labels, x.m, padded);
-  const auto packed = pack(x, loops.width, parallel);
-  const Best<T> best = mine(x, dense, packed.get(), loops, parallel);
-  parallel(x.heads * x.n, std::max<int64_t>(1, kCopyGrain / std::max<int64_t>(x.d, 1)), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t head = row / x.n, i = row % x.n, at = head * rows + i;
-      settle(x, loops, head, i, dense, true, best.ap[at], best.pos[at], out.dist_ap + row, out.pos_idx + row);
-      settle(x, loops, head, i, dense, false, best.an[at], best.neg[at], out.dist_an + row, out.neg_idx + row);
-    }
-  });
+  // Some heads at a time: packed, a head of few candidates is many times its size.
+  const int64_t together = std::max<int64_t>(1, kPacked / std::max<int64_t>(padded * x.d, 1));
+  for (int64_t first = 0; first < x.heads; first += together) {
+    Features<T> some = x;
+    some.heads = std::min(together, x.heads - first);
+    some.anchors += first * x.n * x.d;
+    some.candidates += first * x.m * x.d;
+    const auto packed = pack(some, loops.width, parallel);
+    const Best<T> best = mine(some, dense, packed.get(), loops, parallel);
+    parallel(some.heads * x.n, std::max<int64_t>(1, kCopyGrain / std::max<int64_t>(x.d, 1)), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t head = row / x.n, i = row % x.n, at = head * rows + i, to = first * x.n + row;
+        settle(some, loops, head, i, dense, true, best.ap[at], best.pos[at], out.dist_ap + to, out.pos_idx + to);
+        settle(some, loops, head, i, dense, false, best.an[at], best.neg[at], out.dist_an + to, out.neg_idx + to);
+      }
+    });
+  }
   return -1;
 }
 
 template <typename T>
-void triplet_loss(int64_t heads, int64_t n, const T* dist_ap, const T* dist_an, const double* margin, T* loss, T* slope) {
-  const T infinity = std::numeric_limits<T>::infinity();
-  for (int64_t head = 0; head < heads; ++head, dist_ap += n, dist_an += n, slope += n) {
+void triplet_loss(int64_t heads, int64_t n, const Mined<T>& mined, const double* margin, T* loss, T* slope) {
+  for (int64_t head = 0; head < heads; ++head, slope += n) {
     double sum = 0;
     int64_t count = 0;
     for (int64_t i = 0; i < n; ++i) {
+      const int64_t at = head * n + i;
       slope[i] = 0;
-      if (dist_ap[i] == -infinity || dist_an[i] == infinity) continue;
+      if (mined.pos_idx[at] < 0 || mined.neg_idx[at] < 0) continue;
       ++count;
-      const double gap = double(dist_ap[i]) - double(dist_an[i]) + (margin ? *margin : 0);
+      const double gap = double(mined.dist_ap[at]) - double(mined.dist_an[at]) + (margin ? *margin : 0);
       if (std::isnan(gap)) {
         sum = gap, slope[i] = T(gap);
       } else if (margin) {
@@ -349,10 +365,11 @@ void batch_hard_backward(const Features<T>& x, const Mined<T>& mined, const T* g
         const T* anchor = x.anchors + at * x.d;
         const T* candidate = x.candidates + (head * x.m + partner) * x.d;
         T *to_anchor = of_anchors + i * x.d, *to_candidate = of_candidates + partner * x.d;
-        const T unit = T(1) / dist;  // infinite for the smallest distances: those divide
+        const T unit = T(1) / dist;
+        const bool divide = !std::isnormal(unit);  // of the smallest and largest distances
         for (int64_t k = from; k < to; ++k) {
           const T difference = anchor[k] - candidate[k];
-          const T pull = (std::isinf(unit) ? difference / dist : difference * unit) * grad;
+          const T pull = (divide ? difference / dist : difference * unit) * grad;
           to_anchor[k] += pull;
           to_candidate[k] -= pull;
         }
@@ -370,7 +387,7 @@ void batch_hard_backward(const Features<T>& x, const Mined<T>& mined, const T* g
 
 #define INSTANTIATE(T)                                                                                                          \
   template int64_t batch_hard(const Features<T>&, const int64_t*, const int64_t*, const Mined<T>&, int, const Parallel&);      \
-  template void triplet_loss(int64_t, int64_t, const T*, const T*, const double*, T*, T*);                                     \
+  template void triplet_loss(int64_t, int64_t, const Mined<T>&, const double*, T*, T*);                                        \
   template void batch_hard_backward(const Features<T>&, const Mined<T>&, const T*, const T*, const T*, T*, T*, const Parallel&);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -33,10 +33,10 @@ int64_t batch_hard(const Features<T>& x, const int64_t* labels, const int64_t* c
 
 // loss: (heads), the mean over anchors with both a positive and a negative; slope: (heads, n), ∂loss/∂dist_ap = −∂loss/∂dist_an.
 template <typename T>
-void triplet_loss(int64_t heads, int64_t n, const T* dist_ap, const T* dist_an, const double* margin, T* loss, T* slope);
+void triplet_loss(int64_t heads, int64_t n, const Mined<T>& mined, const double* margin, T* loss, T* slope);
 
 // Gradients of Σ grad_ap·dist_ap + grad_an·dist_an. With a slope (heads, n) the two are grad_ap[head]·slope and its negative,
-// and grad_an is not read. grad_candidates is grad_anchors where the anchors are their own candidates.
+// and grad_an is not read. Indices are below m, or −1. grad_candidates is grad_anchors where the anchors are their own candidates.
 template <typename T>
 void batch_hard_backward(const Features<T>& x, const Mined<T>& mined, const T* grad_ap, const T* grad_an, const T* slope,
                          T* grad_anchors, T* grad_candidates, const Parallel& parallel);

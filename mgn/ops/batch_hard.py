@@ -21,8 +21,9 @@ def batch_hard(anchors, labels, candidates=None, candidate_labels=None):
     """Each anchor's farthest candidate of its own label and nearest of another, by Euclidean distance (not squared).
 
     An anchor counts among its own positives, at distance 0, where it is among the candidates. Of equal distances the lowest
-    index is taken. Distances are measured on the selected pairs from the differences of features, so they do not cancel
-    between near duplicates far from the origin, and are differentiable, with gradient 0 at distance 0. Memory is O(N·D + M·D).
+    index is taken. Distances are measured on the selected pairs from the differences of features, so they do not cancel between
+    near duplicates far from the origin. The pair is the hardest to within a relative 1e-5 in float32 (on CUDA for D up to 4096).
+    dist_ap and dist_an are differentiable, once, with gradient 0 at distance 0. Memory is O(N·D + M·D).
 
     Args:
         anchors: (..., N, D) float16, bfloat16, float32 or float64; leading dimensions are heads, mined separately in one call.
@@ -52,8 +53,8 @@ def batch_hard_triplet_loss(anchors, labels, margin=0.3, candidates=None, candid
         ValueError: as batch_hard; a margin that is no finite number.
     """
     _check(anchors, labels, candidates, candidate_labels)
-    if margin is not None and not math.isfinite(margin):
-        raise ValueError(f'want a finite margin, or None for the soft margin, got {margin}')
+    if margin is not None and (isinstance(margin, torch.Tensor) or not math.isfinite(margin)):
+        raise ValueError(f'want a finite number as margin, or None for the soft margin, got {margin}; it gets no gradient')
     return torch.ops.mgn.batch_hard_triplet_loss.default(anchors, labels, candidates, candidate_labels, margin)[0]
 
 
@@ -81,8 +82,6 @@ def _check(anchors, labels, candidates, candidate_labels):
         if features.device != anchors.device or integers.device != anchors.device:
             raise ValueError(f'want {name} and {of_labels} on {anchors.device}, where the anchors are, got {features.device} and '
                              f'{integers.device}; move them with .to()')
-        if features.shape[-2] >= 2**31:
-            raise ValueError(f'want fewer than 2³¹ {name}, got {features.shape[-2]}; mine in parts')
         if features.dtype != anchors.dtype or features.shape[:-2] != anchors.shape[:-2] or features.shape[-1] != anchors.shape[-1]:
             raise ValueError(f'want candidates like the anchors but for their number, {tuple(anchors.shape)}, {anchors.dtype}, got '
                              f'{tuple(features.shape)}, {features.dtype}; cast or expand one of them')
@@ -129,23 +128,23 @@ def _mine(anchors, labels, candidates, candidate_labels, with_loss, margin):
     """(loss, slope, dist_ap, dist_an, pos_idx, neg_idx); slope is ∂loss/∂dist_ap = −∂loss/∂dist_an."""
     x, labels = heads_first(anchors), labels.to(torch.int64).contiguous()
     y, candidate_labels = (None, None) if candidates is None else (heads_first(candidates), candidate_labels.to(torch.int64).contiguous())
+    if max(len(labels), len(labels if y is None else candidate_labels)) >= 2**31:
+        raise ValueError(f'want fewer than 2³¹ rows, got {len(labels)} anchors; mine in parts')
     compiled = kernels(x.device)
     if compiled is None:
         if x.device.type == 'cpu':
             _refuse_odd_rows(anchors, candidates)
         mined = batch_hard_reference(x, labels, *((x, labels) if y is None else (y, candidate_labels)))
-        loss, slope = triplet_loss_reference(*mined[:2], margin) if with_loss else (None, None)
-    else:
-        heads, n, _ = x.shape
-        mined = [torch.empty(heads, n, dtype=dtype, device=x.device) for dtype in (wide(x.dtype), wide(x.dtype), torch.int64, torch.int64)]
-        loss, slope = (mined[0].new_empty(heads), torch.empty_like(mined[0])) if with_loss else (None, None)
-        if compiled.batch_hard.default(x, labels, y, candidate_labels, *mined, loss, slope, margin) >= 0:
-            _refuse_odd_rows(anchors, candidates)
-    results = loss, slope, *mined
-    if anchors.dim() != 3:
+        loss, slope = triplet_loss_reference(*mined, margin) if with_loss else (None, None)
         heads = anchors.shape[:-2]
-        results = [tensor if tensor is None else tensor.view(heads + tensor.shape[1:]) for tensor in results]
-    return tuple(results)
+        return tuple(None if tensor is None else tensor.reshape(heads + tensor.shape[1:]).clone() for tensor in (loss, slope, *mined))
+    # Made in the shape to return: a view could not be changed in place.
+    mined = [torch.empty(anchors.shape[:-1], dtype=dtype, device=x.device) for dtype in (wide(x.dtype), wide(x.dtype), torch.int64, torch.int64)]
+    loss, slope = (mined[0].new_empty(anchors.shape[:-2]), torch.empty_like(mined[0])) if with_loss else (None, None)
+    if compiled.batch_hard.default(x, labels, y, candidate_labels, *mined, loss, slope, margin) >= 0:
+        _refuse_odd_rows(anchors, candidates)
+        raise ValueError('want finite features, got NaN or infinity, which another thread has overwritten since; mine a clone')
+    return loss, slope, *mined
 
 
 def _refuse_odd_rows(anchors, candidates):
@@ -161,24 +160,32 @@ def batch_hard_reference(anchors, labels, candidates, candidate_labels):
     """batch_hard by its definition, in float64 (float32 on devices without it), some anchors at a time."""
     dtype = torch.float32 if anchors.device.type == 'mps' else torch.float64
     x, y = (rows.to(dtype).masked_fill(~rows.isfinite().all(-1, keepdim=True), torch.nan) for rows in (anchors, candidates))
+    unit = power_of_two(x, y)  # squares of what is near 1 stay in range
+    x, y = x / unit, y / unit
     tiles = []
     for some, of_labels in zip(x.split(256, dim=1), labels.split(256)):
-        dist = torch.cdist(some, y, compute_mode='donot_use_mm_for_euclid_dist')                     # (heads, 256, M)
+        dist = torch.cdist(some, y, compute_mode='donot_use_mm_for_euclid_dist') * unit              # (heads, 256, M)
         positive = of_labels[:, None] == candidate_labels
         # One more column stands for "none", behind all others.
         dist_ap, pos_idx = F.pad(dist.masked_fill(~positive, -torch.inf), (0, 1), value=-torch.inf).max(-1)
         dist_an, neg_idx = F.pad(dist.masked_fill(positive, torch.inf), (0, 1), value=torch.inf).min(-1)
         odd = some.isnan().any(-1)
         dist_ap, dist_an = dist_ap.masked_fill(odd, torch.nan), dist_an.masked_fill(odd, torch.nan)
-        tiles.append((dist_ap, dist_an, pos_idx.masked_fill(dist_ap.isnan() | (dist_ap == -torch.inf), -1),
-                      neg_idx.masked_fill(dist_an.isnan() | (dist_an == torch.inf), -1)))
+        tiles.append((dist_ap, dist_an, pos_idx.masked_fill(dist_ap.isnan() | ~positive.any(-1), -1),
+                      neg_idx.masked_fill(dist_an.isnan() | positive.all(-1), -1)))
     dist_ap, dist_an, pos_idx, neg_idx = (torch.cat(parts, dim=1) for parts in zip(*tiles))
     return dist_ap.to(wide(anchors.dtype)), dist_an.to(wide(anchors.dtype)), pos_idx, neg_idx
 
 
-def triplet_loss_reference(dist_ap, dist_an, margin):
-    """(heads, N) distances → loss (heads,) and its slope (heads, N)."""
-    pair = (dist_ap != -torch.inf) & (dist_an != torch.inf)
+def power_of_two(*tensors):
+    """About the largest finite magnitude in them, exact to divide by; 1 where there is none."""
+    largest = torch.stack([F.pad(tensor.abs().nan_to_num(0, 0, 0).flatten(), (0, 1)).amax() for tensor in tensors]).amax()
+    return torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), torch.frexp(largest)[1] - 1), 1)
+
+
+def triplet_loss_reference(dist_ap, dist_an, pos_idx, neg_idx, margin):
+    """The mined pairs (heads, N) → loss (heads,) and its slope (heads, N)."""
+    pair = ((pos_idx >= 0) & (neg_idx >= 0)) | dist_ap.isnan() | dist_an.isnan()
     share = 1 / pair.sum(-1, keepdim=True).clamp(min=1).to(dist_ap.dtype)
     if margin is None:
         gap = dist_ap - dist_an
@@ -211,13 +218,13 @@ def _batch_hard_backward(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx
     return grad_anchors, grad_anchors.new_empty(0) if y is None else grad_candidates.view_as(candidates).to(candidates.dtype)
 
 
-def pairs_by_candidate(pos_idx, neg_idx, m, scanned=4096):
+def pairs_by_candidate(pos_idx, neg_idx, m, scanned=2**24):
     """The mined pairs of each candidate, as the CUDA kernel gathers them: entries (heads, 2N) sorted by candidate, offsets (heads, M + 1).
 
-    Entry e < N stands for anchor e and its positive, N + e for e and its negative. (None, None) up to `scanned` anchors a head:
-    looking through all of them costs the kernel less than sorting.
+    Entry e < N stands for anchor e and its positive, N + e for e and its negative. (None, None) up to `scanned` anchors × candidates
+    of a head: looking through all pairs costs the kernel less than sorting them.
     """
-    if pos_idx.shape[1] <= scanned:
+    if pos_idx.shape[1] * m <= scanned:
         return None, None
     candidates, entries = torch.cat((pos_idx, neg_idx), dim=1).sort(dim=1, stable=True)
     bounds = torch.arange(m + 1, device=candidates.device).expand(len(candidates), -1)
@@ -226,16 +233,19 @@ def pairs_by_candidate(pos_idx, neg_idx, m, scanned=4096):
 
 def backward_reference(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx, grad_ap, grad_an, slope):
     """Gradients of Σ grad_ap·dist_ap + grad_an·dist_an; with a slope of the loss, whose gradient grad_ap (heads,) then is."""
+    # In float64 not for its digits: PyTorch adds float32 rows with atomics on CPUs, in any order.
+    dtype = wide(anchors.dtype) if anchors.device.type == 'mps' else torch.float64
     if slope is not None:
         grad_ap = grad_ap[:, None] * slope
         grad_an = -grad_ap
     heads, m = candidates.shape[:2]
-    padded = F.pad(candidates.to(wide(candidates.dtype)), (0, 0, 0, 1)).flatten(0, 1)  # row M of each head stands for "none"
-    to_anchors, to_candidates = torch.zeros_like(anchors, dtype=padded.dtype), torch.zeros_like(padded)
+    padded = F.pad(candidates.to(dtype), (0, 0, 0, 1)).flatten(0, 1)  # row M of each head stands for "none"
+    to_anchors, to_candidates = torch.zeros_like(anchors, dtype=dtype), torch.zeros_like(padded)
     for dist, idx, grad in ((dist_ap, pos_idx, grad_ap), (dist_an, neg_idx, grad_an)):
         rows = (idx % (m + 1) + torch.arange(heads, device=idx.device)[:, None] * (m + 1)).flatten()
-        difference = anchors.to(padded.dtype) - padded[rows].view_as(to_anchors)
-        pull = (difference / dist[..., None] * grad[..., None]).masked_fill(((idx < 0) | (dist == 0))[..., None], 0)
+        difference = anchors.to(dtype) - padded[rows].view_as(to_anchors)
+        pull = difference / dist[..., None].to(dtype) * grad[..., None].to(dtype)
+        pull = pull.masked_fill(((idx < 0) | (dist == 0) | (grad == 0))[..., None], 0)
         to_anchors += pull.masked_fill(dist.isnan()[..., None], torch.nan)
         to_candidates.index_put_((rows,), -pull.flatten(0, 1), accumulate=True)
     return to_anchors, to_candidates.unflatten(0, (heads, m + 1))[:, :m].contiguous()
@@ -261,7 +271,7 @@ def _(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx, grad_ap, grad_an,
 
 
 class Mining(torch.autograd.Function):
-    """torch.library.register_autograd does the same, at twice the price for a batch of 64."""
+    """Autograd of both operators. (torch.library.register_autograd would do the same, a quarter slower for a batch of 64.)"""
 
     @staticmethod
     def forward(ctx, operator, anchors, labels, candidates, *rest):
@@ -294,3 +304,22 @@ def _(*inputs):
 @torch.library.impl('mgn::batch_hard_triplet_loss', 'Autograd')
 def _(*inputs):
     return Mining.apply(torch.ops.mgn.batch_hard_triplet_loss.default, *inputs)
+
+
+class NoSecondDerivative(torch.autograd.Function):
+    """Without it the gradient of a gradient would be 0 in silence."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.mgn.batch_hard_backward.default(*inputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError('want first derivatives of batch-hard mining, got create_graph=True and a second; there is none: '
+                           'measure distances with torch on the mined indices instead')
+
+
+@torch.library.impl('mgn::batch_hard_backward', 'Autograd')
+def _(*inputs):
+    return NoSecondDerivative.apply(*inputs)

@@ -1,10 +1,12 @@
 """The compiled modules `mgn._C` (CPU) and `mgn._cuda`: loaded where they can be, else the reason why not."""
 
 import functools
+import hashlib
 import importlib
 import importlib.util
 import os
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -25,7 +27,21 @@ def missing(name):
         importlib.import_module(f'mgn.{name}')
     except (ImportError, OSError) as error:
         return f'it does not load: {error}; {REBUILD}'
+    built_from = (torch.ops.mgn_cpu if name == '_C' else torch.ops.mgn_cuda).sources()
+    if sources() not in (None, built_from):
+        return f'csrc/ has changed since it was compiled; {REBUILD}'
+    if name == '_cuda':
+        built, running = torch.ops.mgn_cuda.build(), torch.version.cuda
+        if built.split()[1].split('.')[0] != running.split('.')[0]:
+            return f'it was compiled for {built}, and torch is of CUDA {running}; {REBUILD} beside this torch'
     return None
+
+
+def sources():
+    """The hash that setup.py compiles into the modules, of csrc/ beside an editable install; None without that folder."""
+    folder = Path(__file__).parent.parent.parent / 'csrc'
+    files = sorted(path for path in folder.rglob('*') if path.suffix in ('.h', '.cpp', '.cu'))
+    return hashlib.sha256(b''.join(path.read_bytes() for path in files)).hexdigest()[:16] if files else None
 
 
 @functools.cache
@@ -35,6 +51,8 @@ def _unusable(device):
         return missing('_C')
     if device.type != 'cuda':
         return f'there are no kernels for {device.type}'
+    if not torch.cuda.is_available():
+        return 'torch sees no CUDA device'
     if missing('_cuda'):
         return missing('_cuda')
     return torch.ops.mgn_cuda.unusable(device.index if device.index is not None else torch.cuda.current_device()) or None
