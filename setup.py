@@ -52,7 +52,7 @@ def architectures(home):
 
 def sources_hash():
     """What the modules are compiled from, as mgn.ops.extension.sources sees it beside an editable install."""
-    files = sorted(path for path in Path('csrc').rglob('*') if path.suffix in ('.h', '.cpp', '.cu'))
+    files = sorted(path for path in Path('csrc').rglob('*') if path.suffix in ('.h', '.cuh', '.cpp', '.cu'))
     return hashlib.sha256(b''.join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
@@ -72,12 +72,12 @@ def extensions():
 
     flags = ['-DTORCH_TARGET_VERSION=0x020a000000000000', f'-DMGN_SOURCES="{sources_hash()}"']
     info = f'-DMGN_CUDA_MODULE="{"built" if home else version}"'
-    shared = {'py_limited_api': LIMITED, 'depends': [str(header) for header in Path('csrc').rglob('*.h')]}
+    shared = {'py_limited_api': LIMITED, 'depends': [str(header) for header in Path('csrc').rglob('*.*h')]}
     built = [CppExtension('mgn._C', ['csrc/bindings_cpu.cpp', 'csrc/kernels/batch_hard_cpu.cpp'], **shared,
                           extra_compile_args={'cxx': ['-O3', '-fvisibility=hidden', *flags, info]})]
     if home:
         told = f'-DMGN_CUDA_BUILD="CUDA {version}, {os.environ["TORCH_CUDA_ARCH_LIST"]}"'
-        built.append(CUDAExtension('mgn._cuda', ['csrc/bindings_cuda.cpp', 'csrc/kernels/batch_hard.cu'], **shared,
+        built.append(CUDAExtension('mgn._cuda', ['csrc/bindings_cuda.cpp', *map(str, sorted(Path('csrc/kernels').glob('*.cu')))], **shared,
                                    extra_compile_args={'cxx': ['-O3', '-fvisibility=hidden', '-DUSE_CUDA', *flags, told],
                                                        'nvcc': ['-O3', '-DUSE_CUDA', *flags]}))
     return built, {'build_ext': BuildExtension}

@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from mining import RELATIVE_ERROR, assert_mined, cases, examples, naive, naive_l
 
 from mgn.ops.batch_hard import backward_reference, batch_hard_reference, pairs_by_candidate, triplet_loss_reference
 
-SOURCES = [ROOT / 'csrc/kernels/batch_hard.cu', ROOT / 'tests/cuda_emulator/batch_hard_main.cpp']
+KERNELS = sorted((ROOT / 'csrc/kernels').glob('*.cu'))
+SOURCES = [*KERNELS, ROOT / 'tests/cuda_emulator/batch_hard_main.cpp']
 ORDERS = ['forward', 'reverse', '1', '2', '3']
 
 
@@ -182,7 +184,7 @@ def test_squares_beyond_the_range_of_their_type(kernels, kind):
 
 
 def test_every_line_of_the_kernels_is_run(kernels, tmp_path_factory):
-    """By gcov: each line of the .cu file that compiles to anything."""
+    """By gcov: each line of the .cu and .cuh files that compiles to anything."""
     need('gcov', 'which counts the lines that were run')
     with kernels('coverage') as process:
         run_all(process, SHORT)
@@ -197,12 +199,15 @@ def test_every_line_of_the_kernels_is_run(kernels, tmp_path_factory):
         batch_hard(process, 1e-200 * anchors, labels)
         run_all(process, [(0, 3, 3, torch.float32, 0, 0.3, True, False)])
         folder = process.args[-1].parent
-    done = subprocess.run(['gcov', '--json-format', '--stdout', *folder.glob('*batch_hard.gcda')], capture_output=True, text=True, cwd=folder)
+    done = subprocess.run(['gcov', '--json-format', '--stdout', *folder.glob('*.gcda')], capture_output=True, text=True, cwd=folder)
     runs = {}
-    for file in json.loads(done.stdout)['files']:
-        if file['file'].endswith('batch_hard.cu'):
-            for line in file['lines']:  # once per instantiation of a template
-                runs[line['line_number']] = runs.get(line['line_number'], 0) + line['count']
-    text = SOURCES[0].read_text().splitlines()
-    missed = [f'{number}: {text[number - 1].strip()}' for number, count in sorted(runs.items()) if count == 0]
-    assert len(runs) > 100 and not missed, '\n'.join(missed)
+    for said in done.stdout.splitlines():
+        for file in json.loads(said)['files']:
+            if Path(file['file']).suffix in ('.cu', '.cuh'):
+                for line in file['lines']:  # once per instantiation of a template
+                    place = file['file'], line['line_number']
+                    runs[place] = runs.get(place, 0) + line['count']
+    assert {Path(name) for name, _ in runs} >= set(KERNELS) and len(runs) > 200
+    missed = [f'{Path(name).name}:{number}: {Path(name).read_text().splitlines()[number - 1].strip()}'
+              for (name, number), count in sorted(runs.items()) if count == 0]
+    assert not missed, '\n'.join(missed)

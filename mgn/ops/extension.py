@@ -40,7 +40,7 @@ def missing(name):
 def sources():
     """The hash that setup.py compiles into the modules, of csrc/ beside an editable install; None without that folder."""
     folder = Path(__file__).parent.parent.parent / 'csrc'
-    files = sorted(path for path in folder.rglob('*') if path.suffix in ('.h', '.cpp', '.cu'))
+    files = sorted(path for path in folder.rglob('*') if path.suffix in ('.h', '.cuh', '.cpp', '.cu'))
     return hashlib.sha256(b''.join(path.read_bytes() for path in files)).hexdigest()[:16] if files else None
 
 

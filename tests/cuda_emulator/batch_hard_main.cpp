@@ -1,4 +1,4 @@
-// Cases from standard input through the launchers of batch_hard.cu, results to standard output; both raw, in the order below.
+// Cases from standard input through the launchers of batch_hard.h, results to standard output; both raw, in the order below.
 // Each array is an allocation of its own, so that AddressSanitizer sees its ends, and results start as 0xAB bytes.
 #include <unistd.h>
 

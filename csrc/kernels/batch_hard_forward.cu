@@ -1,17 +1,11 @@
-// Batch-hard mining on CUDA, forward in one launch and backward in one, whatever the size.
+// Batch-hard mining on CUDA, forward: one launch, whatever the size.
 //
-// Forward: a block owns 16 or 64 anchors of a head and passes over all candidates, 64 at a time, as a matrix product would:
-// slices of both in shared memory, a register tile a thread. It sums (x − y)² where a product sums x·y, so nothing cancels
-// between near duplicates and nothing has to be measured again. Then it mines the tile in registers; the distances never
-// reach memory. At the end each warp settles anchors: it measures the selected pairs in double, and selects anew in double
-// where squares left the range of their type. The last block of a head to finish sums that head's loss in a fixed order.
-//
-// Backward: a warp owns 128 columns of one row of a gradient and gathers, in a fixed order, the mined pairs that the row is
-// part of. No atomics on floating point anywhere: the same input gives the same bits.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "batch_hard.h"
+// A block owns 16 or 64 anchors of a head and passes over all candidates, 64 at a time, as a matrix product would: slices of
+// both in shared memory, a register tile a thread. It sums (x − y)² where a product sums x·y, so nothing cancels between near
+// duplicates and nothing has to be measured again. Then it mines the tile in registers; the distances never reach memory. At
+// the end each warp settles anchors: it measures the selected pairs in double, and selects anew in double where squares left
+// the range of their type. The last block of a head to finish sums that head's loss in a fixed order.
+#include "batch_hard_types.cuh"
 
 namespace mgn {
 namespace {
@@ -19,36 +13,6 @@ namespace {
 constexpr int kThreads = 256, kSide = 16;  // a block is 16 × 16 threads
 constexpr int kColumns = 64, kColumnsPerThread = kColumns / kSide;
 constexpr int kDepth = 32;  // dimensions in shared memory; summed apart, then added: bounds the rounding
-constexpr unsigned kWarp = 0xffffffffu;
-constexpr int64_t kMostBlocks = 0x7fffffff;
-
-template <typename T>
-struct Arithmetic {
-  using type = float;
-};
-template <>
-struct Arithmetic<double> {
-  using type = double;
-};
-template <typename T>
-using Wide = typename Arithmetic<T>::type;
-
-__device__ float widen(float x) { return x; }
-__device__ double widen(double x) { return x; }
-__device__ float widen(__half x) { return __half2float(x); }
-__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-template <typename T>
-__device__ T narrow(Wide<T> x) {
-  return x;
-}
-template <>
-__device__ __half narrow<__half>(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
 
 template <typename C>
 struct alignas(16) Four {  // read from shared memory in one instruction, or two
@@ -58,10 +22,6 @@ struct alignas(16) Four {  // read from shared memory in one instruction, or two
 // Squares outside (tiny, infinity) may have left the range of C.
 template <typename C>
 constexpr C kTiny = C(sizeof(C) == 4 ? 0x1p-80 : 0x1p-900);
-template <typename C>
-__device__ constexpr C infinity() {
-  return C(HUGE_VAL);
-}
 enum : unsigned { kPositiveOutOfRange = 1, kNegativeTiny = 2, kNegativeOutOfRange = 4 };
 
 // The hardest pair so far, by squared distance; of equals the lower index. Index −1: none yet.
@@ -93,12 +53,6 @@ struct Best {
     if (other_an < an || (other_an == an && unsigned(other_neg) < unsigned(neg))) an = other_an, neg = other_neg;
   }
 };
-
-template <typename V>
-__device__ V sum_over_warp(V value) {
-  for (int distance = 16; distance; distance /= 2) value += __shfl_xor_sync(kWarp, value, distance);
-  return value;
-}
 
 template <typename T>
 __device__ bool warp_finds_all_finite(const T* row, int64_t d) {
@@ -307,87 +261,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(Wide<T>) == 8 ? 1 : 2) mine(F
 }
 
 template <typename T>
-struct Backward {
-  int64_t heads, n, m, d;
-  bool own;
-  const T *anchors, *candidates;
-  const Wide<T>*dist_ap, *dist_an;
-  const int64_t *pos_idx, *neg_idx;
-  const Wide<T>*grad_ap, *grad_an, *slope;
-  const int64_t *entries, *offsets;
-  T *grad_anchors, *grad_candidates;
-};
-
-constexpr int kColumnsPerLane = 4, kColumnsPerWarp = 32 * kColumnsPerLane;
-
-// One warp's 128 columns of one row of the gradient.
-template <typename T>
-struct Gathered {
-  using C = Wide<T>;
-  const Backward<T>& b;
-  int64_t head, from;
-  C sum[kColumnsPerLane] = {};
-
-  // The mined pair of anchor i adds its pull on the anchor (side +1), or on its partner (side −1).
-  __device__ void add(int64_t i, bool positive, C side) {
-    const int64_t at = head * b.n + i, partner = (positive ? b.pos_idx : b.neg_idx)[at];
-    const C dist = (positive ? b.dist_ap : b.dist_an)[at];
-    const C grad = b.slope ? (positive ? b.grad_ap[head] : -b.grad_ap[head]) * b.slope[at] : (positive ? b.grad_ap : b.grad_an)[at];
-    if (isnan(dist)) {  // it has no partner, and its own gradient is no number
-#pragma unroll
-      for (int c = 0; c < kColumnsPerLane; ++c) sum[c] = dist;
-    }
-    if (partner < 0 || partner >= b.m || dist == 0 || grad == 0) return;  // at distance 0 the gradient is 0
-    const T *x = b.anchors + at * b.d, *y = b.candidates + (head * b.m + partner) * b.d;
-#pragma unroll
-    for (int c = 0; c < kColumnsPerLane; ++c) {
-      const int64_t k = from + c * 32 + threadIdx.x % 32;
-      if (k < b.d) sum[c] += side * ((widen(x[k]) - widen(y[k])) / dist * grad);
-    }
-  }
-};
-
-template <typename T>
-__global__ void __launch_bounds__(128, 6) gather(Backward<T> b) {
-  const int lane = threadIdx.x % 32;
-  const int64_t slices = (b.d + kColumnsPerWarp - 1) / kColumnsPerWarp, rows = b.own ? b.n : b.n + b.m;
-  const int64_t warp = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
-  if (warp >= b.heads * rows * slices) return;
-  const int64_t head = warp / (rows * slices), row = warp / slices % rows, from = warp % slices * kColumnsPerWarp;
-  const bool anchor = row < b.n, candidate = b.own || !anchor;
-  const int64_t j = b.own ? row : row - b.n;
-
-  Gathered<T> gathered{b, head, from};
-  if (anchor) {
-    gathered.add(row, true, 1);
-    gathered.add(row, false, 1);
-  }
-  if (candidate && b.entries) {
-    const int64_t* offsets = b.offsets + head * (b.m + 1) + j;
-    for (int64_t e = offsets[0]; e < offsets[1]; ++e) {
-      const int64_t entry = b.entries[head * 2 * b.n + e];
-      gathered.add(entry % b.n, entry < b.n, -1);
-    }
-  } else if (candidate) {
-    for (int64_t first = 0; first < 2 * b.n; first += 32) {
-      const int64_t entry = first + lane;
-      bool mine = false;
-      if (entry < 2 * b.n) mine = (entry < b.n ? b.pos_idx[head * b.n + entry] : b.neg_idx[head * b.n + entry - b.n]) == j;
-      for (unsigned found = __ballot_sync(kWarp, mine); found; found &= found - 1) {
-        const int64_t which = first + __ffs(found) - 1;
-        gathered.add(which % b.n, which < b.n, -1);
-      }
-    }
-  }
-  T* out = anchor ? b.grad_anchors + (head * b.n + row) * b.d : b.grad_candidates + (head * b.m + j) * b.d;
-#pragma unroll
-  for (int c = 0; c < kColumnsPerLane; ++c) {
-    const int64_t k = from + c * 32 + lane;
-    if (k < b.d) out[k] = narrow<T>(gathered.sum[c]);
-  }
-}
-
-template <typename T>
 cudaError_t forward(const BatchHard& x, const int64_t* labels, const int64_t* candidate_labels, const TripletLoss& t,
                     int anchors_per_block, cudaStream_t stream) {
   using C = Wide<T>;
@@ -406,48 +279,15 @@ cudaError_t forward(const BatchHard& x, const int64_t* labels, const int64_t* ca
   return blocks > kMostBlocks ? cudaErrorInvalidConfiguration : cudaLaunchKernelEx(&launch, rows == 64 ? mine<T, 4> : mine<T, 1>, f);
 }
 
-template <typename T>
-cudaError_t backward(const BatchHard& x, const MinedGradient& g, cudaStream_t stream) {
-  using C = Wide<T>;
-  const Backward<T> b = {x.heads, x.n, x.m, x.d, x.own, static_cast<const T*>(x.anchors), static_cast<const T*>(x.candidates),
-                         static_cast<const C*>(x.dist_ap), static_cast<const C*>(x.dist_an), x.pos_idx, x.neg_idx,
-                         static_cast<const C*>(g.grad_ap), static_cast<const C*>(g.grad_an), static_cast<const C*>(g.slope), g.entries,
-                         g.offsets, static_cast<T*>(g.grad_anchors), static_cast<T*>(g.grad_candidates)};
-  const int64_t rows = x.own ? x.n : x.n + x.m;
-  const int64_t warps = x.heads * rows * ((x.d + kColumnsPerWarp - 1) / kColumnsPerWarp);
-  const int64_t blocks = (warps + 3) / 4;
-  cudaLaunchConfig_t launch = {};
-  launch.gridDim = dim3(unsigned(blocks));
-  launch.blockDim = dim3(128);
-  launch.stream = stream;
-  if (blocks > kMostBlocks) return cudaErrorInvalidConfiguration;
-  return blocks == 0 ? cudaSuccess : cudaLaunchKernelEx(&launch, gather<T>, b);
-}
-
 }  // namespace
 
 cudaError_t batch_hard_forward(const BatchHard& x, const int64_t* labels, const int64_t* candidate_labels, const TripletLoss& triplet,
                                int anchors_per_block, cudaStream_t stream) {
   if (x.heads * x.n == 0)  // no anchors: losses of 0
     return triplet.loss ? cudaMemsetAsync(triplet.loss, 0, x.heads * (x.type == FeatureType::float64 ? 8 : 4), stream) : cudaSuccess;
-  const auto run = x.type == FeatureType::float32   ? forward<float>
-                   : x.type == FeatureType::float64 ? forward<double>
-                   : x.type == FeatureType::float16 ? forward<__half>
-                                                    : forward<__nv_bfloat16>;
-  return run(x, labels, candidate_labels, triplet, anchors_per_block, stream);
-}
-
-cudaError_t batch_hard_backward(const BatchHard& x, const MinedGradient& gradient, cudaStream_t stream) {
-  const auto run = x.type == FeatureType::float32   ? backward<float>
-                   : x.type == FeatureType::float64 ? backward<double>
-                   : x.type == FeatureType::float16 ? backward<__half>
-                                                    : backward<__nv_bfloat16>;
-  return run(x, gradient, stream);
-}
-
-cudaError_t batch_hard_loads() {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, gather<float>);
+  return with_type(x.type, [&](auto element) {
+    return forward<decltype(element)>(x, labels, candidate_labels, triplet, anchors_per_block, stream);
+  });
 }
 
 }  // namespace mgn

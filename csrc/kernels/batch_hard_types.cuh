@@ -1,0 +1,64 @@
+// What the forward and the backward kernel of batch-hard mining share. For .cu files.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "batch_hard.h"
+
+namespace mgn {
+namespace {
+
+constexpr unsigned kWarp = 0xffffffffu;
+constexpr int64_t kMostBlocks = 0x7fffffff;
+
+template <typename T>
+struct Arithmetic {
+  using type = float;
+};
+template <>
+struct Arithmetic<double> {
+  using type = double;
+};
+template <typename T>
+using Wide = typename Arithmetic<T>::type;
+
+__device__ float widen(float x) { return x; }
+__device__ double widen(double x) { return x; }
+__device__ float widen(__half x) { return __half2float(x); }
+__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <typename T>
+__device__ T narrow(Wide<T> x) {
+  return x;
+}
+template <>
+__device__ __half narrow<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+template <typename C>
+__device__ constexpr C infinity() {
+  return C(HUGE_VAL);
+}
+template <typename V>
+__device__ V sum_over_warp(V value) {
+  for (int distance = 16; distance; distance /= 2) value += __shfl_xor_sync(kWarp, value, distance);
+  return value;
+}
+
+// Calls run with a value of the features' type.
+template <typename Run>
+cudaError_t with_type(FeatureType type, Run run) {
+  switch (type) {
+    case FeatureType::float32: return run(float());
+    case FeatureType::float64: return run(double());
+    case FeatureType::float16: return run(__half());
+    default: return run(__nv_bfloat16());
+  }
+}
+
+}  // namespace
+}  // namespace mgn
