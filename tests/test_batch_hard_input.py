@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from mining import TYPES, random_features, random_labels
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mgn.ops import batch_hard, batch_hard_triplet_loss
 
@@ -29,8 +30,9 @@ X, LABELS = torch.ones(3, 8, 4), torch.zeros(8, dtype=torch.int64)
     ((X, LABELS, X.half(), LABELS), 'want candidates like the anchors .* torch.float16; cast'),
     ((X, LABELS, X, LABELS[:2]), r'want candidate_labels of shape \(8,\)'),
     ((X, LABELS, X, LABELS.to(torch.uint64)), 'want labels and candidate_labels both uint64 or neither'),
-    ((X, LABELS, X.to('meta'), LABELS), 'want candidates and candidate_labels on cpu, where the anchors are, got meta and cpu; move'),
-    ((X, LABELS.to('meta')), 'want anchors and labels on cpu'),
+    ((X, LABELS, X.to('meta'), LABELS), 'want candidate_labels on meta, where the candidates are, got cpu; move'),
+    ((X, LABELS, X.to('meta'), LABELS.to('meta')), 'want candidates on cpu, where the anchors are, got meta; move'),
+    ((X, LABELS.to('meta')), 'want labels on cpu, where the anchors are, got meta; move'),
 ])
 def test_what_does_not_go_together_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -135,6 +137,22 @@ def test_torch_compile_takes_the_loss_in_one_graph(device):
         loss.backward()
         results.append((loss.detach(), anchors.grad))
     assert all(torch.equal(*pair) for pair in zip(*results))
+
+
+@pytest.mark.parametrize('mode', ['real', 'fake', 'symbolic'])
+def test_a_tracer_sees_the_operators(device, mode):
+    """Forward and backward: eager calls may take a shortcut, traced ones must not."""
+    anchors, labels = random_features(2, 20, 8, device=device), random_labels(20, device=device)
+
+    def step(anchors, labels):
+        anchors = anchors.detach().requires_grad_()
+        return torch.autograd.grad(batch_hard_triplet_loss(anchors, labels).sum(), anchors)[0]
+
+    graph = make_fx(step, tracing_mode=mode)(anchors, labels)
+    called = {str(node.target) for node in graph.graph.nodes}
+    assert {'mgn.batch_hard_triplet_loss.default', 'mgn.batch_hard_backward.default'} <= called
+    other = random_features(2, 20, 8, seed=1, device=device)
+    assert torch.equal(graph(other, labels), step(other, labels)) and not torch.equal(graph(other, labels), step(anchors, labels))
 
 
 def test_raw_operators_refuse_what_would_touch_memory_that_is_not_theirs():

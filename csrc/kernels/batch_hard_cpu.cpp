@@ -31,6 +31,7 @@ struct Loops {
   void (*add_squares)(const T* const* anchors, const T* panel, int64_t from, int64_t to, T* dist2);
   bool (*any_better)(const T* dist2, const int32_t* panel_labels, int32_t label, T best_an, const T* panel_an, bool both);
   double (*squares)(const T* x, const T* y, int64_t d);
+  void (*pull)(const T* anchor, const T* candidate, T dist, T grad, int64_t from, int64_t to, T* to_anchor, T* to_candidate);
 };
 
 }  // namespace
@@ -91,13 +92,15 @@ struct DenseLabels {
 
   DenseLabels(const int64_t* labels, int64_t n, const int64_t* candidate_labels, int64_t m, int64_t padded)
       : anchors(n), candidates(padded, -1) {
+    const bool own = labels == candidate_labels;
     std::vector<int64_t> values(labels, labels + n);
-    values.insert(values.end(), candidate_labels, candidate_labels + m);
+    if (!own) values.insert(values.end(), candidate_labels, candidate_labels + m);
     std::sort(values.begin(), values.end());
     values.erase(std::unique(values.begin(), values.end()), values.end());
     const auto rank = [&](int64_t label) { return int32_t(std::lower_bound(values.begin(), values.end(), label) - values.begin()); };
     std::transform(labels, labels + n, anchors.begin(), rank);
-    std::transform(candidate_labels, candidate_labels + m, candidates.begin(), rank);
+    own ? std::copy(anchors.begin(), anchors.end(), candidates.begin())
+        : std::transform(candidate_labels, candidate_labels + m, candidates.begin(), rank);
   }
 };
 
@@ -347,6 +350,7 @@ void triplet_loss(int64_t heads, int64_t n, const Mined<T>& mined, const double*
 template <typename T>
 void batch_hard_backward(const Features<T>& x, const Mined<T>& mined, const T* grad_ap, const T* grad_an, const T* slope,
                          T* grad_anchors, T* grad_candidates, const Parallel& parallel) {
+  const Loops<T>& loops = loops_of(usable()[0], T());
   constexpr int64_t kColumns = 64 / sizeof(T);  // a cache line
   const int64_t slices = round_up(x.d, kColumns) / kColumns;
   const auto backward = [&](int64_t head, int64_t from, int64_t to) {
@@ -362,17 +366,8 @@ void batch_hard_backward(const Features<T>& x, const Mined<T>& mined, const T* g
         const T grad = slope ? (positive ? grad_ap[head] * slope[at] : -grad_ap[head] * slope[at]) : (positive ? grad_ap : grad_an)[at];
         if (std::isnan(dist)) std::fill(of_anchors + i * x.d + from, of_anchors + i * x.d + to, dist);
         if (partner < 0 || !(dist > 0) || grad == 0) continue;
-        const T* anchor = x.anchors + at * x.d;
-        const T* candidate = x.candidates + (head * x.m + partner) * x.d;
-        T *to_anchor = of_anchors + i * x.d, *to_candidate = of_candidates + partner * x.d;
-        const T unit = T(1) / dist;
-        const bool divide = !std::isnormal(unit);  // of the smallest and largest distances
-        for (int64_t k = from; k < to; ++k) {
-          const T difference = anchor[k] - candidate[k];
-          const T pull = (divide ? difference / dist : difference * unit) * grad;
-          to_anchor[k] += pull;
-          to_candidate[k] -= pull;
-        }
+        loops.pull(x.anchors + at * x.d, x.candidates + (head * x.m + partner) * x.d, dist, grad, from, to, of_anchors + i * x.d,
+                   of_candidates + partner * x.d);
       }
     }
   };

@@ -74,8 +74,27 @@ TARGET double squares(const T* x, const T* y, int64_t d) {
   return total;
 }
 
+// What a mined pair pulls with: the unit vector from candidate to anchor, times grad.
 template <typename T>
-constexpr Loops<T> kLoops{GROUP, kWidth<T>, add_squares<T>, any_better<T>, squares<T>};
+TARGET void pull(const T* anchor, const T* candidate, T dist, T grad, int64_t from, int64_t to, T* to_anchor, T* to_candidate) {
+  const T unit = T(1) / dist;
+  if (std::isnormal(unit)) {
+    for (int64_t k = from; k < to; ++k) {
+      const T change = (anchor[k] - candidate[k]) * unit * grad;
+      to_anchor[k] += change;
+      to_candidate[k] -= change;
+    }
+  } else {  // of the smallest and the largest distances
+    for (int64_t k = from; k < to; ++k) {
+      const T change = (anchor[k] - candidate[k]) / dist * grad;
+      to_anchor[k] += change;
+      to_candidate[k] -= change;
+    }
+  }
+}
+
+template <typename T>
+constexpr Loops<T> kLoops{GROUP, kWidth<T>, add_squares<T>, any_better<T>, squares<T>, pull<T>};
 
 }  // namespace SET
 }  // namespace mgn
