@@ -60,7 +60,7 @@ def main():
     if nvcc is None:
         sys.exit('no nvcc on PATH')
     told = compile_all(nvcc)
-    architectures = list(dict.fromkeys(architecture for architecture, _, _ in told))
+    architectures = sorted({architecture for architecture, _, _ in told}, key=int)
     kernels = readable(sorted({name for _, name, _ in told}))
     release = re.search(r'release ([\d.]+)', subprocess.run([nvcc, '--version'], capture_output=True, text=True).stdout)[1]
     print(f'nvcc {release}; registers a thread (shared memory of a block, bytes)\n')
