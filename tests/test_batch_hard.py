@@ -11,9 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from mining import RELATIVE_ERROR, TYPES, assert_mined, cases, examples, naive, naive_loss, random_features, random_labels
 
-from mgn.ops import batch_hard, batch_hard_triplet_loss, extension
-
-operations = sys.modules['mgn.ops.batch_hard']  # the module: mgn.ops.batch_hard is the function
+from mgn.ops import batch_hard, batch_hard_triplet_loss, extension, triplet
 
 IMPLEMENTATIONS = ['compiled', 'reference']
 if extension.missing('_C') is None:
@@ -25,7 +23,7 @@ def implementation(request, monkeypatch, device):
     """Each way to run an operation on the device that is tested."""
     name = request.param
     if name == 'reference':
-        monkeypatch.setattr(operations, 'kernels', lambda device: None)
+        monkeypatch.setattr(triplet, 'kernels', lambda device: None)
     elif name == 'compiled':
         assert extension.kernels(torch.device(device)) is not None, extension.implementation(device)
     elif device != 'cpu':
@@ -35,7 +33,7 @@ def implementation(request, monkeypatch, device):
         compiled = torch.ops.mgn_cpu
         narrowed = SimpleNamespace(batch_hard=SimpleNamespace(default=functools.partial(compiled.batch_hard, instruction_set=number)),
                                    batch_hard_backward=compiled.batch_hard_backward)
-        monkeypatch.setattr(operations, 'kernels', lambda device: narrowed)
+        monkeypatch.setattr(triplet, 'kernels', lambda device: narrowed)
     return name
 
 
@@ -244,7 +242,7 @@ def test_strided_expanded_and_narrow_inputs_are_taken(implementation, device, le
     assert_mined(batch_hard(constant, labels[::2]), constant, labels[::2])
 
 
-@pytest.mark.parametrize('dtype', sorted(operations.INTEGERS, key=str))
+@pytest.mark.parametrize('dtype', sorted(triplet.INTEGERS, key=str))
 def test_labels_of_any_integer_type_are_taken(implementation, device, dtype):
     anchors, largest = random_features(6, 3, device=device), torch.iinfo(dtype).max
     labels = torch.tensor([0, largest, 0, largest, 1, 2], dtype=dtype).to(device)

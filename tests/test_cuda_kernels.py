@@ -12,7 +12,7 @@ from emulation import FLAGS, ROOT, TYPES, batch_hard, compile_for_emulator, fini
 from hypothesis import HealthCheck, given, settings
 from mining import RELATIVE_ERROR, assert_mined, cases, examples, naive, naive_loss, random_features, random_labels
 
-from mgn.ops.batch_hard import backward_reference, batch_hard_reference, pairs_by_candidate, triplet_loss_reference
+from mgn.ops.triplet import backward_reference, batch_hard_reference, pairs_by_candidate, triplet_loss_reference
 
 KERNELS = sorted((ROOT / 'csrc/kernels').glob('*.cu'))
 SOURCES = [*KERNELS, ROOT / 'tests/cuda_emulator/batch_hard_main.cpp']
