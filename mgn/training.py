@@ -99,7 +99,8 @@ def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=
                 losses = train_step(model, optimizer, augmentation, batch, device, precision, clip_gradient_norm)
             except ValueError as error:  # on the CPU mining refuses features that are not finite
                 check_finite(model, meter, step, output_dir)  # an earlier loss, or a weight, says more
-                raise ValueError(f'{error} (step {step}; {last_good(output_dir)})') from None
+                what = str(error).split('\n  In call to configurable')[0]
+                raise ValueError(f'{what} (step {step}; {last_good(output_dir)})') from None
             meter.add(losses, step)
             step += 1
             if is_due(step, log_every, total_steps):

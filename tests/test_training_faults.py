@@ -50,6 +50,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(market, tmp_
     assert checkpoint.load(str(last))['step'] == 7
 
 
+def test_features_that_are_not_finite_stop_the_run_at_once_and_name_the_step(market, tmp_path, monkeypatch):
+    calls, real = [], training.mgn_losses
+
+    def spoilt(output, labels):
+        calls.append(0)
+        return real(output._replace(embeddings=output.embeddings * (torch.nan if len(calls) == 4 else 1)), labels)
+
+    monkeypatch.setattr(training, 'mgn_losses', spoilt)
+    with pytest.raises(ValueError, match='want finite anchors, got nan in head 0, row 0, .*\(step 3; the last good checkpoint is .*last.pth'):
+        train(market, tmp_path, 'train.log_every = 99')
+    assert len(calls) == 4
+
+
 def test_the_first_bad_step_is_remembered_until_the_losses_are_read(tmp_path):
     checkpoint.save(str(tmp_path / 'last.pth'), {'step': 2})
     meter = training.Meter()
