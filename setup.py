@@ -4,9 +4,9 @@ Both use LibTorch's stable ABI and Python's limited API, so one build serves tor
 No GPU is needed. Environment variables: CUDA_HOME, TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), MGN_CUDA=0 (CPU module only).
 """
 
-import hashlib
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -50,12 +50,6 @@ def architectures(home):
     return ';'.join(known) + '+PTX'
 
 
-def sources_hash():
-    """What the modules are compiled from, as mgn.ops.extension.sources sees it beside an editable install."""
-    files = sorted(path for path in Path('csrc').rglob('*') if path.suffix in ('.h', '.cuh', '.cpp', '.cu'))
-    return hashlib.sha256(b''.join(path.read_bytes() for path in files)).hexdigest()[:16]
-
-
 def extensions():
     """What can be built here; why not the rest is said once, and remembered by mgn._C for `python -m mgn.ops`."""
     compiler = (os.environ.get('CXX') or sysconfig.get_config_var('CXX') or 'c++').split()[0]
@@ -70,7 +64,8 @@ def extensions():
         print(f'mgn: building without the CUDA module: {version}', file=sys.stderr)
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    flags = ['-DTORCH_TARGET_VERSION=0x020a000000000000', f'-DMGN_SOURCES="{sources_hash()}"']
+    sources = runpy.run_path('mgn/ops/extension.py')['sources']()  # as it will be compared
+    flags = ['-DTORCH_TARGET_VERSION=0x020a000000000000', f'-DMGN_SOURCES="{sources}"']
     info = f'-DMGN_CUDA_MODULE="{"built" if home else version}"'
     shared = {'py_limited_api': LIMITED, 'depends': [str(header) for header in Path('csrc').rglob('*.*h')]}
     built = [CppExtension('mgn._C', ['csrc/bindings_cpu.cpp', 'csrc/kernels/batch_hard_cpu.cpp'], **shared,

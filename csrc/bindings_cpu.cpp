@@ -46,25 +46,25 @@ mgn::Mined<T> mined(const Tensor& dist_ap, const Tensor& dist_an, const Tensor& 
 }
 
 template <typename T>
-int64_t forward(const Tensor& anchors, const Tensor& labels, const std::optional<Tensor>& candidates,
-                const std::optional<Tensor>& candidate_labels, const Tensor& dist_ap, const Tensor& dist_an, const Tensor& pos_idx, const Tensor& neg_idx,
-                const std::optional<Tensor>& loss, const std::optional<Tensor>& slope, std::optional<double> margin, int64_t set) {
+bool forward(const Tensor& anchors, const Tensor& labels, const std::optional<Tensor>& candidates,
+             const std::optional<Tensor>& candidate_labels, const Tensor& dist_ap, const Tensor& dist_an, const Tensor& pos_idx,
+             const Tensor& neg_idx, const std::optional<Tensor>& loss, const std::optional<Tensor>& slope, std::optional<double> margin, int64_t set) {
   STD_TORCH_CHECK(0 <= set && set < mgn::instruction_sets(), "mgn_cpu: no instruction set ", set);
   STD_TORCH_CHECK(!loss == !slope && !candidates == !candidate_labels, "mgn_cpu: want both of a pair of arguments, or neither");
   const auto x = features<T>(anchors, candidates);
   const auto out = mined<T>(dist_ap, dist_an, pos_idx, neg_idx, x.heads * x.n);
   const Tensor& of_candidates = candidate_labels ? *candidate_labels : labels;
-  const int64_t odd = mgn::batch_hard(x, pointer<int64_t>(labels, ScalarType::Long, x.n),
+  const bool finite = mgn::batch_hard(x, pointer<int64_t>(labels, ScalarType::Long, x.n),
                                       pointer<int64_t>(of_candidates, ScalarType::Long, x.m), out, int(set), parallel);
-  if (odd < 0 && loss)
+  if (finite && loss)
     mgn::triplet_loss(x.heads, x.n, out, margin ? &*margin : nullptr, pointer<T>(*loss, kType<T>, x.heads),
                       pointer<T>(*slope, kType<T>, x.heads * x.n));
-  return odd;
+  return finite;
 }
 
-int64_t batch_hard(Tensor anchors, Tensor labels, std::optional<Tensor> candidates, std::optional<Tensor> candidate_labels,
-                   Tensor dist_ap, Tensor dist_an, Tensor pos_idx, Tensor neg_idx, std::optional<Tensor> loss,
-                   std::optional<Tensor> slope, std::optional<double> margin, int64_t set) {
+bool batch_hard(Tensor anchors, Tensor labels, std::optional<Tensor> candidates, std::optional<Tensor> candidate_labels,
+                Tensor dist_ap, Tensor dist_an, Tensor pos_idx, Tensor neg_idx, std::optional<Tensor> loss,
+                std::optional<Tensor> slope, std::optional<double> margin, int64_t set) {
   const auto run = anchors.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
   return run(anchors, labels, candidates, candidate_labels, dist_ap, dist_an, pos_idx, neg_idx, loss, slope, margin, set);
 }
@@ -110,7 +110,7 @@ STABLE_TORCH_LIBRARY(mgn_cpu, m) {
   m.def(
       "batch_hard(Tensor anchors, Tensor labels, Tensor? candidates, Tensor? candidate_labels, Tensor(a!) dist_ap, "
       "Tensor(b!) dist_an, Tensor(c!) pos_idx, Tensor(d!) neg_idx, Tensor(e!)? loss, Tensor(f!)? slope, float? margin, "
-      "int instruction_set=0) -> int");
+      "int instruction_set=0) -> bool");
   m.def(
       "batch_hard_backward(Tensor anchors, Tensor? candidates, Tensor dist_ap, Tensor dist_an, Tensor pos_idx, Tensor neg_idx, "
       "Tensor grad_ap, Tensor? grad_an, Tensor? slope, Tensor(a!) grad_anchors, Tensor(b!) grad_candidates) -> ()");

@@ -65,9 +65,9 @@ void check(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "mgn_cuda: ", cudaGetErrorString(error));
 }
 
-int64_t batch_hard(Tensor anchors, Tensor labels, std::optional<Tensor> candidates, std::optional<Tensor> candidate_labels,
-                   Tensor dist_ap, Tensor dist_an, Tensor pos_idx, Tensor neg_idx, std::optional<Tensor> loss,
-                   std::optional<Tensor> slope, std::optional<double> margin) {
+bool batch_hard(Tensor anchors, Tensor labels, std::optional<Tensor> candidates, std::optional<Tensor> candidate_labels,
+                Tensor dist_ap, Tensor dist_an, Tensor pos_idx, Tensor neg_idx, std::optional<Tensor> loss,
+                std::optional<Tensor> slope, std::optional<double> margin) {
   const torch::stable::accelerator::DeviceGuard guard(anchors.get_device_index());
   STD_TORCH_CHECK(!loss == !slope && !candidates == !candidate_labels, "mgn_cuda: want both of a pair of arguments, or neither");
   const auto x = mining(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx);
@@ -76,7 +76,7 @@ int64_t batch_hard(Tensor anchors, Tensor labels, std::optional<Tensor> candidat
                                     static_cast<int*>(finished.data_ptr()), !margin, margin.value_or(0)};
   check(mgn::batch_hard_forward(x, indices(labels, anchors, x.n), indices(candidate_labels ? *candidate_labels : labels, anchors, x.m),
                                 triplet, 0, current_stream(anchors)));
-  return -1;  // whether features are finite is not known here: a CPU kernel's word, and worth no waiting
+  return true;  // as far as is known without waiting: features that are not finite show as NaN
 }
 
 void batch_hard_backward(Tensor anchors, std::optional<Tensor> candidates, Tensor dist_ap, Tensor dist_an, Tensor pos_idx,
@@ -117,7 +117,7 @@ std::string sources() { return MGN_SOURCES; }
 STABLE_TORCH_LIBRARY(mgn_cuda, m) {
   m.def(
       "batch_hard(Tensor anchors, Tensor labels, Tensor? candidates, Tensor? candidate_labels, Tensor(a!) dist_ap, "
-      "Tensor(b!) dist_an, Tensor(c!) pos_idx, Tensor(d!) neg_idx, Tensor(e!)? loss, Tensor(f!)? slope, float? margin) -> int");
+      "Tensor(b!) dist_an, Tensor(c!) pos_idx, Tensor(d!) neg_idx, Tensor(e!)? loss, Tensor(f!)? slope, float? margin) -> bool");
   m.def(
       "batch_hard_backward(Tensor anchors, Tensor? candidates, Tensor dist_ap, Tensor dist_an, Tensor pos_idx, Tensor neg_idx, "
       "Tensor grad_ap, Tensor? grad_an, Tensor? slope, Tensor? entries, Tensor? offsets, Tensor(a!) grad_anchors, "

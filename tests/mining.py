@@ -89,6 +89,11 @@ def random_labels(n, classes=4, seed=0, device='cpu'):
     return torch.randint(classes, (n,), generator=torch.Generator().manual_seed(seed)).to(device)
 
 
+def random_candidates(heads, m, width, dtype=torch.float32, classes=4, device='cpu'):
+    """(features, labels) of M candidates; () for m None: none, so the anchors are their own."""
+    return () if m is None else (random_features(*heads, m, width, dtype=dtype, seed=1, device=device), random_labels(m, classes, 1, device))
+
+
 def examples(usual):
     """How many random cases hypothesis tries: `make long` asks for 10 times the usual."""
     return usual * int(os.environ.get('MGN_TIMES', 1))

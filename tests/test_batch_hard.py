@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from mining import RELATIVE_ERROR, TYPES, assert_mined, cases, examples, naive, naive_loss, random_features, random_labels
+from mining import (RELATIVE_ERROR, TYPES, assert_mined, cases, examples, naive, naive_loss, random_candidates, random_features,
+                    random_labels)
 
 from mgn.ops import batch_hard, batch_hard_triplet_loss, extension, triplet
 
@@ -42,8 +43,7 @@ def implementation(request, monkeypatch, device):
 @pytest.mark.parametrize('m', [None, 1, 70])
 def test_mining_equals_the_loop_over_pairs(implementation, device, dtype, heads, n, width, m):
     anchors, labels = random_features(*heads, n, width, dtype=dtype, device=device), random_labels(n, device=device)
-    candidates = () if m is None else (random_features(*heads, m, width, dtype=dtype, seed=1, device=device),
-                                       random_labels(m, seed=1, device=device))
+    candidates = random_candidates(heads, m, width, dtype, device=device)
     assert_mined(batch_hard(anchors, labels, *candidates), anchors, labels, *candidates)
 
 
@@ -51,7 +51,7 @@ def test_mining_equals_the_loop_over_pairs(implementation, device, dtype, heads,
 @pytest.mark.parametrize('m', [None, 300])
 def test_large_batches_equal_the_loop_over_pairs(implementation, device, n, m):
     anchors, labels = random_features(3, n, 40, device=device), random_labels(n, 20, device=device)
-    candidates = () if m is None else (random_features(3, m, 40, seed=1, device=device), random_labels(m, 20, seed=1, device=device))
+    candidates = random_candidates((3,), m, 40, classes=20, device=device)
     assert_mined(batch_hard(anchors, labels, *candidates), anchors, labels, *candidates)
 
 
@@ -104,8 +104,7 @@ def test_the_error_of_long_sums_stays_within_1e_5(implementation, device, width)
 @pytest.mark.parametrize('m', [None, 20])
 def test_loss_equals_the_loop_over_triplets(implementation, device, dtype, margin, m):
     anchors, labels = random_features(3, 33, 17, dtype=dtype, device=device), random_labels(33, device=device)
-    candidates = () if m is None else (random_features(3, m, 17, dtype=dtype, seed=1, device=device),
-                                       random_labels(m, 5, seed=1, device=device))
+    candidates = random_candidates((3,), m, 17, dtype, 5, device)
     got = batch_hard_triplet_loss(anchors, labels, margin, *candidates)
     assert got.shape == (3,) and got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     expected = naive_loss(*naive(anchors, labels, *candidates)[:2], margin)
@@ -161,8 +160,9 @@ def gradients(anchors, labels, margin, candidates=None, candidate_labels=None):
 def test_gradients_equal_those_of_the_mined_pairs(implementation, device, dtype, margin, m):
     anchors = random_features(2, 24, 150, dtype=dtype, device=device).requires_grad_()
     labels = random_labels(24, device=device)
-    candidates = () if m is None else (random_features(2, m, 150, dtype=dtype, seed=1, device=device).requires_grad_(),
-                                       random_labels(m, seed=1, device=device))
+    candidates = random_candidates((2,), m, 150, dtype, device=device)
+    for features in candidates[:1]:
+        features.requires_grad_()
     batch_hard_triplet_loss(anchors, labels, margin, *candidates).sum().backward()
     got = [x.grad for x in (anchors, *candidates[:1])]
     assert all(grad.dtype == dtype for grad in got)

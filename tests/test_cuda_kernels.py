@@ -10,7 +10,7 @@ import pytest
 import torch
 from emulation import FLAGS, ROOT, TYPES, batch_hard, compile_for_emulator, finish, need, start
 from hypothesis import HealthCheck, given, settings
-from mining import RELATIVE_ERROR, assert_mined, cases, examples, naive, naive_loss, random_features, random_labels
+from mining import RELATIVE_ERROR, assert_mined, cases, examples, naive, naive_loss, random_candidates, random_features, random_labels
 
 from mgn.ops.triplet import backward_reference, batch_hard_reference, pairs_by_candidate, triplet_loss_reference
 
@@ -69,8 +69,7 @@ def check(process, anchors, labels, candidates=(), margin=0.3, with_loss=True, e
 
 def features_of(n, m, width, dtype, heads=2, classes=4):
     """Anchors, labels and (candidates, their labels), or () for m None."""
-    candidates = () if m is None else (random_features(heads, m, width, dtype=dtype, seed=1), random_labels(m, classes, seed=1))
-    return random_features(heads, n, width, dtype=dtype), random_labels(n, classes), candidates
+    return random_features(heads, n, width, dtype=dtype), random_labels(n, classes), random_candidates((heads,), m, width, dtype, classes)
 
 
 # anchors, candidates, dimensions: around the sizes of tiles (16 or 64 anchors, 64 candidates, 32 dimensions, 128 columns a warp)

@@ -42,7 +42,6 @@ cudaError_t batch_hard_forward(const BatchHard& mining, const int64_t* labels, c
                                int anchors_per_block, cudaStream_t stream);
 cudaError_t batch_hard_backward(const BatchHard& mining, const MinedGradient& gradient, cudaStream_t stream);
 
-
 // Whether this build has code for the current device.
 cudaError_t batch_hard_loads();
 

@@ -19,6 +19,7 @@ struct Backward {
   T *grad_anchors, *grad_candidates;
 };
 
+constexpr int kWarps = 4;  // of a block
 constexpr int kColumnsPerLane = 4, kColumnsPerWarp = 32 * kColumnsPerLane;
 
 // One warp's 128 columns of one row of the gradient.
@@ -49,10 +50,10 @@ struct Gathered {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(128, 6) gather(Backward<T> b) {
+__global__ void __launch_bounds__(32 * kWarps, 6) gather(Backward<T> b) {
   const int lane = threadIdx.x % 32;
   const int64_t slices = (b.d + kColumnsPerWarp - 1) / kColumnsPerWarp, rows = b.own ? b.n : b.n + b.m;
-  const int64_t warp = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+  const int64_t warp = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (warp >= b.heads * rows * slices) return;
   const int64_t head = warp / (rows * slices), row = warp / slices % rows, from = warp % slices * kColumnsPerWarp;
   const bool anchor = row < b.n, candidate = b.own || !anchor;
@@ -97,13 +98,7 @@ cudaError_t backward(const BatchHard& x, const MinedGradient& g, cudaStream_t st
                          g.offsets, static_cast<T*>(g.grad_anchors), static_cast<T*>(g.grad_candidates)};
   const int64_t rows = x.own ? x.n : x.n + x.m;
   const int64_t warps = x.heads * rows * ((x.d + kColumnsPerWarp - 1) / kColumnsPerWarp);
-  const int64_t blocks = (warps + 3) / 4;
-  cudaLaunchConfig_t launch = {};
-  launch.gridDim = dim3(unsigned(blocks));
-  launch.blockDim = dim3(128);
-  launch.stream = stream;
-  if (blocks > kMostBlocks) return cudaErrorInvalidConfiguration;
-  return blocks == 0 ? cudaSuccess : cudaLaunchKernelEx(&launch, gather<T>, b);
+  return launch(gather<T>, (warps + kWarps - 1) / kWarps, 32 * kWarps, stream, b);
 }
 
 }  // namespace

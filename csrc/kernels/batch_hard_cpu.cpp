@@ -6,6 +6,7 @@
 #include "batch_hard_cpu.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -105,24 +106,14 @@ struct DenseLabels {
 };
 
 template <typename T>
-bool all_finite(const T* row, int64_t d) {
-  int odd = 0;
-  for (int64_t k = 0; k < d; ++k) odd |= !(std::abs(row[k]) <= std::numeric_limits<T>::max());
-  return odd == 0;
-}
-
-template <typename T>
-int64_t first_not_finite(const T* rows, int64_t count, int64_t d, const Parallel& parallel) {
-  std::mutex mutex;
-  int64_t first = count;
+bool all_finite(const T* rows, int64_t count, int64_t d, const Parallel& parallel) {
+  std::atomic<bool> finite = true;
   parallel(count, std::max<int64_t>(1, kGrain / std::max<int64_t>(d, 1)), [&](int64_t begin, int64_t end) {
-    int64_t row = begin;
-    while (row < end && all_finite(rows + row * d, d)) ++row;
-    if (row == end) return;
-    std::lock_guard<std::mutex> lock(mutex);
-    first = std::min(first, row);
+    int odd = 0;
+    for (int64_t k = begin * d; k < end * d; ++k) odd |= !(std::abs(rows[k]) <= std::numeric_limits<T>::max());
+    if (odd) finite = false;
   });
-  return first == count ? -1 : first;
+  return finite;
 }
 
 struct Aligned {
@@ -290,13 +281,11 @@ int instruction_sets() { return int(usable().size()); }
 const char* instruction_set_name(int index) { return usable()[index].name; }
 
 template <typename T>
-int64_t batch_hard(const Features<T>& x, const int64_t* labels, const int64_t* candidate_labels, const Mined<T>& out,
-                   int instruction_set, const Parallel& parallel) {
+bool batch_hard(const Features<T>& x, const int64_t* labels, const int64_t* candidate_labels, const Mined<T>& out,
+                int instruction_set, const Parallel& parallel) {
   const Loops<T>& loops = loops_of(usable()[instruction_set], T());
-  const int64_t odd_anchor = first_not_finite(x.anchors, x.heads * x.n, x.d, parallel);
-  if (odd_anchor >= 0) return odd_anchor;
-  const int64_t odd_candidate = x.own ? -1 : first_not_finite(x.candidates, x.heads * x.m, x.d, parallel);
-  if (odd_candidate >= 0) return x.heads * x.n + odd_candidate;
+  if (!all_finite(x.anchors, x.heads * x.n, x.d, parallel)) return false;
+  if (!x.own && !all_finite(x.candidates, x.heads * x.m, x.d, parallel)) return false;
 
   const int64_t padded = round_up(x.m, loops.width), rows = std::max(x.n, padded);
   const DenseLabels dense(labels, x.n, candidate_labels, x.m, padded);
@@ -317,7 +306,7 @@ int64_t batch_hard(const Features<T>& x, const int64_t* labels, const int64_t* c
       }
     });
   }
-  return -1;
+  return true;
 }
 
 template <typename T>
@@ -381,7 +370,7 @@ void batch_hard_backward(const Features<T>& x, const Mined<T>& mined, const T* g
 }
 
 #define INSTANTIATE(T)                                                                                                          \
-  template int64_t batch_hard(const Features<T>&, const int64_t*, const int64_t*, const Mined<T>&, int, const Parallel&);      \
+  template bool batch_hard(const Features<T>&, const int64_t*, const int64_t*, const Mined<T>&, int, const Parallel&);         \
   template void triplet_loss(int64_t, int64_t, const Mined<T>&, const double*, T*, T*);                                        \
   template void batch_hard_backward(const Features<T>&, const Mined<T>&, const T*, const T*, const T*, T*, T*, const Parallel&);
 INSTANTIATE(float)

@@ -26,10 +26,10 @@ struct Mined {  // (heads, n) each
 int instruction_sets();
 const char* instruction_set_name(int index);
 
-// Returns −1, or the flat row (anchors first, then candidates) of the first NaN or infinite feature; nothing is written then.
+// Returns whether all features are finite; where not, nothing is written.
 template <typename T>
-int64_t batch_hard(const Features<T>& x, const int64_t* labels, const int64_t* candidate_labels, const Mined<T>& out,
-                   int instruction_set, const Parallel& parallel);
+bool batch_hard(const Features<T>& x, const int64_t* labels, const int64_t* candidate_labels, const Mined<T>& out,
+                int instruction_set, const Parallel& parallel);
 
 // loss: (heads), the mean over anchors with both a positive and a negative; slope: (heads, n), ∂loss/∂dist_ap = −∂loss/∂dist_an.
 template <typename T>

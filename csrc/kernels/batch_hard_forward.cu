@@ -271,12 +271,7 @@ cudaError_t forward(const BatchHard& x, const int64_t* labels, const int64_t* ca
     if (const cudaError_t error = cudaMemsetAsync(t.finished, 0, x.heads * sizeof(int), stream)) return error;
   // 64 at a time make better use of a multiprocessor, once there are enough anchors for a block on each.
   const int64_t rows = anchors_per_block ? anchors_per_block : x.heads * x.n >= 8192 ? 64 : 16;
-  const int64_t blocks = x.heads * ((x.n + rows - 1) / rows);
-  cudaLaunchConfig_t launch = {};
-  launch.gridDim = dim3(unsigned(blocks));
-  launch.blockDim = dim3(kThreads);
-  launch.stream = stream;
-  return blocks > kMostBlocks ? cudaErrorInvalidConfiguration : cudaLaunchKernelEx(&launch, rows == 64 ? mine<T, 4> : mine<T, 1>, f);
+  return launch(rows == 64 ? mine<T, 4> : mine<T, 1>, x.heads * ((x.n + rows - 1) / rows), kThreads, stream, f);
 }
 
 }  // namespace

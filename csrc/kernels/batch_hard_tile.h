@@ -78,18 +78,12 @@ TARGET double squares(const T* x, const T* y, int64_t d) {
 template <typename T>
 TARGET void pull(const T* anchor, const T* candidate, T dist, T grad, int64_t from, int64_t to, T* to_anchor, T* to_candidate) {
   const T unit = T(1) / dist;
-  if (std::isnormal(unit)) {
-    for (int64_t k = from; k < to; ++k) {
-      const T change = (anchor[k] - candidate[k]) * unit * grad;
-      to_anchor[k] += change;
-      to_candidate[k] -= change;
-    }
-  } else {  // of the smallest and the largest distances
-    for (int64_t k = from; k < to; ++k) {
-      const T change = (anchor[k] - candidate[k]) / dist * grad;
-      to_anchor[k] += change;
-      to_candidate[k] -= change;
-    }
+  const bool divide = !std::isnormal(unit);  // of the smallest and the largest distances
+  for (int64_t k = from; k < to; ++k) {
+    const T difference = anchor[k] - candidate[k];
+    const T change = (divide ? difference / dist : difference * unit) * grad;
+    to_anchor[k] += change;
+    to_candidate[k] -= change;
   }
 }
 

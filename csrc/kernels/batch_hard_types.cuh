@@ -9,7 +9,6 @@ namespace mgn {
 namespace {
 
 constexpr unsigned kWarp = 0xffffffffu;
-constexpr int64_t kMostBlocks = 0x7fffffff;
 
 template <typename T>
 struct Arithmetic {
@@ -43,10 +42,23 @@ template <typename C>
 __device__ constexpr C infinity() {
   return C(HUGE_VAL);
 }
+
 template <typename V>
 __device__ V sum_over_warp(V value) {
   for (int distance = 16; distance; distance /= 2) value += __shfl_xor_sync(kWarp, value, distance);
   return value;
+}
+
+// Nothing to launch is no error.
+template <typename Argument>
+cudaError_t launch(void (*kernel)(Argument), int64_t blocks, int threads, cudaStream_t stream, const Argument& argument) {
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, argument);
 }
 
 // Calls run with a value of the features' type.

@@ -111,7 +111,7 @@ def wide(dtype):
 
 def heads_first(features):
     """(..., rows, D) → (heads, rows, D), contiguous, in a type that the kernels of its device read."""
-    if features.dim() != 3:  # a tenth of a small batch's time goes into what needs no doing
+    if features.dim() != 3:
         features = features.reshape(math.prod(features.shape[:-2]), *features.shape[-2:])
     if features.dtype in (torch.float16, torch.bfloat16) and features.device.type == 'cpu':
         features = features.float()
@@ -140,13 +140,18 @@ def _mine(anchors, labels, candidates, candidate_labels, with_loss, margin):
         loss, slope = triplet_loss_reference(*mined, margin) if with_loss else (None, None)
         heads = anchors.shape[:-2]
         return tuple(None if tensor is None else tensor.reshape(heads + tensor.shape[1:]).clone() for tensor in (loss, slope, *mined))
-    # Made in the shape to return: a view could not be changed in place.
-    mined = [torch.empty(anchors.shape[:-1], dtype=dtype, device=x.device) for dtype in (wide(x.dtype), wide(x.dtype), torch.int64, torch.int64)]
-    loss, slope = (mined[0].new_empty(anchors.shape[:-2]), torch.empty_like(mined[0])) if with_loss else (None, None)
-    if compiled.batch_hard.default(x, labels, y, candidate_labels, *mined, loss, slope, margin) >= 0:
+    loss, slope, *mined = empty_results(anchors, with_loss)
+    if not compiled.batch_hard.default(x, labels, y, candidate_labels, *mined, loss, slope, margin):
         _refuse_odd_rows(anchors, candidates)
         raise ValueError('want finite features, got NaN or infinity, which another thread has overwritten since; mine a clone')
     return loss, slope, *mined
+
+
+def empty_results(anchors, with_loss):
+    """What _mine returns, to be filled: in the shapes to return, since a view could not be changed in place."""
+    dtype, shape = wide(anchors.dtype), anchors.shape[:-1]
+    loss = (anchors.new_empty(shape[:-1], dtype=dtype), anchors.new_empty(shape, dtype=dtype)) if with_loss else (None, None)
+    return *loss, *(anchors.new_empty(shape, dtype=each) for each in (dtype, dtype, torch.int64, torch.int64))
 
 
 def _refuse_odd_rows(anchors, candidates):
@@ -255,15 +260,12 @@ def backward_reference(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx, 
 
 @torch.library.register_fake('mgn::batch_hard')
 def _(anchors, labels, candidates, candidate_labels):
-    dtypes = (wide(anchors.dtype), wide(anchors.dtype), torch.int64, torch.int64)
-    return tuple(anchors.new_empty(anchors.shape[:-1], dtype=dtype) for dtype in dtypes)
+    return empty_results(anchors, with_loss=False)[2:]
 
 
 @torch.library.register_fake('mgn::batch_hard_triplet_loss')
 def _(anchors, labels, candidates, candidate_labels, margin):
-    loss, slope = (anchors.new_empty(shape, dtype=wide(anchors.dtype)) for shape in (anchors.shape[:-2], anchors.shape[:-1]))
-    dtypes = (wide(anchors.dtype), wide(anchors.dtype), torch.int64, torch.int64)
-    return (loss, slope, *(anchors.new_empty(anchors.shape[:-1], dtype=dtype) for dtype in dtypes))
+    return empty_results(anchors, with_loss=True)
 
 
 @torch.library.register_fake('mgn::batch_hard_backward')
