@@ -68,7 +68,7 @@ def extensions():
     flags = ['-DTORCH_TARGET_VERSION=0x020a000000000000', f'-DMGN_SOURCES="{sources}"']
     info = f'-DMGN_CUDA_MODULE="{"built" if home else version}"'
     shared = {'py_limited_api': LIMITED, 'depends': [str(header) for header in Path('csrc').rglob('*.*h')]}
-    built = [CppExtension('mgn._C', ['csrc/bindings_cpu.cpp', 'csrc/kernels/batch_hard_cpu.cpp'], **shared,
+    built = [CppExtension('mgn._C', ['csrc/bindings_cpu.cpp', *map(str, sorted(Path('csrc/kernels').glob('*.cpp')))], **shared,
                           extra_compile_args={'cxx': ['-O3', '-fvisibility=hidden', *flags, info]})]
     if home:
         told = f'-DMGN_CUDA_BUILD="CUDA {version}, {os.environ["TORCH_CUDA_ARCH_LIST"]}"'

@@ -38,52 +38,17 @@ struct Loops {
 }  // namespace
 }  // namespace mgn
 
-#if defined(__x86_64__)
-#define SET avx512
-#define TARGET __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,fma")))
-#define VECTOR_BYTES 64
-#define GROUP 8
-#include "batch_hard_tile.h"
-#define SET avx2
-#define TARGET __attribute__((target("avx2,fma")))
-#define VECTOR_BYTES 32
-#define GROUP 4
-#include "batch_hard_tile.h"
-#endif
-#define SET baseline
-#define TARGET
-#define VECTOR_BYTES 16
-#define GROUP 4
-#include "batch_hard_tile.h"
+#define LOOPS "batch_hard_tile.h"
+#include "each_instruction_set.h"
 
 namespace mgn {
 namespace {
 
-struct InstructionSet {
-  const char* name;
-  const Loops<float>* narrow;
-  const Loops<double>* wide;
-};
-
-const std::vector<InstructionSet>& usable() {
-  static const std::vector<InstructionSet> sets = [] {
-    std::vector<InstructionSet> found;
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool fma = __builtin_cpu_supports("fma");
-    if (fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw"))
-      found.push_back({"avx512", &avx512::kLoops<float>, &avx512::kLoops<double>});
-    if (fma && __builtin_cpu_supports("avx2")) found.push_back({"avx2", &avx2::kLoops<float>, &avx2::kLoops<double>});
-#endif
-    found.push_back({"baseline", &baseline::kLoops<float>, &baseline::kLoops<double>});
-    return found;
-  }();
-  return sets;
+template <typename T>
+const Loops<T>& loops_of(int instruction_set) {
+  static constexpr const Loops<T>* kAll[] = {OF_EACH_INSTRUCTION_SET(kLoops<T>)};
+  return *kAll[compiled_instruction_set(instruction_set)];
 }
-
-const Loops<float>& loops_of(const InstructionSet& set, float) { return *set.narrow; }
-const Loops<double>& loops_of(const InstructionSet& set, double) { return *set.wide; }
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -277,13 +242,10 @@ void settle(const Features<T>& x, const Loops<T>& loops, int64_t head, int64_t i
 
 }  // namespace
 
-int instruction_sets() { return int(usable().size()); }
-const char* instruction_set_name(int index) { return usable()[index].name; }
-
 template <typename T>
 bool batch_hard(const Features<T>& x, const int64_t* labels, const int64_t* candidate_labels, const Mined<T>& out,
                 int instruction_set, const Parallel& parallel) {
-  const Loops<T>& loops = loops_of(usable()[instruction_set], T());
+  const Loops<T>& loops = loops_of<T>(instruction_set);
   if (!all_finite(x.anchors, x.heads * x.n, x.d, parallel)) return false;
   if (!x.own && !all_finite(x.candidates, x.heads * x.m, x.d, parallel)) return false;
 
@@ -339,7 +301,7 @@ void triplet_loss(int64_t heads, int64_t n, const Mined<T>& mined, const double*
 template <typename T>
 void batch_hard_backward(const Features<T>& x, const Mined<T>& mined, const T* grad_ap, const T* grad_an, const T* slope,
                          T* grad_anchors, T* grad_candidates, const Parallel& parallel) {
-  const Loops<T>& loops = loops_of(usable()[0], T());
+  const Loops<T>& loops = loops_of<T>(0);
   constexpr int64_t kColumns = 64 / sizeof(T);  // a cache line
   const int64_t slices = round_up(x.d, kColumns) / kColumns;
   const auto backward = [&](int64_t head, int64_t from, int64_t to) {

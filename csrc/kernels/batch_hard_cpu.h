@@ -1,12 +1,8 @@
 // Batch-hard mining on the CPU. No torch header: plain pointers, and the caller brings the threads.
 #pragma once
-#include <cstdint>
-#include <functional>
+#include "cpu.h"
 
 namespace mgn {
-
-// Calls work(begin, end) on disjoint ranges that cover 0 … count, each of at least `grain` items where there are as many.
-using Parallel = std::function<void(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& work)>;
 
 template <typename T>
 struct Features {  // row-major
@@ -21,10 +17,6 @@ struct Mined {  // (heads, n) each
   T *dist_ap, *dist_an;
   int64_t *pos_idx, *neg_idx;
 };
-
-// Instruction sets that this build has code for and this CPU runs, fastest first; the last is the compiler's baseline.
-int instruction_sets();
-const char* instruction_set_name(int index);
 
 // Returns whether all features are finite; where not, nothing is written.
 template <typename T>

@@ -1,8 +1,4 @@
-// The inner loops of batch-hard mining, compiled once for each instruction set: no include guard, on purpose. Wants
-//   SET           the namespace
-//   TARGET        the function attribute that switches the instruction set on
-//   VECTOR_BYTES  a register's size
-//   GROUP         anchors of one register tile; divides the candidates of a panel, two registers
+// The inner loops of batch-hard mining, compiled once for each instruction set by each_instruction_set.h: no include guard.
 namespace mgn {
 namespace SET {
 
@@ -15,18 +11,19 @@ template <typename T>
 constexpr int kLanes = VECTOR_BYTES / int(sizeof(T));
 template <typename T>
 constexpr int kWidth = 2 * kLanes<T>;  // candidates of a panel
+constexpr int kGroup = REGISTERS / 4;  // anchors of a register tile, two sums each; divides kWidth
 
 // dist2[r][c] += Σ (candidate c − anchor r)² over dimensions from … to. Differences, not x² + y² − 2xy: nothing cancels, equal
 // rows get equal sums, and the second instruction per element costs less than repairing what cancellation breaks.
 template <typename T>
 TARGET void add_squares(const T* const* anchors, const T* panel, int64_t from, int64_t to, T* dist2) {
   using Lanes = typename Register<T>::type;
-  Lanes sum[GROUP][2] = {};
+  Lanes sum[kGroup][2] = {};
   for (int64_t k = from; k < to; ++k) {
     const Lanes* candidate = reinterpret_cast<const Lanes*>(panel + k * kWidth<T>);
     const Lanes first = candidate[0], second = candidate[1];
 #pragma GCC unroll 8
-    for (int r = 0; r < GROUP; ++r) {
+    for (int r = 0; r < kGroup; ++r) {
       const Lanes x = first - anchors[r][k], y = second - anchors[r][k];
       sum[r][0] += x * x;
       sum[r][1] += y * y;
@@ -34,7 +31,7 @@ TARGET void add_squares(const T* const* anchors, const T* panel, int64_t from, i
   }
   Lanes* out = reinterpret_cast<Lanes*>(dist2);
 #pragma GCC unroll 8
-  for (int r = 0; r < GROUP; ++r) {
+  for (int r = 0; r < kGroup; ++r) {
     out[2 * r] += sum[r][0];
     out[2 * r + 1] += sum[r][1];
   }
@@ -88,12 +85,7 @@ TARGET void pull(const T* anchor, const T* candidate, T dist, T grad, int64_t fr
 }
 
 template <typename T>
-constexpr Loops<T> kLoops{GROUP, kWidth<T>, add_squares<T>, any_better<T>, squares<T>, pull<T>};
+constexpr Loops<T> kLoops{kGroup, kWidth<T>, add_squares<T>, any_better<T>, squares<T>, pull<T>};
 
 }  // namespace SET
 }  // namespace mgn
-
-#undef SET
-#undef TARGET
-#undef VECTOR_BYTES
-#undef GROUP
