@@ -10,6 +10,7 @@
 #include <string>
 
 #include "kernels/batch_hard_cpu.h"
+#include "kernels/ranking_cpu.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -95,6 +96,81 @@ void batch_hard_backward(Tensor anchors, std::optional<Tensor> candidates, Tenso
   run(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx, grad_ap, grad_an, slope, grad_anchors, grad_candidates);
 }
 
+mgn::Rows rows(const Tensor& features) {
+  STD_TORCH_CHECK(features.is_cpu() && features.dim() == 2 && features.scalar_type() == ScalarType::Float &&
+                      (features.size(1) <= 1 || features.stride(1) == 1),
+                  "mgn_cpu: want CPU features (n, D) of float32, contiguous along D; call mgn.ops, which prepares them");
+  return {static_cast<const float*>(features.data_ptr()), features.size(0), features.size(1), features.stride(0)};
+}
+
+void canonical_norms(Tensor features, Tensor norms, int64_t set) {
+  const auto x = rows(features);
+  mgn::canonical_norms(x, pointer<double>(norms, ScalarType::Double, x.count), int(set), parallel);
+}
+
+const int64_t* ids(const Tensor& tensor, int64_t count, int64_t below) {
+  const int64_t* values = pointer<int64_t>(tensor, ScalarType::Long, count);
+  STD_TORCH_CHECK(std::all_of(values, values + count, [&](int64_t i) { return 0 <= i && i < below; }), "mgn_cpu: want indices below ", below);
+  return values;
+}
+
+void canonical_keys(Tensor query, Tensor gallery, Tensor queries, Tensor items, bool cosine, Tensor keys, int64_t set) {
+  const auto q = rows(query), g = rows(gallery);
+  const int64_t pairs = keys.numel();
+  STD_TORCH_CHECK(q.d == g.d, "mgn_cpu: want query and gallery of one width");
+  mgn::canonical_keys(q, g, ids(queries, pairs, q.count), ids(items, pairs, g.count), pairs, cosine,
+                      pointer<double>(keys, ScalarType::Double, pairs), int(set), parallel);
+}
+
+mgn::Matches matches(const Tensor& offsets, const Tensor& keys, const Tensor& items, const Tensor& counts, int64_t queries) {
+  const int64_t m = keys.numel();
+  const int64_t* of = ids(offsets, queries + 1, m + 1);
+  STD_TORCH_CHECK(std::is_sorted(of, of + queries + 1), "mgn_cpu: want ascending offsets");
+  return {of, pointer<double>(keys, ScalarType::Double, m), pointer<int64_t>(items, ScalarType::Long, m),
+          pointer<int64_t>(counts, ScalarType::Long, m)};
+}
+
+mgn::Excluded excluded(const Tensor& order, const Tensor& begin, const Tensor& end, const Tensor& junk, int64_t queries) {
+  const int64_t n = order.numel();
+  return {pointer<int64_t>(order, ScalarType::Long, n), ids(begin, queries, n + 1), ids(end, queries, n + 1),
+          pointer<int64_t>(junk, ScalarType::Long, junk.numel()), junk.numel()};
+}
+
+template <typename T>
+int64_t matrix_stride(const Tensor& matrix, int64_t queries, int64_t items) {
+  STD_TORCH_CHECK(matrix.is_cpu() && matrix.dim() == 2 && matrix.size(0) == queries && matrix.size(1) == items &&
+                      matrix.scalar_type() == kType<T> && (items <= 1 || matrix.stride(1) == 1),
+                  "mgn_cpu: want a CPU matrix (", queries, ", ", items, ") of the agreed type, contiguous along its rows");
+  return matrix.stride(0);
+}
+
+void count_strangers(Tensor query, Tensor gallery, Tensor query_norms, Tensor gallery_norms, bool cosine, int64_t first, Tensor dots, Tensor item_scale,
+                        Tensor item_shift, Tensor level_scale, Tensor level_shift, Tensor error, Tensor offsets, Tensor keys, Tensor items,
+                        Tensor counts, Tensor order, Tensor begin, Tensor end, Tensor junk, Tensor redecided, int64_t set) {
+  const auto q = rows(query), g = rows(gallery);
+  STD_TORCH_CHECK(q.d == g.d, "mgn_cpu: want query and gallery of one width");
+  const mgn::Filter filter = {static_cast<const float*>(dots.data_ptr()), matrix_stride<float>(dots, q.count, g.count),
+                              pointer<float>(item_scale, ScalarType::Float, g.count), pointer<float>(item_shift, ScalarType::Float, g.count),
+                              pointer<double>(level_scale, ScalarType::Double, q.count),
+                              pointer<double>(level_shift, ScalarType::Double, q.count), pointer<double>(error, ScalarType::Double, q.count)};
+  *pointer<int64_t>(redecided, ScalarType::Long, 1) += mgn::count_strangers(
+      q, g, pointer<double>(query_norms, ScalarType::Double, q.count), pointer<double>(gallery_norms, ScalarType::Double, g.count), cosine, first, filter,
+      matches(offsets, keys, items, counts, q.count), excluded(order, begin, end, junk, q.count), int(set), parallel);
+}
+
+template <typename T>
+int64_t count_typed(const Tensor& distances, const Tensor& offsets, const Tensor& keys, const Tensor& items, const Tensor& counts,
+                    const Tensor& order, const Tensor& begin, const Tensor& end, const Tensor& junk, int64_t set) {
+  const int64_t queries = distances.size(0), n = distances.size(1), stride = matrix_stride<T>(distances, queries, n);
+  return mgn::count_in_distances(static_cast<const T*>(distances.data_ptr()), queries, n, stride, matches(offsets, keys, items, counts, queries),
+                                 excluded(order, begin, end, junk, queries), int(set), parallel);
+}
+int64_t count_in_distances(Tensor distances, Tensor offsets, Tensor keys, Tensor items, Tensor counts, Tensor order, Tensor begin, Tensor end,
+                           Tensor junk, int64_t set) {
+  const auto run = distances.scalar_type() == ScalarType::Double ? count_typed<double> : count_typed<float>;
+  return run(distances, offsets, keys, items, counts, order, begin, end, junk, set);
+}
+
 std::string instruction_sets() {
   std::string names;
   for (int i = 0; i < mgn::instruction_sets(); ++i) names += (i ? " " : "") + std::string(mgn::instruction_set_name(i));
@@ -114,6 +190,15 @@ STABLE_TORCH_LIBRARY(mgn_cpu, m) {
   m.def(
       "batch_hard_backward(Tensor anchors, Tensor? candidates, Tensor dist_ap, Tensor dist_an, Tensor pos_idx, Tensor neg_idx, "
       "Tensor grad_ap, Tensor? grad_an, Tensor? slope, Tensor(a!) grad_anchors, Tensor(b!) grad_candidates) -> ()");
+  m.def("canonical_norms(Tensor features, Tensor(a!) norms, int instruction_set=0) -> ()");
+  m.def("canonical_keys(Tensor query, Tensor gallery, Tensor queries, Tensor items, bool cosine, Tensor(a!) keys, int instruction_set=0) -> ()");
+  m.def(
+      "count_strangers(Tensor query, Tensor gallery, Tensor query_norms, Tensor gallery_norms, bool cosine, int first, Tensor dots, Tensor item_scale, "
+      "Tensor item_shift, Tensor level_scale, Tensor level_shift, Tensor error, Tensor offsets, Tensor keys, Tensor items, "
+      "Tensor(a!) counts, Tensor order, Tensor begin, Tensor end, Tensor junk, Tensor(b!) redecided, int instruction_set=0) -> ()");
+  m.def(
+      "count_in_distances(Tensor distances, Tensor offsets, Tensor keys, Tensor items, Tensor(a!) counts, Tensor order, Tensor begin, "
+      "Tensor end, Tensor junk, int instruction_set=0) -> int");
   m.def("instruction_sets() -> str");
   m.def("cuda_module() -> str");
   m.def("sources() -> str");
@@ -122,6 +207,10 @@ STABLE_TORCH_LIBRARY(mgn_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(mgn_cpu, CPU, m) {
   m.impl("batch_hard", TORCH_BOX(&batch_hard));
   m.impl("batch_hard_backward", TORCH_BOX(&batch_hard_backward));
+  m.impl("canonical_norms", TORCH_BOX(&canonical_norms));
+  m.impl("canonical_keys", TORCH_BOX(&canonical_keys));
+  m.impl("count_strangers", TORCH_BOX(&count_strangers));
+  m.impl("count_in_distances", TORCH_BOX(&count_in_distances));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mgn_cpu, CompositeExplicitAutograd, m) {

@@ -1,11 +1,15 @@
 """Images that the tests make themselves, in the layouts of the data sets."""
 
+import functools
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torchvision.io import write_jpeg, write_png
 
 from mgn.images import decode, to_batch
+from mgn.ops import extension
 
 
 def write_image(path, seed, size=(64, 32)):
@@ -47,6 +51,23 @@ def pytest_addoption(parser):
 @pytest.fixture(scope='session')
 def device(request):
     return request.config.getoption('--device')
+
+
+COMPILED = torch.ops.mgn_cpu.instruction_sets().split() if extension.missing('_C') is None else []
+
+
+@pytest.fixture(params=['compiled', *COMPILED[1:], 'reference'])
+def ranking(request, monkeypatch):
+    """Each way to rank on the CPU: compiled for the best instruction set here, for each other, and as reference."""
+    if request.param == 'compiled':
+        assert COMPILED, extension.implementation('cpu')
+    elif request.param == 'reference':
+        monkeypatch.setattr('mgn.ops.ranking.kernels', lambda device: None)
+    else:
+        narrowed = {name: functools.partial(getattr(torch.ops.mgn_cpu, name), instruction_set=COMPILED.index(request.param))
+                    for name in ('canonical_norms', 'canonical_keys', 'count_strangers', 'count_in_distances')}
+        monkeypatch.setattr('mgn.ops.ranking.kernels', lambda device: SimpleNamespace(**narrowed))
+    return request.param
 
 
 @pytest.fixture(scope='session')

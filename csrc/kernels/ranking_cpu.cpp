@@ -1,0 +1,323 @@
+// Retrieval ranks on the CPU: canonical sums, and counting the strangers that lie nearer than a match.
+//
+// A query's matches are levels of similarity, each with the margin by which the filter may err. A row of similarities is taken
+// in chunks that stay in the first cache. What is farther than the farthest match is dropped at once; the rest is compared with
+// the levels from the farthest to the nearest, and dropped further on the way. What lies within a margin goes by its key.
+#include "ranking_cpu.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define KEEP_ROUNDED(vector) asm("" : "+v"(vector))
+#elif defined(__aarch64__)
+#define KEEP_ROUNDED(vector) asm("" : "+w"(vector))
+#else
+#define KEEP_ROUNDED(vector) asm("" : "+m"(vector))
+#endif
+
+namespace mgn {
+namespace {
+
+constexpr int kChunk = 2048;  // similarities at a time
+constexpr int64_t kGrain = 1 << 16;  // elements worth a thread
+
+enum class Term { product, squared_difference, square };
+
+struct SumLoops {
+  void (*products)(const double* x, const float* const* y, int64_t d, double* out);
+  void (*squared_differences)(const double* x, const float* const* y, int64_t d, double* out);
+  void (*squares)(const double*, const float* const* y, int64_t d, double* out);
+  void (*widen)(const float* from, int64_t d, double* to);
+  void (*affine)(const float* dots, const float* scale, const float* shift, int n, float* similarity);
+};
+
+template <typename T>
+struct CountLoops {
+  bool (*negate)(const T* distances, int n, T* similarity);
+  int (*keep)(const T* values, int n, T low, T* kept);
+  void (*count_levels)(const T* values, int n, const T* low, const T* high, int* above, bool* open);
+  int (*find_open)(const T* values, int n, T low, T high, int* positions);
+};
+
+// For each mask of eight, the positions of its bits, then any.
+struct Front {
+  uint8_t of[256][8] = {};
+  constexpr Front() {
+    for (int mask = 0; mask < 256; ++mask)
+      for (int bit = 0, count = 0; bit < 8; ++bit)
+        if (mask >> bit & 1) of[mask][count++] = uint8_t(bit);
+  }
+};
+constexpr Front kFront;
+
+template <typename Mask>
+inline __attribute__((always_inline)) bool all_set(const Mask& mask) {
+  uint64_t words[sizeof(Mask) / 8], all = ~uint64_t(0);
+  std::memcpy(words, &mask, sizeof mask);
+  for (const uint64_t word : words) all &= word;
+  return all == ~uint64_t(0);
+}
+
+}  // namespace
+}  // namespace mgn
+
+#define LOOPS "ranking_loops.h"
+#include "each_instruction_set.h"
+
+namespace mgn {
+namespace {
+
+const SumLoops& sum_loops(int instruction_set) {
+  static constexpr const SumLoops* kAll[] = {OF_EACH_INSTRUCTION_SET(kSumLoops)};
+  return *kAll[compiled_instruction_set(instruction_set)];
+}
+template <typename T>
+const CountLoops<T>& count_loops(int instruction_set) {
+  static constexpr const CountLoops<T>* kAll[] = {OF_EACH_INSTRUCTION_SET(kCountLoops<T>)};
+  return *kAll[compiled_instruction_set(instruction_set)];
+}
+
+// Denormals are numbers while it lives, on this thread: flushed to zero they would change sums.
+class Denormals {
+#if defined(__x86_64__)
+  unsigned saved = _mm_getcsr();
+
+ public:
+  Denormals() { _mm_setcsr(saved & ~0x8040u); }
+  ~Denormals() { _mm_setcsr(saved); }
+#elif defined(__aarch64__)
+  uint64_t saved;
+
+ public:
+  Denormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved));
+    asm volatile("msr fpcr, %0" : : "r"(saved & ~(uint64_t(1) << 24)));
+  }
+  ~Denormals() { asm volatile("msr fpcr, %0" : : "r"(saved)); }
+#endif
+};
+
+// One query and its keys with any rows.
+struct Keys {
+  const SumLoops& loops;
+  const bool cosine;
+  const int64_t d;
+  std::vector<double> query;  // padded with zeros
+  double norm = 0;
+
+  Keys(const SumLoops& loops, bool cosine, int64_t d) : loops(loops), cosine(cosine), d(d), query((d + 15) / 16 * 16) {}
+
+  // y two rows and their norms.
+  void operator()(const float* const* y, const double* norms, double* keys) const {
+    (cosine ? loops.products : loops.squared_differences)(query.data(), y, d, keys);
+    for (int r = 0; r < 2 && cosine; ++r) keys[r] = norm * norms[r] > 0 ? -(keys[r] / (norm * norms[r])) : 0;
+  }
+};
+
+// Counts along one row of similarities, from chunk to chunk. `similarity` fills a chunk, `decide` finds keys.
+template <typename T>
+struct Counting {
+  const CountLoops<T>& loops;
+  alignas(64) T similarity[kChunk + 16], kept[kChunk + 16];
+  std::vector<T> low, high;  // of each match, from the nearest to the farthest: descending
+  std::vector<int> positions, found;
+  std::vector<double> keys;
+
+  explicit Counting(const CountLoops<T>& loops) : loops(loops), positions(kChunk), found(kChunk), keys(kChunk + 1) {}
+
+  // Excluded items as −∞, which is below every level, unless a level reaches there.
+  void exclude(const Excluded& excluded, int64_t q, int64_t first, int n) {
+    const auto all = [&](const int64_t* from, const int64_t* to) {
+      for (const int64_t* item = std::lower_bound(from, to, first); item < to && *item < first + n; ++item)
+        similarity[*item - first] = -std::numeric_limits<T>::infinity();
+    };
+    all(excluded.order + excluded.begin[q], excluded.order + excluded.end[q]);
+    all(excluded.junk, excluded.junk + excluded.junk_count);
+  }
+  static bool is_excluded(const Excluded& excluded, int64_t q, int64_t item) {
+    return std::binary_search(excluded.order + excluded.begin[q], excluded.order + excluded.end[q], item) ||
+           std::binary_search(excluded.junk, excluded.junk + excluded.junk_count, item);
+  }
+
+  // The chunk's n similarities, of items first, first + 1, …; keys_of(positions, count, keys) gives keys.
+  template <typename KeysOf>
+  int64_t count(const Matches& matches, const Excluded& excluded, int64_t q, int64_t first, int n, const KeysOf& keys_of) {
+    const int64_t begin = matches.offsets[q], m = matches.offsets[q + 1] - begin;
+    exclude(excluded, q, first, n);
+    int64_t by_key = 0;
+    int left = loops.keep(similarity, n, low[m - 1], kept);
+    for (int64_t end = m; end > 0 && left > 0; end -= std::min<int64_t>(end, 4)) {
+      const int64_t from = std::max<int64_t>(end - 4, 0);
+      const int group = int(end - from);
+      T lows[4], highs[4];
+      for (int i = 0; i < 4; ++i) lows[i] = low[from + std::min(i, group - 1)], highs[i] = high[from + std::min(i, group - 1)];
+      std::fill(kept + left, kept + left + 16, -std::numeric_limits<T>::infinity());
+      int above[4];
+      bool open[4];
+      loops.count_levels(kept, left, lows, highs, above, open);
+      for (int i = 0; i < group; ++i) {
+        matches.counts[begin + from + i] += above[i];
+        if (open[i]) by_key += decide(matches, excluded, q, begin, from + i, m, first, n, keys_of);
+      }
+      if (from > 0 && above[0] < left / 2) left = loops.keep(kept, left, low[from - 1], kept);
+    }
+    return by_key;
+  }
+
+  // Counts what lies within the margin of level i and of none before; whoever does lies within those of i, i + 1, … up to some other.
+  template <typename KeysOf>
+  int64_t decide(const Matches& matches, const Excluded& excluded, int64_t q, int64_t begin, int64_t i, int64_t m, int64_t first, int n,
+                 const KeysOf& keys_of) {
+    const auto within = [&](T value, int64_t level) { return !(value < low[level]) && !(value > high[level]); };
+    const int all = loops.find_open(similarity, n, low[i], high[i], found.data());
+    int count = 0;
+    for (int f = 0; f < all; ++f) {
+      const T value = similarity[found[f]];
+      if (i > 0 && within(value, i - 1)) continue;
+      if (std::isinf(value) && is_excluded(excluded, q, first + found[f])) continue;
+      positions[count++] = found[f];
+    }
+    keys_of(positions.data(), count, keys.data());
+    for (int p = 0; p < count; ++p) {
+      const int64_t item = first + positions[p];
+      bool before = false;
+      for (int64_t level = i; level < m && within(similarity[positions[p]], level); ++level) {
+        const int64_t match = begin + level;
+        before = before || keys[p] < matches.keys[match] || (keys[p] == matches.keys[match] && item < matches.items[match]);
+        matches.counts[match] += before;
+      }
+    }
+    return count;
+  }
+};
+
+float round_down(double value) {
+  const float nearest = float(value);
+  return nearest > value ? std::nextafter(nearest, -std::numeric_limits<float>::infinity()) : nearest;
+}
+
+}  // namespace
+
+void canonical_norms(const Rows& rows, double* norms, int instruction_set, const Parallel& parallel) {
+  const SumLoops& loops = sum_loops(instruction_set);
+  parallel(rows.count, std::max<int64_t>(2, kGrain / std::max<int64_t>(rows.d, 1)), [&](int64_t begin, int64_t end) {
+    const Denormals denormals;
+    for (int64_t i = begin; i < end; i += 2) {
+      const float* const both[] = {rows[i], rows[std::min(i + 1, end - 1)]};
+      double squares[2];
+      loops.squares(nullptr, both, rows.d, squares);
+      for (int64_t r = i; r < std::min(i + 2, end); ++r) norms[r] = std::sqrt(squares[r - i]);
+    }
+  });
+}
+
+void canonical_keys(const Rows& query, const Rows& gallery, const int64_t* queries, const int64_t* items, int64_t pairs, bool cosine,
+                    double* keys, int instruction_set, const Parallel& parallel) {
+  const SumLoops& loops = sum_loops(instruction_set);
+  parallel(pairs, std::max<int64_t>(2, kGrain / std::max<int64_t>(query.d, 1)), [&](int64_t begin, int64_t end) {
+    const Denormals denormals;
+    Keys keys_of(loops, cosine, query.d);
+    for (int64_t p = begin; p < end;) {
+      if (p == begin || queries[p] != queries[p - 1]) {
+        const float* const row[] = {query[queries[p]], query[queries[p]]};
+        double squares[2];
+        loops.squares(nullptr, row, query.d, squares);
+        keys_of.norm = std::sqrt(squares[0]);
+        loops.widen(row[0], query.d, keys_of.query.data());
+      }
+      const bool two = p + 1 < end && queries[p + 1] == queries[p];
+      const float* const y[] = {gallery[items[p]], gallery[items[p + two]]};
+      double norms[2], both[2];
+      loops.squares(nullptr, y, query.d, norms);
+      for (double& norm : norms) norm = std::sqrt(norm);
+      keys_of(y, norms, both);
+      keys[p] = both[0];
+      if (two) keys[p + 1] = both[1];
+      p += 1 + two;
+    }
+  });
+}
+
+int64_t count_strangers(const Rows& query, const Rows& gallery, const double* query_norms, const double* gallery_norms, bool cosine,
+                        int64_t first,
+                        const Filter& filter, const Matches& matches, const Excluded& excluded, int instruction_set,
+                        const Parallel& parallel) {
+  const SumLoops& loops = sum_loops(instruction_set);
+  std::atomic<int64_t> by_key = 0;
+  parallel(query.count, 1, [&](int64_t begin, int64_t end) {
+    const Denormals denormals;
+    Counting<float> counting(count_loops<float>(instruction_set));
+    Keys keys_of(loops, cosine, query.d);
+    for (int64_t q = begin; q < end; ++q) {
+      const int64_t m = matches.offsets[q + 1] - matches.offsets[q];
+      if (m == 0) continue;
+      counting.low.resize(m);
+      counting.high.resize(m);
+      const bool known = std::isfinite(filter.error[q]);
+      for (int64_t i = 0; i < m; ++i) {
+        const double level = filter.level_scale[q] * matches.keys[matches.offsets[q] + i] + filter.level_shift[q];
+        const double margin = filter.error[q] + std::abs(level) * 0x1p-50;  // and what rounds the level itself
+        const float infinity = std::numeric_limits<float>::infinity();
+        counting.low[i] = known ? round_down(level - margin) : -infinity;
+        counting.high[i] = known ? -round_down(-(level + margin)) : infinity;
+      }
+      bool prepared = false;
+      for (int64_t j = 0; j < gallery.count; j += kChunk) {
+        const int n = int(std::min<int64_t>(kChunk, gallery.count - j));
+        loops.affine(filter.dots + q * filter.stride + j, filter.item_scale + j, filter.item_shift + j, n, counting.similarity);
+        by_key += counting.count(matches, excluded, q, first + j, n, [&](const int* positions, int count, double* keys) {
+          if (!prepared && count) {
+            loops.widen(query[q], query.d, keys_of.query.data());
+            keys_of.norm = query_norms[q];
+            prepared = true;
+          }
+          for (int p = 0; p < count; p += 2) {
+            const int64_t a = j + positions[p], b = j + positions[std::min(p + 1, count - 1)];
+            const float* const y[] = {gallery[a], gallery[b]};
+            const double norms[] = {gallery_norms[a], gallery_norms[b]};
+            keys_of(y, norms, keys + p);
+          }
+        });
+      }
+    }
+  });
+  return by_key;
+}
+
+template <typename T>
+int64_t count_in_distances(const T* distances, int64_t queries, int64_t items, int64_t stride, const Matches& matches,
+                           const Excluded& excluded, int instruction_set, const Parallel& parallel) {
+  const CountLoops<T>& loops = count_loops<T>(instruction_set);
+  std::atomic<int64_t> odd = -1;
+  parallel(queries, std::max<int64_t>(1, kGrain / std::max<int64_t>(items, 1)), [&](int64_t begin, int64_t end) {
+    const Denormals denormals;
+    Counting<T> counting(loops);
+    for (int64_t q = begin; q < end; ++q) {
+      const int64_t offset = matches.offsets[q], m = matches.offsets[q + 1] - offset;
+      counting.low.resize(m);
+      for (int64_t i = 0; i < m; ++i) counting.low[i] = T(-matches.keys[offset + i]);
+      counting.high = counting.low;
+      for (int64_t j = 0; j < items; j += kChunk) {
+        const int n = int(std::min<int64_t>(kChunk, items - j));
+        const T* row = distances + q * stride + j;
+        if (loops.negate(row, n, counting.similarity)) odd = q;
+        if (m == 0) continue;
+        counting.count(matches, excluded, q, j, n, [&](const int* positions, int count, double* keys) {
+          for (int p = 0; p < count; ++p) keys[p] = row[positions[p]];
+        });
+      }
+    }
+  });
+  return odd;
+}
+
+template int64_t count_in_distances(const float*, int64_t, int64_t, int64_t, const Matches&, const Excluded&, int, const Parallel&);
+template int64_t count_in_distances(const double*, int64_t, int64_t, int64_t, const Matches&, const Excluded&, int, const Parallel&);
+
+}  // namespace mgn

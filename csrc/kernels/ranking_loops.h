@@ -1,0 +1,158 @@
+// The inner loops of ranking, compiled once for each instruction set by each_instruction_set.h: no include guard.
+namespace mgn {
+namespace SET {
+
+// Canonical sums, in double: element i goes to sum i mod 16, in ascending order, then sum j takes j + 8, j + 4, j + 2, j + 1.
+typedef double Wide __attribute__((vector_size(VECTOR_BYTES)));
+constexpr int kWideLanes = VECTOR_BYTES / 8, kSums = 16 / kWideLanes;
+typedef float Narrow __attribute__((vector_size(VECTOR_BYTES / 2), aligned(4)));
+
+template <Term term, int rows>
+TARGET inline void add_sixteen(const double* x, const float* const* y, int64_t k, Wide (*sums)[kSums]) {
+#pragma GCC unroll 8
+  for (int part = 0; part < kSums; ++part) {
+    Wide from_x = {};
+    if (term != Term::square) __builtin_memcpy(&from_x, x + k + part * kWideLanes, sizeof from_x);
+#pragma GCC unroll 2
+    for (int r = 0; r < rows; ++r) {
+      const Wide from_y = __builtin_convertvector(*reinterpret_cast<const Narrow*>(y[r] + k + part * kWideLanes), Wide);
+      Wide value = term == Term::square ? from_y * from_y : term == Term::product ? from_x * from_y : from_x - from_y;
+      if (term == Term::squared_difference) {
+        value *= value;
+        KEEP_ROUNDED(value);  // a fused multiply-add would not round it; products of two floats are exact
+      }
+      sums[r][part] += value;
+    }
+  }
+}
+
+// Sums of two rows y, each with x: (d) doubles, padded to a multiple of 16 with zeros; not read for Term::square.
+template <Term term>
+TARGET void canonical_sums(const double* x, const float* const* y, int64_t d, double* out) {
+  Wide sums[2][kSums] = {};
+  int64_t k = 0;
+  for (; k + 16 <= d; k += 16) add_sixteen<term, 2>(x, y, k, sums);
+  if (k < d) {
+    float padded[2][16] = {};
+    for (int r = 0; r < 2; ++r)
+      for (int64_t i = k; i < d; ++i) padded[r][i - k] = y[r][i];
+    const float* const tail[] = {padded[0], padded[1]};
+    add_sixteen<term, 2>(x + k, tail, 0, sums);
+  }
+  for (int r = 0; r < 2; ++r) {
+    double single[16];
+    __builtin_memcpy(single, sums[r], sizeof single);
+    for (int half = 8; half; half /= 2)
+      for (int j = 0; j < half; ++j) single[j] += single[j + half];
+    out[r] = single[0];
+  }
+}
+
+// Returns how many of a register's values are not below low, after it has stored them, and what not behind them.
+#if VECTOR_BYTES == 64
+TARGET inline int compress(const float* values, float low, float* kept) {
+  const __m512 value = _mm512_loadu_ps(values);
+  const __mmask16 mask = _mm512_cmp_ps_mask(value, _mm512_set1_ps(low), _CMP_NLT_UQ);
+  _mm512_storeu_ps(kept, _mm512_maskz_compress_ps(mask, value));
+  return __builtin_popcount(mask);
+}
+#elif VECTOR_BYTES == 32
+TARGET inline int compress(const float* values, float low, float* kept) {
+  const __m256 value = _mm256_loadu_ps(values);
+  const int mask = _mm256_movemask_ps(_mm256_cmp_ps(value, _mm256_set1_ps(low), _CMP_NLT_UQ));
+  const __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kFront.of[mask])));
+  _mm256_storeu_ps(kept, _mm256_permutevar8x32_ps(value, order));
+  return __builtin_popcount(mask);
+}
+#endif
+
+TARGET void widen(const float* from, int64_t d, double* to) {
+  for (int64_t k = 0; k < d; ++k) to[k] = from[k];
+}
+
+TARGET void affine(const float* dots, const float* scale, const float* shift, int n, float* similarity) {
+  for (int j = 0; j < n; ++j) similarity[j] = dots[j] * scale[j] + shift[j];
+}
+
+template <typename T>
+TARGET bool negate(const T* distances, int n, T* similarity) {
+  int odd = 0;
+  for (int j = 0; j < n; ++j) {
+    similarity[j] = -distances[j];
+    odd |= distances[j] != distances[j];
+  }
+  return odd;
+}
+
+// Copies what is not below `low` (NaN is not) to the front of `kept`, which may be `values` and has 16 places more.
+template <typename T>
+TARGET int keep(const T* values, int n, T low, T* kept) {
+  typedef T Lanes __attribute__((vector_size(VECTOR_BYTES), aligned(alignof(T))));
+  constexpr int lanes = VECTOR_BYTES / int(sizeof(T));
+  int count = 0, j = 0;
+  for (; j + 2 * lanes <= n; j += 2 * lanes) {
+    const auto below = (*reinterpret_cast<const Lanes*>(values + j) < low) & (*reinterpret_cast<const Lanes*>(values + j + lanes) < low);
+    if (all_set(below)) continue;
+#if VECTOR_BYTES > 16
+    if constexpr (sizeof(T) == 4) {
+      for (int i = j; i < j + 2 * lanes; i += lanes) count += compress(values + i, low, kept + count);
+      continue;
+    }
+#endif
+    for (int i = j; i < j + 2 * lanes; ++i) {
+      const T value = values[i];
+      kept[count] = value;
+      count += !(value < low);
+    }
+  }
+  for (; j < n; ++j) {
+    const T value = values[j];
+    kept[count] = value;
+    count += !(value < low);
+  }
+  return count;
+}
+
+// How many values are above each of four levels' upper ends, and whether one lies between its ends. Reads whole registers.
+template <typename T>
+TARGET void count_levels(const T* values, int n, const T* low, const T* high, int* above, bool* open) {
+  typedef T Lanes __attribute__((vector_size(VECTOR_BYTES), aligned(alignof(T))));
+  constexpr int lanes = VECTOR_BYTES / int(sizeof(T));
+  using Mask = decltype(Lanes{} < Lanes{});
+  Mask higher[4] = {}, lower[4] = {};
+  for (int j = 0; j < n; j += lanes) {
+    const Lanes value = *reinterpret_cast<const Lanes*>(values + j);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      higher[i] += value > high[i];
+      lower[i] += value < low[i];
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    int below = above[i] = 0;
+    for (int lane = 0; lane < lanes; ++lane) above[i] -= int(higher[i][lane]), below -= int(lower[i][lane]);
+    open[i] = above[i] + below < (n + lanes - 1) / lanes * lanes;
+  }
+}
+
+// Positions of the values between low and high, NaN among them.
+template <typename T>
+TARGET int find_open(const T* values, int n, T low, T high, int* positions) {
+  typedef T Lanes __attribute__((vector_size(VECTOR_BYTES), aligned(alignof(T))));
+  constexpr int lanes = VECTOR_BYTES / int(sizeof(T));
+  int count = 0;
+  for (int j = 0; j < n; j += lanes) {
+    const Lanes value = *reinterpret_cast<const Lanes*>(values + j);
+    if (all_set((value < low) | (value > high))) continue;
+    for (int i = j; i < j + lanes && i < n; ++i)
+      if (!(values[i] < low) && !(values[i] > high)) positions[count++] = i;
+  }
+  return count;
+}
+
+constexpr SumLoops kSumLoops{canonical_sums<Term::product>, canonical_sums<Term::squared_difference>, canonical_sums<Term::square>, widen, affine};
+template <typename T>
+constexpr CountLoops<T> kCountLoops{negate<T>, keep<T>, count_levels<T>, find_open<T>};
+
+}  // namespace SET
+}  // namespace mgn

@@ -1,0 +1,285 @@
+"""Ranks of every query's true matches, in an order that no GEMM, tile, thread count or machine can change."""
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from mgn.ops import filter, ranking_reference
+from mgn.ops.extension import kernels
+
+PRODUCTS = 2 ** 22           # of a tile: 16 MB
+ITEMS = 2048                 # of a tile, at most
+OPERANDS = 2 ** 23           # elements of the features of a tile, of queries and of items: 32 MB each, where they are converted
+PAIRS = 2 ** 19              # of one identity looked at together
+
+
+class MatchRanks(NamedTuple):
+    """The ranks of query q are ranks[offsets[q]:offsets[q + 1]], ascending, from 1."""
+    offsets: np.ndarray    # (Q+1,) int64
+    ranks: np.ndarray      # (M,) int64
+    redecided: int         # pairs of query and item that the matrix product left open, and their keys decided
+
+
+def match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery_camids, metric='cosine', junk_pid=-1,
+                precision='float32'):
+    """Ranks of the true matches (same pid, other camid) among the non-junk gallery, nearest first.
+
+    The order is that of (canonical key, gallery index). The key, in float64 from float32 features, by sums taken as 16
+    interleaved partial sums (element i goes to sum i mod 16, ascending), then halved (sum j takes j+8, then j+4, j+2, j+1):
+    cosine: minus dot(q, g) / (‖q‖·‖g‖), 0 for a zero vector; euclidean: Σ (q − g)², each difference and square rounded.
+    A matrix product, tile by tile, decides all pairs that are farther apart than it can err; the others are decided by their keys.
+
+    Args:
+        query: (Q, D), gallery: (G, D), float32 or half, NumPy arrays or tensors of one device; they are not copied.
+        query_pids, gallery_pids, query_camids, gallery_camids: (Q,) and (G,) of any integer type.
+        metric: 'cosine' or 'euclidean'.
+        junk_pid: the id of boxes that are neither match nor non-match; None for none. Items of the query's own pid and
+            camid are junk too. A query of the junk id has no match.
+        precision: of the matrix product: 'float32', 'tf32' or 'bfloat16' (three products of split features); it changes the
+            time, never the ranks. Where the device has no units for it, float32.
+    Returns:
+        MatchRanks. Memory: 256 MB and 32 bytes per row and match at most, beyond features, ids and result.
+    Raises:
+        ValueError: float64 or non-finite features (naming the row), shapes or devices that do not fit, an unknown option.
+    """
+    if metric not in ('cosine', 'euclidean'):
+        raise ValueError(f"want metric 'cosine' or 'euclidean', got {metric!r}")
+    if precision not in filter.PRECISIONS:
+        raise ValueError(f'want precision {" or ".join(map(repr, filter.PRECISIONS))}, got {precision!r}')
+    query, gallery = as_features(query, 'query'), as_features(gallery, 'gallery')
+    if query.shape[1] != gallery.shape[1]:
+        raise ValueError(f'want query and gallery of one width, got {tuple(query.shape)} and {tuple(gallery.shape)}')
+    if query.device != gallery.device:
+        raise ValueError(f'want query and gallery on one device, got {query.device} and {gallery.device}; move one with .to()')
+    ids = all_ids(len(query), len(gallery), query_pids, gallery_pids, query_camids, gallery_camids)
+    offsets, ranks, redecided = torch.ops.mgn.match_ranks.default(query, gallery, *ids, metric, junk_pid, precision)
+    return MatchRanks(offsets.numpy(), ranks.numpy(), redecided.item())
+
+
+def match_ranks_from_distance(dist, query_pids, gallery_pids, query_camids, gallery_camids, junk_pid=-1):
+    """As match_ranks, from a matrix of distances: the order is that of (value, gallery index), the values taken as they are.
+
+    Args:
+        dist: (Q, G) float16, bfloat16, float32 or float64, NumPy array or tensor, of any strides; ±inf are values.
+        query_pids, gallery_pids, query_camids, gallery_camids, junk_pid: as of match_ranks.
+    Returns:
+        MatchRanks, redecided 0. It runs on the CPU; memory as of match_ranks.
+    Raises:
+        ValueError: a NaN (naming its place), a matrix that is not of floating point, shapes that do not fit.
+    """
+    dist = as_tensor(dist)
+    if dist.dim() != 2 or dist.dtype not in (torch.float64, torch.float32, *HALF):
+        raise ValueError(f'want dist (Q, G) of floating point, got shape {tuple(dist.shape)} of {dist.dtype}; cast or reshape')
+    ids = all_ids(*dist.shape, query_pids, gallery_pids, query_camids, gallery_camids)
+    offsets, ranks = torch.ops.mgn.match_ranks_from_distance.default(dist, *ids, junk_pid)
+    return MatchRanks(offsets.numpy(), ranks.numpy(), 0)
+
+
+HALF = torch.float16, torch.bfloat16
+
+
+def as_features(features, name):
+    features = as_tensor(features)
+    if features.dim() != 2 or features.dtype not in (torch.float32, *HALF):
+        raise ValueError(f'want {name} features (n, D) of float32 or half precision, got shape {tuple(features.shape)} of {features.dtype}; '
+                         f'cast, e.g. {name}.astype("float32") or {name}.float()')
+    return features
+
+
+def as_tensor(array):
+    """An array or tensor as a detached tensor, on the same memory where torch can look at it."""
+    if isinstance(array, torch.Tensor):
+        return array.detach()
+    array = np.asarray(array)
+    if array.dtype.kind not in 'fiub' or array.dtype.itemsize > 8:
+        raise ValueError(f'want numbers that torch has a type for, got {array.dtype}; cast, e.g. with .astype("float32")')
+    array = array.astype(array.dtype.newbyteorder('='), copy=False)
+    if any(stride < 0 or stride % array.itemsize for stride in array.strides):
+        array = array.copy()  # torch cannot look at it
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # read-only memory is only read
+        return torch.from_numpy(array)
+
+
+def all_ids(queries, items, query_pids, gallery_pids, query_camids, gallery_camids):
+    return (as_ids(query_pids, queries, 'query_pids'), as_ids(gallery_pids, items, 'gallery_pids'),
+            as_ids(query_camids, queries, 'query_camids'), as_ids(gallery_camids, items, 'gallery_camids'))
+
+
+def as_ids(ids, length, name):
+    if not isinstance(ids, torch.Tensor) and len(ids) == 0:
+        ids = np.empty(0, np.int64)  # an empty list would come as float64
+    ids = as_tensor(ids).cpu()
+    if ids.shape != (length,) or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f'want {name} of shape ({length},) and an integer type, got shape {tuple(ids.shape)} of {ids.dtype}')
+    if ids.dtype == torch.uint64 and (ids.view(torch.int64) < 0).any():
+        raise ValueError(f'want {name} below 2⁶³, got larger ones; number them anew, e.g. with numpy.unique(…, return_inverse=True)')
+    return ids.to(torch.int64)
+
+
+# Below: the operators as torch knows them, on tensors; ids are int64 on the CPU, and so are the results.
+
+IDS = 'Tensor query_pids, Tensor gallery_pids, Tensor query_camids, Tensor gallery_camids'
+torch.library.define('mgn::match_ranks', f'(Tensor query, Tensor gallery, {IDS}, str metric, int? junk_pid, str precision) -> '
+                                         '(Tensor, Tensor, Tensor)')
+torch.library.define('mgn::match_ranks_from_distance', f'(Tensor dist, {IDS}, int? junk_pid) -> (Tensor, Tensor)')
+
+
+def _match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery_camids, metric, junk_pid, precision):
+    if query.device.type not in ('cpu', 'cuda'):  # mps has no float64
+        query, gallery = query.cpu(), gallery.cpu()
+    device, width, cosine = query.device, query.shape[1], metric == 'cosine'
+    compiled = kernels(device) or ranking_reference
+    query_norms = torch.empty(len(query), dtype=torch.float64, device=device)
+    for part in spans(len(query), max(1, OPERANDS // max(width, 1))):
+        compiled.canonical_norms(rows(query, part), query_norms[part])
+    check_finite(query_norms, 'query')
+
+    order, begin, end, junk = identities(query_pids.numpy(), gallery_pids.numpy(), junk_pid)
+    offsets, keys, items = sorted_matches(order, begin, end, query_camids.numpy(), gallery_camids.numpy(),
+                                          lambda owners, found: keys_of_pairs(compiled, query, gallery, owners, found, cosine))
+    matches = [torch.from_numpy(array).to(device) for array in (offsets, keys, items)]
+    excluded = [torch.from_numpy(array).to(device) for array in (order, begin, end)]
+    junk = torch.from_numpy(junk).to(device)
+    counts = torch.zeros(len(keys), dtype=torch.int64, device=device)
+    redecided = torch.zeros(1, dtype=torch.int64, device=device)
+
+    precision = filter.available(precision, device)
+    gallery_norms = torch.empty(len(gallery), dtype=torch.float64, device=device)
+    items_at_once, queries_at_once = tile_of(query, gallery)
+    with filter.exact_float32():
+        relative_error = filter.relative_error(precision, width, device)
+        for part in spans(len(gallery), items_at_once):
+            tile, norms = rows(gallery, part), gallery_norms[part]
+            compiled.canonical_norms(tile, norms)
+            if device.type == 'cpu':  # elsewhere this would wait for the device
+                check_finite(norms, 'gallery', part.start)
+            item_scale, item_shift, largest = filter.item_terms(norms, cosine)
+            operand = filter.operand(tile, precision)
+            for block in spans(len(query), queries_at_once):
+                if offsets[block.start] == offsets[block.stop]:
+                    continue
+                some = rows(query, block)
+                dots = filter.products(filter.operand(some, precision), operand, precision)
+                terms = filter.query_terms(query_norms[block], largest, relative_error, width, cosine)
+                compiled.count_strangers(some, tile, query_norms[block], norms, cosine, part.start, dots, item_scale, item_shift, *terms,
+                                         matches[0][block.start:block.stop + 1], *matches[1:], counts,
+                                         excluded[0], *(tensor[block] for tensor in excluded[1:]), junk, redecided)
+    check_finite(gallery_norms, 'gallery')
+    return torch.from_numpy(offsets), as_ranks(counts.cpu(), offsets), redecided[0].cpu()
+
+
+def _match_ranks_from_distance(dist, query_pids, gallery_pids, query_camids, gallery_camids, junk_pid):
+    dist = dist.cpu()
+    compiled = kernels(dist.device) or ranking_reference
+    order, begin, end, junk = identities(query_pids.numpy(), gallery_pids.numpy(), junk_pid)
+    offsets, keys, items = sorted_matches(order, begin, end, query_camids.numpy(), gallery_camids.numpy(),
+                                          lambda owners, found: dist[torch.from_numpy(owners), torch.from_numpy(found)].double().numpy())
+    counts = torch.zeros(len(keys), dtype=torch.int64)
+    tensors = [torch.from_numpy(array) for array in (offsets, keys, items, order, begin, end, junk)]
+    readable = dist.dtype in (torch.float32, torch.float64) and (dist.shape[1] <= 1 or dist.stride(1) == 1)
+    for block in spans(len(dist), len(dist) if readable else max(1, OPERANDS // max(dist.shape[1], 1))):
+        some = dist[block]
+        some = some if readable else some.to(torch.promote_types(dist.dtype, torch.float32)).contiguous()
+        odd = compiled.count_in_distances(some, tensors[0][block.start:block.stop + 1], *tensors[1:3], counts, tensors[3],
+                                          *(tensor[block] for tensor in tensors[4:6]), tensors[6])
+        if odd >= 0:
+            column = some[odd].isnan().nonzero()[0].item()
+            raise ValueError(f'want distances that are numbers, got NaN at row {block.start + odd}, column {column}; look for what made it')
+    return torch.from_numpy(offsets), as_ranks(counts, offsets)
+
+
+def spans(count, step):
+    return [slice(first, min(first + step, count)) for first in range(0, count, max(step, 1))]
+
+
+def rows(features, part):
+    """The part as the kernels read it: float32, contiguous along D; a view wherever it is so already."""
+    part = features[part].float()
+    return part if part.shape[1] <= 1 or part.stride(1) == 1 else part.contiguous()
+
+
+def tile_of(query, gallery):
+    """(items, queries) of a tile: products that stay in the second-level cache of a GPU, features that fit where they are converted."""
+    products = PRODUCTS
+    if query.is_cuda:
+        products = max(2 ** 20, torch.cuda.get_device_properties(query.device).L2_cache_size // 8)
+    features = max(1, OPERANDS // max(query.shape[1], 1))
+    items = min(ITEMS, features)
+    return items, min(features, products // items)
+
+
+def identities(query_pids, gallery_pids, junk_pid):
+    """The gallery by identity: query q's is order[begin[q]:end[q]], ascending; and the indices of junk."""
+    order = np.argsort(gallery_pids, kind='stable')
+    begin, end = (np.searchsorted(gallery_pids, query_pids, side, sorter=order) for side in ('left', 'right'))
+    junk = np.flatnonzero(gallery_pids == junk_pid) if junk_pid is not None else np.empty(0, np.int64)
+    if junk_pid is not None:
+        end = np.where(query_pids == junk_pid, begin, end)
+    return order, begin, end, junk
+
+
+def sorted_matches(order, begin, end, query_camids, gallery_camids, keys_of):
+    """The true matches of every query → (offsets, keys, items), those of a query ascending by (key, item)."""
+    lengths = end - begin
+    reached = np.cumsum(lengths)
+    offsets, keys, items = np.zeros(len(begin) + 1, np.int64), [np.empty(0)], [np.empty(0, np.int64)]
+    first = 0
+    while first < len(begin):
+        before = reached[first] - lengths[first]
+        last = max(first + 1, int(np.searchsorted(reached, before + PAIRS, 'right')))
+        of = lengths[first:last]
+        owners = np.repeat(np.arange(first, last), of)
+        found = order[np.arange(len(owners)) + np.repeat(begin[first:last] + before - (reached[first:last] - of), of)]
+        true = gallery_camids[found] != query_camids[owners]
+        owners, found = owners[true], found[true]
+        found_keys = keys_of(owners, found)
+        ascending = np.lexsort((found, found_keys, owners))
+        offsets[first + 1:last + 1] = np.bincount(owners - first, minlength=last - first)
+        keys.append(found_keys[ascending])
+        items.append(found[ascending])
+        first = last
+    return np.cumsum(offsets), np.concatenate(keys), np.concatenate(items)
+
+
+def keys_of_pairs(compiled, query, gallery, owners, items, cosine):
+    """Canonical keys of (query owners[p], gallery items[p]), NumPy arrays of indices and keys."""
+    owners, items = (torch.from_numpy(array).to(query.device) for array in (owners, items))
+    keys = torch.empty(len(items), dtype=torch.float64, device=query.device)
+    if all(features.dtype == torch.float32 and (features.shape[1] <= 1 or features.stride(1) == 1) for features in (query, gallery)):
+        compiled.canonical_keys(query, gallery, owners, items, cosine, keys)
+    else:
+        for part in spans(len(items), max(1, OPERANDS // max(query.shape[1], 1))):
+            numbers = torch.arange(part.stop - part.start, device=query.device)
+            compiled.canonical_keys(rows(query, owners[part]), rows(gallery, items[part]), numbers, numbers, cosine, keys[part])
+    return keys.cpu().numpy()
+
+
+def check_finite(norms, name, first=0):
+    """A norm is not finite where a feature is not: squares of float32 stay in float64's range."""
+    if not norms.isfinite().all():
+        row = first + (~norms.isfinite()).nonzero()[0].item()
+        raise ValueError(f'want finite {name} features, got NaN or infinity in row {row}; look for what made it')
+
+
+def as_ranks(counts, offsets):
+    """Strangers before each match → its rank: the matches before it take ranks, too."""
+    lengths = torch.from_numpy(np.diff(offsets))
+    return counts.add_(torch.arange(1, len(counts) + 1)).sub_(torch.from_numpy(offsets[:-1]).repeat_interleave(lengths))
+
+
+@torch.library.register_fake('mgn::match_ranks')
+def _(query, gallery, query_pids, gallery_pids, query_camids, gallery_camids, metric, junk_pid, precision):
+    matches = torch.library.get_ctx().new_dynamic_size()
+    return (query_pids.new_empty(len(query) + 1), query_pids.new_empty(matches), query_pids.new_empty(()))
+
+
+@torch.library.register_fake('mgn::match_ranks_from_distance')
+def _(dist, query_pids, gallery_pids, query_camids, gallery_camids, junk_pid):
+    return query_pids.new_empty(len(dist) + 1), query_pids.new_empty(torch.library.get_ctx().new_dynamic_size())
+
+
+torch.library.impl('mgn::match_ranks', 'CompositeExplicitAutograd', _match_ranks)
+torch.library.impl('mgn::match_ranks_from_distance', 'CompositeExplicitAutograd', _match_ranks_from_distance)

@@ -1,0 +1,95 @@
+"""What the kernels of ranking do, in PyTorch: the same arguments, the same bits."""
+
+import numpy as np
+import torch
+
+TILE = 2 ** 22  # elements of float64 copies at a time
+
+
+def canonical_sum(products):
+    """(n, D) float64 → (n,) sums in the one order that defines them."""
+    sums = products.new_zeros(len(products), 16)
+    for column in range(0, products.shape[1], 16):
+        part = products[:, column:column + 16]
+        sums[:, :part.shape[1]] += part
+    for half in (8, 4, 2, 1):
+        sums = sums[:, :half] + sums[:, half:2 * half]
+    return sums[:, 0]
+
+
+def exact(features):
+    """(n, D) float32 → float64 of the same values; torch.set_flush_denormal would make denormals 0 on the way."""
+    bits = features.contiguous().view(torch.int32)
+    denormal = (bits & 0x7fffffff < 0x800000) & (bits & 0x7fffffff > 0)
+    values = features.double()
+    if denormal.any():
+        fraction = (bits & 0x7fffff).double() * 2.0 ** -149
+        values = torch.where(denormal, torch.where(bits < 0, -fraction, fraction), values)
+    return values
+
+
+def canonical_norm(values):
+    """(n, D) float64 → (n,). NumPy's root is rounded to nearest; torch's, from MKL, is not."""
+    squares = canonical_sum(values * values)
+    return torch.from_numpy(np.sqrt(squares.cpu().numpy())).to(squares.device)
+
+
+def canonical_norms(features, norms):
+    for some, out in zip(split(features, features.shape[1]), split(norms, features.shape[1])):
+        out.copy_(canonical_norm(exact(some)))
+
+
+def canonical_keys(query, gallery, queries, items, cosine, keys):
+    width = query.shape[1]
+    for q, i, out in zip(*(split(tensor, width) for tensor in (queries, items, keys))):
+        x, y = exact(query[q]), exact(gallery[i])
+        if cosine:
+            scale = canonical_norm(x) * canonical_norm(y)
+            out.copy_(torch.where(scale > 0, -(canonical_sum(x * y) / scale), 0))
+        else:
+            out.copy_(canonical_sum((x - y) * (x - y)))
+
+
+def count_strangers(query, gallery, query_norms, gallery_norms, cosine, first, dots, item_scale, item_shift, level_scale, level_shift, error, offsets,
+                    keys, items, counts, order, begin, end, junk, redecided):
+    similarities = (dots * item_scale + item_shift).double()
+    for q in range(len(query)):
+        matches = slice(offsets[q], offsets[q + 1])
+        level = (keys[matches] * level_scale[q] + level_shift[q])[:, None]                   # (m, 1)
+        margin = error[q] + level.abs() * 2.0 ** -50
+        stranger = strangers(len(gallery), first, order[begin[q]:end[q]], junk)              # (n,)
+        before = stranger & (similarities[q] > level + margin)                               # (m, n)
+        undecided = stranger & ~before & ~(similarities[q] < level - margin)
+        counts[matches] += before.sum(1)
+        at = undecided.any(0).nonzero()[:, 0]
+        found = torch.empty(len(at), dtype=torch.float64, device=query.device)
+        canonical_keys(query, gallery, torch.full_like(at, q), at, cosine, found)
+        counts[matches] += (undecided[:, at] & precedes(found, first + at, keys[matches], items[matches])).sum(1)
+        redecided += len(at)
+
+
+def count_in_distances(distances, offsets, keys, items, counts, order, begin, end, junk):
+    numbers = torch.arange(distances.shape[1])
+    for q, row in enumerate(distances):
+        if row.isnan().any():
+            return q
+        matches = slice(offsets[q], offsets[q + 1])
+        stranger = strangers(len(row), 0, order[begin[q]:end[q]], junk)
+        counts[matches] += (stranger & precedes(row.double(), numbers, keys[matches], items[matches])).sum(1)
+    return -1
+
+
+def strangers(count, first, same_identity, junk):
+    excluded = torch.cat((same_identity, junk)) - first
+    stranger = torch.ones(count, dtype=torch.bool, device=excluded.device)
+    stranger[excluded[(excluded >= 0) & (excluded < count)]] = False
+    return stranger
+
+
+def precedes(keys, items, of_matches, match_items):
+    """(m, n): whether (key, item) comes before the match's."""
+    return (keys < of_matches[:, None]) | ((keys == of_matches[:, None]) & (items < match_items[:, None]))
+
+
+def split(tensor, width):
+    return tensor.split(max(1, TILE // max(width, 1)))

@@ -1,0 +1,71 @@
+"""Ranks by a pure Python loop that computes every canonical key and sorts, and the problems that every implementation is tried on."""
+
+import math
+
+import numpy as np
+
+from mgn.ops import match_ranks
+
+METRICS = ['cosine', 'euclidean']
+
+
+def canonical_sum(terms):
+    """16 interleaved partial sums, element i into sum i mod 16, then halved; Python floats are float64."""
+    sums = [0.0] * 16
+    for i, term in enumerate(terms):
+        sums[i % 16] += term
+    for half in (8, 4, 2, 1):
+        sums = [sums[j] + sums[j + half] for j in range(half)]
+    return sums[0]
+
+
+def naive_key(q, g, metric='cosine'):
+    if metric == 'euclidean':
+        return canonical_sum([(a - b) * (a - b) for a, b in zip(q, g)])
+    norm_q, norm_g = (math.sqrt(canonical_sum([x * x for x in v])) for v in (q, g))
+    if norm_q * norm_g == 0:
+        return 0.0
+    return -(canonical_sum([a * b for a, b in zip(q, g)]) / (norm_q * norm_g))
+
+
+def naive_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery_camids, metric='cosine', junk_pid=-1):
+    """The ranks of each query, by sorting pure Python numbers."""
+    query, gallery = ([[float(x) for x in row] for row in features] for features in (query, gallery))
+    result = []
+    for q, pid, camid in zip(query, query_pids, query_camids):
+        ranked = []
+        for index, g in enumerate(gallery):
+            own_view = gallery_pids[index] == pid and gallery_camids[index] == camid
+            if gallery_pids[index] != junk_pid and not own_view:
+                ranked.append((naive_key(q, g, metric), index))
+        ranked.sort()
+        result.append([rank for rank, (_, index) in enumerate(ranked, 1) if gallery_pids[index] == pid])
+    return result
+
+
+def ranks_of(*args, **options):
+    offsets, ranks, _ = match_ranks(*args, **options)
+    assert offsets.dtype == ranks.dtype == np.int64 and offsets[0] == 0 and offsets[-1] == len(ranks)
+    return [ranks[a:b].tolist() for a, b in zip(offsets, offsets[1:])]
+
+
+def problem(Q, G, D, pids=5, cameras=3, seed=0, levels=None):
+    """Random features and ids; with `levels`, features of few values, so that many keys are equal."""
+    rng = np.random.default_rng(seed)
+    query, gallery = (rng.standard_normal((n, D)) for n in (Q, G))
+    if levels:
+        query, gallery = (np.round(x * levels / 2) for x in (query, gallery))
+    return (query.astype(np.float32), gallery.astype(np.float32), rng.integers(0, pids, Q), rng.integers(0, pids, G),
+            rng.integers(0, cameras, Q), rng.integers(0, cameras, G))
+
+
+def near_ties(Q, G, D, seed=0, pids=3):
+    """Queries of equal elements, gallery rows that permute one of three: keys equal but for the order of rounding."""
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((3, D)).astype(np.float32)
+    gallery = np.stack([rng.permutation(rows[i % 3]) for i in range(G)])
+    gallery[G // 2:] = gallery[rng.integers(0, G // 2, G - G // 2)]  # and exact duplicates
+    query = np.repeat(rng.standard_normal((Q, 1)).astype(np.float32), D, 1)
+    gallery_pids = rng.integers(0, pids, G)
+    query_pids = gallery_pids[rng.integers(0, G, Q)]
+    return query, gallery, query_pids, gallery_pids, rng.integers(0, 2, Q), rng.integers(1, 3, G)
