@@ -122,12 +122,12 @@ void canonical_keys(Tensor query, Tensor gallery, Tensor queries, Tensor items, 
                       pointer<double>(keys, ScalarType::Double, pairs), int(set), parallel);
 }
 
-mgn::Matches matches(const Tensor& offsets, const Tensor& keys, const Tensor& items, const Tensor& counts, int64_t queries) {
+mgn::Matches matches(const Tensor& offsets, const Tensor& keys, const Tensor& items, const Tensor& steps, int64_t queries) {
   const int64_t m = keys.numel();
   const int64_t* of = ids(offsets, queries + 1, m + 1);
   STD_TORCH_CHECK(std::is_sorted(of, of + queries + 1), "mgn_cpu: want ascending offsets");
   return {of, pointer<double>(keys, ScalarType::Double, m), pointer<int64_t>(items, ScalarType::Long, m),
-          pointer<int64_t>(counts, ScalarType::Long, m)};
+          pointer<int64_t>(steps, ScalarType::Long, m)};
 }
 
 mgn::Excluded excluded(const Tensor& order, const Tensor& begin, const Tensor& end, const Tensor& junk, int64_t queries) {
@@ -146,29 +146,30 @@ int64_t matrix_stride(const Tensor& matrix, int64_t queries, int64_t items) {
 
 void count_strangers(Tensor query, Tensor gallery, Tensor query_norms, Tensor gallery_norms, bool cosine, int64_t first, Tensor dots, Tensor item_scale,
                         Tensor item_shift, Tensor level_scale, Tensor level_shift, Tensor error, Tensor offsets, Tensor keys, Tensor items,
-                        Tensor counts, Tensor order, Tensor begin, Tensor end, Tensor junk, Tensor redecided, int64_t set) {
+                        Tensor steps, Tensor order, Tensor begin, Tensor end, Tensor junk, Tensor redecided, int64_t set) {
   const auto q = rows(query), g = rows(gallery);
   STD_TORCH_CHECK(q.d == g.d, "mgn_cpu: want query and gallery of one width");
+  const mgn::Tile tile = {q, g, pointer<double>(query_norms, ScalarType::Double, q.count),
+                          pointer<double>(gallery_norms, ScalarType::Double, g.count), cosine, first};
   const mgn::Filter filter = {static_cast<const float*>(dots.data_ptr()), matrix_stride<float>(dots, q.count, g.count),
                               pointer<float>(item_scale, ScalarType::Float, g.count), pointer<float>(item_shift, ScalarType::Float, g.count),
                               pointer<double>(level_scale, ScalarType::Double, q.count),
                               pointer<double>(level_shift, ScalarType::Double, q.count), pointer<double>(error, ScalarType::Double, q.count)};
   *pointer<int64_t>(redecided, ScalarType::Long, 1) += mgn::count_strangers(
-      q, g, pointer<double>(query_norms, ScalarType::Double, q.count), pointer<double>(gallery_norms, ScalarType::Double, g.count), cosine, first, filter,
-      matches(offsets, keys, items, counts, q.count), excluded(order, begin, end, junk, q.count), int(set), parallel);
+      tile, filter, matches(offsets, keys, items, steps, q.count), excluded(order, begin, end, junk, q.count), int(set), parallel);
 }
 
 template <typename T>
-int64_t count_typed(const Tensor& distances, const Tensor& offsets, const Tensor& keys, const Tensor& items, const Tensor& counts,
+int64_t count_typed(const Tensor& distances, const Tensor& offsets, const Tensor& keys, const Tensor& items, const Tensor& steps,
                     const Tensor& order, const Tensor& begin, const Tensor& end, const Tensor& junk, int64_t set) {
   const int64_t queries = distances.size(0), n = distances.size(1), stride = matrix_stride<T>(distances, queries, n);
-  return mgn::count_in_distances(static_cast<const T*>(distances.data_ptr()), queries, n, stride, matches(offsets, keys, items, counts, queries),
+  return mgn::count_in_distances(static_cast<const T*>(distances.data_ptr()), queries, n, stride, matches(offsets, keys, items, steps, queries),
                                  excluded(order, begin, end, junk, queries), int(set), parallel);
 }
-int64_t count_in_distances(Tensor distances, Tensor offsets, Tensor keys, Tensor items, Tensor counts, Tensor order, Tensor begin, Tensor end,
+int64_t count_in_distances(Tensor distances, Tensor offsets, Tensor keys, Tensor items, Tensor steps, Tensor order, Tensor begin, Tensor end,
                            Tensor junk, int64_t set) {
   const auto run = distances.scalar_type() == ScalarType::Double ? count_typed<double> : count_typed<float>;
-  return run(distances, offsets, keys, items, counts, order, begin, end, junk, set);
+  return run(distances, offsets, keys, items, steps, order, begin, end, junk, set);
 }
 
 std::string instruction_sets() {
@@ -195,9 +196,9 @@ STABLE_TORCH_LIBRARY(mgn_cpu, m) {
   m.def(
       "count_strangers(Tensor query, Tensor gallery, Tensor query_norms, Tensor gallery_norms, bool cosine, int first, Tensor dots, Tensor item_scale, "
       "Tensor item_shift, Tensor level_scale, Tensor level_shift, Tensor error, Tensor offsets, Tensor keys, Tensor items, "
-      "Tensor(a!) counts, Tensor order, Tensor begin, Tensor end, Tensor junk, Tensor(b!) redecided, int instruction_set=0) -> ()");
+      "Tensor(a!) steps, Tensor order, Tensor begin, Tensor end, Tensor junk, Tensor(b!) redecided, int instruction_set=0) -> ()");
   m.def(
-      "count_in_distances(Tensor distances, Tensor offsets, Tensor keys, Tensor items, Tensor(a!) counts, Tensor order, Tensor begin, "
+      "count_in_distances(Tensor distances, Tensor offsets, Tensor keys, Tensor items, Tensor(a!) steps, Tensor order, Tensor begin, "
       "Tensor end, Tensor junk, int instruction_set=0) -> int");
   m.def("instruction_sets() -> str");
   m.def("cuda_module() -> str");

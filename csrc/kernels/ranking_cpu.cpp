@@ -25,6 +25,7 @@ namespace mgn {
 namespace {
 
 constexpr int kChunk = 2048;  // similarities at a time
+constexpr int kMany = 256;    // matches from which on searching among them is faster than comparing with each
 constexpr int64_t kGrain = 1 << 16;  // elements worth a thread
 
 enum class Term { product, squared_difference, square };
@@ -126,10 +127,10 @@ struct Counting {
   const CountLoops<T>& loops;
   alignas(64) T similarity[kChunk + 16], kept[kChunk + 16];
   std::vector<T> low, high;  // of each match, from the nearest to the farthest: descending
-  std::vector<int> positions, found;
+  std::vector<int> positions;
   std::vector<double> keys;
 
-  explicit Counting(const CountLoops<T>& loops) : loops(loops), positions(kChunk), found(kChunk), keys(kChunk + 1) {}
+  explicit Counting(const CountLoops<T>& loops) : loops(loops), positions(kChunk), keys(kChunk + 1) {}
 
   // Excluded items as −∞, which is below every level, unless a level reaches there.
   void exclude(const Excluded& excluded, int64_t q, int64_t first, int n) {
@@ -150,6 +151,16 @@ struct Counting {
   int64_t count(const Matches& matches, const Excluded& excluded, int64_t q, int64_t first, int n, const KeysOf& keys_of) {
     const int64_t begin = matches.offsets[q], m = matches.offsets[q + 1] - begin;
     exclude(excluded, q, first, n);
+    if (m > kMany) {
+      int open = 0;
+      for (int j = 0; j < n; ++j) {
+        if (similarity[j] < low[m - 1]) continue;
+        const int64_t above = first_below(high.data(), m, similarity[j]);
+        if (above < m) ++matches.steps[begin + above];
+        if (first_reached(low.data(), m, similarity[j]) < above) positions[open++] = j;
+      }
+      return decide(matches, excluded, q, first, open, keys_of);
+    }
     int64_t by_key = 0;
     int left = loops.keep(similarity, n, low[m - 1], kept);
     for (int64_t end = m; end > 0 && left > 0; end -= std::min<int64_t>(end, 4)) {
@@ -162,36 +173,36 @@ struct Counting {
       bool open[4];
       loops.count_levels(kept, left, lows, highs, above, open);
       for (int i = 0; i < group; ++i) {
-        matches.counts[begin + from + i] += above[i];
-        if (open[i]) by_key += decide(matches, excluded, q, begin, from + i, m, first, n, keys_of);
+        const int64_t level = from + i;
+        matches.steps[begin + level] += above[i];
+        if (level + 1 < m) matches.steps[begin + level + 1] -= above[i];
+        if (!open[i]) continue;
+        const int within = loops.find_open(similarity, n, low[level], high[level], positions.data());
+        const auto decided = [&](int j) { return level > 0 && !(similarity[j] < low[level - 1]) && !(similarity[j] > high[level - 1]); };
+        const auto rest = std::remove_if(positions.begin(), positions.begin() + within, decided);  // with the level before
+        by_key += decide(matches, excluded, q, first, int(rest - positions.begin()), keys_of);
       }
       if (from > 0 && above[0] < left / 2) left = loops.keep(kept, left, low[from - 1], kept);
     }
     return by_key;
   }
 
-  // Counts what lies within the margin of level i and of none before; whoever does lies within those of i, i + 1, … up to some other.
+  // An open item was counted from the first level that it is above, and belongs to one before it, maybe.
   template <typename KeysOf>
-  int64_t decide(const Matches& matches, const Excluded& excluded, int64_t q, int64_t begin, int64_t i, int64_t m, int64_t first, int n,
-                 const KeysOf& keys_of) {
-    const auto within = [&](T value, int64_t level) { return !(value < low[level]) && !(value > high[level]); };
-    const int all = loops.find_open(similarity, n, low[i], high[i], found.data());
-    int count = 0;
-    for (int f = 0; f < all; ++f) {
-      const T value = similarity[found[f]];
-      if (i > 0 && within(value, i - 1)) continue;
-      if (std::isinf(value) && is_excluded(excluded, q, first + found[f])) continue;
-      positions[count++] = found[f];
-    }
+  int64_t decide(const Matches& matches, const Excluded& excluded, int64_t q, int64_t first, int open, const KeysOf& keys_of) {
+    const int64_t begin = matches.offsets[q], m = matches.offsets[q + 1] - begin;
+    const auto end = std::remove_if(positions.begin(), positions.begin() + open, [&](int j) {
+      return std::isinf(similarity[j]) && is_excluded(excluded, q, first + j);
+    });
+    const int count = int(end - positions.begin());
     keys_of(positions.data(), count, keys.data());
     for (int p = 0; p < count; ++p) {
-      const int64_t item = first + positions[p];
-      bool before = false;
-      for (int64_t level = i; level < m && within(similarity[positions[p]], level); ++level) {
-        const int64_t match = begin + level;
-        before = before || keys[p] < matches.keys[match] || (keys[p] == matches.keys[match] && item < matches.items[match]);
-        matches.counts[match] += before;
-      }
+      const T value = similarity[positions[p]];
+      const int64_t above = first_below(high.data(), m, value), reached = first_reached(low.data(), m, value);
+      const int64_t level = first_behind(matches, begin + reached, begin + above, keys[p], first + positions[p]);
+      if (level == begin + above) continue;
+      ++matches.steps[level];
+      if (above < m) --matches.steps[begin + above];
     }
     return count;
   }
@@ -244,16 +255,14 @@ void canonical_keys(const Rows& query, const Rows& gallery, const int64_t* queri
   });
 }
 
-int64_t count_strangers(const Rows& query, const Rows& gallery, const double* query_norms, const double* gallery_norms, bool cosine,
-                        int64_t first,
-                        const Filter& filter, const Matches& matches, const Excluded& excluded, int instruction_set,
+int64_t count_strangers(const Tile& tile, const Filter& filter, const Matches& matches, const Excluded& excluded, int instruction_set,
                         const Parallel& parallel) {
   const SumLoops& loops = sum_loops(instruction_set);
   std::atomic<int64_t> by_key = 0;
-  parallel(query.count, 1, [&](int64_t begin, int64_t end) {
+  parallel(tile.query.count, 1, [&](int64_t begin, int64_t end) {
     const Denormals denormals;
     Counting<float> counting(count_loops<float>(instruction_set));
-    Keys keys_of(loops, cosine, query.d);
+    Keys keys_of(loops, tile.cosine, tile.query.d);
     for (int64_t q = begin; q < end; ++q) {
       const int64_t m = matches.offsets[q + 1] - matches.offsets[q];
       if (m == 0) continue;
@@ -268,19 +277,19 @@ int64_t count_strangers(const Rows& query, const Rows& gallery, const double* qu
         counting.high[i] = known ? -round_down(-(level + margin)) : infinity;
       }
       bool prepared = false;
-      for (int64_t j = 0; j < gallery.count; j += kChunk) {
-        const int n = int(std::min<int64_t>(kChunk, gallery.count - j));
+      for (int64_t j = 0; j < tile.gallery.count; j += kChunk) {
+        const int n = int(std::min<int64_t>(kChunk, tile.gallery.count - j));
         loops.affine(filter.dots + q * filter.stride + j, filter.item_scale + j, filter.item_shift + j, n, counting.similarity);
-        by_key += counting.count(matches, excluded, q, first + j, n, [&](const int* positions, int count, double* keys) {
+        by_key += counting.count(matches, excluded, q, tile.first + j, n, [&](const int* positions, int count, double* keys) {
           if (!prepared && count) {
-            loops.widen(query[q], query.d, keys_of.query.data());
-            keys_of.norm = query_norms[q];
+            loops.widen(tile.query[q], tile.query.d, keys_of.query.data());
+            keys_of.norm = tile.query_norms[q];
             prepared = true;
           }
           for (int p = 0; p < count; p += 2) {
             const int64_t a = j + positions[p], b = j + positions[std::min(p + 1, count - 1)];
-            const float* const y[] = {gallery[a], gallery[b]};
-            const double norms[] = {gallery_norms[a], gallery_norms[b]};
+            const float* const y[] = {tile.gallery[a], tile.gallery[b]};
+            const double norms[] = {tile.gallery_norms[a], tile.gallery_norms[b]};
             keys_of(y, norms, keys + p);
           }
         });

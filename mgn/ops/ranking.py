@@ -143,7 +143,7 @@ def _match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery
     matches = [torch.from_numpy(array).to(device) for array in (offsets, keys, items)]
     excluded = [torch.from_numpy(array).to(device) for array in (order, begin, end)]
     junk = torch.from_numpy(junk).to(device)
-    counts = torch.zeros(len(keys), dtype=torch.int64, device=device)
+    steps = torch.zeros(len(keys), dtype=torch.int64, device=device)
     redecided = torch.zeros(1, dtype=torch.int64, device=device)
 
     precision = filter.available(precision, device)
@@ -165,10 +165,10 @@ def _match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery
                 dots = filter.products(filter.operand(some, precision), operand, precision)
                 terms = filter.query_terms(query_norms[block], largest, relative_error, width, cosine)
                 compiled.count_strangers(some, tile, query_norms[block], norms, cosine, part.start, dots, item_scale, item_shift, *terms,
-                                         matches[0][block.start:block.stop + 1], *matches[1:], counts,
+                                         matches[0][block.start:block.stop + 1], *matches[1:], steps,
                                          excluded[0], *(tensor[block] for tensor in excluded[1:]), junk, redecided)
     check_finite(gallery_norms, 'gallery')
-    return torch.from_numpy(offsets), as_ranks(counts.cpu(), offsets), redecided[0].cpu()
+    return torch.from_numpy(offsets), as_ranks(steps.cpu(), offsets), redecided[0].cpu()
 
 
 def _match_ranks_from_distance(dist, query_pids, gallery_pids, query_camids, gallery_camids, junk_pid):
@@ -177,18 +177,18 @@ def _match_ranks_from_distance(dist, query_pids, gallery_pids, query_camids, gal
     order, begin, end, junk = identities(query_pids.numpy(), gallery_pids.numpy(), junk_pid)
     offsets, keys, items = sorted_matches(order, begin, end, query_camids.numpy(), gallery_camids.numpy(),
                                           lambda owners, found: dist[torch.from_numpy(owners), torch.from_numpy(found)].double().numpy())
-    counts = torch.zeros(len(keys), dtype=torch.int64)
+    steps = torch.zeros(len(keys), dtype=torch.int64)
     tensors = [torch.from_numpy(array) for array in (offsets, keys, items, order, begin, end, junk)]
     readable = dist.dtype in (torch.float32, torch.float64) and (dist.shape[1] <= 1 or dist.stride(1) == 1)
     for block in spans(len(dist), len(dist) if readable else max(1, OPERANDS // max(dist.shape[1], 1))):
         some = dist[block]
         some = some if readable else some.to(torch.promote_types(dist.dtype, torch.float32)).contiguous()
-        odd = compiled.count_in_distances(some, tensors[0][block.start:block.stop + 1], *tensors[1:3], counts, tensors[3],
+        odd = compiled.count_in_distances(some, tensors[0][block.start:block.stop + 1], *tensors[1:3], steps, tensors[3],
                                           *(tensor[block] for tensor in tensors[4:6]), tensors[6])
         if odd >= 0:
             column = some[odd].isnan().nonzero()[0].item()
             raise ValueError(f'want distances that are numbers, got NaN at row {block.start + odd}, column {column}; look for what made it')
-    return torch.from_numpy(offsets), as_ranks(counts, offsets)
+    return torch.from_numpy(offsets), as_ranks(steps, offsets)
 
 
 def spans(count, step):
@@ -264,10 +264,13 @@ def check_finite(norms, name, first=0):
         raise ValueError(f'want finite {name} features, got NaN or infinity in row {row}; look for what made it')
 
 
-def as_ranks(counts, offsets):
-    """Strangers before each match → its rank: the matches before it take ranks, too."""
-    lengths = torch.from_numpy(np.diff(offsets))
-    return counts.add_(torch.arange(1, len(counts) + 1)).sub_(torch.from_numpy(offsets[:-1]).repeat_interleave(lengths))
+def as_ranks(steps, offsets):
+    """Strangers between each match and its query's one before → its rank: matches take ranks, too."""
+    reached = steps.add_(1).cumsum_(0).numpy()
+    begin, lengths = offsets[:-1], np.diff(offsets)
+    before = np.concatenate(([0], reached))[begin]  # all that the queries before have counted
+    reached -= np.repeat(before, lengths)
+    return torch.from_numpy(reached)
 
 
 @torch.library.register_fake('mgn::match_ranks')

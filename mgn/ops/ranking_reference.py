@@ -51,7 +51,7 @@ def canonical_keys(query, gallery, queries, items, cosine, keys):
 
 
 def count_strangers(query, gallery, query_norms, gallery_norms, cosine, first, dots, item_scale, item_shift, level_scale, level_shift, error, offsets,
-                    keys, items, counts, order, begin, end, junk, redecided):
+                    keys, items, steps, order, begin, end, junk, redecided):
     similarities = (dots * item_scale + item_shift).double()
     for q in range(len(query)):
         matches = slice(offsets[q], offsets[q + 1])
@@ -60,22 +60,23 @@ def count_strangers(query, gallery, query_norms, gallery_norms, cosine, first, d
         stranger = strangers(len(gallery), first, order[begin[q]:end[q]], junk)              # (n,)
         before = stranger & (similarities[q] > level + margin)                               # (m, n)
         undecided = stranger & ~before & ~(similarities[q] < level - margin)
-        counts[matches] += before.sum(1)
         at = undecided.any(0).nonzero()[:, 0]
         found = torch.empty(len(at), dtype=torch.float64, device=query.device)
         canonical_keys(query, gallery, torch.full_like(at, q), at, cosine, found)
-        counts[matches] += (undecided[:, at] & precedes(found, first + at, keys[matches], items[matches])).sum(1)
+        before[:, at] |= undecided[:, at] & precedes(found, first + at, keys[matches], items[matches])
+        steps[matches] += torch.diff(before.sum(1), prepend=before.new_zeros(1, dtype=torch.int64))
         redecided += len(at)
 
 
-def count_in_distances(distances, offsets, keys, items, counts, order, begin, end, junk):
+def count_in_distances(distances, offsets, keys, items, steps, order, begin, end, junk):
     numbers = torch.arange(distances.shape[1])
     for q, row in enumerate(distances):
         if row.isnan().any():
             return q
         matches = slice(offsets[q], offsets[q + 1])
         stranger = strangers(len(row), 0, order[begin[q]:end[q]], junk)
-        counts[matches] += (stranger & precedes(row.double(), numbers, keys[matches], items[matches])).sum(1)
+        before = stranger & precedes(row.double(), numbers, keys[matches], items[matches])
+        steps[matches] += torch.diff(before.sum(1), prepend=torch.zeros(1, dtype=torch.int64))
     return -1
 
 
