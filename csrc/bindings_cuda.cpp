@@ -11,6 +11,7 @@
 #include <string>
 
 #include "kernels/batch_hard.h"
+#include "kernels/ranking_cuda.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -99,6 +100,52 @@ void batch_hard_backward(Tensor anchors, std::optional<Tensor> candidates, Tenso
   check(mgn::batch_hard_backward(x, gradient, current_stream(anchors)));
 }
 
+mgn::Rows rows(const Tensor& features, const Tensor& beside) {
+  STD_TORCH_CHECK(features.is_cuda() && features.get_device_index() == beside.get_device_index() && features.dim() == 2 &&
+                      features.scalar_type() == ScalarType::Float && (features.size(1) <= 1 || features.stride(1) == 1),
+                  "mgn_cuda: want features (n, D) of float32 on one device, contiguous along D; call mgn.ops, which prepares them");
+  return {static_cast<const float*>(features.data_ptr()), features.size(0), features.size(1), features.stride(0)};
+}
+double* doubles(const Tensor& tensor, const Tensor& beside, int64_t count) {
+  return static_cast<double*>(pointer(tensor, beside, ScalarType::Double, count));
+}
+float* floats(const Tensor& tensor, const Tensor& beside, int64_t count) {
+  return static_cast<float*>(pointer(tensor, beside, ScalarType::Float, count));
+}
+
+void canonical_norms(Tensor features, Tensor norms) {
+  const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
+  const auto x = rows(features, features);
+  check(mgn::canonical_norms(x, doubles(norms, features, x.count), current_stream(features)));
+}
+
+void canonical_keys(Tensor query, Tensor gallery, Tensor queries, Tensor items, bool cosine, Tensor keys) {
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  const int64_t pairs = keys.numel();
+  check(mgn::canonical_keys(rows(query, query), rows(gallery, query), indices(queries, query, pairs), indices(items, query, pairs), pairs,
+                            cosine, doubles(keys, query, pairs), current_stream(query)));
+}
+
+void count_strangers(Tensor query, Tensor gallery, Tensor query_norms, Tensor gallery_norms, bool cosine, int64_t first, Tensor dots,
+                     Tensor item_scale, Tensor item_shift, Tensor level_scale, Tensor level_shift, Tensor error, Tensor offsets, Tensor keys,
+                     Tensor items, Tensor steps, Tensor order, Tensor begin, Tensor end, Tensor junk, Tensor redecided) {
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  const auto q = rows(query, query), g = rows(gallery, query);
+  const int64_t m = keys.numel(), products = q.count * g.count;
+  STD_TORCH_CHECK(q.d == g.d && products < int64_t(1) << 31, "mgn_cuda: want query and gallery of one width, and fewer than 2^31 pairs");
+  const mgn::Tile tile = {q, g, doubles(query_norms, query, q.count), doubles(gallery_norms, query, g.count), cosine, first};
+  const mgn::Filter filter = {floats(dots, query, products), g.count, floats(item_scale, query, g.count), floats(item_shift, query, g.count),
+                              doubles(level_scale, query, q.count), doubles(level_shift, query, q.count), doubles(error, query, q.count)};
+  const Tensor low = torch::stable::new_empty(dots, {m}), high = torch::stable::new_empty(dots, {m});
+  const Tensor open = torch::stable::new_empty(order, {products}), open_count = torch::stable::new_empty(order, {1}, ScalarType::Int);
+  check(mgn::count_strangers(
+      tile, filter, {indices(offsets, query, q.count + 1), doubles(keys, query, m), indices(items, query, m), indices(steps, query, m)},
+      {indices(order, query, order.numel()), indices(begin, query, q.count), indices(end, query, q.count), indices(junk, query, junk.numel()),
+       junk.numel()},
+      {floats(low, query, m), floats(high, query, m), indices(open, query, products), static_cast<int*>(open_count.data_ptr())},
+      indices(redecided, query, 1), current_stream(query)));
+}
+
 // Why this build cannot run on that device (an architecture that it was not compiled for), or nothing.
 std::string unusable(int64_t device) {
   const torch::stable::accelerator::DeviceGuard guard{static_cast<int32_t>(device)};
@@ -122,6 +169,12 @@ STABLE_TORCH_LIBRARY(mgn_cuda, m) {
       "batch_hard_backward(Tensor anchors, Tensor? candidates, Tensor dist_ap, Tensor dist_an, Tensor pos_idx, Tensor neg_idx, "
       "Tensor grad_ap, Tensor? grad_an, Tensor? slope, Tensor? entries, Tensor? offsets, Tensor(a!) grad_anchors, "
       "Tensor(b!) grad_candidates) -> ()");
+  m.def("canonical_norms(Tensor features, Tensor(a!) norms) -> ()");
+  m.def("canonical_keys(Tensor query, Tensor gallery, Tensor queries, Tensor items, bool cosine, Tensor(a!) keys) -> ()");
+  m.def(
+      "count_strangers(Tensor query, Tensor gallery, Tensor query_norms, Tensor gallery_norms, bool cosine, int first, Tensor dots, "
+      "Tensor item_scale, Tensor item_shift, Tensor level_scale, Tensor level_shift, Tensor error, Tensor offsets, Tensor keys, "
+      "Tensor items, Tensor(a!) steps, Tensor order, Tensor begin, Tensor end, Tensor junk, Tensor(b!) redecided) -> ()");
   m.def("unusable(int device) -> str");
   m.def("build() -> str");
   m.def("sources() -> str");
@@ -130,6 +183,9 @@ STABLE_TORCH_LIBRARY(mgn_cuda, m) {
 STABLE_TORCH_LIBRARY_IMPL(mgn_cuda, CUDA, m) {
   m.impl("batch_hard", TORCH_BOX(&batch_hard));
   m.impl("batch_hard_backward", TORCH_BOX(&batch_hard_backward));
+  m.impl("canonical_norms", TORCH_BOX(&canonical_norms));
+  m.impl("canonical_keys", TORCH_BOX(&canonical_keys));
+  m.impl("count_strangers", TORCH_BOX(&count_strangers));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mgn_cuda, CompositeExplicitAutograd, m) {

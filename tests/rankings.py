@@ -69,3 +69,12 @@ def near_ties(Q, G, D, seed=0, pids=3):
     gallery_pids = rng.integers(0, pids, G)
     query_pids = gallery_pids[rng.integers(0, G, Q)]
     return query, gallery, query_pids, gallery_pids, rng.integers(0, 2, Q), rng.integers(1, 3, G)
+
+
+def extremes(Q, G, D, seed=0):
+    """Rows of very different norms: huge, denormal, zero, duplicates of each other."""
+    query, gallery, *ids = problem(Q, G, D, seed=seed)
+    scales = np.array([1, 1e20, 1e-20, 1e-41, 0, 3e37, 1e-38], np.float32)
+    query, gallery = (x * scales[np.arange(len(x)) % len(scales), None] for x in (query, gallery))
+    gallery[G // 2:G // 2 + 3] = gallery[:3]
+    return query, gallery, *ids

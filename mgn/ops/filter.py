@@ -48,8 +48,8 @@ def relative_error(precision, width, device):
     """
     # What underflows or is flushed is at most 2⁻¹²⁶ a term, and the product of norms at least 2⁻⁸⁰.
     underflow = width * 2.0 ** -40
-    if precision == 'bfloat16':  # two parts leave 2⁻¹⁸ of each operand, and the product of the small parts is left out
-        return 1.02 * summing(width + 2, 2.0 ** -22) + 3.1 * 2.0 ** -18 + underflow
+    if precision == 'bfloat16':  # two parts leave 2⁻¹⁶ of each operand, and the product of the small parts, as small, is left out
+        return 1.02 * summing(width + 2, 2.0 ** -22) + 3.1 * 2.0 ** -16 + underflow
     if precision == 'tf32':
         return 1.01 * (summing(width, 2.0 ** -22) + 2 * 2.0 ** -11) + underflow
     if not float32_is_float32(device):  # at worst bfloat16, truncated

@@ -333,6 +333,21 @@ EMULATOR_UNWATCHED inline unsigned ballot(unsigned mask, bool vote, const char* 
 inline void __threadfence() {}
 inline int __ffs(unsigned bits) { return __builtin_ffs(int(bits)); }
 inline int atomicAdd(int* target, int value) { return __atomic_fetch_add(target, value, __ATOMIC_ACQ_REL); }
+inline unsigned long long atomicAdd(unsigned long long* target, unsigned long long value) {
+  return __atomic_fetch_add(target, value, __ATOMIC_ACQ_REL);
+}
+// Compiled without -march these are separate instructions on x86-64; elsewhere a compiler might fuse them.
+inline double __dmul_rn(double x, double y) {
+  volatile double product = x * y;
+  return product;
+}
+inline double __dadd_rn(double x, double y) { return x + y; }
+inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
+inline float __double2float_rd(double x) {
+  const float nearest = float(x);
+  return nearest > x ? std::nextafter(nearest, -HUGE_VALF) : nearest;
+}
+inline float __double2float_ru(double x) { return -__double2float_rd(-x); }
 using std::isfinite;
 using std::isnan;
 

@@ -1,0 +1,241 @@
+"""Nothing about the matrix product reaches the ranks: tiles, threads, precision, library, order of the gallery, settings of torch."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from rankings import METRICS, extremes, naive_ranks, near_ties, problem, ranks_of
+
+from mgn.ops import filter, match_ranks, ranking
+
+MAKERS = [near_ties, problem, extremes]
+
+
+def same(a, b):
+    return np.array_equal(a.offsets, b.offsets) and np.array_equal(a.ranks, b.ranks)
+
+
+def clustered(Q=40, G=3000, D=64, pids=60, seed=0):
+    """Features as training leaves them, and many strangers near each match; naive loops would take too long."""
+    rng = np.random.default_rng(seed)
+    centres, basis = rng.standard_normal((pids, 8)), rng.standard_normal((8, D))
+    ids = rng.integers(0, pids, Q), rng.integers(-1, pids, G), rng.integers(0, 3, Q), rng.integers(0, 3, G)
+    query, gallery = ((centres[of] + rng.standard_normal((len(of), 8))) @ basis for of in ids[:2])
+    gallery[rng.integers(0, G, 300)] = gallery[rng.integers(0, G, 300)]
+    return query.astype(np.float32), gallery.astype(np.float32), *ids
+
+
+@pytest.mark.parametrize('metric', METRICS)
+@pytest.mark.parametrize('make', [*MAKERS, clustered])
+def test_tiles_change_nothing(monkeypatch, make, metric):
+    args = make(11, 120, 33)
+    expected = match_ranks(*args, metric=metric)
+    for tile in ((1, 1), (7, 3), (64, 11), (1000, 2)):
+        monkeypatch.setattr(ranking, 'tile_of', lambda query, gallery: tile)
+        assert same(match_ranks(*args, metric=metric), expected)
+
+
+@pytest.mark.parametrize('metric', METRICS)
+@pytest.mark.parametrize('make', [near_ties, clustered])
+def test_threads_change_nothing(make, metric):
+    args = make() if make is clustered else make(11, 120, 33)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(match_ranks(*args, metric=metric))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(same(result, results[0]) for result in results)
+    assert len({result.redecided for result in results}) == 1 or make is clustered  # other threads, another rounding of products
+
+
+@pytest.mark.parametrize('metric', METRICS)
+@pytest.mark.parametrize('precision', ['tf32', 'bfloat16'])
+@pytest.mark.parametrize('make', [*MAKERS, clustered])
+def test_precision_changes_nothing_but_what_goes_by_key(ranking, monkeypatch, make, precision, metric):
+    """Also where this CPU has no units for it: float32 products of the rounded operands err no more than those would."""
+    args = make() if make is clustered else make(11, 300, 33)
+    expected = match_ranks(*args, metric=metric)
+    monkeypatch.setattr(filter, 'available', lambda precision, device: precision)
+    got = match_ranks(*args, metric=metric, precision=precision)
+    assert same(got, expected)
+    if make is clustered:
+        assert (2 if precision == 'tf32' else 1) * expected.redecided < got.redecided < len(args[0]) * len(args[1]) / 10
+
+
+def test_operands_keep_what_their_precision_promises():
+    x = torch.from_numpy(problem(50, 1, 40)[0]).mul(torch.logspace(-8, 8, 50)[:, None])
+    rounded = filter.operand(x, 'tf32')
+    assert (rounded.view(torch.int32) & 0x1fff == 0).all()
+    assert ((rounded - x).abs() <= 2.0 ** -11 * x.abs()).all() and ((rounded - x).abs() > 2.0 ** -12.5 * x.abs()).any()
+    large, small = filter.operand(x, 'bfloat16')
+    assert torch.equal(large, large.bfloat16().float()) and torch.equal(small, small.bfloat16().float())
+    assert ((large.double() + small - x.double()).abs() <= 2.0 ** -16 * x.abs()).all()
+
+
+@pytest.mark.parametrize('precision', filter.PRECISIONS)
+@pytest.mark.parametrize('width', [1, 7, 256, 2048])
+def test_products_err_less_than_they_are_said_to(precision, width):
+    rng = np.random.default_rng(width)
+    for make in (lambda n: rng.standard_normal((n, width)), lambda n: rng.random((n, width)), lambda n: rng.standard_normal((n, width)) ** 9):
+        q, g = (torch.from_numpy(make(n).astype(np.float32)) for n in (40, 300))
+        with filter.exact_float32():
+            products = filter.products(filter.operand(q, precision), filter.operand(g, precision), precision)
+        error = (products.double() - q.double() @ g.double().T).abs() / (q.double().norm(dim=1)[:, None] * g.double().norm(dim=1))
+        assert error.max() <= filter.relative_error(precision, width, torch.device('cpu'))
+
+
+@pytest.mark.parametrize('metric', METRICS)
+def test_every_gemm_gives_the_same_ranks(monkeypatch, metric):
+    args, results = clustered(), []
+    ways = filter.gemms(torch.device('cpu'))
+    for way in [*ways, lambda q, g: (q.double() @ g.double().T).float(), lambda q, g: torch.einsum('qd,gd->qg', q.flip(1), g.flip(1))]:
+        monkeypatch.setattr(filter, 'gemms', lambda device: (way,))
+        results.append(match_ranks(*args, metric=metric))
+    assert len(results) >= 3 and all(same(result, results[0]) for result in results)
+
+
+def test_the_fastest_gemm_is_found_by_trial(monkeypatch):
+    monkeypatch.setattr(filter, 'TIMES', {})
+    monkeypatch.setattr(filter, 'WORTH_A_TRIAL', 10)
+    calls = []
+
+    def way(name, seconds):
+        def run(q, g):
+            calls.append(name)
+            clock[0] += seconds
+            return q @ g.T
+        run.__name__ = name
+        return run
+
+    clock = [0.0]
+    monkeypatch.setattr(filter.time, 'perf_counter', lambda: clock[0])
+    ways = way('slow', 2), way('fast', 1)
+    for _ in range(10):
+        filter.fastest(ways, torch.ones(4, 3), torch.ones(5, 3))
+    assert calls[:6] == ['slow', 'fast'] * 3 and calls[6:] == ['fast'] * 4
+    filter.fastest(ways, torch.ones(1, 2), torch.ones(1, 2))  # too small to tell
+    assert calls[-1] == 'slow'
+
+
+@pytest.mark.parametrize('metric', METRICS)
+def test_order_of_the_gallery_changes_only_ties(metric):
+    query, gallery, query_pids, gallery_pids, query_camids, gallery_camids = problem(20, 300, 17)
+    expected = match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery_camids, metric=metric)
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(300)
+        got = match_ranks(query, gallery[order], query_pids, gallery_pids[order], query_camids, gallery_camids[order], metric=metric)
+        assert same(got, expected)
+
+
+@pytest.mark.parametrize('make', MAKERS)
+def test_settings_of_torch_change_nothing_and_are_restored(make):
+    args = make(9, 300, 64)
+    expected = match_ranks(*args)
+    assert ranks_of(*args) == naive_ranks(*args)
+    torch.set_float32_matmul_precision('medium')
+    try:
+        assert same(match_ranks(*args), expected)
+        assert torch.get_float32_matmul_precision() == 'medium' and torch.backends.mkldnn.matmul.fp32_precision == 'bf16'
+    finally:
+        torch.set_float32_matmul_precision('highest')
+    with torch.autocast('cpu', dtype=torch.bfloat16), torch.inference_mode():
+        assert same(match_ranks(*args), expected)
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert same(match_ranks(*args), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize('metric', METRICS)
+def test_denormal_features_count_even_while_torch_flushes_them(ranking, metric):
+    for make in (extremes, lambda *size: [x * np.float32(1e-40) if x.dtype == np.float32 else x for x in problem(*size)]):
+        args = make(4, 31, 17)
+        expected = naive_ranks(*args, metric=metric)
+        flushes = torch.set_flush_denormal(True)
+        try:
+            got = ranks_of(*args, metric=metric)
+        finally:
+            torch.set_flush_denormal(False)
+        assert got == expected and (flushes or not flushes)
+
+
+def test_a_product_that_drops_bits_is_found_out_and_taken_for_what_it_is(monkeypatch):
+    coarse = lambda q, g: (q.bfloat16() @ g.bfloat16().T).float()  # noqa: E731
+    args = clustered()
+    expected = match_ranks(*args)
+    filter.float32_is_float32.cache_clear()
+    monkeypatch.setattr(filter, 'gemms', lambda device: (coarse,))
+    try:
+        assert not filter.float32_is_float32(torch.device('cpu'))
+        assert filter.relative_error('float32', 64, torch.device('cpu')) > 2.0 ** -7
+    finally:
+        filter.float32_is_float32.cache_clear()
+    monkeypatch.setattr(filter, 'gemms', lambda device: (lambda q, g: q.bfloat16().float() @ g.bfloat16().float().T,))
+    monkeypatch.setattr(filter, 'float32_is_float32', lambda device: False)
+    got = match_ranks(*args)
+    assert same(got, expected) and got.redecided > expected.redecided
+
+
+def test_what_the_matrix_product_leaves_open_is_counted(ranking):
+    query = np.ones((1, 4), np.float32)
+    gallery = np.array([[1, 1, 1, 1], [2, 2, 2, 2], [1, 1, 1, 0], [3, 3, 3, 3], [1, -1, 1, -1]], np.float32)
+    args = (query, gallery, [1], [1, 2, 2, 2, 2], [0], [1] * 5)
+    assert match_ranks(*args).redecided == 2  # parallel to the match; the other two are decided by the product
+    assert match_ranks(*problem(20, 129, 33)).redecided == 0
+
+
+@pytest.mark.parametrize('metric', METRICS)
+def test_a_match_out_of_the_filters_range_and_strangers_out_of_it(ranking, metric):
+    query, gallery, *ids = problem(5, 80, 9, pids=4)
+    gallery[::7] *= np.float32(1e25)
+    query[1] *= np.float32(1e-30)
+    query[2] *= np.float32(1e30)
+    args = query, gallery, *ids
+    assert ranks_of(*args, metric=metric) == naive_ranks(*args, metric=metric)
+
+
+def test_more_matches_than_are_compared_one_by_one(ranking):
+    query, gallery, *_ = problem(3, 1300, 2, levels=9)
+    ids = np.arange(3), np.arange(1300) % 3, np.zeros(3, int), np.arange(1300) % 300
+    for metric in METRICS:
+        assert ranks_of(query, gallery, *ids, metric=metric) == naive_ranks(query, gallery, *ids, metric=metric)
+
+
+MEMORY = '''
+import json, resource, sys
+import numpy as np, torch
+from mgn import ops
+torch.set_num_threads(2)
+Q, G, D, dtype, precision = json.loads(sys.argv[1])
+rng = np.random.default_rng(0)
+gallery = torch.empty(G, D, dtype=getattr(torch, dtype))
+for part in gallery.split(4096):
+    part.copy_(torch.from_numpy(rng.standard_normal(part.shape, np.float32)))
+query = gallery[rng.integers(0, G, Q)]
+ids = [rng.integers(0, 1 + G // 25, n) for n in (Q, G)] + [rng.integers(0, 6, n) for n in (Q, G)]
+few = [array[:9] for array in ids]
+ops.match_ranks(query[:9], gallery[:9], few[0], few[1], few[2], few[3], precision=precision)  # loads what there is to load
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+result = ops.match_ranks(query, gallery, *ids, precision=precision)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+print(peak, 2 ** 28 + 32 * (Q + G + len(result.ranks)), len(result.ranks))
+'''
+
+
+@pytest.mark.parametrize('case', [(3000, 40_000, 128, 'float32', 'float32'), (2500, 20_000, 512, 'float16', 'float32'),
+                                  (30_000, 30_000, 16, 'bfloat16', 'bfloat16'), (40, 2_000_000, 4, 'float32', 'float32'),
+                                  (64, 300, 100_000, 'float16', 'float32')])
+def test_memory_stays_within_its_bound(case):
+    done = subprocess.run([sys.executable, '-c', MEMORY, json.dumps(case)], capture_output=True, text=True,
+                          env={**os.environ, 'PYTHONPATH': os.getcwd()})
+    assert done.returncode == 0, done.stderr
+    peak, bound, matches = map(int, done.stdout.split())
+    assert peak <= bound and matches > 0

@@ -1,0 +1,94 @@
+"""The CUDA kernels of ranking on the host, under the emulator and sanitizers, through mgn.ops.match_ranks."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from emulation import ORDERS, missed_lines, need, ranking_kernels
+from hypothesis import HealthCheck, given, settings, strategies as st
+from mining import examples
+from rankings import METRICS, extremes, naive_ranks, near_ties, problem, ranks_of
+
+from mgn.ops import match_ranks, ranking
+
+# queries, gallery, dimensions: around sixteen lanes a pair, sixteen pairs a block, 256 threads, and tiles of 7 queries and 300 items
+SIZES = [(1, 1, 1), (3, 17, 16), (8, 40, 15), (2, 301, 33), (5, 570, 3)]
+KINDS = [('plain', order) for order in ORDERS] + [('address', 'forward'), ('thread', 'forward'), ('thread', '1')]
+
+
+@pytest.fixture
+def emulated(kernels, monkeypatch):
+    """with emulated(kind, order): mgn.ops.match_ranks runs the CUDA kernels, on small tiles."""
+    @contextmanager
+    def emulated(kind='plain', order='forward', items=300, queries=7):
+        with kernels(kind, order, 'ranking') as process, monkeypatch.context() as patch:
+            patch.setattr(ranking, 'kernels', lambda device: ranking_kernels(process))
+            patch.setattr(ranking, 'tile_of', lambda query, gallery: (items, queries))
+            yield process
+    return emulated
+
+
+def check(*args, **options):
+    assert ranks_of(*args, **options) == naive_ranks(*args, **options)
+
+
+def check_all():
+    for Q, G, D in SIZES:
+        for metric in METRICS:
+            check(*problem(Q, G, D), metric=metric)
+    for metric in METRICS:
+        check(*near_ties(4, 60, 33), metric=metric)
+        check(*problem(4, 60, 5, levels=2), metric=metric, junk_pid=1)
+        check(*extremes(3, 40, 17), metric=metric)
+
+
+@pytest.mark.parametrize('kind, order', KINDS)
+def test_sizes_and_ties(emulated, kind, order):
+    with emulated(kind, order):
+        check_all()
+
+
+@pytest.mark.parametrize('metric', METRICS)
+def test_spans_of_a_long_row_and_more_matches_than_shared_memory_counts(emulated, metric):
+    query, gallery, *_ = problem(3, 4200, 2)
+    pids = [np.array([0, 1, 2]), np.arange(4200) % 3]  # 1,400 matches each: all but those of the query's camera
+    camids = [np.zeros(3, int), np.arange(4200) % 500]
+    with emulated(items=4200):
+        got = ranks_of(query, gallery, *pids, *camids, metric=metric)
+    assert got == ranks_of(query, gallery, *pids, *camids, metric=metric)
+
+
+def test_all_go_by_key_where_all_are_equal(emulated):
+    query, gallery, *ids = problem(5, 400, 9, pids=9)
+    query[:], gallery[:] = 1, 1
+    with emulated():
+        result = match_ranks(query, gallery, *ids)
+        check(query, gallery, *ids)
+    matched = np.diff(result.offsets) > 0
+    assert result.redecided == sum(int((ids[1] != pid).sum()) for pid in ids[0][matched])
+
+
+def test_features_that_are_not_finite_are_named(emulated):
+    for which, name in ((0, 'query'), (1, 'gallery')):
+        args = list(problem(5, 33, 7))
+        args[which][4, 3] = np.nan
+        with emulated(), pytest.raises(ValueError, match=f'{name} features, got NaN or infinity in row 4'):
+            match_ranks(*args)
+
+
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 2 ** 32 - 1), Q=st.integers(0, 9), G=st.integers(0, 40), D=st.integers(1, 40), pids=st.integers(1, 9),
+       levels=st.sampled_from([None, 1, 2]), metric=st.sampled_from(METRICS), items=st.integers(1, 50), order=st.sampled_from(ORDERS))
+def test_random_cases(emulated, seed, Q, G, D, pids, levels, metric, items, order):
+    with emulated('plain', order, items, 4):
+        check(*problem(Q, G, D, pids, seed=seed, levels=levels), metric=metric, junk_pid=0)
+
+
+def test_every_line_of_the_kernels_is_run(emulated):
+    need('gcov', 'which counts the lines that were run')
+    with emulated('coverage', items=4200) as process:
+        check_all()
+        query, gallery, *_ = problem(3, 4200, 2)
+        ranks_of(query, gallery, np.arange(3), np.arange(4200) % 3, np.zeros(3, int), np.arange(4200) % 500)
+        folder = process.args[-1].parent
+    assert missed_lines(folder, 'ranking') == []
