@@ -16,16 +16,22 @@ def retrieval_metrics(offsets, ranks, top=(1, 5, 10)):
     Raises:
         ValueError: no query has a match.
     """
-    counts = np.diff(offsets)
-    starts = offsets[:-1][counts > 0]
-    if len(starts) == 0:
+    first, precision, trapezoid, penalty = query_metrics(offsets, ranks)
+    if len(first) == 0:
         raise ValueError('want at least one query with a true match, got none; check pids and camids')
+    return {**{f'rank{k}': float(np.mean(first <= k)) for k in top}, 'mAP': float(np.mean(precision)),
+            'mAP_trapezoid': float(np.mean(trapezoid)), 'mINP': float(np.mean(penalty))}
+
+
+def query_metrics(offsets, ranks):
+    """The first rank, both average precisions and the INP of each query that has a match, (V,) each."""
+    counts = np.diff(offsets)
     m = counts[counts > 0]
+    if len(m) == 0:
+        return np.empty(0, np.int64), *np.empty((3, 0))
+    starts = offsets[:-1][counts > 0]
     i = np.arange(1, len(ranks) + 1) - np.repeat(starts, m)  # 1…m within each query
     precision = i / ranks
     before = np.where(ranks == 1, 1.0, (i - 1) / np.maximum(ranks - 1, 1))
-    first, last = ranks[starts], ranks[starts + m - 1]
-    return {**{f'rank{k}': float(np.mean(first <= k)) for k in top},
-            'mAP': float(np.mean(np.add.reduceat(precision, starts) / m)),
-            'mAP_trapezoid': float(np.mean(np.add.reduceat((precision + before) / 2, starts) / m)),
-            'mINP': float(np.mean(m / last))}
+    return (ranks[starts], np.add.reduceat(precision, starts) / m, np.add.reduceat((precision + before) / 2, starts) / m,
+            m / ranks[starts + m - 1])

@@ -59,7 +59,7 @@ def test_threads_change_nothing(make, metric):
 @pytest.mark.parametrize('make', [*MAKERS, clustered])
 def test_precision_changes_nothing_but_what_goes_by_key(ranking, monkeypatch, make, precision, metric):
     """Also where this CPU has no units for it: float32 products of the rounded operands err no more than those would."""
-    args = make() if make is clustered else make(11, 300, 33)
+    args = make(12, 900) if make is clustered else make(11, 300, 33)
     expected = match_ranks(*args, metric=metric)
     monkeypatch.setattr(filter, 'available', lambda precision, device: precision)
     got = match_ranks(*args, metric=metric, precision=precision)

@@ -16,7 +16,7 @@ from mgn import checkpoint, training
 
 pytestmark = pytest.mark.usefixtures('thin')
 
-TIMINGS = {'images_per_s', 'data_wait', 'features_s', 'ranking_s'}
+TIMINGS = {'images_per_s', 'data_wait', 'features_s', 'ranking_s', 'peak_memory_mb', 'redecided'}
 
 
 class Crash(Exception):

@@ -1,0 +1,32 @@
+"""The function that users of fast-reid have: they change one import."""
+
+import numpy as np
+
+from mgn.metrics import query_metrics
+from mgn.ops.ranking import match_ranks_from_distance
+
+
+def evaluate_rank(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=50, use_metric_cuhk03=False, use_cython=True):
+    """Stands in for fastreid.evaluation.rank.evaluate_rank: the same arguments and numbers, by counting instead of sorting.
+
+    Equal distances are ordered by gallery index, where fast-reid's order is left to its sort. No id is special here: −1 is one
+    like any other.
+
+    Args:
+        distmat: (Q, G) distances, as of match_ranks_from_distance; q_pids, g_pids, q_camids, g_camids: (Q,), (G,) integers.
+        max_rank: how long a CMC curve, at most G. use_cython: says nothing here.
+    Returns:
+        (cmc (min(max_rank, G),), all_AP (V,), all_INP (V,)), float32 NumPy arrays, over the V queries that have a match.
+    Raises:
+        ValueError: use_metric_cuhk03=True; no query with a match; whatever match_ranks_from_distance refuses.
+    """
+    if use_metric_cuhk03:
+        raise ValueError('want use_metric_cuhk03=False, got True: CUHK03\'s old protocol draws single gallery images at random, which this '
+                         'function does not; use the new protocol of CUHK03 (767/700 identities), which needs no draws')
+    offsets, ranks, _ = match_ranks_from_distance(distmat, q_pids, g_pids, q_camids, g_camids, junk_pid=None)
+    first, precision, _, penalty = query_metrics(offsets, ranks)
+    if len(first) == 0:
+        raise ValueError('want at least one query whose identity another camera has in the gallery, got none; check pids and camids')
+    length = min(max_rank, distmat.shape[1])
+    hits = np.bincount(np.minimum(first - 1, length), minlength=length + 1)[:length]  # behind the curve's end: left out
+    return (np.cumsum(hits) / len(first)).astype(np.float32), precision.astype(np.float32), penalty.astype(np.float32)

@@ -1,0 +1,159 @@
+"""Ranks from a matrix of distances against a loop that sorts; the stand-in for fast-reid's evaluate_rank against its definition."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from mining import examples
+from rankings import problem
+
+from mgn.metrics import retrieval_metrics
+from mgn.ops import evaluate_rank, match_ranks, match_ranks_from_distance
+
+
+def naive_ranks(dist, query_pids, gallery_pids, query_camids, gallery_camids, junk_pid=-1):
+    result = []
+    for row, pid, camid in zip(dist, query_pids, query_camids):
+        ranked = sorted((float(d), g) for g, d in enumerate(row)
+                        if gallery_pids[g] != junk_pid and not (gallery_pids[g] == pid and gallery_camids[g] == camid))
+        result.append([rank for rank, (_, g) in enumerate(ranked, 1) if gallery_pids[g] == pid])
+    return result
+
+
+def ranks_of(*args, **options):
+    offsets, ranks, redecided = match_ranks_from_distance(*args, **options)
+    assert offsets.dtype == ranks.dtype == np.int64 and redecided == 0
+    return [ranks[a:b].tolist() for a, b in zip(offsets, offsets[1:])]
+
+
+def distances(Q, G, dtype=np.float32, levels=None, seed=0):
+    dist = np.random.default_rng(seed).standard_normal((Q, G))
+    return (np.round(dist * levels) if levels else dist).astype(dtype), *problem(Q, G, 1, seed=seed)[2:]
+
+
+@pytest.mark.parametrize('dtype', [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize('levels', [None, 2])
+@pytest.mark.parametrize('Q, G', [(1, 1), (3, 15), (4, 17), (2, 33), (3, 129), (2, 2051)])
+def test_ranks_equal_the_sorting_loop(ranking, dtype, levels, Q, G):
+    args = distances(Q, G, dtype, levels)
+    assert ranks_of(*args) == naive_ranks(*args)
+
+
+@settings(deadline=None, derandomize=True, max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_ranks_equal_the_sorting_loop_on_anything(ranking, data):
+    Q, G = data.draw(st.integers(0, 4)), data.draw(st.integers(0, 30))
+    dtype = data.draw(st.sampled_from([np.float16, np.float32, np.float64]))
+    values = data.draw(st.sampled_from([st.sampled_from([0.0, -0.0, 1.0, np.inf, -np.inf]),
+                                        st.floats(width=np.dtype(dtype).itemsize * 8, allow_nan=False)]))
+    dist = np.array(data.draw(st.lists(st.lists(values, min_size=G, max_size=G), min_size=Q, max_size=Q)), dtype).reshape(Q, G)
+    ids = [data.draw(st.lists(st.integers(low, 2), min_size=n, max_size=n)) for low in (-1, 1) for n in (Q, G)]
+    junk_pid = data.draw(st.sampled_from([-1, 0, None]))
+    assert ranks_of(dist, *ids, junk_pid=junk_pid) == naive_ranks(dist, *ids, junk_pid=junk_pid)
+
+
+@pytest.mark.parametrize('infinity', [np.inf, -np.inf])
+def test_infinities_are_values(ranking, infinity):
+    dist, *ids = distances(5, 300)
+    dist[:, ::3] = infinity
+    assert ranks_of(dist, *ids) == naive_ranks(dist, *ids)
+    dist[:] = infinity
+    assert ranks_of(dist, *ids) == naive_ranks(dist, *ids)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_containers_and_layouts(ranking, dtype):
+    dist, *ids = distances(6, 90)
+    dist = torch.from_numpy(dist).to(dtype)
+    expected = naive_ranks(dist.double().numpy(), *ids)
+    wide = torch.full((12, 200), torch.nan, dtype=dtype)
+    wide[::2, 10:190:2] = dist
+    for same in (dist, dist.T.contiguous().T, wide[::2, 10:190:2], dist.clone().requires_grad_(), dist.flip(1).flip(1)):
+        assert ranks_of(same, *(torch.from_numpy(x) for x in ids)) == expected
+    if dtype != torch.bfloat16:
+        array = dist.numpy()
+        frozen = array.copy()
+        frozen.flags.writeable = False
+        for same in (array, np.asfortranarray(array), array[:, ::-1].copy()[:, ::-1], array.astype(array.dtype.newbyteorder()), frozen):
+            assert ranks_of(same, *(x.astype(np.int32) for x in ids)) == expected
+
+
+@pytest.mark.parametrize('pid', [9, 1, -1])  # a stranger, an own one, junk
+def test_a_nan_is_an_error_that_names_its_place(ranking, pid):
+    for dtype in (np.float16, np.float32, np.float64):
+        dist, query_pids, gallery_pids, *camids = distances(7, 2100, dtype)
+        query_pids[3], gallery_pids[2060], dist[3, 2060] = 1, pid, np.nan
+        with pytest.raises(ValueError, match='NaN at row 3, column 2060'):
+            match_ranks_from_distance(dist, query_pids, gallery_pids, *camids)
+        with pytest.raises(ValueError, match='NaN at row 3, column 2060'):  # and where nothing is to be ranked
+            match_ranks_from_distance(dist, query_pids + 100, gallery_pids, *camids)
+
+
+@pytest.mark.parametrize('dist, message', [(np.zeros((3, 4), int), 'floating point'), (np.zeros(4), r'\(Q, G\)'), (np.zeros((2, 4)), 'query_pids'),
+                                           (np.zeros((3, 5)), 'gallery_pids'), (np.zeros((3, 4), np.longdouble), 'float128|longdouble'),
+                                           (np.zeros((3, 4), complex), 'complex')])
+def test_matrices_that_do_not_fit_are_refused(dist, message):
+    with pytest.raises(ValueError, match=message):
+        match_ranks_from_distance(dist, *problem(3, 4, 1)[2:])
+
+
+def test_distances_of_features_give_the_ranks_of_features():
+    query, gallery, *ids = problem(20, 200, 16)
+    dist = np.linalg.norm(query[:, None].astype(np.float64) - gallery, axis=2)
+    assert ranks_of(dist, *ids) == ranks_of(torch.cdist(*(torch.from_numpy(x).double() for x in (query, gallery))), *ids)
+    features = match_ranks(query, gallery, *ids, metric='euclidean')
+    assert np.array_equal(features.ranks, match_ranks_from_distance(dist, *ids).ranks)
+
+
+def naive_evaluate(dist, q_pids, g_pids, q_camids, g_camids, max_rank):
+    """As fast-reid's eval_market1501 defines it, with a stable sort."""
+    curves, precisions, penalties = [], [], []
+    for row, pid, camid in zip(dist, q_pids, q_camids):
+        order = np.argsort(row, kind='stable')
+        hits = [g_pids[g] == pid for g in order if g_pids[g] != pid or g_camids[g] != camid]
+        if not any(hits):
+            continue
+        found = np.flatnonzero(hits)
+        curves.append([k >= found[0] for k in range(max_rank)])
+        precisions.append(np.mean((np.arange(len(found)) + 1) / (found + 1)))
+        penalties.append(len(found) / (found[-1] + 1))
+    return np.mean(curves, 0), precisions, penalties
+
+
+@pytest.mark.parametrize('levels', [None, 3])
+@pytest.mark.parametrize('G', [30, 200])
+def test_evaluate_rank_gives_the_numbers_of_its_definition(levels, G):
+    dist, *ids = distances(40, G, levels=levels)
+    ids[1][:5] = -1  # nothing special here
+    ids[0][:3] = -1
+    for max_rank in (1, 20, 50):
+        got = evaluate_rank(dist, *ids, max_rank=max_rank)
+        for values, expected in zip(got, naive_evaluate(dist, *ids, min(max_rank, G))):
+            assert values.dtype == np.float32 and isinstance(values, np.ndarray)
+            assert values.tolist() == pytest.approx(list(expected), rel=1e-6)
+    assert all(np.array_equal(*pair) for pair in zip(got, evaluate_rank(torch.from_numpy(dist), *ids, 50, False, False)))
+    metrics = retrieval_metrics(*match_ranks_from_distance(dist, *ids, junk_pid=None)[:2])
+    assert (got[0][[0, 4, 9]].tolist() == pytest.approx([metrics[f'rank{k}'] for k in (1, 5, 10)], rel=1e-6)
+            and got[1].mean() == pytest.approx(metrics['mAP'], rel=1e-5) and got[2].mean() == pytest.approx(metrics['mINP'], rel=1e-5))
+
+
+def test_evaluate_rank_leaves_out_queries_without_a_match():
+    dist, *_ = distances(3, 4)
+    cmc, precision, penalty = evaluate_rank(dist, [1, 7, 2], [1, 2, 3, 1], [0, 0, 0], [1, 0, 1, 1])
+    assert cmc.shape == (4,) and precision.shape == penalty.shape == (1,)
+    with pytest.raises(ValueError, match='none'):
+        evaluate_rank(dist, [7, 7, 7], [1, 2, 3, 1], [0, 0, 0], [1, 0, 1, 1])
+    with pytest.raises(ValueError, match='use_metric_cuhk03=False'):
+        evaluate_rank(dist, [1, 7, 2], [1, 2, 3, 1], [0, 0, 0], [1, 0, 1, 1], use_metric_cuhk03=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec('fastreid') is None, reason='an optional comparison: make peers installs fast-reid')
+def test_numbers_equal_fast_reids():
+    from benchmarks.peers import fastreid_evaluate_rank
+    for seed in range(5):
+        dist, *ids = distances(50, 400, seed=seed)
+        for use_cython in (True, False):
+            for got, expected in zip(evaluate_rank(dist, *ids), fastreid_evaluate_rank(use_cython)(dist, *ids)):
+                np.testing.assert_allclose(got, expected, rtol=2e-6)
