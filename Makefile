@@ -12,11 +12,12 @@ long:        # the whole matrix, and ten times the random cases
 gpu:         # on a machine with a GPU: build, the whole suite on it, compute-sanitizer, benchmarks; prints a table to keep
 	python -m benchmarks.gpu
 
-peers:       # what the benchmarks measure against; fastreid without its dependencies, which pin a torch of 2022
-	pip install --no-deps fastreid
-	pip install pytorch-metric-learning
+peers:       # what the benchmarks measure against; without their dependencies, which pin a torch of 2022
+	pip install --no-deps fastreid torchreid
+	pip install pytorch-metric-learning cython
 
 bench:       # ratios against named peers, on this machine
 	python -m benchmarks.loading
 	python -m benchmarks.small_maps
 	python -m benchmarks.triplet
+	python -m benchmarks.ranking

@@ -3,17 +3,48 @@
 import importlib
 import sys
 import types
+import warnings
 from importlib.util import find_spec
 
 
-def fastreid_triplet_loss():
-    """fastreid.modeling.losses.triplet_loss.triplet_loss, past packages whose imports are out of date."""
-    if 'fastreid' not in sys.modules:
-        root = find_spec('fastreid').submodule_search_locations[0]
-        for name in ('fastreid', 'fastreid.modeling', 'fastreid.modeling.losses'):
+def without_init(*names):
+    """Makes the packages importable without running their __init__, whose imports are out of date."""
+    root = find_spec(names[0]).submodule_search_locations[0] if names[0] not in sys.modules else sys.modules[names[0]].__path__[0]
+    for name in names:
+        if name not in sys.modules:
             sys.modules[name] = types.ModuleType(name)
-            sys.modules[name].__path__ = [root + name.removeprefix('fastreid').replace('.', '/')]
+            sys.modules[name].__path__ = [root + name.removeprefix(names[0]).replace('.', '/')]
+
+
+def fastreid_triplet_loss():
+    """fastreid.modeling.losses.triplet_loss.triplet_loss."""
+    without_init('fastreid', 'fastreid.modeling', 'fastreid.modeling.losses')
     return importlib.import_module('fastreid.modeling.losses.triplet_loss').triplet_loss
+
+
+def fastreid_evaluate_rank(use_cython=True):
+    """fastreid.evaluation.rank's evaluate_cy, compiled on first use, or evaluate_py: (distmat, pids and camids, max_rank=50)."""
+    import numpy as np
+    import pyximport
+
+    without_init('fastreid', 'fastreid.evaluation')
+    before = sys.meta_path[:]
+    pyximport.install(setup_args={'include_dirs': np.get_include()}, language_level=3)
+    try:
+        rank = importlib.import_module('fastreid.evaluation.rank')
+    finally:
+        sys.meta_path[:] = before
+    assert rank.IS_CYTHON_AVAI, 'want fast-reid\'s compiled ranking; look at what pyximport said'
+    return lambda *args, max_rank=50: (rank.evaluate_cy if use_cython else rank.evaluate_py)(*args, max_rank, False)
+
+
+def torchreid_evaluate_rank():
+    """torchreid.reid.metrics.rank.eval_market1501, which PyPI has without its Cython: (distmat, pids and camids, max_rank) → cmc, mAP."""
+    without_init('torchreid', 'torchreid.reid', 'torchreid.reid.metrics')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        rank = importlib.import_module('torchreid.reid.metrics.rank')
+    return lambda *args: rank.eval_market1501(*args, 50)
 
 
 def metric_learning_triplet_loss(margin):

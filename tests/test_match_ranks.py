@@ -200,3 +200,28 @@ def test_shapes_and_types_that_do_not_fit_are_named(which, bad, message):
     args[which] = bad
     with pytest.raises(ValueError, match=message):
         match_ranks(*args)
+
+
+@pytest.mark.parametrize('metric', METRICS)
+def test_the_operators_keep_torchs_contract(device, metric):
+    query, gallery, *ids = problem(5, 40, 9)
+    features = [torch.from_numpy(x).to(device) for x in (query, gallery)]
+    ids = [torch.from_numpy(x) for x in ids]
+    torch.library.opcheck(torch.ops.mgn.match_ranks.default, (*features, *ids, metric, -1, 'float32'))
+    torch.library.opcheck(torch.ops.mgn.match_ranks_from_distance.default, (torch.cdist(*features), *ids, None))
+
+
+@pytest.mark.parametrize('options, message', [({'metric': 'manhattan'}, "'cosine' or 'euclidean', got 'manhattan'"),
+                                              ({'precision': 'float16'}, "'float32' or 'tf32' or 'bfloat16', got 'float16'")])
+def test_unknown_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        match_ranks(*problem(3, 4, 5), **options)
+
+
+def test_ids_beyond_int64_are_refused():
+    query, gallery, *ids = problem(3, 4, 5)
+    ids[1] = np.array([1, 2, 3, 2 ** 64 - 1], np.uint64)  # as int64 it would be −1
+    with pytest.raises(ValueError, match='gallery_pids below 2⁶³'):
+        match_ranks(query, gallery, *ids)
+    ids[1] = np.array([1, 2, 3, 2 ** 63 - 1], np.uint64)
+    assert ranks_of(query, gallery, *ids) == naive_ranks(query, gallery, *ids)

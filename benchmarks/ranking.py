@@ -1,0 +1,169 @@
+"""Evaluation from features and from distances, against a matrix product alone, fast-reid's and torchreid's ranking.
+
+    make peers && python -m benchmarks.ranking [work …] [--device=cuda] [--rounds=5]
+
+Works: subspace, large, isotropic, bfloat16, metrics, distances, msmt17; all by default. Sides alternate; prints medians and ratios.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from benchmarks.machine import cpu_model
+from benchmarks.peers import fastreid_evaluate_rank, torchreid_evaluate_rank
+from mgn.metrics import query_metrics
+from mgn.ops import evaluate_rank, filter, implementation, match_ranks
+
+G, D, IDENTITIES, CAMERAS = 82_161, 2048, 3_060, 15  # MSMT17's gallery
+
+
+def problem(queries, dimensions=64, noise=1.3):
+    """Cluster centres and noise in a random subspace; 64 dimensions and 1.3: mAP 26 %; 2048 and 5.3: 2 %. L2-normalised, as in use."""
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((IDENTITIES, dimensions), np.float32)
+    basis = torch.from_numpy(rng.standard_normal((dimensions, D), np.float32))
+    pids = [rng.integers(0, IDENTITIES, n) for n in (queries, G)]
+    camids = [rng.integers(0, CAMERAS, n) for n in (queries, G)]
+    features = []
+    for of in pids:
+        rows = torch.empty(len(of), D)
+        for start in range(0, len(of), 4096):
+            some = torch.from_numpy(centres[of[start:start + 4096]])
+            some += noise * torch.from_numpy(rng.standard_normal(some.shape, np.float32))
+            rows[start:start + 4096] = F.normalize(some if dimensions == D else some @ basis)
+        features.append(rows)
+    return *features, *pids, *camids
+
+
+def alternate(sides, rounds):
+    """{name: median seconds} of functions without arguments, after a warm-up of each."""
+    times = {name: [] for name in sides}
+    for turn in range(-1, rounds):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            side()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn >= 0:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def against_product(queries, rounds, device, dimensions=64, noise=1.3, precision='float32'):
+    """Ranks from features against the fastest float32 product of that shape that torch has here, alone."""
+    args = problem(queries, dimensions, noise)
+    features = [x.to(device) for x in args[:2]]
+    products = {f'product by {way.__name__}': (lambda way=way: way(*features)) for way in filter.gemms(features[0].device)}
+    results = []
+    seconds = alternate({'match_ranks': lambda: results.append(match_ranks(*features, *args[2:], precision=precision)), **products}, rounds)
+    ours = seconds.pop('match_ranks')
+    print(', '.join(f'{name} {value:.3f} s' for name, value in seconds.items()))
+    result = results[-1]
+    print(f'match_ranks {ours:.3f} s: {ours / min(seconds.values()):.2f}× the fastest product; mAP {query_metrics(*result[:2])[1].mean():.1%}, '
+          f'{result.redecided / queries:.0f} pairs a query by key')
+    if precision != 'float32':
+        assert np.array_equal(result.ranks, match_ranks(*features, *args[2:]).ranks), 'another precision, other ranks'
+
+
+def evaluation_sides():
+    compiled = fastreid_evaluate_rank()
+
+    def ours(query, gallery, *ids):
+        return query_metrics(*match_ranks(query, gallery, *ids, junk_pid=None)[:2])
+
+    def fastreid(query, gallery, *ids):
+        return compiled((1 - torch.mm(query, gallery.t())).numpy(), *ids)
+    return {'mgn': ours, 'fast-reid': fastreid}
+
+
+def metrics(rounds):
+    """Features → metrics, against fast-reid's 1 − mm and compiled ranking; peak memories of one call each in a process of its own."""
+    args = problem(512)
+    sides = evaluation_sides()
+    got, expected = (side(*args) for side in sides.values())
+    assert abs(got[1].mean() - expected[1].mean()) < 1e-5 and abs(got[3].mean() - expected[2].mean()) < 1e-5, 'other metrics'
+    seconds = alternate({name: lambda side=side: side(*args) for name, side in sides.items()}, rounds)
+    peaks = {name: json.loads(subprocess.run([sys.executable, '-m', 'benchmarks.ranking', f'--peak={name}'], capture_output=True, text=True,
+                                             check=True).stdout) for name in sides}
+    print(f'mgn {seconds["mgn"]:.3f} s, fast-reid {seconds["fast-reid"]:.3f} s: {seconds["fast-reid"] / seconds["mgn"]:.1f}× faster; '
+          f'peak beyond the features: mgn {peaks["mgn"]:.0f} MB, fast-reid {peaks["fast-reid"]:.0f} MB')
+
+
+def peak_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10
+
+
+def peak(side):
+    """MB beyond features and warm libraries of one evaluation."""
+    args = problem(512)
+    run = evaluation_sides()[side]
+    run(*(x[:64] for x in args))
+    before = peak_mb()
+    run(*args)
+    print(peak_mb() - before)
+
+
+def distances(rounds):
+    """A given distance matrix → metrics, against fast-reid's compiled ranking and torchreid's."""
+    query, gallery, *ids = problem(512)
+    dist = (1 - query @ gallery.T).numpy()
+    sides = {'mgn': evaluate_rank, 'fast-reid': fastreid_evaluate_rank(), 'torchreid': torchreid_evaluate_rank()}
+    cmc, precision, penalty = evaluate_rank(dist, *ids)
+    expected = sides['fast-reid'](dist, *ids)
+    assert np.allclose(cmc, expected[0], atol=2e-3) and abs(precision.mean() - expected[1].mean()) < 1e-5
+    assert abs(sides['torchreid'](dist, *ids)[1] - precision.mean()) < 1e-5
+    seconds = alternate({name: lambda side=side: side(dist, *ids) for name, side in sides.items()}, rounds)
+    print(f'mgn {seconds["mgn"]:.4f} s; fast-reid {seconds["fast-reid"]:.2f} s, {seconds["fast-reid"] / seconds["mgn"]:.0f}× as long; '
+          f'torchreid {seconds["torchreid"]:.2f} s, {seconds["torchreid"] / seconds["mgn"]:.0f}× as long')
+
+
+def msmt17(device):
+    """The full size, once."""
+    args = problem(11_659)
+    features = [x.to(device) for x in args[:2]]
+    before, start = peak_mb(), time.perf_counter()
+    result = match_ranks(*features, *args[2:])
+    seconds = time.perf_counter() - start
+    flops = 2 * 11_659 * G * D
+    print(f'{seconds:.1f} s ({flops / seconds / 1e9:.0f} GFLOP/s of the product), {peak_mb() - before:.0f} MB beyond the features, '
+          f'mAP {query_metrics(*result[:2])[1].mean():.1%}, {result.redecided / 11_659:.0f} pairs a query by key')
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument('works', nargs='*')
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--peak', help='of one side, in this process: what the work `metrics` starts')
+    args = parser.parse_args()
+    if args.peak:
+        return peak(args.peak)
+    works = {
+        'subspace': lambda: against_product(512, args.rounds, args.device),
+        'large': lambda: against_product(4096, max(args.rounds // 2, 1), args.device),
+        'isotropic': lambda: against_product(512, args.rounds, args.device, D, 5.3),
+        'bfloat16': lambda: against_product(4096, max(args.rounds // 2, 1), args.device, precision='bfloat16'),
+        'metrics': lambda: metrics(args.rounds),
+        'distances': lambda: distances(args.rounds),
+        'msmt17': lambda: msmt17(args.device),
+    }
+    name = torch.cuda.get_device_name(args.device) if args.device.startswith('cuda') else f'{cpu_model()}, {torch.get_num_threads()} threads'
+    print(f'{name}; torch {torch.__version__}; mgn.ops {implementation(args.device)}')
+    for work in args.works or works:
+        if work == 'bfloat16' and filter.available('bfloat16', torch.device(args.device)) != 'bfloat16':
+            print('bfloat16: this device has no units for it')
+            continue
+        print(f'{work}: ', end='', flush=True)
+        works[work]()
+
+
+if __name__ == '__main__':
+    main()
