@@ -10,6 +10,7 @@
 #include <string>
 
 #include "kernels/batch_hard_cpu.h"
+#include "kernels/pairwise_distance_cpu.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -95,6 +96,19 @@ void batch_hard_backward(Tensor anchors, std::optional<Tensor> candidates, Tenso
   run(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx, grad_ap, grad_an, slope, grad_anchors, grad_candidates);
 }
 
+template <typename T>
+void pairs(const Tensor& x, const Tensor& y, int64_t metric, const Tensor& out, int64_t set) {
+  const int64_t n = x.size(0), m = y.size(0), d = x.size(1);
+  mgn::pairwise_distance(pointer<T>(x, kType<T>, n * d), pointer<T>(y, kType<T>, m * d), n, m, d, mgn::Metric(metric),
+                         pointer<T>(out, kType<T>, n * m), int(set), parallel);
+}
+
+void pairwise_distance(Tensor x, Tensor y, int64_t metric, Tensor out, int64_t set) {
+  STD_TORCH_CHECK(0 <= set && set < mgn::instruction_sets(), "mgn_cpu: no instruction set ", set);
+  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2, "mgn_cpu: want rows of shape (rows, D)");
+  (x.scalar_type() == ScalarType::Double ? pairs<double> : pairs<float>)(x, y, metric, out, set);
+}
+
 std::string instruction_sets() {
   std::string names;
   for (int i = 0; i < mgn::instruction_sets(); ++i) names += (i ? " " : "") + std::string(mgn::instruction_set_name(i));
@@ -114,6 +128,7 @@ STABLE_TORCH_LIBRARY(mgn_cpu, m) {
   m.def(
       "batch_hard_backward(Tensor anchors, Tensor? candidates, Tensor dist_ap, Tensor dist_an, Tensor pos_idx, Tensor neg_idx, "
       "Tensor grad_ap, Tensor? grad_an, Tensor? slope, Tensor(a!) grad_anchors, Tensor(b!) grad_candidates) -> ()");
+  m.def("pairwise_distance(Tensor x, Tensor y, int metric, Tensor(a!) out, int instruction_set=0) -> ()");
   m.def("instruction_sets() -> str");
   m.def("cuda_module() -> str");
   m.def("sources() -> str");
@@ -122,6 +137,7 @@ STABLE_TORCH_LIBRARY(mgn_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(mgn_cpu, CPU, m) {
   m.impl("batch_hard", TORCH_BOX(&batch_hard));
   m.impl("batch_hard_backward", TORCH_BOX(&batch_hard_backward));
+  m.impl("pairwise_distance", TORCH_BOX(&pairwise_distance));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mgn_cpu, CompositeExplicitAutograd, m) {
