@@ -11,6 +11,7 @@
 #include <string>
 
 #include "kernels/batch_hard.h"
+#include "kernels/pairwise_distance.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -99,6 +100,18 @@ void batch_hard_backward(Tensor anchors, std::optional<Tensor> candidates, Tenso
   check(mgn::batch_hard_backward(x, gradient, current_stream(anchors)));
 }
 
+void pairwise_distance(Tensor x, Tensor y, int64_t metric, Tensor out) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2, "mgn_cuda: want rows of shape (rows, D)");
+  const int64_t n = x.size(0), m = y.size(0), d = x.size(1);
+  const bool cosine = mgn::Metric(metric) == mgn::Metric::cosine;
+  const Tensor scratch = torch::stable::new_empty(x, {cosine ? 3 * (n + m) : 0}, ScalarType::Double);
+  check(mgn::pairwise_distance({feature_type(x.scalar_type()), mgn::Metric(metric), n, m, d, pointer(x, x, x.scalar_type(), n * d),
+                                pointer(y, x, x.scalar_type(), m * d), pointer(out, x, wide(x), n * m),
+                                static_cast<double*>(scratch.data_ptr())},
+                               current_stream(x)));
+}
+
 // Why this build cannot run on that device (an architecture that it was not compiled for), or nothing.
 std::string unusable(int64_t device) {
   const torch::stable::accelerator::DeviceGuard guard{static_cast<int32_t>(device)};
@@ -122,6 +135,7 @@ STABLE_TORCH_LIBRARY(mgn_cuda, m) {
       "batch_hard_backward(Tensor anchors, Tensor? candidates, Tensor dist_ap, Tensor dist_an, Tensor pos_idx, Tensor neg_idx, "
       "Tensor grad_ap, Tensor? grad_an, Tensor? slope, Tensor? entries, Tensor? offsets, Tensor(a!) grad_anchors, "
       "Tensor(b!) grad_candidates) -> ()");
+  m.def("pairwise_distance(Tensor x, Tensor y, int metric, Tensor(a!) out) -> ()");
   m.def("unusable(int device) -> str");
   m.def("build() -> str");
   m.def("sources() -> str");
@@ -130,6 +144,7 @@ STABLE_TORCH_LIBRARY(mgn_cuda, m) {
 STABLE_TORCH_LIBRARY_IMPL(mgn_cuda, CUDA, m) {
   m.impl("batch_hard", TORCH_BOX(&batch_hard));
   m.impl("batch_hard_backward", TORCH_BOX(&batch_hard_backward));
+  m.impl("pairwise_distance", TORCH_BOX(&pairwise_distance));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mgn_cuda, CompositeExplicitAutograd, m) {

@@ -1,10 +1,9 @@
 // Distances of all pairs on the CPU. No torch header: plain pointers, and the caller brings the threads.
 #pragma once
 #include "cpu.h"
+#include "metric.h"
 
 namespace mgn {
-
-enum class Metric { euclidean, sqeuclidean, cosine };
 
 // x: (n, d), y: (m, d) → out: (n, m), all row-major.
 template <typename T>
