@@ -105,7 +105,7 @@ void pairwise_distance(Tensor x, Tensor y, int64_t metric, Tensor out) {
   STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2, "mgn_cuda: want rows of shape (rows, D)");
   const int64_t n = x.size(0), m = y.size(0), d = x.size(1);
   const bool cosine = mgn::Metric(metric) == mgn::Metric::cosine;
-  const Tensor scratch = torch::stable::new_empty(x, {cosine ? 3 * (n + m) : 0}, ScalarType::Double);
+  const Tensor scratch = torch::stable::new_empty(x, {cosine ? 2 * (n + m) : 0}, ScalarType::Double);
   check(mgn::pairwise_distance({feature_type(x.scalar_type()), mgn::Metric(metric), n, m, d, pointer(x, x, x.scalar_type(), n * d),
                                 pointer(y, x, x.scalar_type(), m * d), pointer(out, x, wide(x), n * m),
                                 static_cast<double*>(scratch.data_ptr())},

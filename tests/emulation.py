@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mgn.ops import BatchHard
+from mgn.ops.distance import METRICS
 
 ROOT = Path(__file__).parent.parent
 FLAGS = {
@@ -89,6 +90,13 @@ def batch_hard(process, anchors, labels, candidates=None, candidate_labels=None,
     if candidates is not None:
         gradients.append(receive(process, anchors.dtype, heads, m, d))
     return mined, loss, slope, gradients
+
+
+def pairwise_distance(process, x, y, metric):
+    """(N, D), (M, D) through the kernel → (N, M)."""
+    process.stdin.write(struct.pack('5q', TYPES.index(x.dtype), METRICS.index(metric), len(x), len(y), x.shape[1]) + to_bytes(x) + to_bytes(y))
+    process.stdin.flush()
+    return receive(process, torch.float64 if x.dtype == torch.float64 else torch.float32, len(x), len(y))
 
 
 def finish(process):

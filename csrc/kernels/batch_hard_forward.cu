@@ -52,13 +52,10 @@ __device__ bool warp_finds_all_finite(const T* row, int64_t d) {
 // Euclidean distance by one warp; NaN where an element is not finite.
 template <typename T>
 __device__ double warp_distance(const T* x, const T* y, int64_t d) {
-  bool finite = true;
-  const double dist = warp_norm(d, [&](int64_t k) {
+  return warp_norm(d, [&](int64_t k) {
     const double a = widen(x[k]), b = widen(y[k]);
-    finite &= isfinite(a) && isfinite(b);
-    return a - b;
+    return isfinite(a) && isfinite(b) ? a - b : nan("");
   });
-  return __all_sync(kWarp, finite) ? dist : nan("");
 }
 
 template <typename T>

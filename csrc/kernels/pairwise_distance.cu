@@ -10,11 +10,17 @@
 namespace mgn {
 namespace {
 
-template <typename C>
-struct Scale {  // x · first · second is x/‖x‖, also where 1/‖x‖ leaves the range of C; x · inverse the same in double, for C float
-  C first, second;
-  double inverse;
+struct Scale {  // x · first · second is x/‖x‖ in float, also where 1/‖x‖ leaves its range; x / norm the same in double
+  float first, second;
+  double norm;  // 1 of a zero vector
 };
+
+template <typename C>
+__device__ C scaled(C element, const Scale* scale) {
+  if (!scale) return element;
+  if constexpr (sizeof(C) == 8) return element / scale->norm;
+  return element * scale->first * scale->second;
+}
 
 template <typename T>
 struct Tiles {
@@ -22,14 +28,13 @@ struct Tiles {
   int64_t n, m, d;
   const T *x, *y;
   Wide<T>* out;
-  Scale<Wide<T>>* scales;  // of the rows of x, then of y; null but for the cosine
+  Scale* scales;  // of the rows of x, then of y; null but for the cosine
 };
 
 constexpr int kWarps = kThreads / 32, kRowsPerThread = 4, kRows = kSide * kRowsPerThread;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) find_scales(Tiles<T> t) {
-  using C = Wide<T>;
   const int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (row >= t.n + t.m) return;
   const T* x = row < t.n ? t.x + row * t.d : t.y + (row - t.n) * t.d;
@@ -37,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) find_scales(Tiles<T> t) {
   int exponent = 0;
   if (isfinite(norm)) frexp(norm, &exponent);
   const double half = ldexp(1.0, -exponent / 2);
-  if (threadIdx.x % 32 == 0) t.scales[row] = {C(half), norm == 0 ? C(0) : C(1 / (norm * half)), norm == 0 ? 0 : 1 / norm};
+  if (threadIdx.x % 32 == 0) t.scales[row] = {float(half), norm == 0 ? 0 : float(1 / (norm * half)), norm == 0 ? 1 : norm};
 }
 
 template <typename V>
@@ -49,11 +54,11 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, sizeof(Wide<T>) == 8 ? 1 : 2) measure(Tiles<T> t) {
   using C = Wide<T>;
   const int64_t across = (t.m + kColumns - 1) / kColumns, i0 = blockIdx.x / across * kRows, j0 = blockIdx.x % across * kColumns;
-  const Scale<C>*of_x = t.scales ? t.scales + i0 : nullptr, *of_y = t.scales ? t.scales + t.n + j0 : nullptr;
+  const Scale *of_x = t.scales ? t.scales + i0 : nullptr, *of_y = t.scales ? t.scales + t.n + j0 : nullptr;
   C total[kRowsPerThread][kColumnsPerThread] = {};
   sum_tile<T, kRowsPerThread>(t.x + i0 * t.d, t.n - i0, t.y + j0 * t.d, t.m - j0, t.d,
-                              [&](int r, C element) { return of_x ? element * of_x[r].first * of_x[r].second : element; },
-                              [&](int c, C element) { return of_y ? element * of_y[c].first * of_y[c].second : element; }, total);
+                              [&](int r, C element) { return scaled(element, of_x ? of_x + r : nullptr); },
+                              [&](int c, C element) { return scaled(element, of_y ? of_y + c : nullptr); }, total);
 
   const C low = !t.scales ? kTiny<C> : C(sizeof(C) == 4 ? 0x1p-6 : 0);
   const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
@@ -72,9 +77,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Wide<T>) == 8 ? 1 : 2) measur
       const int thread = threadIdx.x / 32 * 32 + __ffs(found) - 1;
       const int r = thread / kSide * kRowsPerThread + pair / kColumnsPerThread, c = thread % kSide * kColumnsPerThread + pair % kColumnsPerThread;
       const T *x = t.x + (i0 + r) * t.d, *y = t.y + (j0 + c) * t.d;
-      const double a = of_x ? of_x[r].inverse : 1, b = of_y ? of_y[c].inverse : 1;
-      // Both products rounded: one of them fused would leave equal rows apart.
-      const double dist = warp_norm(t.d, [&](int64_t k) { return __dmul_rn(widen(x[k]), a) - __dmul_rn(widen(y[k]), b); });
+      const double a = of_x ? of_x[r].norm : 1, b = of_y ? of_y[c].norm : 1;
+      const double dist = warp_norm(t.d, [&](int64_t k) { return widen(x[k]) / a - widen(y[k]) / b; });
       if (threadIdx.x == thread) t.out[(i0 + r) * t.m + j0 + c] = C(t.metric == Metric::euclidean ? dist : finished(dist * dist, t.metric));
     }
 }
@@ -83,7 +87,7 @@ template <typename T>
 cudaError_t distances(const Pairs& p, cudaStream_t stream) {
   using C = Wide<T>;
   const Tiles<T> tiles = {p.metric, p.n, p.m, p.d, static_cast<const T*>(p.x), static_cast<const T*>(p.y), static_cast<C*>(p.out),
-                          p.metric == Metric::cosine ? reinterpret_cast<Scale<C>*>(p.scratch) : nullptr};
+                          p.metric == Metric::cosine ? reinterpret_cast<Scale*>(p.scratch) : nullptr};
   if (tiles.scales)
     if (const cudaError_t error = launch(find_scales<T>, (p.n + p.m + kWarps - 1) / kWarps, kThreads, stream, tiles)) return error;
   return launch(measure<T>, ((p.n + kRows - 1) / kRows) * ((p.m + kColumns - 1) / kColumns), kThreads, stream, tiles);

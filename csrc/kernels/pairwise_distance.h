@@ -11,7 +11,7 @@ struct Pairs {  // every pointer is on the device; all is contiguous
   int64_t n, m, d;
   const void *x, *y;  // (n, d), (m, d)
   void* out;          // (n, m) float32, or float64 for float64 rows
-  double* scratch;    // (3 (n + m)) for the cosine; else not used
+  double* scratch;    // (2 (n + m)) for the cosine; else not used
 };
 
 // One launch, two for the cosine; returns what they returned.
