@@ -233,8 +233,8 @@ def test_every_line_of_the_kernels_is_run(kernels, tmp_path_factory):
         batch_hard(process, 1e-200 * anchors, labels)
         run_all(process, [(0, 3, 3, torch.float32, 0, 0.3, True, False)])
     with kernels('coverage', of='pairwise_distance') as process:
-        for metric in METRICS:
-            check_distances(process, *odd_rows(torch.float32), metric)
+        for dtype, metric in itertools.product((torch.float32, torch.float64), METRICS):
+            check_distances(process, *odd_rows(dtype), metric)
     folder = process.args[-1].parent
     done = subprocess.run(['gcov', '--json-format', '--stdout', *folder.glob('*.gcda')], capture_output=True, text=True, cwd=folder)
     runs = {}

@@ -71,7 +71,7 @@ def assert_right(got, x, y, metric, tolerance=1e-5):
 
 @pytest.mark.parametrize('metric', METRICS)
 @pytest.mark.parametrize('dtype', TYPES)
-@pytest.mark.parametrize('n, m, width', [(1, 1, 1), (2, 31, 5), (31, 2, 33), (33, 129, 64), (65, 64, 129), (257, 33, 7)])
+@pytest.mark.parametrize('n, m, width', [(1, 1, 1), (31, 2, 33), (33, 129, 64), (257, 33, 129)])
 def test_distances_equal_the_formula(implementation, device, metric, dtype, n, m, width):
     x, y = (random_features(rows, width, dtype=dtype, seed=rows, device=device) for rows in (n, m))
     y[:min(n, m) // 2] = x[:min(n, m) // 2]
@@ -103,7 +103,7 @@ def test_near_duplicates_far_from_the_origin_keep_their_distances(implementation
 
 
 @pytest.mark.parametrize('metric', METRICS)
-@pytest.mark.parametrize('width, angle', itertools.product([2048, 3072, 16384], [0.12, 0.13, 0.2, 0.7, 1.5]))
+@pytest.mark.parametrize('width, angle', [*itertools.product([2048, 3072, 16384], [0.12, 0.13, 0.2, 0.7, 1.5])])
 def test_the_error_of_long_sums_stays_within_1e_5(implementation, device, metric, width, angle):
     """Equal terms, so that roundings of a running sum would add up instead of cancelling; around the angle from which the cosine is
     measured in float32."""
@@ -169,11 +169,11 @@ def test_empty_operands(implementation, device, metric, n, m, width):
         assert (pairwise_distance(x, y, metric, out) == 0).all()
 
 
-@pytest.mark.parametrize('metric', METRICS)
-@pytest.mark.parametrize('dtype', TYPES)
+@pytest.mark.parametrize('metric, dtype', [('euclidean', torch.float32), ('sqeuclidean', torch.bfloat16), ('cosine', torch.float64),
+                                           ('cosine', torch.float16)])
 def test_strided_rows_are_taken_and_tiles_join(implementation, device, metric, dtype):
     """More rows than a tile of those that have to be copied."""
-    whole = random_features(6, 2100, dtype=dtype, device=device)
+    whole = random_features(6, 1100, dtype=dtype, device=device)
     x, y = whole.T, whole[:, 1000:1040].T
     got = pairwise_distance(x, y, metric)
     assert_right(got, x, y, metric)
@@ -182,8 +182,7 @@ def test_strided_rows_are_taken_and_tiles_join(implementation, device, metric, d
     assert_right(pairwise_distance(x[:1].expand(5, -1), y[:, :1].expand(-1, 6), metric), x[:1].expand(5, -1), y[:, :1].expand(-1, 6), metric)
 
 
-@pytest.mark.parametrize('metric', METRICS)
-@pytest.mark.parametrize('dtype', TYPES)
+@pytest.mark.parametrize('metric, dtype', [('euclidean', torch.float32), ('sqeuclidean', torch.bfloat16), ('cosine', torch.float64)])
 def test_out_of_any_type_and_strides(implementation, device, metric, dtype):
     x, y = random_features(40, 9, dtype=dtype, device=device), random_features(1050, 9, dtype=dtype, seed=1, device=device)
     expected = pairwise_distance(x, y, metric)
@@ -259,6 +258,7 @@ def gradients(x, y, metric, upstream):
 @pytest.mark.parametrize('metric', METRICS)
 @pytest.mark.parametrize('dtype', TYPES)
 @pytest.mark.parametrize('far', [0, 1e2])
+@pytest.mark.parametrize('implementation', ['compiled', 'reference'], indirect=True)
 def test_gradients_equal_those_of_the_formula(implementation, device, metric, dtype, far):
     x, y = (far + random_features(rows, 33, seed=rows, device=device) for rows in (20, 1030))
     y[:20] = x + 1e-3 * y[:20]

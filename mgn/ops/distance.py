@@ -111,7 +111,7 @@ def _measure(x, y, metric, out):
                 tile = _empty_result(some, others, metric)
                 compiled.pairwise_distance.default(some, others.to(readable).contiguous(), METRICS.index(metric), tile)
             else:
-                tile = pairwise_distance_reference(some, others, metric)
+                tile = pairwise_distance_reference(some, others, metric).to(dtype)
             to_both.copy_(tile)
 
 
@@ -138,8 +138,9 @@ def unit(rows):
     """(N, D) → x/‖x‖, 0 of zero vectors, and ‖x‖ (N, 1)."""
     largest = F.pad(rows.abs(), (0, 1)).amax(-1, keepdim=True)
     scale = torch.where(largest.isfinite(), torch.ldexp(torch.ones_like(largest), torch.frexp(largest)[1] - 1), 1)  # exact to divide by
-    rows = rows / scale
-    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    rows = rows.contiguous() / scale
+    # A row more: a single one would be summed in another order, by all threads, and equal rows would no longer be at distance 0.
+    norm = torch.linalg.vector_norm(F.pad(rows, (0, 0, 0, 1)), dim=-1, keepdim=True)[:-1]
     return torch.where(norm == 0, 0, rows / norm), norm * scale
 
 
