@@ -17,8 +17,10 @@ from mgn.ops import implementation
 
 PYTHON, PYTEST = [sys.executable], [sys.executable, '-m', 'pytest', '--device=cuda']
 # Under a tool that slows kernels down a hundredfold: every kernel, fewer random cases.
-SANITIZED = [*PYTEST, '-p', 'no:cacheprovider', '-x', 'tests/test_batch_hard.py', 'tests/test_batch_hard_cuda.py', '-k',
-             'compiled or test_batch_hard_cuda', '--deselect', 'tests/test_batch_hard.py::test_thousands_of_anchors_equal_the_loop_on_some']
+SANITIZED = [*PYTEST, '-p', 'no:cacheprovider', '-x', 'tests/test_batch_hard.py', 'tests/test_batch_hard_cuda.py',
+             'tests/test_pairwise_distance.py', 'tests/test_pairwise_distance_cuda.py', '-k',
+             'compiled or test_batch_hard_cuda or test_pairwise_distance_cuda', '--deselect',
+             'tests/test_batch_hard.py::test_thousands_of_anchors_equal_the_loop_on_some']
 STEPS = {
     'build': [*PYTHON, '-m', 'pip', 'install', '-q', '--no-build-isolation', '--no-deps', '-e', '.'],
     'python -m mgn.ops': [*PYTHON, '-m', 'mgn.ops'],

@@ -12,30 +12,20 @@ namespace {
 
 constexpr int64_t kPanels = 32;  // of a task
 
-// x/‖x‖ in double; 0 of a zero vector.
+// Unit vectors, exact and as the tiles take them; 0 of a zero vector.
 template <typename T>
-void to_unit(const Squares<T>& loops, const T* row, const T* zeros, int64_t d, double* unit) {
-  const double norm = distance(loops, row, zeros, d);
-  for (int64_t k = 0; k < d; ++k) unit[k] = norm == 0 ? 0 : double(row[k]) / norm;
-}
-
-template <typename T>
-struct Rows {  // some rows as the tiles take them, and exactly
-  const T* rows;
-  const double* exact;  // unit vectors; null but for the cosine
-};
-
-template <typename T>
-struct Units {  // room for `count` unit vectors
+struct Units {
   std::vector<double> exact;
   std::vector<T> rows, zeros;
 
   Units(int64_t count, int64_t d) : exact(count * d), rows(count * d), zeros(d) {}
 
-  Rows<T> of(const Squares<T>& loops, const T* x, int64_t count, int64_t d) {
-    for (int64_t r = 0; r < count; ++r) to_unit(loops, x + r * d, zeros.data(), d, exact.data() + r * d);
-    std::copy(exact.begin(), exact.begin() + count * d, rows.begin());
-    return {rows.data(), exact.data()};
+  const T* of(const Squares<T>& loops, const T* x, int64_t count, int64_t d) {
+    for (int64_t r = 0; r < count; ++r) {
+      const double norm = distance(loops, x + r * d, zeros.data(), d);
+      for (int64_t k = r * d; k < (r + 1) * d; ++k) rows[k] = T(exact[k] = norm == 0 ? 0 : double(x[k]) / norm);
+    }
+    return rows.data();
   }
 };
 
@@ -57,10 +47,10 @@ void pairwise_distance(const T* x, const T* y, int64_t n, int64_t m, int64_t d, 
   const int64_t block = n >= 256 ? kBlock : 8, blocks = round_up(n, block) / block;  // a small batch is divided finer
   const int64_t panels = round_up(m, width) / width, together = std::max<int64_t>(1, kPacked / std::max<int64_t>(d * width, 1));
 
-  const auto measure = [&](int64_t i, int64_t count, const Rows<T>& rows, int64_t panel, const T* packed, Units<T>& units) {
+  const auto measure = [&](int64_t i, int64_t count, const T* rows, const Units<T>& units, int64_t panel, const T* packed, Units<T>& column) {
     const int64_t j = panel * width, columns = std::min<int64_t>(width, m - j);
     alignas(64) T sums[kBlock * 32];
-    sum_tile(loops, rows.rows, count, packed, d, sums);
+    sum_tile(loops, rows, count, packed, d, sums);
     bool doubt = false;
     for (int64_t r = 0; r < count; ++r)
       for (int64_t c = 0; c < columns; ++c) {
@@ -69,11 +59,12 @@ void pairwise_distance(const T* x, const T* y, int64_t n, int64_t m, int64_t d, 
         doubt |= sum < low || sum > std::numeric_limits<T>::max();
       }
     for (int64_t c = 0; doubt && c < columns; ++c) {
-      const double* exact = nullptr;
+      bool ready = !cosine;
       for (int64_t r = 0; r < count; ++r) {
         if (!(sums[r * width + c] < low || sums[r * width + c] > std::numeric_limits<T>::max())) continue;
-        if (cosine && !exact) exact = units.of(loops, y + (j + c) * d, 1, d).exact;
-        const double dist = cosine ? distance(in_double, rows.exact + r * d, exact, d) : distance(loops, x + (i + r) * d, y + (j + c) * d, d);
+        if (!ready) column.of(loops, y + (j + c) * d, 1, d), ready = true;
+        const double dist = cosine ? distance(in_double, units.exact.data() + r * d, column.exact.data(), d)
+                                   : distance(loops, x + (i + r) * d, y + (j + c) * d, d);
         out[(i + r) * m + j + c] = T(metric == Metric::euclidean ? dist : finished(dist * dist, metric));
       }
     }
@@ -86,18 +77,18 @@ void pairwise_distance(const T* x, const T* y, int64_t n, int64_t m, int64_t d, 
       Units<T> units(cosine ? width : 0, d);
       for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t j = (first + panel) * width, count = std::min<int64_t>(width, m - j);
-        const T* rows = cosine ? units.of(loops, y + j * d, count, d).rows : y + j * d;
+        const T* rows = cosine ? units.of(loops, y + j * d, count, d) : y + j * d;
         pack_panel(rows, count, d, width, packed.get() + panel * d * width);
       }
     });
     const int64_t cost = block * std::min(here, kPanels) * width * std::max<int64_t>(d, 1);
     parallel(blocks * groups, std::max<int64_t>(1, kGrain / cost), [&](int64_t begin, int64_t end) {
-      Units<T> units(cosine ? block : 0, d), of_column(cosine, d);
+      Units<T> units(cosine ? block : 0, d), column(cosine, d);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t i = task / groups * block, count = std::min(block, n - i), from = task % groups * kPanels;
-        const Rows<T> rows = cosine ? units.of(loops, x + i * d, count, d) : Rows<T>{x + i * d, nullptr};
+        const T* rows = cosine ? units.of(loops, x + i * d, count, d) : x + i * d;
         for (int64_t panel = from; panel < std::min(from + kPanels, here); ++panel)
-          measure(i, count, rows, first + panel, packed.get() + panel * d * width, of_column);
+          measure(i, count, rows, units, first + panel, packed.get() + panel * d * width, column);
       }
     });
   }

@@ -55,9 +55,10 @@ def _check(x, y, metric, out):
         raise ValueError(f'want {", ".join(METRICS[:-1])} or {METRICS[-1]} as metric, got {metric!r}; choose one of them')
     if out is None:
         return
-    if not isinstance(out, torch.Tensor) or out.shape != (x.shape[0], y.shape[0]) or not out.dtype.is_floating_point or out.device != x.device:
+    shape = (x.shape[0], y.shape[0])
+    if not isinstance(out, torch.Tensor) or out.shape != shape or not out.dtype.is_floating_point or out.device != x.device:
         got = f'{tuple(out.shape)}, {out.dtype} on {out.device}' if isinstance(out, torch.Tensor) else type(out).__name__
-        raise ValueError(f'want out of shape {(x.shape[0], y.shape[0])}, floating point, on {x.device}, got {got}; torch.empty makes one')
+        raise ValueError(f'want out of shape {shape}, floating point, on {x.device}, got {got}; torch.empty makes one')
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or out.requires_grad):
         raise ValueError('want no gradient through out, got a tensor that requires one; leave out away, or call under torch.no_grad()')
 
@@ -125,8 +126,9 @@ def pairwise_distance_reference(x, y, metric):
     if metric == 'cosine':
         return torch.cdist(unit(x)[0], unit(y)[0], compute_mode='donot_use_mm_for_euclid_dist').square() / 2
     dist = torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist')
-    i, j = ((dist < torch.finfo(dist.dtype).tiny ** 0.4) | dist.isinf()).nonzero(as_tuple=True)  # squares may have left the range
-    for i, j in zip(*(index.split(max(1, 2**20 // max(x.shape[1], 1))) for index in (i, j))):
+    odd = ((dist < torch.finfo(dist.dtype).tiny ** 0.4) | dist.isinf()).nonzero()  # squares may have left the range
+    for pairs in odd.split(max(1, 2**20 // max(x.shape[1], 1))):
+        i, j = pairs.unbind(1)
         difference = x[i] - y[j]
         largest = F.pad(difference.abs(), (0, 1)).amax(-1)
         ratios = torch.linalg.vector_norm(difference / largest[:, None], dim=-1)
