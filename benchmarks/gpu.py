@@ -17,8 +17,10 @@ from mgn.ops import implementation
 
 PYTHON, PYTEST = [sys.executable], [sys.executable, '-m', 'pytest', '--device=cuda']
 # Under a tool that slows kernels down a hundredfold: every kernel, fewer random cases.
-SANITIZED = [*PYTEST, '-p', 'no:cacheprovider', '-x', 'tests/test_batch_hard.py', 'tests/test_batch_hard_cuda.py', '-k',
-             'compiled or test_batch_hard_cuda', '--deselect', 'tests/test_batch_hard.py::test_thousands_of_anchors_equal_the_loop_on_some']
+SANITIZED = [*PYTEST, '-p', 'no:cacheprovider', '-x', 'tests/test_batch_hard.py', 'tests/test_batch_hard_cuda.py',
+             'tests/test_pairwise_distance.py', 'tests/test_pairwise_distance_cuda.py', 'tests/test_match_ranks_cuda.py', '-k',
+             'compiled or test_match_ranks_cuda or test_batch_hard_cuda or test_pairwise_distance_cuda', '--deselect',
+             'tests/test_batch_hard.py::test_thousands_of_anchors_equal_the_loop_on_some']
 STEPS = {
     'build': [*PYTHON, '-m', 'pip', 'install', '-q', '--no-build-isolation', '--no-deps', '-e', '.'],
     'python -m mgn.ops': [*PYTHON, '-m', 'mgn.ops'],
@@ -30,6 +32,8 @@ STEPS = {
     'benchmarks.kernel_resources': [*PYTHON, '-m', 'benchmarks.kernel_resources'],
     'benchmarks.triplet on CUDA': [*PYTHON, '-m', 'benchmarks.triplet', '--device=cuda'],
     'benchmarks.triplet': [*PYTHON, '-m', 'benchmarks.triplet'],
+    'benchmarks.ranking on CUDA': [*PYTHON, '-m', 'benchmarks.ranking', 'subspace', 'large', 'isotropic', 'bfloat16', 'msmt17', '--device=cuda'],
+    'benchmarks.ranking': [*PYTHON, '-m', 'benchmarks.ranking'],
     'benchmarks.loading': [*PYTHON, '-m', 'benchmarks.loading'],
     'benchmarks.small_maps': [*PYTHON, '-m', 'benchmarks.small_maps'],
 }

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "kernels/batch_hard_cpu.h"
+#include "kernels/pairwise_distance_cpu.h"
 #include "kernels/ranking_cpu.h"
 
 using torch::headeronly::ScalarType;
@@ -172,6 +173,19 @@ int64_t count_in_distances(Tensor distances, Tensor offsets, Tensor keys, Tensor
   return run(distances, offsets, keys, items, steps, order, begin, end, junk, set);
 }
 
+template <typename T>
+void pairs(const Tensor& x, const Tensor& y, int64_t metric, const Tensor& out, int64_t set) {
+  const int64_t n = x.size(0), m = y.size(0), d = x.size(1);
+  mgn::pairwise_distance(pointer<T>(x, kType<T>, n * d), pointer<T>(y, kType<T>, m * d), n, m, d, mgn::Metric(metric),
+                         pointer<T>(out, kType<T>, n * m), int(set), parallel);
+}
+
+void pairwise_distance(Tensor x, Tensor y, int64_t metric, Tensor out, int64_t set) {
+  STD_TORCH_CHECK(0 <= set && set < mgn::instruction_sets(), "mgn_cpu: no instruction set ", set);
+  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2, "mgn_cpu: want rows of shape (rows, D)");
+  (x.scalar_type() == ScalarType::Double ? pairs<double> : pairs<float>)(x, y, metric, out, set);
+}
+
 std::string instruction_sets() {
   std::string names;
   for (int i = 0; i < mgn::instruction_sets(); ++i) names += (i ? " " : "") + std::string(mgn::instruction_set_name(i));
@@ -200,6 +214,7 @@ STABLE_TORCH_LIBRARY(mgn_cpu, m) {
   m.def(
       "count_in_distances(Tensor distances, Tensor offsets, Tensor keys, Tensor items, Tensor(a!) steps, Tensor order, Tensor begin, "
       "Tensor end, Tensor junk, int instruction_set=0) -> int");
+  m.def("pairwise_distance(Tensor x, Tensor y, int metric, Tensor(a!) out, int instruction_set=0) -> ()");
   m.def("instruction_sets() -> str");
   m.def("cuda_module() -> str");
   m.def("sources() -> str");
@@ -212,6 +227,7 @@ STABLE_TORCH_LIBRARY_IMPL(mgn_cpu, CPU, m) {
   m.impl("canonical_keys", TORCH_BOX(&canonical_keys));
   m.impl("count_strangers", TORCH_BOX(&count_strangers));
   m.impl("count_in_distances", TORCH_BOX(&count_in_distances));
+  m.impl("pairwise_distance", TORCH_BOX(&pairwise_distance));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mgn_cpu, CompositeExplicitAutograd, m) {

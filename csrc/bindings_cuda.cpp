@@ -11,6 +11,7 @@
 #include <string>
 
 #include "kernels/batch_hard.h"
+#include "kernels/pairwise_distance.h"
 #include "kernels/ranking_cuda.h"
 
 using torch::headeronly::ScalarType;
@@ -146,6 +147,18 @@ void count_strangers(Tensor query, Tensor gallery, Tensor query_norms, Tensor ga
       indices(redecided, query, 1), current_stream(query)));
 }
 
+void pairwise_distance(Tensor x, Tensor y, int64_t metric, Tensor out) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2, "mgn_cuda: want rows of shape (rows, D)");
+  const int64_t n = x.size(0), m = y.size(0), d = x.size(1);
+  const bool cosine = mgn::Metric(metric) == mgn::Metric::cosine;
+  const Tensor scratch = torch::stable::new_empty(x, {cosine ? 2 * (n + m) : 0}, ScalarType::Double);
+  check(mgn::pairwise_distance({feature_type(x.scalar_type()), mgn::Metric(metric), n, m, d, pointer(x, x, x.scalar_type(), n * d),
+                                pointer(y, x, x.scalar_type(), m * d), pointer(out, x, wide(x), n * m),
+                                static_cast<double*>(scratch.data_ptr())},
+                               current_stream(x)));
+}
+
 // Why this build cannot run on that device (an architecture that it was not compiled for), or nothing.
 std::string unusable(int64_t device) {
   const torch::stable::accelerator::DeviceGuard guard{static_cast<int32_t>(device)};
@@ -175,6 +188,7 @@ STABLE_TORCH_LIBRARY(mgn_cuda, m) {
       "count_strangers(Tensor query, Tensor gallery, Tensor query_norms, Tensor gallery_norms, bool cosine, int first, Tensor dots, "
       "Tensor item_scale, Tensor item_shift, Tensor level_scale, Tensor level_shift, Tensor error, Tensor offsets, Tensor keys, "
       "Tensor items, Tensor(a!) steps, Tensor order, Tensor begin, Tensor end, Tensor junk, Tensor(b!) redecided) -> ()");
+  m.def("pairwise_distance(Tensor x, Tensor y, int metric, Tensor(a!) out) -> ()");
   m.def("unusable(int device) -> str");
   m.def("build() -> str");
   m.def("sources() -> str");
@@ -186,6 +200,7 @@ STABLE_TORCH_LIBRARY_IMPL(mgn_cuda, CUDA, m) {
   m.impl("canonical_norms", TORCH_BOX(&canonical_norms));
   m.impl("canonical_keys", TORCH_BOX(&canonical_keys));
   m.impl("count_strangers", TORCH_BOX(&count_strangers));
+  m.impl("pairwise_distance", TORCH_BOX(&pairwise_distance));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mgn_cuda, CompositeExplicitAutograd, m) {

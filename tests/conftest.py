@@ -1,11 +1,13 @@
 """Images that the tests make themselves, in the layouts of the data sets."""
 
 import functools
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from emulation import FLAGS, ROOT, compile_for_emulator, finish, start
 from torchvision.io import write_jpeg, write_png
 
 from mgn.images import decode, to_batch
@@ -54,6 +56,26 @@ def device(request):
 
 
 COMPILED = torch.ops.mgn_cpu.instruction_sets().split() if extension.missing('_C') is None else []
+
+
+@pytest.fixture(scope='session')
+def kernels(tmp_path_factory):
+    """with kernels(kind, order) as process: …; on the way out the executable has ended and no sanitizer spoke."""
+    folder, built = tmp_path_factory.mktemp('kernels'), {}
+
+    @contextmanager
+    def kernels(kind, order='forward', of='batch_hard'):
+        if (kind, of) not in built:
+            sources = [*(ROOT / 'csrc/kernels').glob(f'{of}*.cu'), ROOT / f'tests/cuda_emulator/{of}_main.cpp']
+            built[kind, of] = compile_for_emulator(folder, f'{of}_{kind}', sources, FLAGS[kind])
+        process = start(built[kind, of], order=order)
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
+        finish(process)
+    return kernels
 
 
 @pytest.fixture(params=['compiled', *COMPILED[1:], 'reference'])

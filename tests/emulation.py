@@ -1,16 +1,19 @@
 """Compiles CUDA sources for the emulator, plain or under a sanitizer, and passes cases through the kernels."""
 
+import json
 import os
 import shutil
 import struct
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from mgn.ops import BatchHard
+from mgn.ops.distance import METRICS
 
 ROOT = Path(__file__).parent.parent
 FLAGS = {
@@ -20,6 +23,7 @@ FLAGS = {
     'address': ['-O1', '-g', '-fsanitize=address,undefined', '-fno-sanitize-recover=undefined', '-fsanitize-sections=cuda_shared'],
     'thread': ['-O1', '-g', '-fsanitize=thread'],
 }
+ORDERS = ['forward', 'reverse', '1', '2', '3']
 TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # as FeatureType counts them
 
 
@@ -89,6 +93,64 @@ def batch_hard(process, anchors, labels, candidates=None, candidate_labels=None,
     if candidates is not None:
         gradients.append(receive(process, anchors.dtype, heads, m, d))
     return mined, loss, slope, gradients
+
+
+def pairwise_distance(process, x, y, metric):
+    """(N, D), (M, D) through the kernel → (N, M)."""
+    process.stdin.write(struct.pack('5q', TYPES.index(x.dtype), METRICS.index(metric), len(x), len(y), x.shape[1]) + to_bytes(x) + to_bytes(y))
+    process.stdin.flush()
+    return receive(process, torch.float64 if x.dtype == torch.float64 else torch.float32, len(x), len(y))
+
+
+def ranking_kernels(process):
+    """The kernels of ranking, with the arguments that mgn.ops.ranking passes to those of a device."""
+    def call(number, integers, arrays, changed):
+        process.stdin.write(struct.pack(f'{3 + len(integers)}q', number, len(integers), len(arrays), *map(int, integers)))
+        for tensor in arrays:
+            data = to_bytes(tensor)
+            process.stdin.write(struct.pack('q', len(data)) + data)
+        process.stdin.flush()
+        for tensor in changed:
+            tensor.copy_(receive(process, tensor.dtype, *tensor.shape))
+
+    def rows(features):
+        """Count, width and stride; the memory from the first row to the end of the last."""
+        (count, width), stride = features.shape, features.stride(0)
+        return [count, width, stride], features.as_strided(((count - 1) * stride + width if count else 0,), (1,))
+
+    def canonical_norms(features, norms):
+        shape, memory = rows(features)
+        call(0, shape, [memory, norms], [norms])
+
+    def canonical_keys(query, gallery, queries, items, cosine, keys):
+        (of_query, query), (of_gallery, gallery) = rows(query), rows(gallery)
+        call(1, [*of_query, *of_gallery, len(keys), cosine], [query, gallery, queries, items, keys], [keys])
+
+    def count_strangers(query, gallery, query_norms, gallery_norms, cosine, first, dots, item_scale, item_shift, level_scale, level_shift,
+                        error, offsets, keys, items, steps, order, begin, end, junk, redecided):
+        (of_query, query), (of_gallery, gallery) = rows(query), rows(gallery)
+        call(2, [*of_query, *of_gallery, cosine, first, len(junk), len(keys)],
+             [query, gallery, query_norms, gallery_norms, dots, item_scale, item_shift, level_scale, level_shift, error, offsets, keys, items,
+              steps, order, begin, end, junk, redecided], [steps, redecided])
+
+    return SimpleNamespace(canonical_norms=canonical_norms, canonical_keys=canonical_keys, count_strangers=count_strangers)
+
+
+def missed_lines(folder, names):
+    """By gcov: the lines of the .cu and .cuh files whose names start so that compile to anything and were never run."""
+    done = subprocess.run(['gcov', '--json-format', '--stdout', *folder.glob('*.gcda')], capture_output=True, text=True, cwd=folder)
+    runs = {}
+    for said in done.stdout.splitlines():
+        for file in json.loads(said)['files']:
+            path = Path(file['file'])
+            if path.suffix in ('.cu', '.cuh') and path.name.startswith(tuple(names)):
+                for line in file['lines']:  # once per instantiation of a template
+                    place = path, line['line_number']
+                    runs[place] = runs.get(place, 0) + line['count']
+    expected = {path for path in (ROOT / 'csrc/kernels').glob('*.cu') if path.name.startswith(tuple(names))}
+    assert {path for path, _ in runs} >= expected and len(runs) > 50
+    return [f'{path.name}:{number}: {path.read_text().splitlines()[number - 1].strip()}' for (path, number), count in sorted(runs.items())
+            if count == 0]
 
 
 def finish(process):

@@ -1,41 +1,15 @@
-"""The CUDA kernels of batch-hard mining on the host, under the emulator and sanitizers, against loops over pairs."""
+"""The CUDA kernels on the host, under the emulator and sanitizers, against loops over pairs."""
 
 import itertools
-import json
-import subprocess
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
-from emulation import FLAGS, ROOT, TYPES, batch_hard, compile_for_emulator, finish, need, start
+from emulation import ORDERS, TYPES, batch_hard, missed_lines, need, pairwise_distance
 from hypothesis import HealthCheck, given, settings
 from mining import RELATIVE_ERROR, assert_mined, cases, examples, naive, naive_loss, random_candidates, random_features, random_labels
 
+from mgn.ops.distance import METRICS, pairwise_distance_reference
 from mgn.ops.triplet import backward_reference, batch_hard_reference, pairs_by_candidate, triplet_loss_reference
-
-KERNELS = sorted((ROOT / 'csrc/kernels').glob('*.cu'))
-SOURCES = [*KERNELS, ROOT / 'tests/cuda_emulator/batch_hard_main.cpp']
-ORDERS = ['forward', 'reverse', '1', '2', '3']
-
-
-@pytest.fixture(scope='module')
-def kernels(tmp_path_factory):
-    """with kernels(kind, order) as process: …; on the way out the executable has ended and no sanitizer spoke."""
-    folder, built = tmp_path_factory.mktemp('kernels'), {}
-
-    @contextmanager
-    def kernels(kind, order='forward'):
-        if kind not in built:
-            built[kind] = compile_for_emulator(folder, kind, SOURCES, FLAGS[kind])
-        process = start(built[kind], order=order)
-        try:
-            yield process
-        except BaseException:
-            process.kill()
-            raise
-        finish(process)
-    return kernels
 
 
 def sorted_always(pos_idx, neg_idx, m):
@@ -182,6 +156,40 @@ def test_squares_beyond_the_range_of_their_type(kernels, kind):
                 check(process, (scale * anchors).to(dtype), labels, ((scale * candidates[0]).to(dtype), candidates[1]), with_loss=False)
 
 
+def check_distances(process, x, y, metric):
+    got, want = pairwise_distance(process, x, y, metric), pairwise_distance_reference(x, y, metric)
+    torch.testing.assert_close(got, want.to(got.dtype), rtol=1e-12 if x.dtype == torch.float64 else 1e-6,
+                               atol=1e-20 * (metric == 'cosine'), equal_nan=True)
+
+
+# Rows, columns, dimensions: around the 64 × 64 × 32 of a tile.
+DISTANCES = list(itertools.product([(1, 70, 33), (65, 3, 1), (64, 64, 32), (5, 66, 70)], TYPES, METRICS))
+
+
+def odd_rows(dtype):
+    """Near duplicates far from the origin, duplicates, a zero vector, and what leaves the range of squares or of numbers."""
+    x, y = (1e2 + random_features(rows, 9, dtype=torch.float64, seed=rows) for rows in (20, 70))
+    y[:20] = x + 1e-3 * y[:20]
+    y[20:30], y[30] = x[:10], 0
+    exponent = {torch.float64: 180, torch.float16: 2}.get(dtype, 30)
+    x[15] *= 10.0 ** exponent
+    x[16:18] *= 10.0 ** -exponent
+    y[40:42] = x[16:18] * 1.5
+    x[18, 3], x[19, 4], y[31, 5] = torch.inf, torch.nan, -torch.inf
+    return x.to(dtype), y.to(dtype)
+
+
+@pytest.mark.parametrize('kind, order', [('plain', 'forward'), ('plain', 'reverse'), ('plain', '1'), ('address', 'forward'), ('thread', '1')])
+def test_distances(kernels, kind, order):
+    with kernels(kind, order, 'pairwise_distance') as process:
+        for (n, m, width), dtype, metric in DISTANCES[::1 if kind == 'plain' else 5]:
+            check_distances(process, random_features(n, width, dtype=dtype), random_features(m, width, dtype=dtype, seed=1), metric)
+        for dtype, metric in itertools.product(TYPES, METRICS):
+            check_distances(process, *odd_rows(dtype), metric)
+        for n, m, width in ((0, 3, 2), (3, 0, 2), (3, 4, 0)):
+            check_distances(process, torch.ones(n, width), torch.ones(m, width), 'cosine')
+
+
 def test_every_line_of_the_kernels_is_run(kernels, tmp_path_factory):
     """By gcov: each line of the .cu and .cuh files that compiles to anything."""
     need('gcov', 'which counts the lines that were run')
@@ -197,16 +205,8 @@ def test_every_line_of_the_kernels_is_run(kernels, tmp_path_factory):
         anchors, labels, candidates = features_of(20, None, 9, torch.float64)
         batch_hard(process, 1e-200 * anchors, labels)
         run_all(process, [(0, 3, 3, torch.float32, 0, 0.3, True, False)])
-        folder = process.args[-1].parent
-    done = subprocess.run(['gcov', '--json-format', '--stdout', *folder.glob('*.gcda')], capture_output=True, text=True, cwd=folder)
-    runs = {}
-    for said in done.stdout.splitlines():
-        for file in json.loads(said)['files']:
-            if Path(file['file']).suffix in ('.cu', '.cuh'):
-                for line in file['lines']:  # once per instantiation of a template
-                    place = file['file'], line['line_number']
-                    runs[place] = runs.get(place, 0) + line['count']
-    assert {Path(name) for name, _ in runs} >= set(KERNELS) and len(runs) > 200
-    missed = [f'{Path(name).name}:{number}: {Path(name).read_text().splitlines()[number - 1].strip()}'
-              for (name, number), count in sorted(runs.items()) if count == 0]
-    assert not missed, '\n'.join(missed)
+    with kernels('coverage', of='pairwise_distance') as process:
+        for dtype, metric in itertools.product((torch.float32, torch.float64), METRICS):
+            check_distances(process, *odd_rows(dtype), metric)
+    folder = process.args[-1].parent
+    assert missed_lines(folder, ['batch_hard', 'pairwise_distance', 'squares']) == []

@@ -91,4 +91,4 @@ def test_every_line_of_the_kernels_is_run(emulated):
         query, gallery, *_ = problem(3, 4200, 2)
         ranks_of(query, gallery, np.arange(3), np.arange(4200) % 3, np.zeros(3, int), np.arange(4200) % 500)
         folder = process.args[-1].parent
-    assert missed_lines(folder, 'ranking') == []
+    assert missed_lines(folder, ['ranking']) == []

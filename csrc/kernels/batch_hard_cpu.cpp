@@ -1,43 +1,30 @@
-// Batch-hard mining on the CPU: squared distances in register tiles, each tile mined while it is in the first cache.
+// Batch-hard mining on the CPU: squared distances in tiles (squares.h), each tile mined while it is in the first cache.
 //
-// The candidates are packed into panels (dimension by dimension, kWidth candidates side by side). A task is a block of
-// anchors: it visits the panels, sums a tile of squared distances, and offers them to the best pairs so far. Where the
-// anchors are their own candidates each pair is computed once and offered to both its ends.
+// A task is a block of anchors: it visits the panels of candidates, sums a tile of squared distances, and offers them to the
+// best pairs so far. Where the anchors are their own candidates each pair is computed once and offered to both its ends.
 #include "batch_hard_cpu.h"
 
-#include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstring>
-#include <limits>
-#include <memory>
 #include <mutex>
-#include <vector>
+
+#include "squares.h"
 
 namespace mgn {
 namespace {
 
-constexpr int kBlock = 32;       // anchors of a task, a multiple of every group
-// Dimensions summed in one go, and in how many goes before those are summed apart, too: bounds the rounding at (64 + 64 + D/4096)
-// half units in the last place, and keeps a panel's slice in the first cache.
-constexpr int64_t kDepth = 64, kGoes = 64;
-constexpr int64_t kPacked = 1 << 22;  // elements packed at a time, unless one head has more
 constexpr int32_t kNone = std::numeric_limits<int32_t>::max();  // no partner yet: loses every tie
-constexpr int64_t kGrain = 1 << 17;  // element operations in registers worth a thread
-constexpr int64_t kCopyGrain = 1 << 14;  // the same of elements that are copied, converted or compared one by one
 
 template <typename T>
 struct Loops {
-  int group, width;
-  void (*add_squares)(const T* const* anchors, const T* panel, int64_t from, int64_t to, T* dist2);
   bool (*any_better)(const T* dist2, const int32_t* panel_labels, int32_t label, T best_an, const T* panel_an, bool both);
-  double (*squares)(const T* x, const T* y, int64_t d);
   void (*pull)(const T* anchor, const T* candidate, T dist, T grad, int64_t from, int64_t to, T* to_anchor, T* to_candidate);
 };
 
 }  // namespace
 }  // namespace mgn
 
+#undef LOOPS
 #define LOOPS "batch_hard_tile.h"
 #include "each_instruction_set.h"
 
@@ -49,8 +36,6 @@ const Loops<T>& loops_of(int instruction_set) {
   static constexpr const Loops<T>* kAll[] = {OF_EACH_INSTRUCTION_SET(kLoops<T>)};
   return *kAll[compiled_instruction_set(instruction_set)];
 }
-
-int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // Labels of any integers as 0, 1, …: equal where they were equal, and as narrow as a float, so that one mask fits both.
 struct DenseLabels {
@@ -81,27 +66,15 @@ bool all_finite(const T* rows, int64_t count, int64_t d, const Parallel& paralle
   return finite;
 }
 
-struct Aligned {
-  void operator()(void* memory) const { std::free(memory); }
-};
-
-// (heads, panels, d, width); a candidate beyond the last is NaN, which wins no comparison.
+// (heads, panels, d, width)
 template <typename T>
-std::unique_ptr<T, Aligned> pack(const Features<T>& x, int width, const Parallel& parallel) {
+Packed<T> pack(const Features<T>& x, int width, const Parallel& parallel) {
   const int64_t panels = round_up(x.m, width) / width;
-  const size_t bytes = round_up(std::max<int64_t>(x.heads * panels * x.d * width, 1) * int64_t(sizeof(T)), 64);
-  std::unique_ptr<T, Aligned> packed(static_cast<T*>(std::aligned_alloc(64, bytes)));
-  if (!packed) throw std::bad_alloc();
+  Packed<T> packed = room_for_panels<T>(x.heads * panels, x.d * width);
   parallel(x.heads * panels, std::max<int64_t>(1, kCopyGrain / std::max<int64_t>(x.d * width, 1)), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      const int64_t head = p / panels, first = p % panels * width, count = std::min<int64_t>(width, x.m - first);
-      T* panel = packed.get() + p * x.d * width;
-      if (count < width) std::fill(panel, panel + x.d * width, std::numeric_limits<T>::quiet_NaN());
-      for (int64_t from = 0; from < x.d; from += 16)  // so few lines of the panel at a time that they stay in the cache
-        for (int64_t c = 0; c < count; ++c) {
-          const T* row = x.candidates + (head * x.m + first + c) * x.d;
-          for (int64_t k = from; k < std::min<int64_t>(from + 16, x.d); ++k) panel[k * width + c] = row[k];
-        }
+      const int64_t head = p / panels, first = p % panels * width;
+      pack_panel(x.candidates + (head * x.m + first) * x.d, std::min<int64_t>(width, x.m - first), x.d, width, packed.get() + p * x.d * width);
     }
   });
   return packed;
@@ -135,8 +108,9 @@ struct Best {
 };
 
 template <typename T>
-Best<T> mine(const Features<T>& x, const DenseLabels& labels, const T* packed, const Loops<T>& loops, const Parallel& parallel) {
-  const int width = loops.width, group = loops.group;
+Best<T> mine(const Features<T>& x, const DenseLabels& labels, const T* packed, const Squares<T>& squares, const Loops<T>& loops,
+             const Parallel& parallel) {
+  const int width = squares.width;
   const int64_t panels = round_up(x.m, width) / width, rows = std::max(x.n, panels * width);
   const int block = x.n >= 256 ? kBlock : 8;  // a small batch is divided finer: every thread gets some
   const int64_t blocks = round_up(x.n, block) / block, tasks = (blocks + 1) / 2;
@@ -144,23 +118,12 @@ Best<T> mine(const Features<T>& x, const DenseLabels& labels, const T* packed, c
   const auto mine_block = [&](int64_t head, int64_t first, Best<T>& best) {
     const T* anchors = x.anchors + head * x.n * x.d;
     const int64_t last = std::min(first + block, x.n), offset = head * rows;
-    alignas(64) T dist2[kBlock * 32], part[kBlock * 32];
+    alignas(64) T dist2[kBlock * 32];
     for (int64_t panel = x.own ? first / width : 0; panel < panels; ++panel) {
       const T* candidates = packed + (head * panels + panel) * x.d * width;
       // Own candidates: a group meets its own panel and those behind it; groups behind this panel have no business here.
       const int64_t end = x.own ? std::min(last, (panel + 1) * width) : last;
-      std::fill(dist2, dist2 + kBlock * width, T(0));
-      for (int64_t begin = 0; begin < x.d; begin += kGoes * kDepth) {
-        T* sums = begin == 0 ? dist2 : part;
-        if (begin > 0) std::fill(part, part + kBlock * width, T(0));
-        for (int64_t from = begin; from < std::min(begin + kGoes * kDepth, x.d); from += kDepth)
-          for (int64_t i = first; i < end; i += group) {
-            const T* pointers[8];
-            for (int r = 0; r < group; ++r) pointers[r] = anchors + std::min(i + r, x.n - 1) * x.d;
-            loops.add_squares(pointers, candidates, from, std::min(from + kDepth, x.d), sums + (i - first) * width);
-          }
-        if (begin > 0) std::transform(dist2, dist2 + kBlock * width, part, dist2, std::plus<T>());
-      }
+      sum_tile(squares, anchors + first * x.d, end - first, candidates, x.d, dist2);
       const int32_t* panel_labels = labels.candidates.data() + panel * width;
       const int32_t column = int32_t(panel * width);
       for (int64_t i = first; i < end; ++i) {
@@ -192,29 +155,9 @@ Best<T> mine(const Features<T>& x, const DenseLabels& labels, const T* packed, c
   return best;
 }
 
-// Euclidean distance in double: right wherever it can be represented.
-template <typename T>
-double distance(const Loops<T>& loops, const T* x, const T* y, int64_t d) {
-  const double sum = loops.squares(x, y, d);
-  if (sum > 1e-280 && sum <= std::numeric_limits<double>::max()) return std::sqrt(sum);
-  double largest = 0;  // squares have left double's range, or all are zero
-  for (int64_t k = 0; k < d; ++k) largest = std::max(largest, std::abs(double(x[k]) - double(y[k])));
-  if (largest == 0 || std::isinf(largest)) return largest;
-  double ratios = 0;
-  for (int64_t k = 0; k < d; ++k) {
-    const double ratio = (double(x[k]) - double(y[k])) / largest;
-    ratios += ratio * ratio;
-  }
-  return largest * std::sqrt(ratios);
-}
-
-// Squares in T say nothing where they may have left T's range: beyond it upwards, or below this.
-template <typename T>
-constexpr T kTiny = T(sizeof(T) == 4 ? 0x1p-80 : 0x1p-900);
-
 // The selected pair measured directly; where the squares that selected it were out of range, selected anew in double.
 template <typename T>
-void settle(const Features<T>& x, const Loops<T>& loops, int64_t head, int64_t i, const DenseLabels& labels, bool positive, T dist2,
+void settle(const Features<T>& x, const Squares<T>& squares, int64_t head, int64_t i, const DenseLabels& labels, bool positive, T dist2,
             int32_t partner, T* dist, int64_t* idx) {
   const T* anchor = x.anchors + (head * x.n + i) * x.d;
   const T* candidates = x.candidates + head * x.m * x.d;
@@ -223,7 +166,7 @@ void settle(const Features<T>& x, const Loops<T>& loops, int64_t head, int64_t i
     *idx = -1;
     return;
   }
-  double best = distance(loops, anchor, candidates + partner * x.d, x.d);
+  double best = distance(squares, anchor, candidates + partner * x.d, x.d);
   const bool duplicate = !positive && best == 0;  // the first of all whose sum is 0: no candidate can be nearer or earlier
   if ((dist2 < kTiny<T> || std::isinf(dist2)) && !duplicate) {
     best = positive ? -1 : std::numeric_limits<double>::infinity();
@@ -231,7 +174,7 @@ void settle(const Features<T>& x, const Loops<T>& loops, int64_t head, int64_t i
     for (int64_t j = 0; j < x.m; ++j) {
       if ((labels.candidates[j] == labels.anchors[i]) != positive) continue;
       const T* candidate = candidates + j * x.d;
-      const double here = std::memcmp(anchor, candidate, x.d * sizeof(T)) == 0 ? 0 : distance(loops, anchor, candidate, x.d);
+      const double here = std::memcmp(anchor, candidate, x.d * sizeof(T)) == 0 ? 0 : distance(squares, anchor, candidate, x.d);
       if (partner == kNone || (positive ? here > best : here < best)) best = here, partner = int32_t(j);
       if (!positive && best == 0) break;
     }
@@ -245,11 +188,11 @@ void settle(const Features<T>& x, const Loops<T>& loops, int64_t head, int64_t i
 template <typename T>
 bool batch_hard(const Features<T>& x, const int64_t* labels, const int64_t* candidate_labels, const Mined<T>& out,
                 int instruction_set, const Parallel& parallel) {
-  const Loops<T>& loops = loops_of<T>(instruction_set);
+  const Squares<T>& squares = squares_of<T>(instruction_set);
   if (!all_finite(x.anchors, x.heads * x.n, x.d, parallel)) return false;
   if (!x.own && !all_finite(x.candidates, x.heads * x.m, x.d, parallel)) return false;
 
-  const int64_t padded = round_up(x.m, loops.width), rows = std::max(x.n, padded);
+  const int64_t padded = round_up(x.m, squares.width), rows = std::max(x.n, padded);
   const DenseLabels dense(labels, x.n, candidate_labels, x.m, padded);
   // Some heads at a time: packed, a head of few candidates is many times its size.
   const int64_t together = std::max<int64_t>(1, kPacked / std::max<int64_t>(padded * x.d, 1));
@@ -258,13 +201,13 @@ bool batch_hard(const Features<T>& x, const int64_t* labels, const int64_t* cand
     some.heads = std::min(together, x.heads - first);
     some.anchors += first * x.n * x.d;
     some.candidates += first * x.m * x.d;
-    const auto packed = pack(some, loops.width, parallel);
-    const Best<T> best = mine(some, dense, packed.get(), loops, parallel);
+    const auto packed = pack(some, squares.width, parallel);
+    const Best<T> best = mine(some, dense, packed.get(), squares, loops_of<T>(instruction_set), parallel);
     parallel(some.heads * x.n, std::max<int64_t>(1, kCopyGrain / std::max<int64_t>(x.d, 1)), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t head = row / x.n, i = row % x.n, at = head * rows + i, to = first * x.n + row;
-        settle(some, loops, head, i, dense, true, best.ap[at], best.pos[at], out.dist_ap + to, out.pos_idx + to);
-        settle(some, loops, head, i, dense, false, best.an[at], best.neg[at], out.dist_an + to, out.neg_idx + to);
+        settle(some, squares, head, i, dense, true, best.ap[at], best.pos[at], out.dist_ap + to, out.pos_idx + to);
+        settle(some, squares, head, i, dense, false, best.an[at], best.neg[at], out.dist_an + to, out.neg_idx + to);
       }
     });
   }

@@ -5,23 +5,11 @@
 // duplicates and nothing has to be measured again. Then it mines the tile in registers; the distances never reach memory. At
 // the end each warp settles anchors: it measures the selected pairs in double, and selects anew in double where squares left
 // the range of their type. The last block of a head to finish sums that head's loss in a fixed order.
-#include "batch_hard_types.cuh"
+#include "squares.cuh"
 
 namespace mgn {
 namespace {
 
-constexpr int kThreads = 256, kSide = 16;  // a block is 16 × 16 threads
-constexpr int kColumns = 64, kColumnsPerThread = kColumns / kSide;
-constexpr int kDepth = 32;  // dimensions in shared memory; summed apart, then added: bounds the rounding
-
-template <typename C>
-struct alignas(16) Four {  // read from shared memory in one instruction, or two
-  C at[4];
-};
-
-// Squares outside (tiny, infinity) may have left the range of C.
-template <typename C>
-constexpr C kTiny = C(sizeof(C) == 4 ? 0x1p-80 : 0x1p-900);
 enum : unsigned { kPositiveOutOfRange = 1, kNegativeTiny = 2, kNegativeOutOfRange = 4 };
 
 // The hardest pair so far, by squared distance; of equals the lower index. Index −1: none yet.
@@ -61,28 +49,13 @@ __device__ bool warp_finds_all_finite(const T* row, int64_t d) {
   return __all_sync(kWarp, finite);
 }
 
-// Euclidean distance in double by one warp, right wherever it can be represented; NaN where an element is not finite.
+// Euclidean distance by one warp; NaN where an element is not finite.
 template <typename T>
 __device__ double warp_distance(const T* x, const T* y, int64_t d) {
-  double sum = 0, largest = 0;
-  bool finite = true;
-  for (int64_t k = threadIdx.x % 32; k < d; k += 32) {
-    const double a = widen(x[k]), b = widen(y[k]), difference = a - b;
-    finite &= isfinite(a) && isfinite(b);
-    sum += difference * difference;
-    largest = fmax(largest, fabs(difference));
-  }
-  sum = sum_over_warp(sum);
-  if (!__all_sync(kWarp, finite)) return nan("");
-  if (sum > 1e-280 && sum < infinity<double>()) return sqrt(sum);
-  for (int distance = 16; distance; distance /= 2) largest = fmax(largest, __shfl_xor_sync(kWarp, largest, distance));
-  if (largest == 0 || !isfinite(largest)) return largest;
-  sum = 0;
-  for (int64_t k = threadIdx.x % 32; k < d; k += 32) {
-    const double ratio = (double(widen(x[k])) - double(widen(y[k]))) / largest;
-    sum += ratio * ratio;
-  }
-  return largest * sqrt(sum_over_warp(sum));
+  return warp_norm(d, [&](int64_t k) {
+    const double a = widen(x[k]), b = widen(y[k]);
+    return isfinite(a) && isfinite(b) ? a - b : nan("");
+  });
 }
 
 template <typename T>
@@ -161,9 +134,6 @@ template <typename T, int kRowsPerThread>
 __global__ void __launch_bounds__(kThreads, sizeof(Wide<T>) == 8 ? 1 : 2) mine(Forward<T> f) {
   using C = Wide<T>;
   constexpr int kRows = kSide * kRowsPerThread;
-  // [dimension][row or column]; the pad spreads what one warp stores over the banks.
-  __shared__ Four<C> columns[kDepth][kColumns / 4 + 1];
-  __shared__ Four<C> rows[kDepth][kRows / 4 + 1];
   __shared__ Best<C> selected[kRows];
   __shared__ bool last;
 
@@ -181,39 +151,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Wide<T>) == 8 ? 1 : 2) mine(F
 
   for (int64_t column = 0; column < f.m; column += kColumns) {
     C total[kRowsPerThread][kColumnsPerThread] = {};
-    for (int64_t from = 0; from < f.d; from += kDepth) {
-      __syncthreads();  // the last slice has been read
-      const int k = threadIdx.x % kDepth;
-      for (int r = threadIdx.x / kDepth; r < kRows; r += kThreads / kDepth)
-        rows[k][r / 4].at[r % 4] = first + r < f.n && from + k < f.d ? widen(anchors[(first + r) * f.d + from + k]) : C(0);
-      for (int c = threadIdx.x / kDepth; c < kColumns; c += kThreads / kDepth)
-        columns[k][c / 4].at[c % 4] = column + c < f.m && from + k < f.d ? widen(candidates[(column + c) * f.d + from + k]) : C(0);
-      __syncthreads();
-      C sum[kRowsPerThread][kColumnsPerThread] = {};
-#pragma unroll
-      for (int depth = 0; depth < kDepth; ++depth) {
-        const Four<C> candidate = columns[depth][tx];
-        C anchor[kRowsPerThread];
-        if constexpr (kRowsPerThread == 4) {
-          const Four<C> four = rows[depth][ty];
-#pragma unroll
-          for (int r = 0; r < 4; ++r) anchor[r] = four.at[r];
-        } else {
-          anchor[0] = rows[depth][ty / 4].at[ty % 4];
-        }
-#pragma unroll
-        for (int r = 0; r < kRowsPerThread; ++r)
-#pragma unroll
-          for (int c = 0; c < kColumnsPerThread; ++c) {
-            const C difference = candidate.at[c] - anchor[r];
-            sum[r][c] += difference * difference;
-          }
-      }
-#pragma unroll
-      for (int r = 0; r < kRowsPerThread; ++r)
-#pragma unroll
-        for (int c = 0; c < kColumnsPerThread; ++c) total[r][c] += sum[r][c];
-    }
+    const auto as_it_is = [](int, C element) { return element; };
+    sum_tile<T, kRowsPerThread>(anchors + first * f.d, f.n - first, candidates + column * f.d, f.m - column, f.d, as_it_is, as_it_is, total);
 #pragma unroll
     for (int c = 0; c < kColumnsPerThread; ++c) {
       const int64_t j = column + tx * kColumnsPerThread + c;

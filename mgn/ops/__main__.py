@@ -17,6 +17,7 @@ def main():
         print(f'{device}{name}:')
         print(f'  batch_hard, batch_hard_triplet_loss, forward and backward: {implementation(device)}')
         print('  match_ranks: reference: NumPy on the CPU, whatever the device')
+        print(f'  pairwise_distance, forward: {implementation(device)}; backward: PyTorch')
 
 
 if __name__ == '__main__':

@@ -1,33 +1,8 @@
 // Cases from standard input through the launchers of batch_hard.h, results to standard output; both raw, in the order below.
-// Each array is an allocation of its own, so that AddressSanitizer sees its ends, and results start as 0xAB bytes.
-#include <unistd.h>
-
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-
 #include "batch_hard.h"
+#include "bytes.h"
 
 namespace {
-
-using Bytes = std::unique_ptr<char, decltype(&std::free)>;
-
-Bytes poisoned(size_t size) {
-  Bytes bytes(static_cast<char*>(std::malloc(size)), std::free);
-  std::memset(bytes.get(), 0xAB, size);
-  return bytes;
-}
-Bytes read(size_t size) {
-  Bytes bytes = poisoned(size);
-  if (std::fread(bytes.get(), 1, size, stdin) != size) std::abort();
-  return bytes;
-}
-void write(const Bytes& bytes, size_t size) { std::fwrite(bytes.get(), 1, size, stdout); }
-template <typename T>
-T* as(const Bytes& bytes) {
-  return reinterpret_cast<T*>(bytes.get());
-}
 
 struct Case {
   int64_t type, heads, n, m, d, own, with_loss, soft, with_entries, anchors_per_block;

@@ -1,0 +1,70 @@
+"""What only a GPU can show of pairwise distances: that nothing waits for it, that streams and graphs are kept, large grids."""
+
+import pytest
+import torch
+from mining import TYPES, random_features
+
+from mgn.ops import pairwise_distance
+from mgn.ops.distance import METRICS, pairwise_distance_reference
+
+
+@pytest.fixture(autouse=True)
+def gpu(device):
+    if not device.startswith('cuda'):
+        pytest.skip('no GPU; --device=cuda runs this on one')
+
+
+@pytest.mark.parametrize('metric', METRICS)
+@pytest.mark.parametrize('dtype', TYPES)
+def test_forward_and_backward_wait_for_nothing(device, metric, dtype):
+    x, y = (random_features(rows, 70, dtype=dtype, seed=rows, device=device).requires_grad_() for rows in (130, 300))
+    out = torch.empty(300, 130, device=device).T
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        pairwise_distance(x, y, metric).sum().backward()
+        with torch.no_grad():
+            pairwise_distance(x, y, metric, out=out)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
+@pytest.mark.parametrize('metric', METRICS)
+def test_a_captured_graph_replays_on_new_rows(device, metric):
+    x, y = random_features(64, 32, device=device), random_features(200, 32, seed=1, device=device)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        pairwise_distance(x, y, metric)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = pairwise_distance(x, y, metric)
+    x.copy_(random_features(64, 32, seed=2, device=device))
+    graph.replay()
+    assert torch.equal(captured, pairwise_distance(x, y, metric))
+
+
+def test_work_goes_to_the_current_stream(device):
+    x, stream = random_features(2000, 64, device=device), torch.cuda.Stream()
+    expected = pairwise_distance(x, x, 'cosine')
+    for _ in range(10):
+        with torch.cuda.stream(stream):
+            late = torch.zeros_like(x)
+            torch.cuda._sleep(10_000_000)
+            late.copy_(x)
+            got = pairwise_distance(late, late, 'cosine')
+        stream.synchronize()
+        assert torch.equal(got, expected) and (got.diagonal() == 0).all()
+
+
+@pytest.mark.parametrize('metric', METRICS)
+@pytest.mark.parametrize('dtype', TYPES)
+def test_near_duplicates_among_many(device, metric, dtype):
+    """Thousands of blocks; of each metric some pairs are measured anew."""
+    x = 30 + random_features(3000, 100, dtype=torch.float64, device=device)
+    y = torch.cat((x + 1e-2 * random_features(3000, 100, dtype=torch.float64, seed=1, device=device), x, -x)).to(dtype)
+    x = x.to(dtype)
+    got = pairwise_distance(x, y, metric)
+    some = slice(1000, 1100)
+    expected = pairwise_distance_reference(x[some], y, metric)
+    torch.testing.assert_close(got[some].double(), expected, rtol=1e-5, atol=1e-20 if metric == 'cosine' else 0)
+    assert (got[:, 3000:6000].diagonal() == 0).all()
