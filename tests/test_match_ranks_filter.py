@@ -210,7 +210,7 @@ def test_more_matches_than_are_compared_one_by_one(ranking):
 
 
 MEMORY = '''
-import json, resource, sys
+import json, sys
 import numpy as np, torch
 from mgn import ops
 torch.set_num_threads(2)
@@ -223,9 +223,14 @@ query = gallery[rng.integers(0, G, Q)]
 ids = [rng.integers(0, 1 + G // 25, n) for n in (Q, G)] + [rng.integers(0, 6, n) for n in (Q, G)]
 few = [array[:9] for array in ids]
 ops.match_ranks(query[:9], gallery[:9], few[0], few[1], few[2], few[3], precision=precision)  # loads what there is to load
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def high_water():
+    with open('/proc/self/status') as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM')) * 1024
+with open('/proc/self/clear_refs', 'w') as file:
+    file.write('5')  # the mark falls to what is held now
+before = high_water()
 result = ops.match_ranks(query, gallery, *ids, precision=precision)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+peak = high_water() - before
 print(peak, 2 ** 28 + 32 * (Q + G + len(result.ranks)), len(result.ranks))
 '''
 
@@ -233,9 +238,10 @@ print(peak, 2 ** 28 + 32 * (Q + G + len(result.ranks)), len(result.ranks))
 @pytest.mark.parametrize('case', [(3000, 40_000, 128, 'float32', 'float32'), (2500, 20_000, 512, 'float16', 'float32'),
                                   (30_000, 30_000, 16, 'bfloat16', 'bfloat16'), (40, 2_000_000, 4, 'float32', 'float32'),
                                   (64, 300, 100_000, 'float16', 'float32')])
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='only Linux tells the most memory since a moment')
 def test_memory_stays_within_its_bound(case):
     done = subprocess.run([sys.executable, '-c', MEMORY, json.dumps(case)], capture_output=True, text=True,
                           env={**os.environ, 'PYTHONPATH': os.getcwd()})
     assert done.returncode == 0, done.stderr
     peak, bound, matches = map(int, done.stdout.split())
-    assert peak <= bound and matches > 0
+    assert 0 < peak <= bound and matches > 0

@@ -40,9 +40,10 @@ struct SumLoops {
 
 template <typename T>
 struct CountLoops {
-  bool (*negate)(const T* distances, int n, T* similarity);
+  void (*negate)(const T* distances, int n, T* similarity);
   int (*keep)(const T* values, int n, T low, T* kept);
-  void (*count_levels)(const T* values, int n, const T* low, const T* high, int* above, bool* open);
+  int (*keep_negated)(const T* values, int n, T low, T* kept);
+  void (*count_levels)(const T* values, int n, const T* low, const T* high, int* above, int* open);
   int (*find_open)(const T* values, int n, T low, T high, int* positions);
 };
 
@@ -121,38 +122,37 @@ struct Keys {
   }
 };
 
-// Counts along one row of similarities, from chunk to chunk. `similarity` fills a chunk, `decide` finds keys.
+// Calls what(item) for every excluded item of first … end.
+template <typename What>
+void for_excluded(const Excluded& excluded, int64_t q, int64_t first, int64_t end, const What& what) {
+  const auto all = [&](const int64_t* from, const int64_t* to) {
+    for (const int64_t* item = std::lower_bound(from, to, first); item < to && *item < end; ++item) what(*item);
+  };
+  all(excluded.order + excluded.begin[q], excluded.order + excluded.end[q]);
+  all(excluded.junk, excluded.junk + excluded.junk_count);
+}
+
+// Counts along one row of similarities, from chunk to chunk.
 template <typename T>
 struct Counting {
   const CountLoops<T>& loops;
   alignas(64) T similarity[kChunk + 16], kept[kChunk + 16];
   std::vector<T> low, high;  // of each match, from the nearest to the farthest: descending
+  std::vector<int> of_excluded;  // how many excluded items lie between the ends of each match's level
   std::vector<int> positions;
   std::vector<double> keys;
 
   explicit Counting(const CountLoops<T>& loops) : loops(loops), positions(kChunk), keys(kChunk + 1) {}
 
-  // Excluded items as −∞, which is below every level, unless a level reaches there.
-  void exclude(const Excluded& excluded, int64_t q, int64_t first, int n) {
-    const auto all = [&](const int64_t* from, const int64_t* to) {
-      for (const int64_t* item = std::lower_bound(from, to, first); item < to && *item < first + n; ++item)
-        similarity[*item - first] = -std::numeric_limits<T>::infinity();
-    };
-    all(excluded.order + excluded.begin[q], excluded.order + excluded.end[q]);
-    all(excluded.junk, excluded.junk + excluded.junk_count);
-  }
-  static bool is_excluded(const Excluded& excluded, int64_t q, int64_t item) {
-    return std::binary_search(excluded.order + excluded.begin[q], excluded.order + excluded.end[q], item) ||
-           std::binary_search(excluded.junk, excluded.junk + excluded.junk_count, item);
-  }
-
-  // The chunk's n similarities, of items first, first + 1, …; keys_of(positions, count, keys) gives keys.
-  template <typename KeysOf>
-  int64_t count(const Matches& matches, const Excluded& excluded, int64_t q, int64_t first, int n, const KeysOf& keys_of) {
+  // The chunk's n items first, first + 1, …; `left` of them are kept, those that are not below the farthest match. On demand
+  // fill() writes all similarities and keys_of(positions, count, keys) finds keys.
+  template <typename Fill, typename KeysOf>
+  int64_t count(const Matches& matches, const Excluded& excluded, int64_t q, int64_t first, int n, int left, const Fill& fill,
+                const KeysOf& keys_of) {
     const int64_t begin = matches.offsets[q], m = matches.offsets[q + 1] - begin;
-    exclude(excluded, q, first, n);
     if (m > kMany) {
       int open = 0;
+      fill();
       for (int j = 0; j < n; ++j) {
         if (similarity[j] < low[m - 1]) continue;
         const int64_t above = first_below(high.data(), m, similarity[j]);
@@ -162,7 +162,7 @@ struct Counting {
       return decide(matches, excluded, q, first, open, keys_of);
     }
     int64_t by_key = 0;
-    int left = loops.keep(similarity, n, low[m - 1], kept);
+    bool filled = false;
     for (int64_t end = m; end > 0 && left > 0; end -= std::min<int64_t>(end, 4)) {
       const int64_t from = std::max<int64_t>(end - 4, 0);
       const int group = int(end - from);
@@ -170,13 +170,14 @@ struct Counting {
       for (int i = 0; i < 4; ++i) lows[i] = low[from + std::min(i, group - 1)], highs[i] = high[from + std::min(i, group - 1)];
       std::fill(kept + left, kept + left + 16, -std::numeric_limits<T>::infinity());
       int above[4];
-      bool open[4];
+      int open[4];
       loops.count_levels(kept, left, lows, highs, above, open);
       for (int i = 0; i < group; ++i) {
         const int64_t level = from + i;
         matches.steps[begin + level] += above[i];
         if (level + 1 < m) matches.steps[begin + level + 1] -= above[i];
-        if (!open[i]) continue;
+        if (open[i] == of_excluded[level]) continue;
+        if (!filled) fill(), filled = true;
         const int within = loops.find_open(similarity, n, low[level], high[level], positions.data());
         const auto decided = [&](int j) { return level > 0 && !(similarity[j] < low[level - 1]) && !(similarity[j] > high[level - 1]); };
         const auto rest = std::remove_if(positions.begin(), positions.begin() + within, decided);  // with the level before
@@ -192,7 +193,9 @@ struct Counting {
   int64_t decide(const Matches& matches, const Excluded& excluded, int64_t q, int64_t first, int open, const KeysOf& keys_of) {
     const int64_t begin = matches.offsets[q], m = matches.offsets[q + 1] - begin;
     const auto end = std::remove_if(positions.begin(), positions.begin() + open, [&](int j) {
-      return std::isinf(similarity[j]) && is_excluded(excluded, q, first + j);
+      bool found = false;
+      for_excluded(excluded, q, first + j, first + j + 1, [&](int64_t) { found = true; });
+      return found;
     });
     const int count = int(end - positions.begin());
     keys_of(positions.data(), count, keys.data());
@@ -268,6 +271,7 @@ int64_t count_strangers(const Tile& tile, const Filter& filter, const Matches& m
       if (m == 0) continue;
       counting.low.resize(m);
       counting.high.resize(m);
+      counting.of_excluded.assign(m, 0);  // they are set below every level
       const bool known = std::isfinite(filter.error[q]);
       for (int64_t i = 0; i < m; ++i) {
         const double level = filter.level_scale[q] * matches.keys[matches.offsets[q] + i] + filter.level_shift[q];
@@ -280,7 +284,12 @@ int64_t count_strangers(const Tile& tile, const Filter& filter, const Matches& m
       for (int64_t j = 0; j < tile.gallery.count; j += kChunk) {
         const int n = int(std::min<int64_t>(kChunk, tile.gallery.count - j));
         loops.affine(filter.dots + q * filter.stride + j, filter.item_scale + j, filter.item_shift + j, n, counting.similarity);
-        by_key += counting.count(matches, excluded, q, tile.first + j, n, [&](const int* positions, int count, double* keys) {
+        const int64_t first = tile.first + j;
+        for_excluded(excluded, q, first, first + n, [&](int64_t item) {  // below every level, unless one reaches there
+          counting.similarity[item - first] = -std::numeric_limits<float>::infinity();
+        });
+        const int left = counting.loops.keep(counting.similarity, n, counting.low[m - 1], counting.kept);
+        const auto keys_of_items = [&](const int* positions, int count, double* keys) {
           if (!prepared && count) {
             loops.widen(tile.query[q], tile.query.d, keys_of.query.data());
             keys_of.norm = tile.query_norms[q];
@@ -292,7 +301,8 @@ int64_t count_strangers(const Tile& tile, const Filter& filter, const Matches& m
             const double norms[] = {tile.gallery_norms[a], tile.gallery_norms[b]};
             keys_of(y, norms, keys + p);
           }
-        });
+        };
+        by_key += counting.count(matches, excluded, q, first, n, left, [] {}, keys_of_items);
       }
     }
   });
@@ -315,11 +325,22 @@ int64_t count_in_distances(const T* distances, int64_t queries, int64_t items, i
       for (int64_t j = 0; j < items; j += kChunk) {
         const int n = int(std::min<int64_t>(kChunk, items - j));
         const T* row = distances + q * stride + j;
-        if (loops.negate(row, n, counting.similarity)) odd = q;
+        const int left = loops.keep_negated(row, n, m > 0 ? counting.low[m - 1] : std::numeric_limits<T>::infinity(), counting.kept);
+        bool is_odd = false;
+        for (int k = 0; k < left; ++k) is_odd |= counting.kept[k] != counting.kept[k];
+        if (is_odd) odd = q;
         if (m == 0) continue;
-        counting.count(matches, excluded, q, j, n, [&](const int* positions, int count, double* keys) {
-          for (int p = 0; p < count; ++p) keys[p] = row[positions[p]];
+        counting.of_excluded.assign(m, 0);
+        for_excluded(excluded, q, j, j + n, [&](int64_t item) {  // not to be counted: takes back what will be
+          const T value = -row[item - j];
+          const int64_t above = first_below(counting.high.data(), m, value);
+          if (above < m) --matches.steps[offset + above];
+          for (int64_t i = first_reached(counting.low.data(), m, value); i < above; ++i) ++counting.of_excluded[i];
         });
+        counting.count(matches, excluded, q, j, n, left, [&] { loops.negate(row, n, counting.similarity); },
+                       [&](const int* positions, int count, double* keys) {
+                         for (int p = 0; p < count; ++p) keys[p] = row[positions[p]];
+                       });
       }
     }
   });

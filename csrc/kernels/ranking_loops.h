@@ -48,24 +48,6 @@ TARGET void canonical_sums(const double* x, const float* const* y, int64_t d, do
   }
 }
 
-// Returns how many of a register's values are not below low, after it has stored them, and what not behind them.
-#if VECTOR_BYTES == 64
-TARGET inline int compress(const float* values, float low, float* kept) {
-  const __m512 value = _mm512_loadu_ps(values);
-  const __mmask16 mask = _mm512_cmp_ps_mask(value, _mm512_set1_ps(low), _CMP_NLT_UQ);
-  _mm512_storeu_ps(kept, _mm512_maskz_compress_ps(mask, value));
-  return __builtin_popcount(mask);
-}
-#elif VECTOR_BYTES == 32
-TARGET inline int compress(const float* values, float low, float* kept) {
-  const __m256 value = _mm256_loadu_ps(values);
-  const int mask = _mm256_movemask_ps(_mm256_cmp_ps(value, _mm256_set1_ps(low), _CMP_NLT_UQ));
-  const __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kFront.of[mask])));
-  _mm256_storeu_ps(kept, _mm256_permutevar8x32_ps(value, order));
-  return __builtin_popcount(mask);
-}
-#endif
-
 TARGET void widen(const float* from, int64_t d, double* to) {
   for (int64_t k = 0; k < d; ++k) to[k] = from[k];
 }
@@ -75,47 +57,59 @@ TARGET void affine(const float* dots, const float* scale, const float* shift, in
 }
 
 template <typename T>
-TARGET bool negate(const T* distances, int n, T* similarity) {
-  int odd = 0;
-  for (int j = 0; j < n; ++j) {
-    similarity[j] = -distances[j];
-    odd |= distances[j] != distances[j];
+TARGET void negate(const T* distances, int n, T* similarity) {
+  for (int j = 0; j < n; ++j) similarity[j] = -distances[j];
+}
+
+// Stores what is not below `low` (NaN is not), then anything up to a register's end, and returns how many that were.
+template <typename T, typename Lanes>
+TARGET inline int compress(const Lanes& values, T low, T* kept) {
+#if VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    const __mmask16 mask = _mm512_cmp_ps_mask(__m512(values), _mm512_set1_ps(low), _CMP_NLT_UQ);
+    _mm512_storeu_ps(kept, _mm512_maskz_compress_ps(mask, __m512(values)));
+    return __builtin_popcount(mask);
   }
-  return odd;
+#elif VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4) {
+    const int mask = _mm256_movemask_ps(_mm256_cmp_ps(__m256(values), _mm256_set1_ps(low), _CMP_NLT_UQ));
+    const __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kFront.of[mask])));
+    _mm256_storeu_ps(kept, _mm256_permutevar8x32_ps(__m256(values), order));
+    return __builtin_popcount(mask);
+  }
+#endif
+  int count = 0;
+  for (int i = 0; i < int(sizeof(Lanes) / sizeof(T)); ++i) {
+    kept[count] = values[i];
+    count += !(values[i] < low);
+  }
+  return count;
 }
 
 // Copies what is not below `low` (NaN is not) to the front of `kept`, which may be `values` and has 16 places more.
-template <typename T>
+template <typename T, bool negated>
 TARGET int keep(const T* values, int n, T low, T* kept) {
   typedef T Lanes __attribute__((vector_size(VECTOR_BYTES), aligned(alignof(T))));
   constexpr int lanes = VECTOR_BYTES / int(sizeof(T));
   int count = 0, j = 0;
   for (; j + 2 * lanes <= n; j += 2 * lanes) {
-    const auto below = (*reinterpret_cast<const Lanes*>(values + j) < low) & (*reinterpret_cast<const Lanes*>(values + j + lanes) < low);
-    if (all_set(below)) continue;
-#if VECTOR_BYTES > 16
-    if constexpr (sizeof(T) == 4) {
-      for (int i = j; i < j + 2 * lanes; i += lanes) count += compress(values + i, low, kept + count);
-      continue;
-    }
-#endif
-    for (int i = j; i < j + 2 * lanes; ++i) {
-      const T value = values[i];
-      kept[count] = value;
-      count += !(value < low);
-    }
+    Lanes first = *reinterpret_cast<const Lanes*>(values + j), second = *reinterpret_cast<const Lanes*>(values + j + lanes);
+    if (negated) first = -first, second = -second;
+    if (all_set((first < low) & (second < low))) continue;
+    count += compress(first, low, kept + count);
+    count += compress(second, low, kept + count);
   }
   for (; j < n; ++j) {
-    const T value = values[j];
+    const T value = negated ? -values[j] : values[j];
     kept[count] = value;
     count += !(value < low);
   }
   return count;
 }
 
-// How many values are above each of four levels' upper ends, and whether one lies between its ends. Reads whole registers.
+// How many values are above each of four levels' upper ends, and how many lie between its ends, of whole registers.
 template <typename T>
-TARGET void count_levels(const T* values, int n, const T* low, const T* high, int* above, bool* open) {
+TARGET void count_levels(const T* values, int n, const T* low, const T* high, int* above, int* open) {
   typedef T Lanes __attribute__((vector_size(VECTOR_BYTES), aligned(alignof(T))));
   constexpr int lanes = VECTOR_BYTES / int(sizeof(T));
   using Mask = decltype(Lanes{} < Lanes{});
@@ -131,7 +125,7 @@ TARGET void count_levels(const T* values, int n, const T* low, const T* high, in
   for (int i = 0; i < 4; ++i) {
     int below = above[i] = 0;
     for (int lane = 0; lane < lanes; ++lane) above[i] -= int(higher[i][lane]), below -= int(lower[i][lane]);
-    open[i] = above[i] + below < (n + lanes - 1) / lanes * lanes;
+    open[i] = (n + lanes - 1) / lanes * lanes - above[i] - below;
   }
 }
 
@@ -152,7 +146,7 @@ TARGET int find_open(const T* values, int n, T low, T high, int* positions) {
 
 constexpr SumLoops kSumLoops{canonical_sums<Term::product>, canonical_sums<Term::squared_difference>, canonical_sums<Term::square>, widen, affine};
 template <typename T>
-constexpr CountLoops<T> kCountLoops{negate<T>, keep<T>, count_levels<T>, find_open<T>};
+constexpr CountLoops<T> kCountLoops{negate<T>, keep<T, false>, keep<T, true>, count_levels<T>, find_open<T>};
 
 }  // namespace SET
 }  // namespace mgn

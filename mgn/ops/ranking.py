@@ -213,7 +213,9 @@ def tile_of(query, gallery):
 
 def identities(query_pids, gallery_pids, junk_pid):
     """The gallery by identity: query q's is order[begin[q]:end[q]], ascending; and the indices of junk."""
-    order = np.argsort(gallery_pids, kind='stable')
+    smallest, largest = (gallery_pids.min(), gallery_pids.max()) if len(gallery_pids) else (0, 0)
+    narrow = (gallery_pids - smallest).astype(np.uint16) if largest - smallest < 2 ** 16 else gallery_pids  # NumPy sorts by radix up to here
+    order = np.argsort(narrow, kind='stable')
     begin, end = (np.searchsorted(gallery_pids, query_pids, side, sorter=order) for side in ('left', 'right'))
     junk = np.flatnonzero(gallery_pids == junk_pid) if junk_pid is not None else np.empty(0, np.int64)
     if junk_pid is not None:
