@@ -228,6 +228,7 @@ def test_a_checkpoint_alone_rebuilds_model_and_data(model, folder, saved, tmp_pa
     assert (got['weights'], got['step'], got['data_root'], got['dataset']) == (saved, 33, str(folder), 'own')
     assert (got['input_size'], got['flip_test'], got['cross_camera']) == ([48, 24], False, True)
     assert set(NAMES) | {'queries', 'queries_without_match', 'gallery', 'features_s', 'ranking_s'} <= got.keys()
+    assert 0 <= got['redecided'] < 0.5 and 100 < got['peak_memory_mb'] < 1e5
     shown = capsys.readouterr().out
     for name in NAMES:
         assert re.search(rf'\b{100 * want[name]:.2f}\b', shown) and name in shown

@@ -16,7 +16,8 @@ def main():
         name = f' ({torch.cuda.get_device_name(device)})' if device.startswith('cuda') else ''
         print(f'{device}{name}:')
         print(f'  batch_hard, batch_hard_triplet_loss, forward and backward: {implementation(device)}')
-        print('  match_ranks: reference: NumPy on the CPU, whatever the device')
+        print(f'  match_ranks, products and counting: {implementation("cpu" if device == "mps" else device)}')
+        print(f'  match_ranks_from_distance, evaluate_rank: on the CPU, {implementation("cpu")}')
         print(f'  pairwise_distance, forward: {implementation(device)}; backward: PyTorch')
 
 

@@ -1,0 +1,65 @@
+"""What only a GPU can show of ranking: that real cuBLAS products of every precision leave the ranks as they are on the CPU."""
+
+import numpy as np
+import pytest
+import torch
+from rankings import METRICS, extremes, near_ties, problem
+
+from mgn.ops import match_ranks
+from mgn.ops.filter import PRECISIONS
+
+
+@pytest.fixture(autouse=True)
+def gpu(device):
+    if not device.startswith('cuda'):
+        pytest.skip('no GPU; --device=cuda runs this on one')
+
+
+@pytest.mark.parametrize('precision', PRECISIONS)
+@pytest.mark.parametrize('metric', METRICS)
+@pytest.mark.parametrize('make, size', [(problem, (33, 2500, 129)), (near_ties, (9, 300, 33)), (extremes, (20, 500, 64)), (problem, (2, 1, 1)),
+                                        (problem, (700, 9000, 256))])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
+def test_ranks_equal_those_of_the_cpu(device, make, size, metric, precision, dtype):
+    query, gallery, *ids = make(*size)
+    features = [torch.from_numpy(x).clamp(-6e4, 6e4).to(dtype) for x in (query, gallery)]
+    expected = match_ranks(*features, *ids, metric=metric)
+    got = match_ranks(*(x.to(device) for x in features), *(torch.from_numpy(x).to(device) for x in ids), metric=metric, precision=precision)
+    assert np.array_equal(got.offsets, expected.offsets) and np.array_equal(got.ranks, expected.ranks)
+
+
+def test_more_matches_than_shared_memory_counts(device):
+    query, gallery, *_ = problem(3, 9000, 16)
+    ids = np.arange(3), np.arange(9000) % 3, np.zeros(3, int), np.arange(9000) % 500
+    expected = match_ranks(query, gallery, *ids)
+    got = match_ranks(*(torch.from_numpy(x).to(device) for x in (query, gallery)), *ids)
+    assert np.array_equal(got.ranks, expected.ranks)
+
+
+def test_settings_of_torch_change_nothing_and_are_restored(device):
+    query, gallery, *ids = problem(40, 3000, 64)
+    features = [torch.from_numpy(x).to(device) for x in (query, gallery)]
+    expected = match_ranks(query, gallery, *ids)
+    torch.set_float32_matmul_precision('medium')
+    try:
+        with torch.autocast('cuda'):
+            got = match_ranks(*features, *ids)
+        assert torch.get_float32_matmul_precision() == 'medium' and torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision('highest')
+    assert np.array_equal(got.ranks, expected.ranks)
+
+
+def test_features_that_are_not_finite_are_named(device):
+    for which, name in ((0, 'query'), (1, 'gallery')):
+        query, gallery, *ids = problem(5, 33, 7)
+        features = [torch.from_numpy(x).to(device) for x in (query, gallery)]
+        features[which][4, 3] = torch.nan
+        with pytest.raises(ValueError, match=f'{name} features, got NaN or infinity in row 4'):
+            match_ranks(*features, *ids)
+
+
+def test_features_on_two_devices_are_refused(device):
+    query, gallery, *ids = problem(5, 33, 7)
+    with pytest.raises(ValueError, match='one device'):
+        match_ranks(torch.from_numpy(query).to(device), gallery, *ids)
