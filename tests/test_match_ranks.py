@@ -1,5 +1,7 @@
 """Ranks of true matches against a pure Python loop that computes every canonical key and sorts."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -225,3 +227,32 @@ def test_ids_beyond_int64_are_refused():
         match_ranks(query, gallery, *ids)
     ids[1] = np.array([1, 2, 3, 2 ** 63 - 1], np.uint64)
     assert ranks_of(query, gallery, *ids) == naive_ranks(query, gallery, *ids)
+
+
+@pytest.mark.parametrize('metric', METRICS)
+def test_identical_features_everywhere(ranking, metric):
+    query, gallery, *ids = problem(6, 300, 9)
+    query[:], gallery[:] = 0.1, 0.1
+    assert ranks_of(query, gallery, *ids, metric=metric) == naive_ranks(query, gallery, *ids, metric=metric)
+    gallery[:] = 0.3
+    assert ranks_of(query, gallery, *ids, metric=metric) == naive_ranks(query, gallery, *ids, metric=metric)
+
+
+@pytest.mark.parametrize('metric', METRICS)
+def test_one_camera_a_single_match_and_nothing_but_matches(ranking, metric):
+    query, gallery, query_pids, gallery_pids, query_camids, gallery_camids = problem(6, 60, 9)
+    one = [np.zeros(6, int), np.zeros(60, int)]
+    assert ranks_of(query, gallery, query_pids, gallery_pids, *one, metric=metric) == [[]] * 6
+    alone = np.where(np.arange(60) == 41, 1, 7)
+    args = query, gallery, np.ones(6, int), alone, query_camids, gallery_camids + 5
+    got = ranks_of(*args, metric=metric)
+    assert got == naive_ranks(*args, metric=metric) and all(len(ranks) == 1 for ranks in got)
+    args = query, gallery, np.ones(6, int), np.ones(60, int), query_camids, gallery_camids + 5
+    assert ranks_of(*args, metric=metric) == [list(range(1, 61))] * 6
+
+
+def test_calls_from_several_threads_do_not_disturb_each_other():
+    problems = [problem(9, 400, 33, seed=seed) for seed in range(8)]
+    expected = [ranks_of(*args) for args in problems]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda args: ranks_of(*args), problems * 4)) == expected * 4

@@ -157,3 +157,14 @@ def test_numbers_equal_fast_reids():
         for use_cython in (True, False):
             for got, expected in zip(evaluate_rank(dist, *ids), fastreid_evaluate_rank(use_cython)(dist, *ids)):
                 np.testing.assert_allclose(got, expected, rtol=2e-6)
+
+
+@pytest.mark.skipif(importlib.util.find_spec('torchreid') is None, reason='an optional comparison: make peers installs torchreid')
+def test_numbers_equal_torchreids():
+    from benchmarks.peers import torchreid_evaluate_rank
+    for seed in range(3):
+        dist, *ids = distances(50, 400, seed=seed)
+        cmc, precision, _ = evaluate_rank(dist, *ids)
+        expected_cmc, expected_map = torchreid_evaluate_rank()(dist, *ids)
+        np.testing.assert_allclose(cmc, expected_cmc, rtol=2e-6)
+        assert precision.mean() == pytest.approx(expected_map, rel=1e-6)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import threading
 import time
 
 import torch
@@ -11,15 +12,19 @@ import torch
 SMALLEST, LARGEST = 2.0 ** -40, 2.0 ** 60
 TRIALS, WORTH_A_TRIAL = 3, 2 ** 28  # products timed of each GEMM, of so many multiplications at least
 PRECISIONS = ('float32', 'tf32', 'bfloat16')
+LOCK = threading.RLock()
 TIMES = {}  # (GEMM, threads) → seconds a multiplication in its trials
 
 
 @contextlib.contextmanager
 def exact_float32():
-    """float32 products of torch take their operands as they are; whatever says otherwise is restored afterwards."""
+    """float32 products of torch take their operands as they are; whatever says otherwise is restored afterwards.
+
+    The settings are the whole process's, so one thread at a time.
+    """
     settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = [setting.fp32_precision for setting in settings]
-    with contextlib.ExitStack() as stack:
+    with LOCK, contextlib.ExitStack() as stack:
+        before = [setting.fp32_precision for setting in settings]
         for device in ('cpu', 'cuda'):
             stack.enter_context(torch.autocast(device, enabled=False))
         try:

@@ -1,5 +1,6 @@
 """Ranks of every query's true matches, in an order that no GEMM, tile, thread count or machine can change."""
 
+import functools
 import warnings
 from typing import NamedTuple
 
@@ -135,7 +136,8 @@ def _match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery
     query_norms = torch.empty(len(query), dtype=torch.float64, device=device)
     for part in spans(len(query), max(1, OPERANDS // max(width, 1))):
         compiled.canonical_norms(rows(query, part), query_norms[part])
-    check_finite(query_norms, 'query')
+    if not query_norms.isfinite().all():  # squares of float32 stay in float64's range
+        raise not_finite(query, 'query')
 
     order, begin, end, junk = identities(query_pids.numpy(), gallery_pids.numpy(), junk_pid)
     offsets, keys, items = sorted_matches(order, begin, end, query_camids.numpy(), gallery_camids.numpy(),
@@ -147,27 +149,36 @@ def _match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery
     redecided = torch.zeros(1, dtype=torch.int64, device=device)
 
     precision = filter.available(precision, device)
-    gallery_norms = torch.empty(len(gallery), dtype=torch.float64, device=device)
+    finite = torch.ones((), dtype=torch.bool, device=device)
     items_at_once, queries_at_once = tile_of(query, gallery)
+
+    @functools.lru_cache(maxsize=None if len(query) * width <= OPERANDS else 1)  # converted and rounded once, where that fits
+    def queries(start, stop):
+        some = rows(query, slice(start, stop))
+        return some, filter.operand(some, precision)
+
     with filter.exact_float32():
         relative_error = filter.relative_error(precision, width, device)
         for part in spans(len(gallery), items_at_once):
-            tile, norms = rows(gallery, part), gallery_norms[part]
+            tile, norms = rows(gallery, part), torch.empty(part.stop - part.start, dtype=torch.float64, device=device)
             compiled.canonical_norms(tile, norms)
-            if device.type == 'cpu':  # elsewhere this would wait for the device
-                check_finite(norms, 'gallery', part.start)
+            finite &= norms.isfinite().all()
+            if device.type == 'cpu' and not finite:  # elsewhere this would wait for the device
+                break
             item_scale, item_shift, largest = filter.item_terms(norms, cosine)
             operand = filter.operand(tile, precision)
             for block in spans(len(query), queries_at_once):
                 if offsets[block.start] == offsets[block.stop]:
                     continue
-                some = rows(query, block)
-                dots = filter.products(filter.operand(some, precision), operand, precision)
+                some, of_queries = queries(block.start, block.stop)
+                dots = filter.products(of_queries, operand, precision)
                 terms = filter.query_terms(query_norms[block], largest, relative_error, width, cosine)
                 compiled.count_strangers(some, tile, query_norms[block], norms, cosine, part.start, dots, item_scale, item_shift, *terms,
                                          matches[0][block.start:block.stop + 1], *matches[1:], steps,
                                          excluded[0], *(tensor[block] for tensor in excluded[1:]), junk, redecided)
-    check_finite(gallery_norms, 'gallery')
+    if not finite:
+        raise not_finite(gallery, 'gallery')
+    del matches, keys, items
     return torch.from_numpy(offsets), as_ranks(steps.cpu(), offsets), redecided[0].cpu()
 
 
@@ -259,11 +270,10 @@ def keys_of_pairs(compiled, query, gallery, owners, items, cosine):
     return keys.cpu().numpy()
 
 
-def check_finite(norms, name, first=0):
-    """A norm is not finite where a feature is not: squares of float32 stay in float64's range."""
-    if not norms.isfinite().all():
-        row = first + (~norms.isfinite()).nonzero()[0].item()
-        raise ValueError(f'want finite {name} features, got NaN or infinity in row {row}; look for what made it')
+def not_finite(features, name):
+    row = next(part.start + odd.nonzero()[0].item() for part in spans(len(features), max(1, OPERANDS // features.shape[1]))
+               if (odd := ~features[part].isfinite().all(1)).any())
+    return ValueError(f'want finite {name} features, got NaN or infinity in row {row}; look for what made it')
 
 
 def as_ranks(steps, offsets):
