@@ -256,3 +256,24 @@ def test_calls_from_several_threads_do_not_disturb_each_other():
     expected = [ranks_of(*args) for args in problems]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda args: ranks_of(*args), problems * 4)) == expected * 4
+
+
+@pytest.mark.parametrize('bad', [None, 3, ['a', 'b', 'c', 'd'], [2 ** 70] * 4, np.ones(4, complex)])
+def test_what_is_no_list_of_ids_is_refused(bad):
+    query, gallery, *ids = problem(3, 4, 5)
+    ids[1] = bad
+    with pytest.raises(ValueError, match=r'want gallery_pids of shape \(4,\) and an integer type'):
+        match_ranks(query, gallery, *ids)
+
+
+@pytest.mark.parametrize('junk_pid', [2 ** 63, -1.0, 'x', True])
+def test_what_is_no_id_is_no_junk_id(junk_pid):
+    with pytest.raises(ValueError, match='want junk_pid as an integer'):
+        match_ranks(*problem(3, 4, 5), junk_pid=junk_pid)
+
+
+def test_a_compiled_caller_gets_the_same_ranks():
+    query, gallery, *ids = problem(5, 40, 9)
+    query, gallery = torch.from_numpy(query), torch.from_numpy(gallery)
+    compiled = torch.compile(lambda q, g: match_ranks(q, g, *ids).ranks, backend='aot_eager')
+    assert np.array_equal(compiled(query, gallery), match_ranks(query, gallery, *ids).ranks)

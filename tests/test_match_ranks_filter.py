@@ -148,6 +148,7 @@ def test_settings_of_torch_change_nothing_and_are_restored(make):
         assert same(match_ranks(*args), expected)
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
     torch.set_default_dtype(torch.float64)
+    filter.float32_is_float32.cache_clear()  # the probe is of float32 nevertheless
     try:
         assert same(match_ranks(*args), expected)
     finally:
@@ -165,6 +166,16 @@ def test_denormal_features_count_even_while_torch_flushes_them(ranking, metric):
         finally:
             torch.set_flush_denormal(False)
         assert got == expected and (flushes or not flushes)
+
+
+def test_what_was_inherited_is_inherited_again():
+    torch.backends.fp32_precision = 'tf32'
+    try:
+        match_ranks(*problem(3, 40, 5))
+        torch.backends.fp32_precision = 'ieee'
+        assert torch.backends.mkldnn.matmul.fp32_precision == torch.backends.cuda.matmul.fp32_precision == 'ieee'
+    finally:
+        torch.backends.fp32_precision = 'none'
 
 
 def test_a_product_that_drops_bits_is_found_out_and_taken_for_what_it_is(monkeypatch):

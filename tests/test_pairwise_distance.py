@@ -368,3 +368,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 15 * 1024
+
+
+def test_forward_mode_is_refused():
+    x, y = torch.ones(3, 4), torch.zeros(5, 4)
+    with pytest.raises(ValueError, match='reverse mode'):
+        torch.func.jvp(lambda a: pairwise_distance(a, y), (x,), (torch.ones_like(x),))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(ValueError, match='reverse mode'):
+        pairwise_distance(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), y)

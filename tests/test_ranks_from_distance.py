@@ -80,6 +80,33 @@ def test_containers_and_layouts(ranking, dtype):
             assert ranks_of(same, *(x.astype(np.int32) for x in ids)) == expected
 
 
+@pytest.mark.parametrize('dtype, unit', [(np.float32, 1e-44), (np.float64, 1e-322)])
+def test_denormal_distances_are_values_while_torch_flushes_them(ranking, dtype, unit):
+    dist, *ids = distances(20, 60)
+    dist = (np.random.default_rng(1).integers(1, 2000, (20, 60)) * unit).astype(dtype)
+    expected = naive_ranks(dist, *ids)
+    torch.set_flush_denormal(True)
+    try:
+        got = ranks_of(dist, *ids)
+        still = (torch.tensor([1e-44]) * 1).item() == 0
+    finally:
+        torch.set_flush_denormal(False)
+    assert got == expected and still
+
+
+def test_ids_spread_over_all_of_int64(ranking):
+    ends = np.iinfo(np.int64)
+    pids = np.array([ends.min, 5, ends.max, -7, 5, ends.max - 3 * 2 ** 16, ends.min + 3, 5 + 2 ** 16])
+    args = distances(8, 8)[0], pids, pids, np.ones(8, int), np.zeros(8, int)
+    assert ranks_of(*args) == naive_ranks(*args)
+
+
+def test_many_ties_of_many_matches(ranking):
+    ids = [1, 1], np.ones(3000, int), [0, 0], np.arange(3000) % 2
+    for dist in (np.zeros((2, 3000), np.float32), distances(2, 3000, levels=1)[0]):
+        assert ranks_of(dist, *ids) == naive_ranks(dist, *ids)
+
+
 @pytest.mark.parametrize('pid', [9, 1, -1])  # a stranger, an own one, junk
 def test_a_nan_is_an_error_that_names_its_place(ranking, pid):
     for dtype in (np.float16, np.float32, np.float64):
@@ -145,6 +172,9 @@ def test_evaluate_rank_leaves_out_queries_without_a_match():
     assert cmc.shape == (4,) and precision.shape == penalty.shape == (1,)
     with pytest.raises(ValueError, match='none'):
         evaluate_rank(dist, [7, 7, 7], [1, 2, 3, 1], [0, 0, 0], [1, 0, 1, 1])
+    with pytest.raises(ValueError, match='max_rank >= 1, got 0'):
+        evaluate_rank(dist, [1, 7, 2], [1, 2, 3, 1], [0, 0, 0], [1, 0, 1, 1], max_rank=0)
+    assert evaluate_rank(dist.tolist(), [1, 7, 2], [1, 2, 3, 1], [0, 0, 0], [1, 0, 1, 1])[1].tolist() == precision.tolist()
     with pytest.raises(ValueError, match='use_metric_cuhk03=False'):
         evaluate_rank(dist, [1, 7, 2], [1, 2, 3, 1], [0, 0, 0], [1, 0, 1, 1], use_metric_cuhk03=True)
 

@@ -41,7 +41,7 @@ struct Norms {
   Rows rows;
   double* norms;
 };
-__global__ void __launch_bounds__(kThreads) measure(Norms n) {
+__global__ void __launch_bounds__(kThreads) measure_norms(Norms n) {
   const int64_t i = int64_t(blockIdx.x) * kPairs + threadIdx.x / 16;
   const float* row = n.rows[i < n.rows.count ? i : n.rows.count - 1];
   const double norm = sqrt(canonical_sum<Term::product>(row, row, n.rows.d));
@@ -55,7 +55,7 @@ struct Pairs {
   bool cosine;
   double* keys;
 };
-__global__ void __launch_bounds__(kThreads) measure(Pairs p) {
+__global__ void __launch_bounds__(kThreads) measure_keys(Pairs p) {
   const int64_t i = int64_t(blockIdx.x) * kPairs + threadIdx.x / 16, at = i < p.count ? i : p.count - 1, d = p.query.d;
   const float *x = p.query[p.queries[at]], *y = p.gallery[p.items[at]];
   double norm_x = 0, norm_y = 0;
@@ -156,12 +156,12 @@ __global__ void __launch_bounds__(kThreads) decide(Count c) {
 }  // namespace
 
 cudaError_t canonical_norms(const Rows& rows, double* norms, cudaStream_t stream) {
-  return launch<Norms>(measure, (rows.count + kPairs - 1) / kPairs, kThreads, stream, {rows, norms});
+  return launch<Norms>(measure_norms, (rows.count + kPairs - 1) / kPairs, kThreads, stream, {rows, norms});
 }
 
 cudaError_t canonical_keys(const Rows& query, const Rows& gallery, const int64_t* queries, const int64_t* items, int64_t pairs, bool cosine,
                            double* keys, cudaStream_t stream) {
-  return launch<Pairs>(measure, (pairs + kPairs - 1) / kPairs, kThreads, stream, {query, gallery, queries, items, pairs, cosine, keys});
+  return launch<Pairs>(measure_keys, (pairs + kPairs - 1) / kPairs, kThreads, stream, {query, gallery, queries, items, pairs, cosine, keys});
 }
 
 cudaError_t count_strangers(const Tile& tile, const Filter& filter, const Matches& matches, const Excluded& excluded, const Scratch& scratch,

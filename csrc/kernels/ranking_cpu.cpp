@@ -138,7 +138,7 @@ struct Counting {
   const CountLoops<T>& loops;
   alignas(64) T similarity[kChunk + 16], kept[kChunk + 16];
   std::vector<T> low, high;  // of each match, from the nearest to the farthest: descending
-  std::vector<int> of_excluded;  // how many excluded items lie between the ends of each match's level
+  std::vector<int> of_excluded;  // how many excluded items lie between the ends of each match's level, of up to kMany
   std::vector<int> positions;
   std::vector<double> keys;
 
@@ -271,7 +271,7 @@ int64_t count_strangers(const Tile& tile, const Filter& filter, const Matches& m
       if (m == 0) continue;
       counting.low.resize(m);
       counting.high.resize(m);
-      counting.of_excluded.assign(m, 0);  // they are set below every level
+      counting.of_excluded.assign(std::min<int64_t>(m, kMany), 0);  // they are set below every level
       const bool known = std::isfinite(filter.error[q]);
       for (int64_t i = 0; i < m; ++i) {
         const double level = filter.level_scale[q] * matches.keys[matches.offsets[q] + i] + filter.level_shift[q];
@@ -330,12 +330,12 @@ int64_t count_in_distances(const T* distances, int64_t queries, int64_t items, i
         for (int k = 0; k < left; ++k) is_odd |= counting.kept[k] != counting.kept[k];
         if (is_odd) odd = q;
         if (m == 0) continue;
-        counting.of_excluded.assign(m, 0);
+        counting.of_excluded.assign(std::min<int64_t>(m, kMany), 0);
         for_excluded(excluded, q, j, j + n, [&](int64_t item) {  // not to be counted: takes back what will be
           const T value = -row[item - j];
           const int64_t above = first_below(counting.high.data(), m, value);
           if (above < m) --matches.steps[offset + above];
-          for (int64_t i = first_reached(counting.low.data(), m, value); i < above; ++i) ++counting.of_excluded[i];
+          for (int64_t i = first_reached(counting.low.data(), m, value); i < above && m <= kMany; ++i) ++counting.of_excluded[i];
         });
         counting.count(matches, excluded, q, j, n, left, [&] { loops.negate(row, n, counting.similarity); },
                        [&](const int* positions, int count, double* keys) {

@@ -10,7 +10,8 @@ def evaluate_rank(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=50, use_
     """Stands in for fastreid.evaluation.rank.evaluate_rank: the same arguments and numbers, by counting instead of sorting.
 
     Equal distances are ordered by gallery index, where fast-reid's order is left to its sort. No id is special here: −1 is one
-    like any other.
+    like any other. Where a query has fewer than max_rank items left, its curve stays at 1 (fast-reid's compiled code reads there
+    what an earlier query left).
 
     Args:
         distmat: (Q, G) distances, as of match_ranks_from_distance; q_pids, g_pids, q_camids, g_camids: (Q,), (G,) integers.
@@ -23,10 +24,12 @@ def evaluate_rank(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=50, use_
     if use_metric_cuhk03:
         raise ValueError('want use_metric_cuhk03=False, got True: CUHK03\'s old protocol draws single gallery images at random, which this '
                          'function does not; use the new protocol of CUHK03 (767/700 identities), which needs no draws')
+    if max_rank < 1:
+        raise ValueError(f'want max_rank >= 1, got {max_rank}; it is the length of the CMC curve')
     offsets, ranks, _ = match_ranks_from_distance(distmat, q_pids, g_pids, q_camids, g_camids, junk_pid=None)
     first, precision, _, penalty = query_metrics(offsets, ranks)
     if len(first) == 0:
         raise ValueError('want at least one query whose identity another camera has in the gallery, got none; check pids and camids')
-    length = min(max_rank, distmat.shape[1])
+    length = min(max_rank, np.shape(distmat)[1])
     hits = np.bincount(np.minimum(first - 1, length), minlength=length + 1)[:length]  # behind the curve's end: left out
     return (np.cumsum(hits) / len(first)).astype(np.float32), precision.astype(np.float32), penalty.astype(np.float32)

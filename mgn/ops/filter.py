@@ -20,7 +20,7 @@ TIMES = {}  # (GEMM, threads) → seconds a multiplication in its trials
 def exact_float32():
     """float32 products of torch take their operands as they are; whatever says otherwise is restored afterwards.
 
-    The settings are the whole process's, so one thread at a time.
+    The settings are the whole process's, so one thread at a time; another that changes them meanwhile undoes it.
     """
     settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     with LOCK, contextlib.ExitStack() as stack:
@@ -33,7 +33,9 @@ def exact_float32():
             yield
         finally:
             for setting, precision in zip(settings, before):
-                setting.fp32_precision = precision
+                setting.fp32_precision = 'none'  # where that inherits it, it was inherited
+                if setting.fp32_precision != precision:
+                    setting.fp32_precision = precision
 
 
 def available(precision, device):
@@ -100,8 +102,8 @@ def summing(width, unit):
 @functools.cache
 def float32_is_float32(device):
     """Whether products keep all 24 bits of an operand: environment variables can make them drop some, whatever torch is told."""
-    fine = torch.diag(torch.full((256,), 1 + 2.0 ** -23, device=device))
-    one = torch.eye(256, device=device)
+    fine = torch.diag(torch.full((256,), 1 + 2.0 ** -23, dtype=torch.float32, device=device))
+    one = torch.eye(256, dtype=torch.float32, device=device)
     with exact_float32():
         return all(torch.equal(product, fine) for gemm in gemms(device) for product in (gemm(fine, one), gemm(one, fine)))
 
@@ -151,7 +153,7 @@ def fastest(ways, query, items):
         return ways[0](query, items)
     seconds = [TIMES.setdefault((way.__name__, torch.get_num_threads()), []) for way in ways]
     tried = min(map(len, seconds))
-    if tried == TRIALS:
+    if tried >= TRIALS:
         return ways[min(range(len(ways)), key=lambda i: min(seconds[i]))](query, items)
     next_up = [len(times) for times in seconds].index(tried)
     start = time.perf_counter()

@@ -1,6 +1,9 @@
 """Ranks of every query's true matches, in an order that no GEMM, tile, thread count or machine can change."""
 
+import contextlib
 import functools
+import operator
+import sys
 import warnings
 from typing import NamedTuple
 
@@ -46,16 +49,17 @@ def match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery_
         ValueError: float64 or non-finite features (naming the row), shapes or devices that do not fit, an unknown option.
     """
     if metric not in ('cosine', 'euclidean'):
-        raise ValueError(f"want metric 'cosine' or 'euclidean', got {metric!r}")
+        raise ValueError(f"want metric 'cosine' or 'euclidean', got {metric!r}; ranks of other distances come from match_ranks_from_distance")
     if precision not in filter.PRECISIONS:
-        raise ValueError(f'want precision {" or ".join(map(repr, filter.PRECISIONS))}, got {precision!r}')
+        raise ValueError(f'want precision {" or ".join(map(repr, filter.PRECISIONS))}, got {precision!r}; it changes the time only')
     query, gallery = as_features(query, 'query'), as_features(gallery, 'gallery')
     if query.shape[1] != gallery.shape[1]:
-        raise ValueError(f'want query and gallery of one width, got {tuple(query.shape)} and {tuple(gallery.shape)}')
+        raise ValueError(f'want query and gallery of one width, got {tuple(query.shape)} and {tuple(gallery.shape)}; '
+                         'take both from one network')
     if query.device != gallery.device:
         raise ValueError(f'want query and gallery on one device, got {query.device} and {gallery.device}; move one with .to()')
     ids = all_ids(len(query), len(gallery), query_pids, gallery_pids, query_camids, gallery_camids)
-    offsets, ranks, redecided = torch.ops.mgn.match_ranks.default(query, gallery, *ids, metric, junk_pid, precision)
+    offsets, ranks, redecided = torch.ops.mgn.match_ranks.default(query, gallery, *ids, metric, as_junk_pid(junk_pid), precision)
     return MatchRanks(offsets.numpy(), ranks.numpy(), redecided.item())
 
 
@@ -74,7 +78,7 @@ def match_ranks_from_distance(dist, query_pids, gallery_pids, query_camids, gall
     if dist.dim() != 2 or dist.dtype not in (torch.float64, torch.float32, *HALF):
         raise ValueError(f'want dist (Q, G) of floating point, got shape {tuple(dist.shape)} of {dist.dtype}; cast or reshape')
     ids = all_ids(*dist.shape, query_pids, gallery_pids, query_camids, gallery_camids)
-    offsets, ranks = torch.ops.mgn.match_ranks_from_distance.default(dist, *ids, junk_pid)
+    offsets, ranks = torch.ops.mgn.match_ranks_from_distance.default(dist, *ids, as_junk_pid(junk_pid))
     return MatchRanks(offsets.numpy(), ranks.numpy(), 0)
 
 
@@ -110,14 +114,26 @@ def all_ids(queries, items, query_pids, gallery_pids, query_camids, gallery_cami
 
 
 def as_ids(ids, length, name):
-    if not isinstance(ids, torch.Tensor) and len(ids) == 0:
-        ids = np.empty(0, np.int64)  # an empty list would come as float64
-    ids = as_tensor(ids).cpu()
-    if ids.shape != (length,) or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f'want {name} of shape ({length},) and an integer type, got shape {tuple(ids.shape)} of {ids.dtype}')
+    wanted = f'want {name} of shape ({length},) and an integer type'
+    try:
+        if not isinstance(ids, torch.Tensor) and len(ids) == 0:
+            ids = np.empty(0, np.int64)  # an empty list would come as float64
+        ids = as_tensor(ids).cpu()
+    except (TypeError, ValueError):  # None, a single number, strings, integers that no type holds
+        raise ValueError(f'{wanted}, got {ids!r:.60}; number the ids, e.g. with numpy.unique(…, return_inverse=True)') from None
+    if ids.shape != (length,) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f'{wanted}, got shape {tuple(ids.shape)} of {ids.dtype}; pass one integer for each row')
     if ids.dtype == torch.uint64 and (ids.view(torch.int64) < 0).any():
         raise ValueError(f'want {name} below 2⁶³, got larger ones; number them anew, e.g. with numpy.unique(…, return_inverse=True)')
     return ids.to(torch.int64)
+
+
+def as_junk_pid(junk_pid):
+    if junk_pid is None:
+        return None
+    if isinstance(junk_pid, bool) or not hasattr(junk_pid, '__index__') or not -2 ** 63 <= operator.index(junk_pid) < 2 ** 63:
+        raise ValueError(f'want junk_pid as an integer of 64 bits or None, got {junk_pid!r}; None makes no id special')
+    return operator.index(junk_pid)
 
 
 # Below: the operators as torch knows them, on tensors; ids are int64 on the CPU, and so are the results.
@@ -134,7 +150,7 @@ def _match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery
     device, width, cosine = query.device, query.shape[1], metric == 'cosine'
     compiled = kernels(device) or ranking_reference
     query_norms = torch.empty(len(query), dtype=torch.float64, device=device)
-    for part in spans(len(query), max(1, OPERANDS // max(width, 1))):
+    for part in spans(len(query), OPERANDS // max(width, 1)):
         compiled.canonical_norms(rows(query, part), query_norms[part])
     if not query_norms.isfinite().all():  # squares of float32 stay in float64's range
         raise not_finite(query, 'query')
@@ -148,7 +164,7 @@ def _match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery
     steps = torch.zeros(len(keys), dtype=torch.int64, device=device)
     redecided = torch.zeros(1, dtype=torch.int64, device=device)
 
-    precision = filter.available(precision, device)
+    precision = filter.available(precision, device) if width else 'float32'
     finite = torch.ones((), dtype=torch.bool, device=device)
     items_at_once, queries_at_once = tile_of(query, gallery)
 
@@ -182,6 +198,18 @@ def _match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery
     return torch.from_numpy(offsets), as_ranks(steps.cpu(), offsets), redecided[0].cpu()
 
 
+@contextlib.contextmanager
+def denormals():
+    """Denormals are numbers on this thread, whatever torch.set_flush_denormal has made of them."""
+    flushed = np.array([1], np.uint32).view(np.float32).astype(np.float64)[0] == 0
+    torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(bool(flushed))
+
+
+@denormals()
 def _match_ranks_from_distance(dist, query_pids, gallery_pids, query_camids, gallery_camids, junk_pid):
     dist = dist.cpu()
     compiled = kernels(dist.device) or ranking_reference
@@ -191,7 +219,7 @@ def _match_ranks_from_distance(dist, query_pids, gallery_pids, query_camids, gal
     steps = torch.zeros(len(keys), dtype=torch.int64)
     tensors = [torch.from_numpy(array) for array in (offsets, keys, items, order, begin, end, junk)]
     readable = dist.dtype in (torch.float32, torch.float64) and (dist.shape[1] <= 1 or dist.stride(1) == 1)
-    for block in spans(len(dist), len(dist) if readable else max(1, OPERANDS // max(dist.shape[1], 1))):
+    for block in spans(len(dist), len(dist) if readable else OPERANDS // max(dist.shape[1], 1)):
         some = dist[block]
         some = some if readable else some.to(torch.promote_types(dist.dtype, torch.float32)).contiguous()
         odd = compiled.count_in_distances(some, tensors[0][block.start:block.stop + 1], *tensors[1:3], steps, tensors[3],
@@ -203,7 +231,8 @@ def _match_ranks_from_distance(dist, query_pids, gallery_pids, query_camids, gal
 
 
 def spans(count, step):
-    return [slice(first, min(first + step, count)) for first in range(0, count, max(step, 1))]
+    step = max(step, 1)
+    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
 
 def rows(features, part):
@@ -216,7 +245,7 @@ def tile_of(query, gallery):
     """(items, queries) of a tile: products that stay in the second-level cache of a GPU, features that fit where they are converted."""
     products = PRODUCTS
     if query.is_cuda:
-        products = max(2 ** 20, torch.cuda.get_device_properties(query.device).L2_cache_size // 8)
+        products = min(max(2 ** 20, torch.cuda.get_device_properties(query.device).L2_cache_size // 8), 2 ** 23)
     features = max(1, OPERANDS // max(query.shape[1], 1))
     items = min(ITEMS, features)
     return items, min(features, products // items)
@@ -225,7 +254,7 @@ def tile_of(query, gallery):
 def identities(query_pids, gallery_pids, junk_pid):
     """The gallery by identity: query q's is order[begin[q]:end[q]], ascending; and the indices of junk."""
     smallest, largest = (gallery_pids.min(), gallery_pids.max()) if len(gallery_pids) else (0, 0)
-    narrow = (gallery_pids - smallest).astype(np.uint16) if largest - smallest < 2 ** 16 else gallery_pids  # NumPy sorts by radix up to here
+    narrow = (gallery_pids - smallest).astype(np.uint16) if int(largest) - int(smallest) < 2 ** 16 else gallery_pids  # NumPy sorts by radix up to here
     order = np.argsort(narrow, kind='stable')
     begin, end = (np.searchsorted(gallery_pids, query_pids, side, sorter=order) for side in ('left', 'right'))
     junk = np.flatnonzero(gallery_pids == junk_pid) if junk_pid is not None else np.empty(0, np.int64)
@@ -264,14 +293,14 @@ def keys_of_pairs(compiled, query, gallery, owners, items, cosine):
     if all(features.dtype == torch.float32 and (features.shape[1] <= 1 or features.stride(1) == 1) for features in (query, gallery)):
         compiled.canonical_keys(query, gallery, owners, items, cosine, keys)
     else:
-        for part in spans(len(items), max(1, OPERANDS // max(query.shape[1], 1))):
+        for part in spans(len(items), OPERANDS // max(query.shape[1], 1)):
             numbers = torch.arange(part.stop - part.start, device=query.device)
             compiled.canonical_keys(rows(query, owners[part]), rows(gallery, items[part]), numbers, numbers, cosine, keys[part])
     return keys.cpu().numpy()
 
 
 def not_finite(features, name):
-    row = next(part.start + odd.nonzero()[0].item() for part in spans(len(features), max(1, OPERANDS // features.shape[1]))
+    row = next(part.start + odd.nonzero()[0].item() for part in spans(len(features), OPERANDS // features.shape[1])
                if (odd := ~features[part].isfinite().all(1)).any())
     return ValueError(f'want finite {name} features, got NaN or infinity in row {row}; look for what made it')
 
@@ -296,5 +325,13 @@ def _(dist, query_pids, gallery_pids, query_camids, gallery_camids, junk_pid):
     return query_pids.new_empty(len(dist) + 1), query_pids.new_empty(torch.library.get_ctx().new_dynamic_size())
 
 
-torch.library.impl('mgn::match_ranks', 'CompositeExplicitAutograd', _match_ranks)
-torch.library.impl('mgn::match_ranks_from_distance', 'CompositeExplicitAutograd', _match_ranks_from_distance)
+def uncompiled(run):
+    """run, as it is also within torch.compile, which would compile what an operator does in Python."""
+    def call(*args):
+        dynamo = sys.modules.get('torch._dynamo')
+        return dynamo.disable(run)(*args) if dynamo else run(*args)
+    return call
+
+
+torch.library.impl('mgn::match_ranks', 'CompositeExplicitAutograd', uncompiled(_match_ranks))
+torch.library.impl('mgn::match_ranks_from_distance', 'CompositeExplicitAutograd', uncompiled(_match_ranks_from_distance))
