@@ -98,12 +98,12 @@ __global__ void __launch_bounds__(kThreads) count(Count c) {
   const int64_t q = blockIdx.x, begin = c.matches.offsets[q], m = c.matches.offsets[q + 1] - begin, items = c.tile.gallery.count;
   if (m == 0) return;
   float *low = c.scratch.low + begin, *high = c.scratch.high + begin;
-  const double error = c.filter.error[q];
+  const auto level = [&](int64_t i) { return c.filter.level_scale[q] * c.matches.keys[begin + i] + c.filter.level_shift[q]; };
+  // And what rounds the levels themselves: one margin for all, so that their ends descend as they do.
+  const double margin = c.filter.error[q] + fmax(fabs(level(0)), fabs(level(m - 1))) * 0x1p-50;
   for (int64_t i = threadIdx.x; i < m; i += kThreads) {
-    const double level = c.filter.level_scale[q] * c.matches.keys[begin + i] + c.filter.level_shift[q];
-    const double margin = error + fabs(level) * 0x1p-50;  // and what rounds the level itself
-    low[i] = isfinite(error) ? __double2float_rd(level - margin) : -infinity<float>();
-    high[i] = isfinite(error) ? __double2float_ru(level + margin) : infinity<float>();
+    low[i] = isfinite(margin) ? __double2float_rd(level(i) - margin) : -infinity<float>();
+    high[i] = isfinite(margin) ? __double2float_ru(level(i) + margin) : infinity<float>();
   }
   for (int i = threadIdx.x; i < kLevels; i += kThreads) steps[i] = 0;
 

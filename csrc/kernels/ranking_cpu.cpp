@@ -273,12 +273,13 @@ int64_t count_strangers(const Tile& tile, const Filter& filter, const Matches& m
       counting.high.resize(m);
       counting.of_excluded.assign(std::min<int64_t>(m, kMany), 0);  // they are set below every level
       const bool known = std::isfinite(filter.error[q]);
+      const auto level = [&](int64_t i) { return filter.level_scale[q] * matches.keys[matches.offsets[q] + i] + filter.level_shift[q]; };
+      // And what rounds the levels themselves: one margin for all, so that their ends descend as they do.
+      const double margin = filter.error[q] + std::max(std::abs(level(0)), std::abs(level(m - 1))) * 0x1p-50;
       for (int64_t i = 0; i < m; ++i) {
-        const double level = filter.level_scale[q] * matches.keys[matches.offsets[q] + i] + filter.level_shift[q];
-        const double margin = filter.error[q] + std::abs(level) * 0x1p-50;  // and what rounds the level itself
         const float infinity = std::numeric_limits<float>::infinity();
-        counting.low[i] = known ? round_down(level - margin) : -infinity;
-        counting.high[i] = known ? -round_down(-(level + margin)) : infinity;
+        counting.low[i] = known ? round_down(level(i) - margin) : -infinity;
+        counting.high[i] = known ? -round_down(-(level(i) + margin)) : infinity;
       }
       bool prepared = false;
       for (int64_t j = 0; j < tile.gallery.count; j += kChunk) {
