@@ -74,7 +74,8 @@ def evaluate(model, dataset, device, input_size=gin.REQUIRED, batch_size=64, wor
             'queries': len(query), 'queries_without_match': unmatched, 'gallery': len(gallery),
             'cross_camera': cross_camera, 'flip_test': flip_test, 'input_size': list(input_size),
             'features_s': round(extracted - start, 3), 'ranking_s': round(ranked - extracted, 3), 'redecided': redecided,
-            'peak_memory_mb': peak_memory_mb()}
+            'peak_memory_mb': peak_memory_mb(),
+            **({'peak_gpu_memory_mb': torch.cuda.max_memory_allocated(device) // 2 ** 20} if device.type == 'cuda' else {})}
 
 
 def peak_memory_mb():
