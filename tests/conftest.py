@@ -1,17 +1,15 @@
-"""Images that the tests make themselves, in the layouts of the data sets."""
+"""Images that the tests make themselves, in the layouts of the data sets; what tests of several operations share."""
 
-import functools
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from emulation import FLAGS, ROOT, compile_for_emulator, finish, start
+from implementations import IMPLEMENTATIONS, run_as
 from torchvision.io import write_jpeg, write_png
 
 from mgn.images import decode, to_batch
-from mgn.ops import extension
 
 
 def write_image(path, seed, size=(64, 32)):
@@ -55,9 +53,6 @@ def device(request):
     return request.config.getoption('--device')
 
 
-COMPILED = torch.ops.mgn_cpu.instruction_sets().split() if extension.missing('_C') is None else []
-
-
 @pytest.fixture(scope='session')
 def kernels(tmp_path_factory):
     """with kernels(kind, order) as process: …; on the way out the executable has ended and no sanitizer spoke."""
@@ -78,18 +73,16 @@ def kernels(tmp_path_factory):
     return kernels
 
 
-@pytest.fixture(params=['compiled', *COMPILED[1:], 'reference'])
+@pytest.fixture(params=IMPLEMENTATIONS)
 def ranking(request, monkeypatch):
-    """Each way to rank on the CPU: compiled for the best instruction set here, for each other, and as reference."""
-    if request.param == 'compiled':
-        assert COMPILED, extension.implementation('cpu')
-    elif request.param == 'reference':
-        monkeypatch.setattr('mgn.ops.ranking.kernels', lambda device: None)
-    else:
-        narrowed = {name: functools.partial(getattr(torch.ops.mgn_cpu, name), instruction_set=COMPILED.index(request.param))
-                    for name in ('canonical_norms', 'canonical_keys', 'count_strangers', 'count_in_distances')}
-        monkeypatch.setattr('mgn.ops.ranking.kernels', lambda device: SimpleNamespace(**narrowed))
-    return request.param
+    """Each way to rank on the CPU."""
+    return run_as(request.param, 'ranking', monkeypatch, 'cpu')
+
+
+@pytest.fixture
+def gpu(device):
+    if not device.startswith('cuda'):
+        pytest.skip('no GPU; --device=cuda runs this on one')
 
 
 @pytest.fixture(scope='session')

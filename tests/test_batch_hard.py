@@ -1,41 +1,22 @@
 """mgn.ops.batch_hard and its loss, as compiled for every instruction set here and as references, against loops over pairs."""
 
-import functools
 import math
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from implementations import IMPLEMENTATIONS, run_as
 from mining import (RELATIVE_ERROR, TYPES, assert_mined, cases, examples, naive, naive_loss, random_candidates, random_features,
                     random_labels)
 
-from mgn.ops import batch_hard, batch_hard_triplet_loss, extension, triplet
-
-IMPLEMENTATIONS = ['compiled', 'reference']
-if extension.missing('_C') is None:
-    IMPLEMENTATIONS += torch.ops.mgn_cpu.instruction_sets().split()[1:]  # 'compiled' is the first
-
+from mgn.ops import batch_hard, batch_hard_triplet_loss, triplet
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request, monkeypatch, device):
     """Each way to run an operation on the device that is tested."""
-    name = request.param
-    if name == 'reference':
-        monkeypatch.setattr(triplet, 'kernels', lambda device: None)
-    elif name == 'compiled':
-        assert extension.kernels(torch.device(device)) is not None, extension.implementation(device)
-    elif device != 'cpu':
-        pytest.skip(f'{name} is of the CPU')
-    else:
-        number = torch.ops.mgn_cpu.instruction_sets().split().index(name)
-        compiled = torch.ops.mgn_cpu
-        narrowed = SimpleNamespace(batch_hard=SimpleNamespace(default=functools.partial(compiled.batch_hard, instruction_set=number)),
-                                   batch_hard_backward=compiled.batch_hard_backward)
-        monkeypatch.setattr(triplet, 'kernels', lambda device: narrowed)
-    return name
+    return run_as(request.param, 'triplet', monkeypatch, device)
 
 
 @pytest.mark.parametrize('dtype', TYPES)

@@ -7,10 +7,7 @@ from mining import TYPES, random_features, random_labels
 from mgn.ops import batch_hard, batch_hard_triplet_loss
 
 
-@pytest.fixture(autouse=True)
-def gpu(device):
-    if not device.startswith('cuda'):
-        pytest.skip('no GPU; --device=cuda runs this on one')
+pytestmark = pytest.mark.usefixtures('gpu')
 
 
 @pytest.fixture

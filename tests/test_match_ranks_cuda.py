@@ -9,10 +9,7 @@ from mgn.ops import match_ranks
 from mgn.ops.filter import PRECISIONS
 
 
-@pytest.fixture(autouse=True)
-def gpu(device):
-    if not device.startswith('cuda'):
-        pytest.skip('no GPU; --device=cuda runs this on one')
+pytestmark = pytest.mark.usefixtures('gpu')
 
 
 @pytest.mark.parametrize('precision', PRECISIONS)

@@ -1,41 +1,24 @@
 """mgn.ops.pairwise_distance, as compiled for every instruction set here and as a reference, against the formula in float64."""
 
-import functools
 import itertools
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from implementations import IMPLEMENTATIONS, run_as
 from mining import TYPES, examples, random_features
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mgn.ops import distance, extension, pairwise_distance
+from mgn.ops import pairwise_distance
 from mgn.ops.distance import METRICS
-
-IMPLEMENTATIONS = ['compiled', 'reference']
-if extension.missing('_C') is None:
-    IMPLEMENTATIONS += torch.ops.mgn_cpu.instruction_sets().split()[1:]  # 'compiled' is the first
-
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request, monkeypatch, device):
     """Each way to run the operation on the device that is tested."""
-    name = request.param
-    if name == 'reference':
-        monkeypatch.setattr(distance, 'kernels', lambda device: None)
-    elif name == 'compiled':
-        assert extension.kernels(torch.device(device)) is not None, extension.implementation(device)
-    elif device != 'cpu':
-        pytest.skip(f'{name} is of the CPU')
-    else:
-        number = torch.ops.mgn_cpu.instruction_sets().split().index(name)
-        run = functools.partial(torch.ops.mgn_cpu.pairwise_distance, instruction_set=number)
-        monkeypatch.setattr(distance, 'kernels', lambda device: SimpleNamespace(pairwise_distance=SimpleNamespace(default=run)))
-    return name
+    return run_as(request.param, 'distance', monkeypatch, device)
 
 
 def naive(x, y, metric):

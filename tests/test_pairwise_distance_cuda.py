@@ -8,10 +8,7 @@ from mgn.ops import pairwise_distance
 from mgn.ops.distance import METRICS, pairwise_distance_reference
 
 
-@pytest.fixture(autouse=True)
-def gpu(device):
-    if not device.startswith('cuda'):
-        pytest.skip('no GPU; --device=cuda runs this on one')
+pytestmark = pytest.mark.usefixtures('gpu')
 
 
 @pytest.mark.parametrize('metric', METRICS)

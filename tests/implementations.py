@@ -1,0 +1,39 @@
+"""Each way to run the operations of mgn.ops: compiled for the best instruction set here, as reference, compiled for every other set."""
+
+import functools
+
+import pytest
+import torch
+
+from mgn.ops import extension
+
+COMPILED = torch.ops.mgn_cpu.instruction_sets().split() if extension.missing('_C') is None else []
+IMPLEMENTATIONS = ['compiled', 'reference', *COMPILED[1:]]  # 'compiled' is the first of those
+
+
+class OneInstructionSet:
+    """torch.ops.mgn_cpu, for one instruction set wherever an operation has a choice."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __getattr__(self, name):
+        operation = getattr(torch.ops.mgn_cpu, name)
+        if all(argument.name != 'instruction_set' for argument in operation.default._schema.arguments):
+            return operation
+        run = functools.partial(operation, instruction_set=self.number)
+        run.default = run
+        return run
+
+
+def run_as(name, module, monkeypatch, device):
+    """mgn.ops.<module> runs its operations on the device as one of IMPLEMENTATIONS."""
+    if name == 'reference':
+        monkeypatch.setattr(f'mgn.ops.{module}.kernels', lambda device: None)
+    elif name == 'compiled':
+        assert extension.kernels(torch.device(device)) is not None, extension.implementation(device)
+    elif device != 'cpu':
+        pytest.skip(f'{name} is of the CPU')
+    else:
+        monkeypatch.setattr(f'mgn.ops.{module}.kernels', lambda device: OneInstructionSet(COMPILED.index(name)))
+    return name
