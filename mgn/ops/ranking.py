@@ -1,22 +1,17 @@
 """Ranks of every query's true matches, in an order that no GEMM, tile, thread count or machine can change."""
 
-import contextlib
 import functools
-import operator
-import sys
-import warnings
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from mgn.ops import filter, ranking_reference
+from mgn.ops.arguments import all_ids, as_distances, as_junk_pid, feature_pair
 from mgn.ops.extension import kernels
+from mgn.ops.tiles import OPERANDS, denormals, finite_norms, keys_of_pairs, not_finite, rows, spans, tile_of, uncompiled
 
-PRODUCTS = 2 ** 22           # of a tile: 16 MB
-ITEMS = 2048                 # of a tile, at most
-OPERANDS = 2 ** 23           # elements of the features of a tile, of queries and of items: 32 MB each, where they are converted
-PAIRS = 2 ** 19              # of one identity looked at together
+PAIRS = 2 ** 19  # of one identity looked at together
 
 
 class MatchRanks(NamedTuple):
@@ -48,16 +43,7 @@ def match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery_
     Raises:
         ValueError: float64 or non-finite features (naming the row), shapes or devices that do not fit, an unknown option.
     """
-    if metric not in ('cosine', 'euclidean'):
-        raise ValueError(f"want metric 'cosine' or 'euclidean', got {metric!r}; ranks of other distances come from match_ranks_from_distance")
-    if precision not in filter.PRECISIONS:
-        raise ValueError(f'want precision {" or ".join(map(repr, filter.PRECISIONS))}, got {precision!r}; it changes the time only')
-    query, gallery = as_features(query, 'query'), as_features(gallery, 'gallery')
-    if query.shape[1] != gallery.shape[1]:
-        raise ValueError(f'want query and gallery of one width, got {tuple(query.shape)} and {tuple(gallery.shape)}; '
-                         'take both from one network')
-    if query.device != gallery.device:
-        raise ValueError(f'want query and gallery on one device, got {query.device} and {gallery.device}; move one with .to()')
+    query, gallery = feature_pair(query, gallery, metric, precision)
     ids = all_ids(len(query), len(gallery), query_pids, gallery_pids, query_camids, gallery_camids)
     offsets, ranks, redecided = torch.ops.mgn.match_ranks.default(query, gallery, *ids, metric, as_junk_pid(junk_pid), precision)
     return MatchRanks(offsets.numpy(), ranks.numpy(), redecided.item())
@@ -74,66 +60,10 @@ def match_ranks_from_distance(dist, query_pids, gallery_pids, query_camids, gall
     Raises:
         ValueError: a NaN (naming its place), a matrix that is not of floating point, shapes that do not fit.
     """
-    dist = as_tensor(dist)
-    if dist.dim() != 2 or dist.dtype not in (torch.float64, torch.float32, *HALF):
-        raise ValueError(f'want dist (Q, G) of floating point, got shape {tuple(dist.shape)} of {dist.dtype}; cast or reshape')
+    dist = as_distances(dist, 'dist (Q, G)')
     ids = all_ids(*dist.shape, query_pids, gallery_pids, query_camids, gallery_camids)
     offsets, ranks = torch.ops.mgn.match_ranks_from_distance.default(dist, *ids, as_junk_pid(junk_pid))
     return MatchRanks(offsets.numpy(), ranks.numpy(), 0)
-
-
-HALF = torch.float16, torch.bfloat16
-
-
-def as_features(features, name):
-    features = as_tensor(features)
-    if features.dim() != 2 or features.dtype not in (torch.float32, *HALF):
-        raise ValueError(f'want {name} features (n, D) of float32 or half precision, got shape {tuple(features.shape)} of {features.dtype}; '
-                         f'cast, e.g. {name}.astype("float32") or {name}.float()')
-    return features
-
-
-def as_tensor(array):
-    """An array or tensor as a detached tensor, on the same memory where torch can look at it."""
-    if isinstance(array, torch.Tensor):
-        return array.detach()
-    array = np.asarray(array)
-    if array.dtype.kind not in 'fiub' or array.dtype.itemsize > 8:
-        raise ValueError(f'want numbers that torch has a type for, got {array.dtype}; cast, e.g. with .astype("float32")')
-    array = array.astype(array.dtype.newbyteorder('='), copy=False)
-    if any(stride < 0 or stride % array.itemsize for stride in array.strides):
-        array = array.copy()  # torch cannot look at it
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # read-only memory is only read
-        return torch.from_numpy(array)
-
-
-def all_ids(queries, items, query_pids, gallery_pids, query_camids, gallery_camids):
-    return (as_ids(query_pids, queries, 'query_pids'), as_ids(gallery_pids, items, 'gallery_pids'),
-            as_ids(query_camids, queries, 'query_camids'), as_ids(gallery_camids, items, 'gallery_camids'))
-
-
-def as_ids(ids, length, name):
-    wanted = f'want {name} of shape ({length},) and an integer type'
-    try:
-        if not isinstance(ids, torch.Tensor) and len(ids) == 0:
-            ids = np.empty(0, np.int64)  # an empty list would come as float64
-        ids = as_tensor(ids).cpu()
-    except (TypeError, ValueError):  # None, a single number, strings, integers that no type holds
-        raise ValueError(f'{wanted}, got {ids!r:.60}; number the ids, e.g. with numpy.unique(…, return_inverse=True)') from None
-    if ids.shape != (length,) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f'{wanted}, got shape {tuple(ids.shape)} of {ids.dtype}; pass one integer for each row')
-    if ids.dtype == torch.uint64 and (ids.view(torch.int64) < 0).any():
-        raise ValueError(f'want {name} below 2⁶³, got larger ones; number them anew, e.g. with numpy.unique(…, return_inverse=True)')
-    return ids.to(torch.int64)
-
-
-def as_junk_pid(junk_pid):
-    if junk_pid is None:
-        return None
-    if isinstance(junk_pid, bool) or not hasattr(junk_pid, '__index__') or not -2 ** 63 <= operator.index(junk_pid) < 2 ** 63:
-        raise ValueError(f'want junk_pid as an integer of 64 bits or None, got {junk_pid!r}; None makes no id special')
-    return operator.index(junk_pid)
 
 
 # Below: the operators as torch knows them, on tensors; ids are int64 on the CPU, and so are the results.
@@ -149,11 +79,7 @@ def _match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery
         query, gallery = query.cpu(), gallery.cpu()
     device, width, cosine = query.device, query.shape[1], metric == 'cosine'
     compiled = kernels(device) or ranking_reference
-    query_norms = torch.empty(len(query), dtype=torch.float64, device=device)
-    for part in spans(len(query), OPERANDS // max(width, 1)):
-        compiled.canonical_norms(rows(query, part), query_norms[part])
-    if not query_norms.isfinite().all():  # squares of float32 stay in float64's range
-        raise not_finite(query, 'query')
+    query_norms = finite_norms(compiled, query, 'query')
 
     order, begin, end, junk = identities(query_pids.numpy(), gallery_pids.numpy(), junk_pid)
     offsets, keys, items = sorted_matches(order, begin, end, query_camids.numpy(), gallery_camids.numpy(),
@@ -198,17 +124,6 @@ def _match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery
     return torch.from_numpy(offsets), as_ranks(steps.cpu(), offsets), redecided[0].cpu()
 
 
-@contextlib.contextmanager
-def denormals():
-    """Denormals are numbers on this thread, whatever torch.set_flush_denormal has made of them."""
-    flushed = np.array([1], np.uint32).view(np.float32).astype(np.float64)[0] == 0
-    torch.set_flush_denormal(False)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(bool(flushed))
-
-
 @denormals()
 def _match_ranks_from_distance(dist, query_pids, gallery_pids, query_camids, gallery_camids, junk_pid):
     dist = dist.cpu()
@@ -228,27 +143,6 @@ def _match_ranks_from_distance(dist, query_pids, gallery_pids, query_camids, gal
             column = some[odd].isnan().nonzero()[0].item()
             raise ValueError(f'want distances that are numbers, got NaN at row {block.start + odd}, column {column}; look for what made it')
     return torch.from_numpy(offsets), as_ranks(steps, offsets)
-
-
-def spans(count, step):
-    step = max(step, 1)
-    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
-
-
-def rows(features, part):
-    """The part as the kernels read it: float32, contiguous along D; a view wherever it is so already."""
-    part = features[part].float()
-    return part if part.shape[1] <= 1 or part.stride(1) == 1 else part.contiguous()
-
-
-def tile_of(query, gallery):
-    """(items, queries) of a tile: products that stay in the second-level cache of a GPU, features that fit where they are converted."""
-    products = PRODUCTS
-    if query.is_cuda:
-        products = min(max(2 ** 20, torch.cuda.get_device_properties(query.device).L2_cache_size // 8), 2 ** 23)
-    features = max(1, OPERANDS // max(query.shape[1], 1))
-    items = min(ITEMS, features)
-    return items, min(features, products // items)
 
 
 def identities(query_pids, gallery_pids, junk_pid):
@@ -286,25 +180,6 @@ def sorted_matches(order, begin, end, query_camids, gallery_camids, keys_of):
     return np.cumsum(offsets), np.concatenate(keys), np.concatenate(items)
 
 
-def keys_of_pairs(compiled, query, gallery, owners, items, cosine):
-    """Canonical keys of (query owners[p], gallery items[p]), NumPy arrays of indices and keys."""
-    owners, items = (torch.from_numpy(array).to(query.device) for array in (owners, items))
-    keys = torch.empty(len(items), dtype=torch.float64, device=query.device)
-    if all(features.dtype == torch.float32 and (features.shape[1] <= 1 or features.stride(1) == 1) for features in (query, gallery)):
-        compiled.canonical_keys(query, gallery, owners, items, cosine, keys)
-    else:
-        for part in spans(len(items), OPERANDS // max(query.shape[1], 1)):
-            numbers = torch.arange(part.stop - part.start, device=query.device)
-            compiled.canonical_keys(rows(query, owners[part]), rows(gallery, items[part]), numbers, numbers, cosine, keys[part])
-    return keys.cpu().numpy()
-
-
-def not_finite(features, name):
-    row = next(part.start + odd.nonzero()[0].item() for part in spans(len(features), OPERANDS // features.shape[1])
-               if (odd := ~features[part].isfinite().all(1)).any())
-    return ValueError(f'want finite {name} features, got NaN or infinity in row {row}; look for what made it')
-
-
 def as_ranks(steps, offsets):
     """Strangers between each match and its query's one before → its rank: matches take ranks, too."""
     reached = steps.add_(1).cumsum_(0).numpy()
@@ -323,14 +198,6 @@ def _(query, gallery, query_pids, gallery_pids, query_camids, gallery_camids, me
 @torch.library.register_fake('mgn::match_ranks_from_distance')
 def _(dist, query_pids, gallery_pids, query_camids, gallery_camids, junk_pid):
     return query_pids.new_empty(len(dist) + 1), query_pids.new_empty(torch.library.get_ctx().new_dynamic_size())
-
-
-def uncompiled(run):
-    """run, as it is also within torch.compile, which would compile what an operator does in Python."""
-    def call(*args):
-        dynamo = sys.modules.get('torch._dynamo')
-        return dynamo.disable(run)(*args) if dynamo else run(*args)
-    return call
 
 
 torch.library.impl('mgn::match_ranks', 'CompositeExplicitAutograd', uncompiled(_match_ranks))

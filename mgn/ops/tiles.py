@@ -1,0 +1,80 @@
+"""Features taken tile by tile: how large a tile is, its rows as the kernels read them, the canonical keys of single pairs."""
+
+import contextlib
+import sys
+
+import numpy as np
+import torch
+
+PRODUCTS = 2 ** 22           # of a tile: 16 MB
+ITEMS = 2048                 # of a tile, at most
+OPERANDS = 2 ** 23           # elements of the features of a tile, of queries and of items: 32 MB each, where they are converted
+
+
+def spans(count, step):
+    step = max(step, 1)
+    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
+
+
+def rows(features, part):
+    """The part as the kernels read it: float32, contiguous along D; a view wherever it is so already."""
+    part = features[part].float()
+    return part if part.shape[1] <= 1 or part.stride(1) == 1 else part.contiguous()
+
+
+def tile_of(query, gallery):
+    """(items, queries) of a tile: products that stay in the second-level cache of a GPU, features that fit where they are converted."""
+    products = PRODUCTS
+    if query.is_cuda:
+        products = min(max(2 ** 20, torch.cuda.get_device_properties(query.device).L2_cache_size // 8), 2 ** 23)
+    features = max(1, OPERANDS // max(query.shape[1], 1))
+    items = min(ITEMS, features)
+    return items, min(features, products // items)
+
+
+def finite_norms(compiled, features, name):
+    """Canonical norms (n,) float64; ValueError naming the row where a feature is not finite."""
+    norms = torch.empty(len(features), dtype=torch.float64, device=features.device)
+    for part in spans(len(features), OPERANDS // max(features.shape[1], 1)):
+        compiled.canonical_norms(rows(features, part), norms[part])
+    if not norms.isfinite().all():  # squares of float32 stay in float64's range
+        raise not_finite(features, name)
+    return norms
+
+
+def keys_of_pairs(compiled, query, gallery, owners, items, cosine):
+    """Canonical keys of (query owners[p], gallery items[p]), NumPy arrays of indices and keys."""
+    owners, items = (torch.from_numpy(array).to(query.device) for array in (owners, items))
+    keys = torch.empty(len(items), dtype=torch.float64, device=query.device)
+    if all(features.dtype == torch.float32 and (features.shape[1] <= 1 or features.stride(1) == 1) for features in (query, gallery)):
+        compiled.canonical_keys(query, gallery, owners, items, cosine, keys)
+    else:
+        for part in spans(len(items), OPERANDS // max(query.shape[1], 1)):
+            numbers = torch.arange(part.stop - part.start, device=query.device)
+            compiled.canonical_keys(rows(query, owners[part]), rows(gallery, items[part]), numbers, numbers, cosine, keys[part])
+    return keys.cpu().numpy()
+
+
+def not_finite(features, name):
+    row = next(part.start + odd.nonzero()[0].item() for part in spans(len(features), OPERANDS // features.shape[1])
+               if (odd := ~features[part].isfinite().all(1)).any())
+    return ValueError(f'want finite {name} features, got NaN or infinity in row {row}; look for what made it')
+
+
+@contextlib.contextmanager
+def denormals():
+    """Denormals are numbers on this thread, whatever torch.set_flush_denormal has made of them."""
+    flushed = np.array([1], np.uint32).view(np.float32).astype(np.float64)[0] == 0
+    torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(bool(flushed))
+
+
+def uncompiled(run):
+    """run, as it is also within torch.compile, which would compile what an operator does in Python."""
+    def call(*args):
+        dynamo = sys.modules.get('torch._dynamo')
+        return dynamo.disable(run)(*args) if dynamo else run(*args)
+    return call
