@@ -94,3 +94,49 @@ def precedes(keys, items, of_matches, match_items):
 
 def split(tensor, width):
     return tensor.split(max(1, TILE // max(width, 1)))
+
+
+def select_nearest(dots, item_scale, item_shift, first, values, items):
+    found = dots * item_scale + item_shift
+    found = found.masked_fill(found.isnan(), -torch.inf)
+    numbers = torch.arange(first, first + dots.shape[1], device=items.device).expand(dots.shape)
+    together, numbers = torch.cat((values, found), 1), torch.cat((items, numbers), 1)
+    smallest, order = together.topk(values.shape[1], largest=False, sorted=False)
+    values.copy_(smallest)
+    items.copy_(numbers.gather(1, order))
+
+
+def nearest_in_distances(distances, values, items):
+    for some, of_values, of_items in zip(*(split(tensor, distances.shape[1]) for tensor in (distances, values, items))):
+        if some.isnan().any():
+            return distances.isnan().any(1).nonzero()[0].item()
+        ascending, order = some.sort(dim=1, stable=True)
+        of_values.copy_(ascending[:, :values.shape[1]])
+        of_items.copy_(order[:, :values.shape[1]])
+    return -1
+
+
+def count_reranked(query, gallery, query_norms, gallery_norms, cosine, first, dots, item_scale, item_shift, level_scale, level_shift, error, offsets,
+                   keys, items, steps, order, begin, end, junk, overlap_offsets, overlap_items, jaccard, maxima, lambda_value, redecided):
+    similarities = (dots * item_scale + item_shift).double()
+    numbers = first + torch.arange(len(gallery))
+    for q in range(len(query)):
+        matches = slice(offsets[q], offsets[q + 1])
+        of_gallery = slice(*torch.searchsorted(overlap_items[overlap_offsets[q]:overlap_offsets[q + 1]], torch.tensor([first, first + len(gallery)],
+                                               dtype=overlap_items.dtype)).add(overlap_offsets[q]))
+        distance = torch.ones(len(gallery), dtype=torch.float64)
+        distance[overlap_items[of_gallery].long() - first] = jaccard[of_gallery]
+
+        def final(key, at):
+            square = (1 + key).clamp(min=0).square() if cosine else key
+            return (1 - lambda_value) * distance[at] + lambda_value * (square / maxima[q] if maxima[q] > 0 else square * 0)
+        stranger = strangers(len(gallery), first, order[begin[q]:end[q]], junk)
+        key, apart = (similarities[q] - level_shift[q]) / level_scale[q], error[q] / level_scale[q].abs() + 2.0 ** -48
+        before = stranger & (final(key + apart, slice(None)) + 2.0 ** -48 < keys[matches][:, None])           # (m, n)
+        undecided = stranger & ~before & ~(final(key - apart, slice(None)) - 2.0 ** -48 > keys[matches][:, None])
+        at = undecided.any(0).nonzero()[:, 0]
+        found = torch.empty(len(at), dtype=torch.float64)
+        canonical_keys(query, gallery, torch.full_like(at, q), at, cosine, found)
+        before[:, at] |= undecided[:, at] & precedes(final(found, at), numbers[at], keys[matches], items[matches])
+        steps[matches] += torch.diff(before.sum(1), prepend=before.new_zeros(1, dtype=torch.int64))
+        redecided += len(at)
