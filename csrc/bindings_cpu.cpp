@@ -6,12 +6,18 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "kernels/batch_hard_cpu.h"
+#include "kernels/canonical_cpu.h"
+#include "kernels/nearest_cpu.h"
 #include "kernels/pairwise_distance_cpu.h"
 #include "kernels/ranking_cpu.h"
+#include "kernels/reranking_cpu.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -145,9 +151,10 @@ int64_t matrix_stride(const Tensor& matrix, int64_t queries, int64_t items) {
   return matrix.stride(0);
 }
 
-void count_strangers(Tensor query, Tensor gallery, Tensor query_norms, Tensor gallery_norms, bool cosine, int64_t first, Tensor dots, Tensor item_scale,
-                        Tensor item_shift, Tensor level_scale, Tensor level_shift, Tensor error, Tensor offsets, Tensor keys, Tensor items,
-                        Tensor steps, Tensor order, Tensor begin, Tensor end, Tensor junk, Tensor redecided, int64_t set) {
+void count(const Tensor& query, const Tensor& gallery, const Tensor& query_norms, const Tensor& gallery_norms, bool cosine, int64_t first,
+           const Tensor& dots, const Tensor& item_scale, const Tensor& item_shift, const Tensor& level_scale, const Tensor& level_shift,
+           const Tensor& error, const mgn::Matches& matches, const mgn::Excluded& excluded, const mgn::Reranked* reranked,
+           const Tensor& redecided, int64_t set) {
   const auto q = rows(query), g = rows(gallery);
   STD_TORCH_CHECK(q.d == g.d, "mgn_cpu: want query and gallery of one width");
   const mgn::Tile tile = {q, g, pointer<double>(query_norms, ScalarType::Double, q.count),
@@ -156,8 +163,41 @@ void count_strangers(Tensor query, Tensor gallery, Tensor query_norms, Tensor ga
                               pointer<float>(item_scale, ScalarType::Float, g.count), pointer<float>(item_shift, ScalarType::Float, g.count),
                               pointer<double>(level_scale, ScalarType::Double, q.count),
                               pointer<double>(level_shift, ScalarType::Double, q.count), pointer<double>(error, ScalarType::Double, q.count)};
-  *pointer<int64_t>(redecided, ScalarType::Long, 1) += mgn::count_strangers(
-      tile, filter, matches(offsets, keys, items, steps, q.count), excluded(order, begin, end, junk, q.count), int(set), parallel);
+  *pointer<int64_t>(redecided, ScalarType::Long, 1) += mgn::count_strangers(tile, filter, matches, excluded, reranked, int(set), parallel);
+}
+
+void count_strangers(Tensor query, Tensor gallery, Tensor query_norms, Tensor gallery_norms, bool cosine, int64_t first, Tensor dots, Tensor item_scale,
+                     Tensor item_shift, Tensor level_scale, Tensor level_shift, Tensor error, Tensor offsets, Tensor keys, Tensor items,
+                     Tensor steps, Tensor order, Tensor begin, Tensor end, Tensor junk, Tensor redecided, int64_t set) {
+  const int64_t queries = query.size(0);
+  count(query, gallery, query_norms, gallery_norms, cosine, first, dots, item_scale, item_shift, level_scale, level_shift, error,
+        matches(offsets, keys, items, steps, queries), excluded(order, begin, end, junk, queries), nullptr, redecided, set);
+}
+
+const int32_t* columns(const Tensor& tensor, int64_t count, int64_t below) {
+  const int32_t* values = pointer<int32_t>(tensor, ScalarType::Int, count);
+  STD_TORCH_CHECK(std::all_of(values, values + count, [&](int32_t i) { return 0 <= i && i < below; }), "mgn_cpu: want columns below ", below);
+  return values;
+}
+
+mgn::Sparse sparse(const Tensor& offsets, const Tensor& in_columns, const Tensor& values, int64_t width) {
+  const int64_t n = offsets.numel(), entries = in_columns.numel();
+  const int64_t* of = ids(offsets, n, entries + 1);
+  STD_TORCH_CHECK(n > 0 && of[0] == 0 && of[n - 1] == entries && std::is_sorted(of, of + n), "mgn_cpu: want ascending offsets");
+  return {of, columns(in_columns, entries, width), pointer<double>(values, ScalarType::Double, entries)};
+}
+
+void count_reranked(Tensor query, Tensor gallery, Tensor query_norms, Tensor gallery_norms, bool cosine, int64_t first, Tensor dots, Tensor item_scale,
+                    Tensor item_shift, Tensor level_scale, Tensor level_shift, Tensor error, Tensor offsets, Tensor keys, Tensor items,
+                    Tensor steps, Tensor order, Tensor begin, Tensor end, Tensor junk, Tensor overlap_offsets, Tensor overlap_items,
+                    Tensor jaccard, Tensor maxima, double lambda_value, Tensor redecided, int64_t set) {
+  const int64_t queries = query.size(0);
+  STD_TORCH_CHECK(overlap_offsets.numel() == queries + 1, "mgn_cpu: want overlaps of every query");
+  const auto overlaps = sparse(overlap_offsets, overlap_items, jaccard, std::numeric_limits<int32_t>::max());
+  const mgn::Reranked reranked = {overlaps.offsets, overlaps.columns, overlaps.values, pointer<double>(maxima, ScalarType::Double, queries),
+                                  lambda_value};
+  count(query, gallery, query_norms, gallery_norms, cosine, first, dots, item_scale, item_shift, level_scale, level_shift, error,
+        matches(offsets, keys, items, steps, queries), excluded(order, begin, end, junk, queries), &reranked, redecided, set);
 }
 
 template <typename T>
@@ -171,6 +211,64 @@ int64_t count_in_distances(Tensor distances, Tensor offsets, Tensor keys, Tensor
                            Tensor junk, int64_t set) {
   const auto run = distances.scalar_type() == ScalarType::Double ? count_typed<double> : count_typed<float>;
   return run(distances, offsets, keys, items, steps, order, begin, end, junk, set);
+}
+
+void select_nearest(Tensor dots, Tensor item_scale, Tensor item_shift, int64_t first, Tensor values, Tensor items, int64_t set) {
+  const int64_t queries = dots.size(0), n = dots.size(1), capacity = values.size(1);
+  const mgn::Filter filter = {static_cast<const float*>(dots.data_ptr()), matrix_stride<float>(dots, queries, n),
+                              pointer<float>(item_scale, ScalarType::Float, n), pointer<float>(item_shift, ScalarType::Float, n),
+                              nullptr, nullptr, nullptr};
+  mgn::select_nearest(filter, queries, n, first, capacity, pointer<float>(values, ScalarType::Float, queries * capacity),
+                      pointer<int64_t>(items, ScalarType::Long, queries * capacity), int(set), parallel);
+}
+
+template <typename T>
+int64_t nearest_typed(const Tensor& distances, const Tensor& values, const Tensor& items, int64_t set) {
+  const int64_t queries = distances.size(0), n = distances.size(1), k = values.size(1), stride = matrix_stride<T>(distances, queries, n);
+  STD_TORCH_CHECK(k <= n, "mgn_cpu: want no more neighbours than columns");
+  return mgn::nearest_in_distances(static_cast<const T*>(distances.data_ptr()), queries, n, stride, k, pointer<T>(values, kType<T>, queries * k),
+                                   pointer<int64_t>(items, ScalarType::Long, queries * k), int(set), parallel);
+}
+int64_t nearest_in_distances(Tensor distances, Tensor values, Tensor items, int64_t set) {
+  return (distances.scalar_type() == ScalarType::Double ? nearest_typed<double> : nearest_typed<float>)(distances, values, items, set);
+}
+
+template <typename T>
+Tensor as_tensor(const std::vector<T>& values, const Tensor& like, ScalarType type) {
+  const Tensor out = torch::stable::new_empty(like, {int64_t(values.size())}, type);
+  std::copy(values.begin(), values.end(), static_cast<T*>(out.data_ptr()));
+  return out;
+}
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
+ThreeTensors as_tensors(const mgn::SparseRows& rows, const Tensor& like) {
+  return {as_tensor(rows.offsets, like, ScalarType::Long), as_tensor(rows.columns, like, ScalarType::Int),
+          as_tensor(rows.values, like, ScalarType::Double)};
+}
+
+const int64_t* neighbours(const Tensor& items, int64_t below) {
+  STD_TORCH_CHECK(items.dim() == 2 && below <= std::numeric_limits<int32_t>::max(), "mgn_cpu: want items (N, k), of fewer than 2^31");
+  return ids(items, items.numel(), below);
+}
+
+std::tuple<Tensor, Tensor> reciprocal(Tensor items, int64_t half) {
+  const auto rows = mgn::reciprocal(neighbours(items, items.size(0)), items.size(0), items.size(1), half, parallel);
+  return {as_tensor(rows.offsets, items, ScalarType::Long), as_tensor(rows.columns, items, ScalarType::Int)};
+}
+
+ThreeTensors mean_rows(Tensor offsets, Tensor in_columns, Tensor values, Tensor items) {
+  const int64_t n = items.size(0);
+  STD_TORCH_CHECK(offsets.numel() == n + 1, "mgn_cpu: want a row of items for each sparse row");
+  return as_tensors(mgn::mean_rows(sparse(offsets, in_columns, values, n), n, neighbours(items, n), n, items.size(1), parallel), items);
+}
+
+ThreeTensors transpose(Tensor offsets, Tensor in_columns, Tensor values, int64_t width) {
+  return as_tensors(mgn::transpose(sparse(offsets, in_columns, values, width), offsets.numel() - 1, width), offsets);
+}
+
+ThreeTensors overlap(Tensor offsets, Tensor in_columns, Tensor values, Tensor column_offsets, Tensor column_rows, Tensor column_values,
+                     int64_t items) {
+  return as_tensors(mgn::overlap(sparse(offsets, in_columns, values, column_offsets.numel() - 1), offsets.numel() - 1,
+                                 sparse(column_offsets, column_rows, column_values, items), items, parallel), offsets);
 }
 
 template <typename T>
@@ -214,6 +312,19 @@ STABLE_TORCH_LIBRARY(mgn_cpu, m) {
   m.def(
       "count_in_distances(Tensor distances, Tensor offsets, Tensor keys, Tensor items, Tensor(a!) steps, Tensor order, Tensor begin, "
       "Tensor end, Tensor junk, int instruction_set=0) -> int");
+  m.def(
+      "count_reranked(Tensor query, Tensor gallery, Tensor query_norms, Tensor gallery_norms, bool cosine, int first, Tensor dots, Tensor item_scale, "
+      "Tensor item_shift, Tensor level_scale, Tensor level_shift, Tensor error, Tensor offsets, Tensor keys, Tensor items, "
+      "Tensor(a!) steps, Tensor order, Tensor begin, Tensor end, Tensor junk, Tensor overlap_offsets, Tensor overlap_items, Tensor jaccard, "
+      "Tensor maxima, float lambda_value, Tensor(b!) redecided, int instruction_set=0) -> ()");
+  m.def("select_nearest(Tensor dots, Tensor item_scale, Tensor item_shift, int first, Tensor(a!) values, Tensor(b!) items, int instruction_set=0) -> ()");
+  m.def("nearest_in_distances(Tensor distances, Tensor(a!) values, Tensor(b!) items, int instruction_set=0) -> int");
+  m.def("reciprocal(Tensor items, int half) -> (Tensor, Tensor)");
+  m.def("mean_rows(Tensor offsets, Tensor columns, Tensor values, Tensor items) -> (Tensor, Tensor, Tensor)");
+  m.def("transpose(Tensor offsets, Tensor columns, Tensor values, int width) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "overlap(Tensor offsets, Tensor columns, Tensor values, Tensor column_offsets, Tensor column_rows, Tensor column_values, int items) -> "
+      "(Tensor, Tensor, Tensor)");
   m.def("pairwise_distance(Tensor x, Tensor y, int metric, Tensor(a!) out, int instruction_set=0) -> ()");
   m.def("instruction_sets() -> str");
   m.def("cuda_module() -> str");
@@ -227,6 +338,13 @@ STABLE_TORCH_LIBRARY_IMPL(mgn_cpu, CPU, m) {
   m.impl("canonical_keys", TORCH_BOX(&canonical_keys));
   m.impl("count_strangers", TORCH_BOX(&count_strangers));
   m.impl("count_in_distances", TORCH_BOX(&count_in_distances));
+  m.impl("count_reranked", TORCH_BOX(&count_reranked));
+  m.impl("select_nearest", TORCH_BOX(&select_nearest));
+  m.impl("nearest_in_distances", TORCH_BOX(&nearest_in_distances));
+  m.impl("reciprocal", TORCH_BOX(&reciprocal));
+  m.impl("mean_rows", TORCH_BOX(&mean_rows));
+  m.impl("transpose", TORCH_BOX(&transpose));
+  m.impl("overlap", TORCH_BOX(&overlap));
   m.impl("pairwise_distance", TORCH_BOX(&pairwise_distance));
 }
 

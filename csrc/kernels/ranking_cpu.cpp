@@ -1,4 +1,4 @@
-// Retrieval ranks on the CPU: canonical sums, and counting the strangers that lie nearer than a match.
+// Retrieval ranks on the CPU: counting the strangers that lie nearer than a match.
 //
 // A query's matches are levels of similarity, each with the margin by which the filter may err. A row of similarities is taken
 // in chunks that stay in the first cache. What is farther than the farthest match is dropped at once; the rest is compared with
@@ -8,18 +8,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define KEEP_ROUNDED(vector) asm("" : "+v"(vector))
-#elif defined(__aarch64__)
-#define KEEP_ROUNDED(vector) asm("" : "+w"(vector))
-#else
-#define KEEP_ROUNDED(vector) asm("" : "+m"(vector))
-#endif
+#include "canonical_cpu.h"
+#include "vectors.h"
 
 namespace mgn {
 namespace {
@@ -27,16 +21,6 @@ namespace {
 constexpr int kChunk = 2048;  // similarities at a time
 constexpr int kMany = 256;    // matches from which on searching among them is faster than comparing with each
 constexpr int64_t kGrain = 1 << 16;  // elements worth a thread
-
-enum class Term { product, squared_difference, square };
-
-struct SumLoops {
-  void (*products)(const double* x, const float* const* y, int64_t d, double* out);
-  void (*squared_differences)(const double* x, const float* const* y, int64_t d, double* out);
-  void (*squares)(const double*, const float* const* y, int64_t d, double* out);
-  void (*widen)(const float* from, int64_t d, double* to);
-  void (*affine)(const float* dots, const float* scale, const float* shift, int n, float* similarity);
-};
 
 template <typename T>
 struct CountLoops {
@@ -58,14 +42,6 @@ struct Front {
 };
 constexpr Front kFront;
 
-template <typename Mask>
-inline __attribute__((always_inline)) bool all_set(const Mask& mask) {
-  uint64_t words[sizeof(Mask) / 8], all = ~uint64_t(0);
-  std::memcpy(words, &mask, sizeof mask);
-  for (const uint64_t word : words) all &= word;
-  return all == ~uint64_t(0);
-}
-
 }  // namespace
 }  // namespace mgn
 
@@ -75,52 +51,11 @@ inline __attribute__((always_inline)) bool all_set(const Mask& mask) {
 namespace mgn {
 namespace {
 
-const SumLoops& sum_loops(int instruction_set) {
-  static constexpr const SumLoops* kAll[] = {OF_EACH_INSTRUCTION_SET(kSumLoops)};
-  return *kAll[compiled_instruction_set(instruction_set)];
-}
 template <typename T>
 const CountLoops<T>& count_loops(int instruction_set) {
   static constexpr const CountLoops<T>* kAll[] = {OF_EACH_INSTRUCTION_SET(kCountLoops<T>)};
   return *kAll[compiled_instruction_set(instruction_set)];
 }
-
-// Denormals are numbers while it lives, on this thread: flushed to zero they would change sums.
-class Denormals {
-#if defined(__x86_64__)
-  unsigned saved = _mm_getcsr();
-
- public:
-  Denormals() { _mm_setcsr(saved & ~0x8040u); }
-  ~Denormals() { _mm_setcsr(saved); }
-#elif defined(__aarch64__)
-  uint64_t saved;
-
- public:
-  Denormals() {
-    asm volatile("mrs %0, fpcr" : "=r"(saved));
-    asm volatile("msr fpcr, %0" : : "r"(saved & ~(uint64_t(1) << 24)));
-  }
-  ~Denormals() { asm volatile("msr fpcr, %0" : : "r"(saved)); }
-#endif
-};
-
-// One query and its keys with any rows.
-struct Keys {
-  const SumLoops& loops;
-  const bool cosine;
-  const int64_t d;
-  std::vector<double> query;  // padded with zeros
-  double norm = 0;
-
-  Keys(const SumLoops& loops, bool cosine, int64_t d) : loops(loops), cosine(cosine), d(d), query((d + 15) / 16 * 16) {}
-
-  // y two rows and their norms.
-  void operator()(const float* const* y, const double* norms, double* keys) const {
-    (cosine ? loops.products : loops.squared_differences)(query.data(), y, d, keys);
-    for (int r = 0; r < 2 && cosine; ++r) keys[r] = norm * norms[r] > 0 ? -(keys[r] / (norm * norms[r])) : 0;
-  }
-};
 
 // Calls what(item) for every excluded item of first … end.
 template <typename What>
@@ -132,6 +67,40 @@ void for_excluded(const Excluded& excluded, int64_t q, int64_t first, int64_t en
   all(excluded.junk, excluded.junk + excluded.junk_count);
 }
 
+// Calls what(item, jaccard) for every overlap of the query with an item of first … end.
+template <typename What>
+void for_overlaps(const Reranked& reranked, int64_t q, int64_t first, int64_t end, const What& what) {
+  const int32_t *from = reranked.items + reranked.offsets[q], *to = reranked.items + reranked.offsets[q + 1];
+  for (const int32_t* item = std::lower_bound(from, to, first); item < to && *item < end; ++item)
+    what(*item, reranked.jaccard[item - reranked.items]);
+}
+
+double final_distance(const Reranked& reranked, int64_t q, bool cosine, double key, double jaccard) {
+  const double root = std::max(1 + key, 0.0), square = cosine ? root * root : key;
+  double of_jaccard = (1 - reranked.lambda) * jaccard;
+  double of_distance = reranked.lambda * (reranked.maxima[q] > 0 ? square / reranked.maxima[q] : 0);
+  KEEP_ROUNDED(of_jaccard);
+  KEEP_ROUNDED(of_distance);
+  return of_jaccard + of_distance;
+}
+
+// From where to where the key of a pair without overlap may lie if this is its final distance.
+std::pair<double, double> keys_of_final(const Reranked& reranked, int64_t q, bool cosine, double final) {
+  constexpr double infinity = std::numeric_limits<double>::infinity();
+  const double flat = 1 - reranked.lambda, unit = reranked.maxima[q] / reranked.lambda;
+  if (reranked.lambda == 0 || reranked.maxima[q] == 0)  // all have one
+    return {final < flat ? -infinity : final > flat ? infinity : -infinity, final < flat ? -infinity : infinity};
+  if (!(unit < 1e300)) return {-infinity, infinity};
+  const double low = (final - flat) * unit - unit * 0x1p-48, high = (final - flat) * unit + unit * 0x1p-48;
+  if (high < 0) return {-infinity, -infinity};
+  return {cosine ? std::sqrt(std::max(low, 0.0)) - 1 - 0x1p-50 : low, cosine ? std::sqrt(high) - 1 + 0x1p-50 : high};
+}
+
+float round_down(double value) {
+  const float nearest = float(value);
+  return nearest > value ? std::nextafter(nearest, -std::numeric_limits<float>::infinity()) : nearest;
+}
+
 // Counts along one row of similarities, from chunk to chunk.
 template <typename T>
 struct Counting {
@@ -141,14 +110,14 @@ struct Counting {
   std::vector<int> of_excluded;  // how many excluded items lie between the ends of each match's level, of up to kMany
   std::vector<int> positions;
   std::vector<double> keys;
+  bool excluded[kChunk] = {};  // of the chunk's items
 
   explicit Counting(const CountLoops<T>& loops) : loops(loops), positions(kChunk), keys(kChunk + 1) {}
 
   // The chunk's n items first, first + 1, …; `left` of them are kept, those that are not below the farthest match. On demand
   // fill() writes all similarities and keys_of(positions, count, keys) finds keys.
   template <typename Fill, typename KeysOf>
-  int64_t count(const Matches& matches, const Excluded& excluded, int64_t q, int64_t first, int n, int left, const Fill& fill,
-                const KeysOf& keys_of) {
+  int64_t count(const Matches& matches, int64_t q, int64_t first, int n, int left, const Fill& fill, const KeysOf& keys_of) {
     const int64_t begin = matches.offsets[q], m = matches.offsets[q + 1] - begin;
     if (m > kMany) {
       int open = 0;
@@ -159,7 +128,7 @@ struct Counting {
         if (above < m) ++matches.steps[begin + above];
         if (first_reached(low.data(), m, similarity[j]) < above) positions[open++] = j;
       }
-      return decide(matches, excluded, q, first, open, keys_of);
+      return decide(matches, q, first, open, keys_of);
     }
     int64_t by_key = 0;
     bool filled = false;
@@ -181,7 +150,7 @@ struct Counting {
         const int within = loops.find_open(similarity, n, low[level], high[level], positions.data());
         const auto decided = [&](int j) { return level > 0 && !(similarity[j] < low[level - 1]) && !(similarity[j] > high[level - 1]); };
         const auto rest = std::remove_if(positions.begin(), positions.begin() + within, decided);  // with the level before
-        by_key += decide(matches, excluded, q, first, int(rest - positions.begin()), keys_of);
+        by_key += decide(matches, q, first, int(rest - positions.begin()), keys_of);
       }
       if (from > 0 && above[0] < left / 2) left = loops.keep(kept, left, low[from - 1], kept);
     }
@@ -190,13 +159,9 @@ struct Counting {
 
   // An open item was counted from the first level that it is above, and belongs to one before it, maybe.
   template <typename KeysOf>
-  int64_t decide(const Matches& matches, const Excluded& excluded, int64_t q, int64_t first, int open, const KeysOf& keys_of) {
+  int64_t decide(const Matches& matches, int64_t q, int64_t first, int open, const KeysOf& keys_of) {
     const int64_t begin = matches.offsets[q], m = matches.offsets[q + 1] - begin;
-    const auto end = std::remove_if(positions.begin(), positions.begin() + open, [&](int j) {
-      bool found = false;
-      for_excluded(excluded, q, first + j, first + j + 1, [&](int64_t) { found = true; });
-      return found;
-    });
+    const auto end = std::remove_if(positions.begin(), positions.begin() + open, [&](int j) { return excluded[j]; });
     const int count = int(end - positions.begin());
     keys_of(positions.data(), count, keys.data());
     for (int p = 0; p < count; ++p) {
@@ -211,85 +176,49 @@ struct Counting {
   }
 };
 
-float round_down(double value) {
-  const float nearest = float(value);
-  return nearest > value ? std::nextafter(nearest, -std::numeric_limits<float>::infinity()) : nearest;
-}
-
 }  // namespace
 
-void canonical_norms(const Rows& rows, double* norms, int instruction_set, const Parallel& parallel) {
-  const SumLoops& loops = sum_loops(instruction_set);
-  parallel(rows.count, std::max<int64_t>(2, kGrain / std::max<int64_t>(rows.d, 1)), [&](int64_t begin, int64_t end) {
-    const Denormals denormals;
-    for (int64_t i = begin; i < end; i += 2) {
-      const float* const both[] = {rows[i], rows[std::min(i + 1, end - 1)]};
-      double squares[2];
-      loops.squares(nullptr, both, rows.d, squares);
-      for (int64_t r = i; r < std::min(i + 2, end); ++r) norms[r] = std::sqrt(squares[r - i]);
-    }
-  });
-}
-
-void canonical_keys(const Rows& query, const Rows& gallery, const int64_t* queries, const int64_t* items, int64_t pairs, bool cosine,
-                    double* keys, int instruction_set, const Parallel& parallel) {
-  const SumLoops& loops = sum_loops(instruction_set);
-  parallel(pairs, std::max<int64_t>(2, kGrain / std::max<int64_t>(query.d, 1)), [&](int64_t begin, int64_t end) {
-    const Denormals denormals;
-    Keys keys_of(loops, cosine, query.d);
-    for (int64_t p = begin; p < end;) {
-      if (p == begin || queries[p] != queries[p - 1]) {
-        const float* const row[] = {query[queries[p]], query[queries[p]]};
-        double squares[2];
-        loops.squares(nullptr, row, query.d, squares);
-        keys_of.norm = std::sqrt(squares[0]);
-        loops.widen(row[0], query.d, keys_of.query.data());
-      }
-      const bool two = p + 1 < end && queries[p + 1] == queries[p];
-      const float* const y[] = {gallery[items[p]], gallery[items[p + two]]};
-      double norms[2], both[2];
-      loops.squares(nullptr, y, query.d, norms);
-      for (double& norm : norms) norm = std::sqrt(norm);
-      keys_of(y, norms, both);
-      keys[p] = both[0];
-      if (two) keys[p + 1] = both[1];
-      p += 1 + two;
-    }
-  });
-}
-
-int64_t count_strangers(const Tile& tile, const Filter& filter, const Matches& matches, const Excluded& excluded, int instruction_set,
-                        const Parallel& parallel) {
+int64_t count_strangers(const Tile& tile, const Filter& filter, const Matches& matches, const Excluded& excluded, const Reranked* reranked,
+                        int instruction_set, const Parallel& parallel) {
   const SumLoops& loops = sum_loops(instruction_set);
   std::atomic<int64_t> by_key = 0;
   parallel(tile.query.count, 1, [&](int64_t begin, int64_t end) {
     const Denormals denormals;
     Counting<float> counting(count_loops<float>(instruction_set));
     Keys keys_of(loops, tile.cosine, tile.query.d);
+    std::vector<std::pair<double, double>> levels;  // from where to where the key of a pair that ties with a match may lie, as similarity
     for (int64_t q = begin; q < end; ++q) {
       const int64_t m = matches.offsets[q + 1] - matches.offsets[q];
       if (m == 0) continue;
+      const double* match_keys = matches.keys + matches.offsets[q];
+      const double level_scale = filter.level_scale[q], level_shift = filter.level_shift[q], error = filter.error[q];
+      const bool known = std::isfinite(error);
+      double margin = 0;
+      levels.resize(m);
+      for (int64_t i = 0; i < m; ++i) {
+        const auto [near, far] = reranked ? keys_of_final(*reranked, q, tile.cosine, match_keys[i]) : std::make_pair(match_keys[i], match_keys[i]);
+        levels[i] = {level_scale * far + level_shift, level_scale * near + level_shift};
+        for (const double level : {levels[i].first, levels[i].second})
+          if (std::isfinite(level)) margin = std::max(margin, std::abs(level));
+      }
+      margin = error + margin * 0x1p-50;  // of the levels' own rounding, too: one margin for all, so that their ends descend as they do
       counting.low.resize(m);
       counting.high.resize(m);
-      counting.of_excluded.assign(std::min<int64_t>(m, kMany), 0);  // they are set below every level
-      const bool known = std::isfinite(filter.error[q]);
-      const auto level = [&](int64_t i) { return filter.level_scale[q] * matches.keys[matches.offsets[q] + i] + filter.level_shift[q]; };
-      // And what rounds the levels themselves: one margin for all, so that their ends descend as they do.
-      const double margin = filter.error[q] + std::max(std::abs(level(0)), std::abs(level(m - 1))) * 0x1p-50;
       for (int64_t i = 0; i < m; ++i) {
         const float infinity = std::numeric_limits<float>::infinity();
-        counting.low[i] = known ? round_down(level(i) - margin) : -infinity;
-        counting.high[i] = known ? -round_down(-(level(i) + margin)) : infinity;
+        counting.low[i] = known ? round_down(levels[i].first - margin) : -infinity;
+        counting.high[i] = known ? -round_down(-(levels[i].second + margin)) : infinity;
       }
+      counting.of_excluded.assign(std::min<int64_t>(m, kMany), 0);  // they are set below every level, unless one reaches there
       bool prepared = false;
       for (int64_t j = 0; j < tile.gallery.count; j += kChunk) {
         const int n = int(std::min<int64_t>(kChunk, tile.gallery.count - j));
         loops.affine(filter.dots + q * filter.stride + j, filter.item_scale + j, filter.item_shift + j, n, counting.similarity);
         const int64_t first = tile.first + j;
-        for_excluded(excluded, q, first, first + n, [&](int64_t item) {  // below every level, unless one reaches there
+        const auto exclude = [&](int64_t item) {
           counting.similarity[item - first] = -std::numeric_limits<float>::infinity();
-        });
-        const int left = counting.loops.keep(counting.similarity, n, counting.low[m - 1], counting.kept);
+          counting.excluded[item - first] = true;
+        };
         const auto keys_of_items = [&](const int* positions, int count, double* keys) {
           if (!prepared && count) {
             loops.widen(tile.query[q], tile.query.d, keys_of.query.data());
@@ -303,7 +232,36 @@ int64_t count_strangers(const Tile& tile, const Filter& filter, const Matches& m
             keys_of(y, norms, keys + p);
           }
         };
-        by_key += counting.count(matches, excluded, q, first, n, left, [] {}, keys_of_items);
+        for_excluded(excluded, q, first, first + n, exclude);
+        const auto without_overlap = [&](const int* positions, int count, double* keys) {
+          keys_of_items(positions, count, keys);
+          for (int p = 0; p < count && reranked; ++p) keys[p] = final_distance(*reranked, q, tile.cosine, keys[p], 1);
+        };
+        if (reranked) {
+          const auto place = [&](int64_t item, double jaccard) {
+            const int position = int(item - first);
+            if (counting.excluded[position]) return;
+            const double key = (counting.similarity[position] - level_shift) / level_scale;
+            const double apart = error / std::abs(level_scale) + (tile.cosine ? 0x1p-48 : 0);
+            const double low = final_distance(*reranked, q, tile.cosine, key - apart, jaccard) - 0x1p-48;
+            const double high = final_distance(*reranked, q, tile.cosine, key + apart, jaccard) + 0x1p-48;
+            const bool bounded = known && low <= high;
+            const int64_t from = bounded ? std::lower_bound(match_keys, match_keys + m, low) - match_keys : 0;
+            const int64_t to = bounded ? std::upper_bound(match_keys, match_keys + m, high) - match_keys : m;
+            int64_t level = matches.offsets[q] + from;
+            if (from < to) {
+              double keys[2];
+              keys_of_items(&position, 1, keys);
+              level = first_behind(matches, level, matches.offsets[q] + to, final_distance(*reranked, q, tile.cosine, keys[0], jaccard), item);
+              ++by_key;
+            }
+            if (level < matches.offsets[q + 1]) ++matches.steps[level];
+          };
+          for_overlaps(*reranked, q, first, first + n, [&](int64_t item, double jaccard) { place(item, jaccard), exclude(item); });
+        }
+        const int left = counting.loops.keep(counting.similarity, n, counting.low[m - 1], counting.kept);
+        by_key += counting.count(matches, q, first, n, left, [] {}, without_overlap);
+        std::fill(counting.excluded, counting.excluded + n, false);
       }
     }
   });
@@ -333,15 +291,17 @@ int64_t count_in_distances(const T* distances, int64_t queries, int64_t items, i
         if (m == 0) continue;
         counting.of_excluded.assign(std::min<int64_t>(m, kMany), 0);
         for_excluded(excluded, q, j, j + n, [&](int64_t item) {  // not to be counted: takes back what will be
+          counting.excluded[item - j] = true;
           const T value = -row[item - j];
           const int64_t above = first_below(counting.high.data(), m, value);
           if (above < m) --matches.steps[offset + above];
           for (int64_t i = first_reached(counting.low.data(), m, value); i < above && m <= kMany; ++i) ++counting.of_excluded[i];
         });
-        counting.count(matches, excluded, q, j, n, left, [&] { loops.negate(row, n, counting.similarity); },
+        counting.count(matches, q, j, n, left, [&] { loops.negate(row, n, counting.similarity); },
                        [&](const int* positions, int count, double* keys) {
                          for (int p = 0; p < count; ++p) keys[p] = row[positions[p]];
                        });
+        std::fill(counting.excluded, counting.excluded + n, false);
       }
     }
   });

@@ -1,0 +1,65 @@
+#include "canonical_cpu.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace mgn {
+namespace {
+
+constexpr int64_t kGrain = 1 << 16;  // elements worth a thread
+
+enum class Term { product, squared_difference, square };
+
+}  // namespace
+}  // namespace mgn
+
+#define LOOPS "canonical_loops.h"
+#include "each_instruction_set.h"
+
+namespace mgn {
+
+const SumLoops& sum_loops(int instruction_set) {
+  static constexpr const SumLoops* kAll[] = {OF_EACH_INSTRUCTION_SET(kSumLoops)};
+  return *kAll[compiled_instruction_set(instruction_set)];
+}
+void canonical_norms(const Rows& rows, double* norms, int instruction_set, const Parallel& parallel) {
+  const SumLoops& loops = sum_loops(instruction_set);
+  parallel(rows.count, std::max<int64_t>(2, kGrain / std::max<int64_t>(rows.d, 1)), [&](int64_t begin, int64_t end) {
+    const Denormals denormals;
+    for (int64_t i = begin; i < end; i += 2) {
+      const float* const both[] = {rows[i], rows[std::min(i + 1, end - 1)]};
+      double squares[2];
+      loops.squares(nullptr, both, rows.d, squares);
+      for (int64_t r = i; r < std::min(i + 2, end); ++r) norms[r] = std::sqrt(squares[r - i]);
+    }
+  });
+}
+
+void canonical_keys(const Rows& query, const Rows& gallery, const int64_t* queries, const int64_t* items, int64_t pairs, bool cosine,
+                    double* keys, int instruction_set, const Parallel& parallel) {
+  const SumLoops& loops = sum_loops(instruction_set);
+  parallel(pairs, std::max<int64_t>(2, kGrain / std::max<int64_t>(query.d, 1)), [&](int64_t begin, int64_t end) {
+    const Denormals denormals;
+    Keys keys_of(loops, cosine, query.d);
+    for (int64_t p = begin; p < end;) {
+      if (p == begin || queries[p] != queries[p - 1]) {
+        const float* const row[] = {query[queries[p]], query[queries[p]]};
+        double squares[2];
+        loops.squares(nullptr, row, query.d, squares);
+        keys_of.norm = std::sqrt(squares[0]);
+        loops.widen(row[0], query.d, keys_of.query.data());
+      }
+      const bool two = p + 1 < end && queries[p + 1] == queries[p];
+      const float* const y[] = {gallery[items[p]], gallery[items[p + two]]};
+      double norms[2], both[2];
+      loops.squares(nullptr, y, query.d, norms);
+      for (double& norm : norms) norm = std::sqrt(norm);
+      keys_of(y, norms, both);
+      keys[p] = both[0];
+      if (two) keys[p + 1] = both[1];
+      p += 1 + two;
+    }
+  });
+}
+
+}  // namespace mgn

@@ -1,0 +1,67 @@
+// Canonical sums on the CPU: norms, and the keys that order a gallery.
+#pragma once
+#include <vector>
+
+#include "cpu.h"
+#include "ranking.h"
+#include "vectors.h"
+
+namespace mgn {
+
+// ‖row‖, from the canonical sum; not finite where an element is not.
+void canonical_norms(const Rows& rows, double* norms, int instruction_set, const Parallel& parallel);
+
+// Keys of the pairs (queries[p], items[p]); pairs of one query stand together.
+void canonical_keys(const Rows& query, const Rows& gallery, const int64_t* queries, const int64_t* items, int64_t pairs, bool cosine,
+                    double* keys, int instruction_set, const Parallel& parallel);
+
+// For the kernels that need keys on the way.
+
+struct SumLoops {
+  void (*products)(const double* x, const float* const* y, int64_t d, double* out);
+  void (*squared_differences)(const double* x, const float* const* y, int64_t d, double* out);
+  void (*squares)(const double*, const float* const* y, int64_t d, double* out);
+  void (*widen)(const float* from, int64_t d, double* to);
+  void (*affine)(const float* dots, const float* scale, const float* shift, int n, float* similarity);
+};
+
+const SumLoops& sum_loops(int instruction_set);
+
+// One query and its keys with any rows.
+struct Keys {
+  const SumLoops& loops;
+  const bool cosine;
+  const int64_t d;
+  std::vector<double> query;  // padded with zeros
+  double norm = 0;
+
+  Keys(const SumLoops& loops, bool cosine, int64_t d) : loops(loops), cosine(cosine), d(d), query((d + 15) / 16 * 16) {}
+
+  // y two rows and their norms.
+  void operator()(const float* const* y, const double* norms, double* keys) const {
+    (cosine ? loops.products : loops.squared_differences)(query.data(), y, d, keys);
+    for (int r = 0; r < 2 && cosine; ++r) keys[r] = norm * norms[r] > 0 ? -(keys[r] / (norm * norms[r])) : 0;
+  }
+};
+
+// Denormals are numbers while it lives, on this thread: flushed to zero they would change sums.
+class Denormals {
+#if defined(__x86_64__)
+  unsigned saved = _mm_getcsr();
+
+ public:
+  Denormals() { _mm_setcsr(saved & ~0x8040u); }
+  ~Denormals() { _mm_setcsr(saved); }
+#elif defined(__aarch64__)
+  uint64_t saved;
+
+ public:
+  Denormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved));
+    asm volatile("msr fpcr, %0" : : "r"(saved & ~(uint64_t(1) << 24)));
+  }
+  ~Denormals() { asm volatile("msr fpcr, %0" : : "r"(saved)); }
+#endif
+};
+
+}  // namespace mgn

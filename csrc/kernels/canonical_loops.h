@@ -1,0 +1,62 @@
+// The inner loops of canonical sums, compiled once for each instruction set by each_instruction_set.h: no include guard.
+namespace mgn {
+namespace SET {
+
+// Canonical sums, in double: element i goes to sum i mod 16, in ascending order, then sum j takes j + 8, j + 4, j + 2, j + 1.
+typedef double Wide __attribute__((vector_size(VECTOR_BYTES)));
+constexpr int kWideLanes = VECTOR_BYTES / 8, kSums = 16 / kWideLanes;
+typedef float Narrow __attribute__((vector_size(VECTOR_BYTES / 2), aligned(4)));
+
+template <Term term, int rows>
+TARGET inline void add_sixteen(const double* x, const float* const* y, int64_t k, Wide (*sums)[kSums]) {
+#pragma GCC unroll 8
+  for (int part = 0; part < kSums; ++part) {
+    Wide from_x = {};
+    if (term != Term::square) __builtin_memcpy(&from_x, x + k + part * kWideLanes, sizeof from_x);
+#pragma GCC unroll 2
+    for (int r = 0; r < rows; ++r) {
+      const Wide from_y = __builtin_convertvector(*reinterpret_cast<const Narrow*>(y[r] + k + part * kWideLanes), Wide);
+      Wide value = term == Term::square ? from_y * from_y : term == Term::product ? from_x * from_y : from_x - from_y;
+      if (term == Term::squared_difference) {
+        value *= value;
+        KEEP_ROUNDED(value);  // a fused multiply-add would not round it; products of two floats are exact
+      }
+      sums[r][part] += value;
+    }
+  }
+}
+
+// Sums of two rows y, each with x: (d) doubles, padded to a multiple of 16 with zeros; not read for Term::square.
+template <Term term>
+TARGET void canonical_sums(const double* x, const float* const* y, int64_t d, double* out) {
+  Wide sums[2][kSums] = {};
+  int64_t k = 0;
+  for (; k + 16 <= d; k += 16) add_sixteen<term, 2>(x, y, k, sums);
+  if (k < d) {
+    float padded[2][16] = {};
+    for (int r = 0; r < 2; ++r)
+      for (int64_t i = k; i < d; ++i) padded[r][i - k] = y[r][i];
+    const float* const tail[] = {padded[0], padded[1]};
+    add_sixteen<term, 2>(x + k, tail, 0, sums);
+  }
+  for (int r = 0; r < 2; ++r) {
+    double single[16];
+    __builtin_memcpy(single, sums[r], sizeof single);
+    for (int half = 8; half; half /= 2)
+      for (int j = 0; j < half; ++j) single[j] += single[j + half];
+    out[r] = single[0];
+  }
+}
+
+TARGET void widen(const float* from, int64_t d, double* to) {
+  for (int64_t k = 0; k < d; ++k) to[k] = from[k];
+}
+
+TARGET void affine(const float* dots, const float* scale, const float* shift, int n, float* similarity) {
+  for (int j = 0; j < n; ++j) similarity[j] = dots[j] * scale[j] + shift[j];
+}
+
+constexpr SumLoops kSumLoops{canonical_sums<Term::product>, canonical_sums<Term::squared_difference>, canonical_sums<Term::square>, widen, affine};
+
+}  // namespace SET
+}  // namespace mgn

@@ -1,0 +1,127 @@
+#include "nearest_cpu.h"
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "canonical_cpu.h"
+#include "vectors.h"
+
+namespace mgn {
+namespace {
+
+constexpr int kChunk = 2048;         // values at a time
+constexpr int64_t kGrain = 1 << 16;  // values worth a thread
+
+template <typename T>
+struct SelectLoops {
+  int (*find_below)(const T* values, int n, T limit, int* positions);
+};
+
+}  // namespace
+}  // namespace mgn
+
+#define LOOPS "nearest_loops.h"
+#include "each_instruction_set.h"
+
+namespace mgn {
+namespace {
+
+template <typename T>
+const SelectLoops<T>& select_loops(int instruction_set) {
+  static constexpr const SelectLoops<T>* kAll[] = {OF_EACH_INSTRUCTION_SET(kSelectLoops<T>)};
+  return *kAll[compiled_instruction_set(instruction_set)];
+}
+
+// The `capacity` smallest of a row by (value, item), from chunk to chunk. Up to twice as many are collected before the largest go.
+template <typename T>
+struct Selection {
+  const SelectLoops<T>& loops;
+  const size_t capacity;
+  std::vector<std::pair<T, int64_t>> kept;
+  T limit;  // of what may enter; NaN as long as anything may
+  int positions[kChunk];
+
+  Selection(const SelectLoops<T>& loops, int64_t capacity) : loops(loops), capacity(capacity) { clear(); }
+
+  void clear() {
+    kept.clear();
+    limit = std::numeric_limits<T>::quiet_NaN();
+  }
+
+  // Calls on_nan() for a NaN, and takes what that returns in its place.
+  template <typename OnNan>
+  void offer(const T* values, int n, int64_t first, const OnNan& on_nan) {
+    const int found = loops.find_below(values, n, limit, positions);
+    for (int p = 0; p < found; ++p) {
+      T value = values[positions[p]];
+      if (value >= limit) continue;
+      if (value != value) value = on_nan();
+      kept.emplace_back(value, first + positions[p]);
+      if (kept.size() >= capacity + std::max<size_t>(capacity, 256)) shrink();
+    }
+  }
+
+  void shrink() {
+    if (kept.size() < capacity || capacity == 0) return;
+    std::nth_element(kept.begin(), kept.begin() + (capacity - 1), kept.end());
+    kept.resize(capacity);
+    limit = kept.back().first;
+  }
+};
+
+}  // namespace
+
+void select_nearest(const Filter& filter, int64_t queries, int64_t items, int64_t first, int64_t capacity, float* values, int64_t* numbers,
+                    int instruction_set, const Parallel& parallel) {
+  const auto& affine = sum_loops(instruction_set).affine;
+  parallel(queries, std::max<int64_t>(1, kGrain / std::max<int64_t>(items, 1)), [&](int64_t begin, int64_t end) {
+    Selection<float> selection(select_loops<float>(instruction_set), capacity);
+    float chunk[kChunk];
+    for (int64_t q = begin; q < end; ++q) {
+      selection.clear();
+      for (int64_t i = q * capacity; i < (q + 1) * capacity; ++i)
+        if (numbers[i] >= 0) selection.kept.emplace_back(values[i], numbers[i]);
+      selection.shrink();
+      for (int64_t j = 0; j < items; j += kChunk) {
+        const int n = int(std::min<int64_t>(kChunk, items - j));
+        affine(filter.dots + q * filter.stride + j, filter.item_scale + j, filter.item_shift + j, n, chunk);
+        selection.offer(chunk, n, first + j, [] { return -std::numeric_limits<float>::infinity(); });
+      }
+      selection.shrink();
+      for (size_t i = 0; i < selection.kept.size(); ++i) {
+        values[q * capacity + i] = selection.kept[i].first;
+        numbers[q * capacity + i] = selection.kept[i].second;
+      }
+    }
+  });
+}
+
+template <typename T>
+int64_t nearest_in_distances(const T* distances, int64_t rows, int64_t columns, int64_t stride, int64_t k, T* values, int64_t* numbers,
+                             int instruction_set, const Parallel& parallel) {
+  std::atomic<int64_t> odd = -1;
+  parallel(rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(columns, 1)), [&](int64_t begin, int64_t end) {
+    const Denormals denormals;
+    Selection<T> selection(select_loops<T>(instruction_set), k);
+    for (int64_t row = begin; row < end; ++row) {
+      selection.clear();
+      for (int64_t j = 0; j < columns; j += kChunk)
+        selection.offer(distances + row * stride + j, int(std::min<int64_t>(kChunk, columns - j)), j, [&] { return odd = row, T(0); });
+      selection.shrink();
+      std::sort(selection.kept.begin(), selection.kept.end());
+      for (int64_t i = 0; i < k; ++i) {
+        values[row * k + i] = selection.kept[i].first;
+        numbers[row * k + i] = selection.kept[i].second;
+      }
+    }
+  });
+  return odd;
+}
+
+template int64_t nearest_in_distances(const float*, int64_t, int64_t, int64_t, int64_t, float*, int64_t*, int, const Parallel&);
+template int64_t nearest_in_distances(const double*, int64_t, int64_t, int64_t, int64_t, double*, int64_t*, int, const Parallel&);
+
+}  // namespace mgn

@@ -1,0 +1,122 @@
+#include "reranking_cpu.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace mgn {
+namespace {
+
+constexpr int64_t kGrain = 64;  // rows worth a thread
+
+// A dense row that knows what was added to it.
+struct Sum {
+  std::vector<double> dense;
+  std::vector<char> seen;
+  std::vector<int32_t> touched;
+
+  explicit Sum(int64_t width) : dense(width), seen(width) {}
+
+  void add(int32_t column, double value) {
+    if (!seen[column]) seen[column] = true, touched.push_back(column);
+    dense[column] += value;
+  }
+
+  // Calls what(column, sum), ascending, and clears.
+  template <typename What>
+  void drain(const What& what) {
+    std::sort(touched.begin(), touched.end());
+    for (const int32_t column : touched) {
+      what(column, dense[column]);
+      dense[column] = 0;
+      seen[column] = false;
+    }
+    touched.clear();
+  }
+};
+
+// Rows that several threads make, one after the other: make(row, columns, values) appends.
+template <typename Maker>
+SparseRows gather(int64_t n, const Parallel& parallel, const Maker& maker) {
+  std::vector<std::vector<int32_t>> columns(n);
+  std::vector<std::vector<double>> values(n);
+  parallel(n, kGrain, [&](int64_t begin, int64_t end) {
+    auto make = maker();  // a thread's own memory
+    for (int64_t row = begin; row < end; ++row) make(row, columns[row], values[row]);
+  });
+  SparseRows all{{0}, {}, {}};
+  for (int64_t row = 0; row < n; ++row) all.offsets.push_back(all.offsets.back() + int64_t(columns[row].size()));
+  all.columns.reserve(all.offsets.back());
+  for (int64_t row = 0; row < n; ++row) {
+    all.columns.insert(all.columns.end(), columns[row].begin(), columns[row].end());
+    all.values.insert(all.values.end(), values[row].begin(), values[row].end());
+    std::vector<int32_t>().swap(columns[row]);
+    std::vector<double>().swap(values[row]);
+  }
+  return all;
+}
+
+}  // namespace
+
+SparseRows reciprocal(const int64_t* items, int64_t n, int64_t k, int64_t half, const Parallel& parallel) {
+  half = std::min(half, k);
+  // The first `many` neighbours of i that have i among their own first `many`.
+  const auto mutual = [=](int64_t i, int64_t many, std::vector<int32_t>& found) {
+    found.clear();
+    for (int64_t p = 0; p < many; ++p) {
+      const int64_t* others = items + items[i * k + p] * k;
+      if (std::find(others, others + many, i) != others + many) found.push_back(int32_t(items[i * k + p]));
+    }
+    std::sort(found.begin(), found.end());
+  };
+  return gather(n, parallel, [&] {
+    return [&mutual, k, half, own = std::vector<int32_t>(), of_other = std::vector<int32_t>()](int64_t i, auto& columns, auto&) mutable {
+      mutual(i, k, own);
+      columns = own;
+      for (const int32_t j : own) {
+        mutual(j, half, of_other);
+        const auto shared = std::count_if(of_other.begin(), of_other.end(), [&](int32_t c) { return std::binary_search(own.begin(), own.end(), c); });
+        if (3 * shared > 2 * int64_t(of_other.size())) columns.insert(columns.end(), of_other.begin(), of_other.end());
+      }
+      std::sort(columns.begin(), columns.end());
+      columns.erase(std::unique(columns.begin(), columns.end()), columns.end());
+    };
+  });
+}
+
+SparseRows mean_rows(const Sparse& rows, int64_t width, const int64_t* items, int64_t n, int64_t k, const Parallel& parallel) {
+  return gather(n, parallel, [&] {
+    return [&, sum = Sum(width)](int64_t i, auto& columns, auto& values) mutable {
+      for (int64_t p = i * k; p < (i + 1) * k; ++p)
+        for (int64_t e = rows.offsets[items[p]]; e < rows.offsets[items[p] + 1]; ++e) sum.add(rows.columns[e], rows.values[e]);
+      sum.drain([&](int32_t column, double total) { columns.push_back(column), values.push_back(total / double(k)); });
+    };
+  });
+}
+
+SparseRows transpose(const Sparse& rows, int64_t n, int64_t width) {
+  const int64_t count = rows.offsets[n];
+  SparseRows out{std::vector<int64_t>(width + 1), std::vector<int32_t>(count), std::vector<double>(count)};
+  for (int64_t e = 0; e < count; ++e) ++out.offsets[rows.columns[e] + 1];
+  std::partial_sum(out.offsets.begin(), out.offsets.end(), out.offsets.begin());
+  std::vector<int64_t> next(out.offsets.begin(), out.offsets.end() - 1);
+  for (int64_t row = 0; row < n; ++row)
+    for (int64_t e = rows.offsets[row]; e < rows.offsets[row + 1]; ++e) {
+      const int64_t at = next[rows.columns[e]]++;
+      out.columns[at] = int32_t(row);
+      out.values[at] = rows.values[e];
+    }
+  return out;
+}
+
+SparseRows overlap(const Sparse& rows, int64_t n, const Sparse& columns, int64_t items, const Parallel& parallel) {
+  return gather(n, parallel, [&] {
+    return [&, sum = Sum(items)](int64_t row, auto& found, auto& values) mutable {
+      for (int64_t e = rows.offsets[row]; e < rows.offsets[row + 1]; ++e)
+        for (int64_t o = columns.offsets[rows.columns[e]]; o < columns.offsets[rows.columns[e] + 1]; ++o)
+          sum.add(columns.columns[o], std::min(rows.values[e], columns.values[o]));
+      sum.drain([&](int32_t item, double smallest) { found.push_back(item), values.push_back(1 - smallest / (2 - smallest)); });
+    };
+  });
+}
+
+}  // namespace mgn
