@@ -2,8 +2,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <limits>
-#include <utility>
+#include <type_traits>
 #include <vector>
 
 #include "canonical_cpu.h"
@@ -35,12 +36,34 @@ const SelectLoops<T>& select_loops(int instruction_set) {
   return *kAll[compiled_instruction_set(instruction_set)];
 }
 
+// A value and its item as one unsigned number, in the order of (value, item); -0 and 0 are one value. Items are below 2^32.
+template <typename T>
+struct Packed {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  using Number = std::conditional_t<sizeof(T) == 4, uint64_t, unsigned __int128>;
+  static constexpr Bits kSign = Bits(1) << (8 * sizeof(T) - 1);
+
+  static Number of(T value, int64_t item) {
+    value += T(0);
+    Bits bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return Number(bits & kSign ? ~bits : bits | kSign) << 32 | uint32_t(item);
+  }
+  static T value(Number packed) {
+    const Bits ordered = Bits(packed >> 32), bits = ordered & kSign ? ordered ^ kSign : ~ordered;
+    T value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+  static int64_t item(Number packed) { return uint32_t(packed); }
+};
+
 // The `capacity` smallest of a row by (value, item), from chunk to chunk. Up to twice as many are collected before the largest go.
 template <typename T>
 struct Selection {
   const SelectLoops<T>& loops;
   const size_t capacity;
-  std::vector<std::pair<T, int64_t>> kept;
+  std::vector<typename Packed<T>::Number> kept;
   T limit;  // of what may enter; NaN as long as anything may
   int positions[kChunk];
 
@@ -59,16 +82,16 @@ struct Selection {
       T value = values[positions[p]];
       if (value >= limit) continue;
       if (value != value) value = on_nan();
-      kept.emplace_back(value, first + positions[p]);
-      if (kept.size() >= capacity + std::max<size_t>(capacity, 256)) shrink();
+      kept.push_back(Packed<T>::of(value, first + positions[p]));
+      if (kept.size() >= capacity + std::max<size_t>(capacity, 64)) shrink();
     }
   }
 
   void shrink() {
     if (kept.size() < capacity || capacity == 0) return;
-    std::nth_element(kept.begin(), kept.begin() + (capacity - 1), kept.end());
+    if (kept.size() > capacity) std::nth_element(kept.begin(), kept.begin() + (capacity - 1), kept.end());
     kept.resize(capacity);
-    limit = kept.back().first;
+    limit = Packed<T>::value(*std::max_element(kept.begin(), kept.end()));
   }
 };
 
@@ -83,7 +106,7 @@ void select_nearest(const Filter& filter, int64_t queries, int64_t items, int64_
     for (int64_t q = begin; q < end; ++q) {
       selection.clear();
       for (int64_t i = q * capacity; i < (q + 1) * capacity; ++i)
-        if (numbers[i] >= 0) selection.kept.emplace_back(values[i], numbers[i]);
+        if (numbers[i] >= 0) selection.kept.push_back(Packed<float>::of(values[i], numbers[i]));
       selection.shrink();
       for (int64_t j = 0; j < items; j += kChunk) {
         const int n = int(std::min<int64_t>(kChunk, items - j));
@@ -92,8 +115,8 @@ void select_nearest(const Filter& filter, int64_t queries, int64_t items, int64_
       }
       selection.shrink();
       for (size_t i = 0; i < selection.kept.size(); ++i) {
-        values[q * capacity + i] = selection.kept[i].first;
-        numbers[q * capacity + i] = selection.kept[i].second;
+        values[q * capacity + i] = Packed<float>::value(selection.kept[i]);
+        numbers[q * capacity + i] = Packed<float>::item(selection.kept[i]);
       }
     }
   });
@@ -113,8 +136,8 @@ int64_t nearest_in_distances(const T* distances, int64_t rows, int64_t columns, 
       selection.shrink();
       std::sort(selection.kept.begin(), selection.kept.end());
       for (int64_t i = 0; i < k; ++i) {
-        values[row * k + i] = selection.kept[i].first;
-        numbers[row * k + i] = selection.kept[i].second;
+        numbers[row * k + i] = Packed<T>::item(selection.kept[i]);
+        values[row * k + i] = distances[row * stride + numbers[row * k + i]];
       }
     }
   });

@@ -11,9 +11,12 @@ TARGET int find_below(const T* values, int n, T limit, int* positions) {
   for (; j + step <= n; j += step) {
     const Lanes* four = reinterpret_cast<const Lanes*>(values + j);
     if (all_set((four[0] >= limit) & (four[1] >= limit) & (four[2] >= limit) & (four[3] >= limit))) continue;
-    for (int i = j; i < j + step; ++i) {
-      positions[count] = i;
-      count += !(values[i] >= limit);
+    for (int part = 0; part < 4; ++part) {
+      if (all_set(four[part] >= limit)) continue;
+      for (int i = j + part * lanes; i < j + (part + 1) * lanes; ++i) {
+        positions[count] = i;
+        count += !(values[i] >= limit);
+      }
     }
   }
   for (; j < n; ++j) {

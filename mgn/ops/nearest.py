@@ -82,8 +82,8 @@ torch.library.define('mgn::topk_from_distance', '(Tensor dist, int k) -> (Tensor
 
 
 def _topk(query, gallery, k, metric, precision, exclude_self):
-    device, cosine = query.device, metric == 'cosine'
-    if device.type not in ('cpu', 'cuda'):  # mps has no float64
+    cosine = metric == 'cosine'
+    if query.device.type not in ('cpu', 'cuda'):  # mps has no float64
         one = same(query, gallery)
         query = query.cpu()
         gallery = query if one else gallery.cpu()
@@ -92,19 +92,19 @@ def _topk(query, gallery, k, metric, precision, exclude_self):
     k = min(k, len(gallery) - (1 if exclude_self and len(gallery) else 0))
     keys, items = nearest(compiled, query, gallery, query_norms, gallery_norms, k, cosine, precision, exclude_self)
     distances = keys.add_(1).clamp_(min=0) if cosine else torch.from_numpy(np.sqrt(keys.numpy()))  # torch's root is not rounded to nearest
-    return distances.to(device), items.to(device)
+    return distances.to(query.device), items.to(query.device)
 
 
 def nearest(compiled, query, gallery, query_norms, gallery_norms, k, cosine, precision='float32', exclude_self=False, farthest=False):
     """Keys (Q, k) float64 and items (Q, k) int64 of the k nearest; with `farthest` also the largest key of each query, (Q,). On the CPU."""
     wanted = [(k, 1)] + [(1, -1)] * farthest  # how many, and in which direction of the key
     results = [(torch.empty(len(query), count, dtype=torch.float64), torch.empty(len(query), count, dtype=torch.int64)) for count, _ in wanted]
-    if len(gallery) == 0 or len(query) == 0:
+    if len(gallery) == 0 or len(query) == 0 or k == 0:
         return *results[0], *(keys[:, 0] for keys, _ in results[1:])
     device, width = query.device, query.shape[1]
     precision = filter.available(precision, device) if width else 'float32'
     item_scale, item_shift, largest = filter.item_terms(gallery_norms, cosine)
-    capacities = [min(count + exclude_self + max(64, count // 2), len(gallery)) for count, _ in wanted]
+    capacities = [min(count + exclude_self + max(16, count // 2), len(gallery)) for count, _ in wanted]
     items_at_once, queries_at_once = tile_of(query, gallery)
     one = same(query, gallery) and len(query) * sum(capacities) * 12 <= STATE
     if one:
@@ -134,7 +134,7 @@ def nearest(compiled, query, gallery, query_norms, gallery_norms, k, cosine, pre
             for (count, sign), (keys, items), selected in zip(wanted, results, chosen.pop(block.start)):
                 settled = settle(compiled, query, gallery, block, *selected, error[block], count, sign, cosine, exclude_self)
                 keys[block], items[block], crowded, bound = settled
-                for some in crowded.split(CROWDED):
+                for some in crowded.split(CROWDED) if len(crowded) else ():
                     keys[some], items[some] = of_crowded(compiled, query, gallery, some, bound[some - block.start], item_scale, item_shift, count,
                                                          sign, cosine, exclude_self, precision)
     return *results[0], *(keys[:, 0] for keys, _ in results[1:])
@@ -156,7 +156,7 @@ def settle(compiled, query, gallery, block, values, items, error, k, sign, cosin
     kth = values.gather(1, (unknown + k - 1).clamp(max=capacity - 1)[:, None])[:, 0].double()
     kth[unknown + k > capacity] = torch.inf
     bound = kth + 2 * error
-    crowded = bound.isinf() if capacity == len(gallery) else ~(values[:, -1] > bound)
+    crowded = bound.isinf() if capacity == len(gallery) else ~(values[:, -1 - exclude_self] > bound)  # the last may be the query itself
     crowded |= error.isinf()
     candidates = (values <= bound[:, None]) & (items >= 0) & ~crowded[:, None]
     candidates = candidates[:, :max(int(candidates.sum(1).max()), k)]

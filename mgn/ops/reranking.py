@@ -5,6 +5,8 @@ mean over i's k2 nearest. The final distance (1 − λ) · Jaccard + λ · d² /
 overlap. So a query's gallery is counted as match_ranks counts it, and its few hundred overlaps one by one.
 """
 
+import numbers
+
 import numpy as np
 import torch
 
@@ -72,7 +74,7 @@ def want_parameters(k1, k2, lambda_value):
     for name, value in (('k1', k1), ('k2', k2)):
         if isinstance(value, bool) or not hasattr(value, '__index__') or value < 1:
             raise ValueError(f'want {name} as an integer from 1, got {value!r}; usual are k1=20, k2=6')
-    if not 0 <= lambda_value <= 1:
+    if not isinstance(lambda_value, numbers.Real) or isinstance(lambda_value, bool) or not 0 <= lambda_value <= 1:
         raise ValueError(f'want lambda_value from 0 to 1, got {lambda_value!r}; 0.3 is usual, 1 ranks by the original distance')
 
 

@@ -1,0 +1,304 @@
+"""The k nearest by features against a loop that computes every canonical key and sorts, and by distances against a stable sort."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from implementations import IMPLEMENTATIONS, run_as
+from mining import examples
+from rankings import METRICS, extremes, naive_key, near_ties, problem
+
+from mgn.ops import filter, nearest, topk, topk_from_distance
+from mgn.ops.filter import PRECISIONS
+
+FIXTURES = {'deadline': None, 'derandomize': True, 'suppress_health_check': [HealthCheck.function_scoped_fixture]}
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request, monkeypatch):
+    return run_as(request.param, 'nearest', monkeypatch, 'cpu')
+
+
+def naive(query, gallery, k, metric='cosine', exclude_self=False):
+    """(indices, keys) of each query by sorting pure Python numbers."""
+    query, gallery = ([[float(x) for x in row] for row in features] for features in (query, gallery))
+    ranked = [sorted((naive_key(q, g, metric), j) for j, g in enumerate(gallery) if not exclude_self or j != i)[:k] for i, q in enumerate(query)]
+    return [[j for _, j in row] for row in ranked], [[key for key, _ in row] for row in ranked]
+
+
+def check(query, gallery, k, metric='cosine', exclude_self=False, **options):
+    distances, indices = topk(query, gallery, k, metric, exclude_self=exclude_self, **options)
+    expected, keys = naive(query, gallery, k, metric, exclude_self)
+    assert indices.tolist() == expected
+    keys = np.array(keys, np.float64).reshape(distances.shape)
+    assert np.array_equal(distances, np.maximum(1 + keys, 0) if metric == 'cosine' else np.sqrt(keys))
+
+
+@pytest.mark.parametrize('G, k', [(1, 1), (1, 3), (2, 1), (31, 5), (33, 33), (33, 32), (129, 20), (129, 4096)])
+@pytest.mark.parametrize('D', [1, 2, 17, 129])
+@pytest.mark.parametrize('metric', METRICS)
+def test_neighbours_equal_the_naive_loop_at_every_size(implementation, metric, D, G, k):
+    query, gallery, *_ = problem(5, G, D)
+    check(query, gallery, k, metric)
+
+
+@pytest.mark.parametrize('make', [near_ties, extremes, lambda Q, G, D: problem(Q, G, D, levels=2)])
+@pytest.mark.parametrize('k', [1, 7, 30])
+@pytest.mark.parametrize('metric', METRICS)
+def test_ties_near_ties_and_extremes(implementation, metric, k, make):
+    query, gallery, *_ = make(5, 80, 33)
+    check(query, gallery, k, metric)
+    check(gallery, gallery, k, metric)
+    check(gallery, gallery, k, metric, exclude_self=True)
+
+
+@settings(**FIXTURES, max_examples=examples(200))
+@given(st.data())
+def test_neighbours_equal_the_naive_loop_on_anything(implementation, data):
+    Q, G, D, k = (data.draw(st.integers(low, high)) for low, high in ((0, 4), (0, 24), (1, 20), (1, 30)))
+    quantised = st.sampled_from([-1.0, 0.0, 0.0, 1.0, 2.0])
+    values = data.draw(st.sampled_from([quantised, st.floats(width=32, allow_nan=False, allow_infinity=False)]))
+    query, gallery = (np.array(data.draw(st.lists(st.lists(values, min_size=D, max_size=D), min_size=n, max_size=n)),
+                               np.float32).reshape(n, D) for n in (Q, G))
+    metric, one, exclude_self = (data.draw(st.sampled_from(choices)) for choices in (METRICS, [True, False], [True, False]))
+    check(gallery if one else query, gallery, k, metric, one and exclude_self)
+
+
+@pytest.mark.parametrize('metric', METRICS)
+@pytest.mark.parametrize('exclude_self', [False, True])
+def test_identical_features_everywhere_are_taken_in_order(implementation, metric, exclude_self):
+    features = np.full((150, 9), 0.1, np.float32)
+    indices = topk(features, features, 40, metric, exclude_self=exclude_self).indices
+    assert indices.tolist() == [[j for j in range(41) if not exclude_self or j != i][:40] for i in range(150)]
+
+
+@pytest.mark.parametrize('metric', METRICS)
+def test_more_ties_than_are_selected_and_some_that_are_nearer(implementation, metric):
+    rng = np.random.default_rng(0)
+    gallery = rng.standard_normal((300, 17)).astype(np.float32)
+    gallery[rng.permutation(300)[:200]] = gallery[7]
+    query = np.concatenate((gallery[7:8] + np.float32(0.01), rng.standard_normal((5, 17)).astype(np.float32), gallery[7:8]))
+    for k in (1, 3, 50, 250):
+        check(query, gallery, k, metric)
+        check(gallery, gallery, k, metric, exclude_self=True)
+
+
+def test_zero_vectors_and_features_of_width_0(implementation):
+    check(np.zeros((2, 4), np.float32), problem(1, 9, 4)[1], 5)
+    check(problem(1, 9, 4)[1], np.zeros((30, 4), np.float32), 5)
+    for metric in METRICS:
+        assert topk(np.empty((2, 0), np.float32), np.empty((5, 0), np.float32), 3, metric).indices.tolist() == [[0, 1, 2]] * 2
+
+
+def clustered(Q=60, G=2500, D=64, seed=0):
+    rng = np.random.default_rng(seed)
+    centres, basis = rng.standard_normal((50, 8)), rng.standard_normal((8, D))
+    query, gallery = ((centres[rng.integers(0, 50, n)] + rng.standard_normal((n, 8))) @ basis for n in (Q, G))
+    gallery[rng.integers(0, G, 300)] = gallery[rng.integers(0, G, 300)]
+    return query.astype(np.float32), gallery.astype(np.float32)
+
+
+def same(a, b):
+    return np.array_equal(a.indices, b.indices) and np.array_equal(a.distances, b.distances)
+
+
+@pytest.mark.parametrize('metric', METRICS)
+@pytest.mark.parametrize('exclude_self', [False, True])
+def test_tiles_threads_precision_and_taking_one_tensor_twice_change_nothing(monkeypatch, metric, exclude_self):
+    query, gallery = clustered()
+    few = gallery[:700]
+    expected = topk(query, gallery, 25, metric), topk(few, few, 25, metric, exclude_self=exclude_self)
+    monkeypatch.setattr(filter, 'available', lambda precision, device: precision)
+
+    def unchanged(**options):
+        return same(topk(query, gallery, 25, metric, **options), expected[0]) and same(
+            topk(few, few, 25, metric, exclude_self=exclude_self, **options), expected[1])
+    for tile in ((100, 64), (64, 7), (999, 2000)):
+        monkeypatch.setattr(nearest, 'tile_of', lambda query, gallery: tile)
+        assert unchanged()
+    if not exclude_self:
+        assert same(topk(few, few.copy(), 25, metric), expected[1])
+    monkeypatch.setattr(nearest, 'STATE', 0)  # one block after the other, nothing twice
+    assert unchanged()
+    for precision in PRECISIONS:
+        assert unchanged(precision=precision)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert unchanged()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_coarse_product_leaves_more_to_the_keys_and_changes_nothing(implementation, monkeypatch):
+    query, gallery = clustered(20, 400)
+    expected = naive(query, gallery, 10)[0]
+    monkeypatch.setattr(filter, 'gemms', lambda device: (lambda q, g: q.bfloat16().float() @ g.bfloat16().float().T,))
+    monkeypatch.setattr(filter, 'float32_is_float32', lambda device: False)
+    assert topk(query, gallery, 10).indices.tolist() == expected
+
+
+def test_every_container_type_and_layout(implementation):
+    query, gallery = (x.astype(np.float16).astype(np.float32) for x in problem(6, 65, 33)[:2])
+    expected = naive(query, gallery, 9)[0]
+    for q, g in ((query.astype(np.float16), gallery.astype(np.float16)), (np.asfortranarray(query), np.repeat(gallery, 2, 0)[::2])):
+        result = topk(q, g, 9)
+        assert isinstance(result.indices, np.ndarray) and result.indices.tolist() == expected
+        assert (result.distances.dtype, result.indices.dtype) == (np.float64, np.int64)
+    query, gallery = torch.from_numpy(query), torch.from_numpy(gallery)
+    for q, g in ((query, gallery), (query.half(), gallery.half()), (query.bfloat16().half(), gallery), (query.requires_grad_(), gallery),
+                 (query.detach().T.contiguous().T, gallery)):
+        result = topk(q, g, 9)
+        assert isinstance(result.indices, torch.Tensor) and not result.distances.requires_grad
+        assert result.indices.tolist() == (expected if q.dtype == g.dtype else naive(q.float(), g, 9)[0])
+
+
+@pytest.mark.parametrize('Q, G', [(0, 0), (0, 5), (5, 0)])
+def test_no_query_or_no_gallery(implementation, Q, G):
+    query, gallery = np.empty((Q, 8), np.float32), np.ones((G, 8), np.float32)
+    assert topk(query, gallery, 3).indices.shape == (Q, min(3, G))
+    assert topk(gallery[:1], gallery[:1], 3, exclude_self=False).indices.shape == (min(G, 1), min(G, 1))
+    assert topk(gallery, gallery, 9, exclude_self=True).indices.shape == (G, max(G - 1, 0))
+    assert topk_from_distance(np.empty((Q, G)), 3).indices.shape == (Q, min(3, G))
+
+
+@pytest.mark.parametrize('k', [0, -1, 4097, 2.0, True, None])
+def test_k_out_of_range_is_refused(k):
+    with pytest.raises(ValueError, match='want k as an integer from 1 to 4096'):
+        topk(*problem(3, 4, 5)[:2], k)
+    with pytest.raises(ValueError, match='want k as an integer from 1 to 4096'):
+        topk_from_distance(np.zeros((3, 4)), k)
+
+
+def test_bad_features_and_options_are_refused_by_name(implementation):
+    query, gallery, *_ = problem(33, 33, 5)
+    for args, message in (((query, gallery[:, :4], 3), 'one width'), ((query.astype(float), gallery, 3), 'want query features'),
+                          ((query, gallery, 3, 'manhattan'), "got 'manhattan'"), ((query, gallery, 3, 'cosine', 'int8'), "got 'int8'"),
+                          ((query, gallery, 3, 'cosine', 'float32', True), 'same tensor for exclude_self=True')):
+        with pytest.raises(ValueError, match=message):
+            topk(*args)
+    for which, name in ((0, 'query'), (1, 'gallery')):
+        args = [query.copy(), gallery.copy()]
+        args[which][31, 4] = np.nan
+        with pytest.raises(ValueError, match=f'want finite {name} features, got NaN or infinity in row 31'):
+            topk(*args, 3)
+
+
+def sorted_first(dist, k):
+    order = torch.as_tensor(dist).double().sort(dim=1, stable=True)[1][:, :k]
+    return torch.as_tensor(dist).gather(1, order), order
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize('levels', [None, 3])
+@pytest.mark.parametrize('G, k', [(1, 1), (17, 5), (33, 33), (129, 500), (2051, 1), (5000, 30), (5000, 700)])
+def test_of_distances_the_first_of_a_stable_sort(implementation, dtype, levels, G, k):
+    dist = torch.from_numpy(np.random.default_rng(0).standard_normal((4, G)))
+    dist = ((dist * levels).round() if levels else dist).to(dtype)
+    distances, indices = topk_from_distance(dist, k)
+    assert distances.dtype == dtype
+    assert all(torch.equal(*pair) for pair in zip((distances, indices), sorted_first(dist, k)))
+
+
+@settings(**FIXTURES, max_examples=examples(200))
+@given(st.data())
+def test_of_distances_the_first_of_a_stable_sort_on_anything(implementation, data):
+    Q, G, k = data.draw(st.integers(0, 4)), data.draw(st.integers(0, 300)), data.draw(st.integers(1, 40))
+    dtype = data.draw(st.sampled_from([np.float16, np.float32, np.float64]))
+    if data.draw(st.booleans()):
+        dist = np.random.default_rng(data.draw(st.integers(0, 2 ** 32))).integers(-3, 9, (Q, G)).astype(dtype)
+    else:
+        values = data.draw(st.sampled_from([st.sampled_from([0.0, -0.0, 1.0, np.inf, -np.inf]),
+                                            st.floats(width=np.dtype(dtype).itemsize * 8, allow_nan=False)]))
+        dist = np.array(data.draw(st.lists(st.lists(values, min_size=G % 30, max_size=G % 30), min_size=Q, max_size=Q)), dtype).reshape(Q, G % 30)
+    distances, indices = topk_from_distance(dist, k)
+    expected = np.array([sorted(range(dist.shape[1]), key=lambda j: (float(row[j]), j))[:k] for row in dist], int).reshape(indices.shape)
+    assert np.array_equal(indices, expected)
+    assert distances.dtype == dtype and distances.tobytes() == np.take_along_axis(dist, expected, 1).tobytes()  # −0 stays −0
+
+
+def test_of_distances_in_any_layout_order_and_number_of_threads(implementation):
+    dist = torch.from_numpy(np.random.default_rng(0).integers(0, 50, (40, 3000)).astype(np.float32))
+    expected = sorted_first(dist, 60)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for laid_out in (dist, dist.T.contiguous().T, dist.repeat_interleave(2, 1)[:, ::2], dist.repeat(2, 1)[:40], dist.requires_grad_()):
+                result = topk_from_distance(laid_out, 60)
+                assert all(torch.equal(*pair) for pair in zip(result, expected)) and not result.distances.requires_grad
+            assert np.array_equal(topk_from_distance(dist.detach().numpy()[:, ::-1], 60).distances, expected[0])
+    finally:
+        torch.set_num_threads(threads)
+    for ascending in (torch.arange(9000.0)[None], -torch.arange(9000.0)[None]):
+        assert topk_from_distance(ascending, 80).indices.tolist() == sorted_first(ascending, 80)[1].tolist()
+
+
+@pytest.mark.parametrize('dtype', [np.float16, np.float32, np.float64])
+def test_of_distances_a_nan_is_named(implementation, dtype):
+    for place in ((0, 0), (2, 299), (1, 150)):
+        dist = np.random.default_rng(0).standard_normal((3, 300)).astype(dtype)
+        dist[place] = np.nan
+        for laid_out in (dist, np.asfortranarray(dist)):
+            with pytest.raises(ValueError, match=f'got NaN at row {place[0]}, column {place[1]}'):
+                topk_from_distance(laid_out, 5)
+
+
+@pytest.mark.parametrize('dist, message', [(np.zeros((3, 4), int), 'floating point'), (np.zeros(4), r'dist \(Q, G\)'), (np.zeros((3, 4), complex), 'complex')])
+def test_what_is_no_matrix_of_distances_is_refused(dist, message):
+    with pytest.raises(ValueError, match=message):
+        topk_from_distance(dist, 2)
+
+
+def test_denormals_are_values_whatever_torch_is_told(implementation):
+    dist = torch.tensor([[3e-40, 1e-40, 0, 2e-40]])
+    torch.set_flush_denormal(True)
+    try:
+        assert topk_from_distance(dist, 4).indices.tolist() == [[2, 1, 3, 0]]
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize('metric', METRICS)
+def test_the_operators_keep_torchs_contract(device, metric):
+    query, gallery = (torch.from_numpy(x).to(device) for x in problem(5, 40, 9)[:2])
+    torch.library.opcheck(torch.ops.mgn.topk.default, (query, gallery, 7, metric, 'float32', False))
+    torch.library.opcheck(torch.ops.mgn.topk.default, (gallery, gallery, 60, metric, 'float32', True))
+    torch.library.opcheck(torch.ops.mgn.topk_from_distance.default, (torch.cdist(query, gallery), 7))
+    compiled = torch.compile(lambda q, g: topk(q, g, 7, metric).indices * 2, backend='aot_eager')
+    assert torch.equal(compiled(query, gallery), topk(query, gallery, 7, metric).indices * 2)
+
+
+MEMORY = '''
+import sys
+import numpy as np, torch
+from mgn import ops
+torch.set_num_threads(2)
+Q, G, D, k, one = map(int, sys.argv[1:])
+gallery = torch.from_numpy(np.random.default_rng(0).standard_normal((G, D), np.float32))
+query = gallery if one else gallery[:Q].clone()
+ops.topk(query[:99], gallery[:99], k)  # loads what there is to load
+def high_water():
+    with open('/proc/self/status') as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM')) * 1024
+with open('/proc/self/clear_refs', 'w') as file:
+    file.write('5')  # the mark falls to what is held now
+before = high_water()
+result = ops.topk(query, gallery, k)
+entries = result.indices.numel()
+print(high_water() - before, 2 ** 28 + 48 * (Q + G) + 46 * entries + 2 ** 30 * one)
+'''
+
+
+@pytest.mark.parametrize('case', [(3000, 40_000, 128, 30, 0), (2500, 9_000, 64, 4096, 0), (30_000, 30_000, 32, 100, 1), (40, 1_000_000, 4, 7, 0)])
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='only Linux tells the most memory since a moment')
+def test_memory_stays_within_its_bound(case):
+    done = subprocess.run([sys.executable, '-c', MEMORY, *map(str, case)], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': os.getcwd()})
+    assert done.returncode == 0, done.stderr
+    peak, bound = map(int, done.stdout.split())
+    assert 0 < peak <= bound
