@@ -13,10 +13,13 @@ import torch.nn.functional as F
 from mgn import checkpoint as checkpoints
 from mgn.augmentation import normalise
 from mgn.datasets import check_dataset
+from mgn.expansion import expand_queries, want_alpha
 from mgn.images import TestBatches, batches
 from mgn.metrics import retrieval_metrics
 from mgn.model import MGN
-from mgn.ops import match_ranks
+from mgn.ops import k_reciprocal_ranks, match_ranks
+from mgn.ops.nearest import LARGEST_K
+from mgn.ops.reranking import want_parameters
 from mgn.runlog import progress, write_text
 
 logger = logging.getLogger(__name__)
@@ -36,8 +39,8 @@ def evaluate_checkpoint(checkpoint, weights=gin.REQUIRED, dataset=gin.REQUIRED, 
 
 @gin.configurable(denylist=['model', 'dataset', 'device'])
 def evaluate(model, dataset, device, input_size=gin.REQUIRED, batch_size=64, workers=4, flip_test=False,
-             cross_camera=True):
-    """Ranks the gallery for every query by cosine distance of the test features.
+             cross_camera=True, query_expansion=0, alpha=3.0, rerank=False, k1=20, k2=6, lambda_value=0.3):
+    """Ranks the gallery for every query by cosine distance of the test features; then again, where asked, with query expansion and re-ranking.
 
     Args:
         model: MGN. dataset: Dataset. device: torch.device that the model is on.
@@ -45,24 +48,37 @@ def evaluate(model, dataset, device, input_size=gin.REQUIRED, batch_size=64, wor
         flip_test: average the features of image and mirrored image.
         cross_camera: a true match comes from another camera. False for data of one camera or none: then only the
             query's own file, known by its name, is left out.
+        query_expansion: gallery items averaged into each query (`mgn.expansion.expand_queries`), at most 4096; 0: none. alpha: exponent
+            of their weights.
+        rerank: re-rank the features, of expanded queries if there are, by `mgn.ops.k_reciprocal_ranks`, whose k1, k2 and lambda_value are
+            given. As published, neighbours are all of the gallery, also what is left out of a query's ranks.
     Returns:
         dict with rank1, rank5, rank10, mAP, mAP_trapezoid, mINP (fractions), what they were measured on, the seconds of both
-        stages, the share of pairs of query and gallery that their keys decided, and the process's peak memory.
+        stages, the share of pairs of query and gallery that their keys decided, and the process's peak memory, all of plain ranking.
+        Where asked, 'query_expansion' and 'rerank' are dicts: the stage's parameters, the same six fractions, its seconds, and the
+        peak memory. That is the most since the process began, so a stage cannot show less than those before it.
     Raises:
-        ValueError: unreadable images, or no query with a match.
+        ValueError: options out of range, before any image is read; unreadable images, or no query with a match.
     """
     check_dataset(dataset)
     if batch_size < 1:
         raise ValueError(f'want evaluate.batch_size >= 1, got {batch_size}')
+    if isinstance(query_expansion, bool) or not isinstance(query_expansion, int) or not 0 <= query_expansion <= LARGEST_K:
+        raise ValueError(f'want evaluate.query_expansion as an integer from 0 to {LARGEST_K}, got {query_expansion!r}; it is how many gallery items '
+                         f'are averaged into a query, 0 for none')
+    if not isinstance(rerank, bool):
+        raise ValueError(f'want evaluate.rerank True or False, got {rerank!r}; bind evaluate.k1, k2 and lambda_value for its parameters')
+    want_alpha(alpha)
+    want_parameters(k1, k2, lambda_value)
     query_camids, gallery_camids = match_groups(dataset, cross_camera)
     start = time.perf_counter()
     features = extract_features(model, dataset.query + dataset.gallery, device, input_size, batch_size, workers, flip_test)
     extracted = time.perf_counter()
-    query_pids, gallery_pids = ([sample.pid for sample in part] for part in (dataset.query, dataset.gallery))
+    ids = *([sample.pid for sample in part] for part in (dataset.query, dataset.gallery)), query_camids, gallery_camids
     if device.type == 'cuda':
         features = features.to(device)
     query, gallery = features[:len(dataset.query)], features[len(dataset.query):]
-    ranks = match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery_camids)
+    ranks = match_ranks(query, gallery, *ids)
     ranked = time.perf_counter()
     redecided = ranks.redecided / max(len(query) * len(gallery), 1)
     logger.info('decoding and features %.3f s, matrix product and counting %.3f s, %.4f %% of pairs decided by their keys, peak memory '
@@ -70,12 +86,35 @@ def evaluate(model, dataset, device, input_size=gin.REQUIRED, batch_size=64, wor
     unmatched = int((ranks.offsets[1:] == ranks.offsets[:-1]).sum())
     if unmatched:
         logger.warning('%d of %d queries have no true match and are left out', unmatched, len(query))
-    return {'dataset': dataset.name, 'data_root': dataset.root, **retrieval_metrics(ranks.offsets, ranks.ranks),
-            'queries': len(query), 'queries_without_match': unmatched, 'gallery': len(gallery),
-            'cross_camera': cross_camera, 'flip_test': flip_test, 'input_size': list(input_size),
-            'features_s': round(extracted - start, 3), 'ranking_s': round(ranked - extracted, 3), 'redecided': redecided,
-            'peak_memory_mb': peak_memory_mb(),
-            **({'peak_gpu_memory_mb': torch.cuda.max_memory_allocated(device) // 2 ** 20} if device.type == 'cuda' else {})}
+    results = {'dataset': dataset.name, 'data_root': dataset.root, **retrieval_metrics(ranks.offsets, ranks.ranks),
+               'queries': len(query), 'queries_without_match': unmatched, 'gallery': len(gallery),
+               'cross_camera': cross_camera, 'flip_test': flip_test, 'input_size': list(input_size),
+               'features_s': round(extracted - start, 3), 'ranking_s': round(ranked - extracted, 3), 'redecided': redecided,
+               **peak_memory(device)}
+    if query_expansion:
+        start = time.perf_counter()
+        query = expand_queries(query, gallery, query_expansion, alpha)
+        ranks = match_ranks(query, gallery, *ids)
+        results['query_expansion'] = {'k': query_expansion, 'alpha': alpha, **retrieval_metrics(ranks.offsets, ranks.ranks),
+                                      **spent('query expansion and ranking', start, device)}
+    if rerank:
+        start = time.perf_counter()
+        ranks = k_reciprocal_ranks(query, gallery, *ids, k1, k2, lambda_value)
+        results['rerank'] = {'k1': k1, 'k2': k2, 'lambda_value': lambda_value, 'expanded': query_expansion > 0,
+                             **retrieval_metrics(ranks.offsets, ranks.ranks), **spent('re-ranking', start, device)}
+    return results
+
+
+def spent(stage, start, device):
+    """Seconds since `start` and peak memory so far, logged."""
+    seconds = time.perf_counter() - start
+    logger.info('%s %.3f s, peak memory %s MB', stage, seconds, peak_memory_mb())
+    return {'seconds': round(seconds, 3), **peak_memory(device)}
+
+
+def peak_memory(device):
+    gpu = {'peak_gpu_memory_mb': torch.cuda.max_memory_allocated(device) // 2 ** 20} if device.type == 'cuda' else {}
+    return {'peak_memory_mb': peak_memory_mb(), **gpu}
 
 
 def peak_memory_mb():
@@ -149,9 +188,12 @@ def table(results):
     """The results in per cent, as one prints them."""
     names = ('rank1', 'rank5', 'rank10', 'mAP', 'mAP_trapezoid', 'mINP')
     widths = [max(len(name), 6) for name in names]
-    first = max(len(results['dataset']), len('data set'))
-    rows = [['data set'.ljust(first), *(name.rjust(w) for name, w in zip(names, widths))],
-            [results['dataset'].ljust(first), *(f'{100 * results[name]:.2f}'.rjust(w) for name, w in zip(names, widths))]]
+    stages = [(results['dataset'], results), ('+ query expansion', results.get('query_expansion')), ('+ re-ranking', results.get('rerank'))]
+    stages = [(label, figures) for label, figures in stages if figures]
+    first = max(len(label) for label in ('data set', *(label for label, _ in stages)))
+    rows = [['data set'.ljust(first), *(name.rjust(w) for name, w in zip(names, widths))]]
+    for label, figures in stages:
+        rows.append([label.ljust(first), *(f'{100 * figures[name]:.2f}'.rjust(w) for name, w in zip(names, widths))])
     notes = f"per cent; {results['queries']} queries, {results['queries_without_match']} of them without a match; " \
             f"{results['gallery']} in the gallery"
     return '\n'.join(['  '.join(row) for row in rows] + [notes])

@@ -43,6 +43,19 @@ def naive_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery_
     return result
 
 
+def naive_expansion(query, gallery, k, alpha):
+    """α query expansion of (Q, D) and (G, D) arrays, one query and one item at a time; float64."""
+    def unit(row):
+        norm = np.sqrt((row * row).sum())
+        return row / norm if norm else row
+    query, gallery = (np.asarray(features, np.float64) for features in (query, gallery))
+    expanded = np.zeros_like(query)
+    for q, row in enumerate(query):
+        nearest = sorted((naive_key(row.tolist(), g.tolist()), index) for index, g in enumerate(gallery))[:k]
+        expanded[q] = unit(unit(row) + sum(max(-key, 0) ** alpha * unit(gallery[index]) for key, index in nearest))
+    return expanded
+
+
 def ranks_of(*args, **options):
     offsets, ranks, _ = match_ranks(*args, **options)
     assert offsets.dtype == ranks.dtype == np.int64 and offsets[0] == 0 and offsets[-1] == len(ranks)

@@ -177,6 +177,7 @@ MISTAKES = [
     ('mgn.eval', ["--gin_bindings=weights = 'nowhere.pth'"], 'no file .*nowhere.pth'),
     ('mgn.eval', ["--gin_bindings=weights = 'my.gin'"], 'checkpoint written by mgn.train, got .*my.gin'),
     ('mgn.eval', ["--gin_bindings=weight = 'my.gin'"], 'weights'),
+    ('mgn.train', ['--gin_file=my.gin', "--gin_bindings=output_dir = 'bad'", '--gin_bindings=rerank = 20'], 'evaluate.rerank True or False, got 20'),
 ]
 # The long import is done once; then every mistake is made by a process of its own, as by python -m.
 MAKE_MISTAKES = """

@@ -1,22 +1,28 @@
 """Evaluation against a naive pipeline that looks at one image and one pair at a time; what stops it; what it writes."""
 
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
 
 import gin
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import write_image, write_market
+from rankings import naive_expansion, naive_key
 from thin import thin  # noqa: F401
 from torchvision.io import ImageReadMode, decode_image, read_file, write_png
 
 from mgn import checkpoint, config, evaluation
 from mgn.datasets import market_layout
-from mgn.evaluation import evaluate, extract_features
+from mgn.evaluation import evaluate, extract_features, table
+from mgn.metrics import retrieval_metrics
 from mgn.model import MGN
+from mgn.ops import match_ranks_from_distance
+from mgn.ops.reranking_reference import final_distances
 
 pytestmark = pytest.mark.usefixtures('thin')
 
@@ -205,6 +211,90 @@ def test_without_cameras_only_the_querys_own_file_is_left_out(model, tmp_path, r
     assert got['gallery'] == len(list((root / 'bounding_box_test').iterdir())) - 1  # without the junk box
 
 
+def naive_stages(model, root, k=0, alpha=3.0, k1=20, k2=6, lambda_value=0.3):
+    """Figures by the cosine of expanded queries, and by the published formula of re-ranking on dense matrices."""
+    dataset = market_layout(str(root))
+    features = extract_features(model, dataset.query + dataset.gallery, CPU, SIZE, 64, 0, False).numpy()
+    query, gallery = features[:len(dataset.query)], features[len(dataset.query):]
+    if k:
+        query = naive_expansion(query, gallery, k, alpha).astype(np.float32)
+    rows = [[float(x) for x in row] for row in np.concatenate((query, gallery))]
+    keys = np.array([[naive_key(a, b) for b in rows] for a in rows])
+    final = final_distances(keys, np.maximum(1 + keys, 0) ** 2, len(query), k1, k2, lambda_value)
+
+    def figures(dist):
+        pids, camids = ([[getattr(sample, name) for sample in part] for part in (dataset.query, dataset.gallery)] for name in ('pid', 'camid'))
+        offsets, ranks, _ = match_ranks_from_distance(dist, *pids, *camids)
+        return retrieval_metrics(offsets, ranks)
+    return figures(keys[:len(query), len(query):]), figures(final)
+
+
+STAGES = [dict(query_expansion=3), dict(rerank=True), dict(query_expansion=2, alpha=0.0, rerank=True),
+          dict(query_expansion=50, alpha=1.5, rerank=True, k1=4, k2=2, lambda_value=0.1)]
+
+
+@pytest.mark.parametrize('options', STAGES, ids=str)
+def test_each_stage_has_the_figures_of_the_naive_pipeline_and_the_plain_ones_stay(model, folder, options):
+    plain = evaluate(model, market_layout(str(folder)), CPU, SIZE, 64, 0)
+    got = evaluate(model, market_layout(str(folder)), CPU, SIZE, 64, 0, **options)
+    stages = {name: got.pop(name) for name in ('query_expansion', 'rerank') if name in got}
+    measured = {'features_s', 'ranking_s', 'peak_memory_mb'}
+    assert {name: got[name] for name in got.keys() - measured} == {name: plain[name] for name in plain.keys() - measured}
+
+    k, alpha = options.get('query_expansion', 0), options.get('alpha', 3.0)
+    parameters = {name: options.get(name, default) for name, default in (('k1', 20), ('k2', 6), ('lambda_value', 0.3))}
+    expanded, reranked = naive_stages(model, folder, k, alpha, **parameters)
+    want = {'query_expansion': {'k': k, 'alpha': alpha, **expanded}, 'rerank': {**parameters, 'expanded': k > 0, **reranked}}
+    assert stages.keys() == {name for name in want if options.get(name)}
+    for name, stage in stages.items():
+        assert stage.pop('seconds') >= 0 and stage.pop('peak_memory_mb') >= got['peak_memory_mb']
+        assert stage == pytest.approx(want[name], abs=1e-12)
+        assert stage['mAP'] != got['mAP']
+
+
+def test_without_cameras_the_stages_leave_out_what_plain_ranking_does(model, tmp_path):
+    root = write_market(tmp_path / 'data', suffix='.png')
+    for path in list((root / 'query').iterdir()):
+        shutil.copy(path, root / 'bounding_box_test' / path.name)
+    got = evaluate(model, market_layout(str(root)), CPU, SIZE, 64, 0, cross_camera=False, query_expansion=1, rerank=True, k1=1, k2=1, lambda_value=1)
+    # A query's nearest item is its own image, which is left out of its ranks alone; and λ = 1 ranks by the original distance.
+    for name in NAMES:
+        assert got[name] == got['query_expansion'][name] == got['rerank'][name]
+
+
+def test_each_stage_says_its_time_and_memory_and_has_a_row(model, folder, caplog):
+    caplog.set_level(logging.INFO, 'mgn')
+    got = evaluate(model, market_layout(str(folder)), CPU, SIZE, 64, 0, query_expansion=3, rerank=True)
+    for stage in ('query expansion and ranking', 're-ranking'):
+        assert len(re.findall(rf'{stage} \d+\.\d{{3}} s, peak memory \d+ MB', caplog.text)) == 1
+    rows = table(got).splitlines()
+    labels = ['data set', 'own', '+ query expansion', '+ re-ranking']
+    assert len(rows) == 5 and len({len(row) for row in rows[:4]}) == 1
+    for row, label, figures in zip(rows[1:], labels[1:], (got, got['query_expansion'], got['rerank'])):
+        assert row.startswith(label + ' ') and row[len(label):].split() == [f'{100 * figures[name]:.2f}' for name in NAMES]
+    without = {name: value for name, value in got.items() if name != 'query_expansion'}
+    assert [row.split('  ')[0] for row in table(without).splitlines()[:3]] == ['data set', 'own', '+ re-ranking']
+    assert len(table({name: value for name, value in without.items() if name != 'rerank'}).splitlines()) == 3
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(query_expansion=-1), 'query_expansion as an integer from 0 to 4096, got -1'),
+    (dict(query_expansion=4097), 'query_expansion as an integer from 0 to 4096, got 4097'),
+    (dict(query_expansion=2.0), 'query_expansion as an integer from 0 to 4096, got 2.0'),
+    (dict(query_expansion=True), 'query_expansion as an integer from 0 to 4096, got True'),
+    (dict(query_expansion=False), 'query_expansion as an integer from 0 to 4096, got False'),
+    (dict(query_expansion=3, alpha=-1.0), 'alpha as a finite number from 0, got -1.0'),
+    (dict(rerank=20), 'rerank True or False, got 20'),
+    (dict(rerank='False'), "rerank True or False, got 'False'"),
+    (dict(rerank=True, k1=0), 'k1 as an integer from 1, got 0'),
+    (dict(rerank=True, k2=6.0), 'k2 as an integer from 1, got 6.0'),
+    (dict(rerank=True, lambda_value=1.1), 'lambda_value from 0 to 1, got 1.1')], ids=str)
+def test_options_out_of_range_are_refused_before_an_image_is_read(model, folder, monkeypatch, options, message):
+    monkeypatch.setattr(evaluation, 'extract_features', None)
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, market_layout(str(folder)), CPU, SIZE, 64, 0, **options)
+
+
 @pytest.fixture
 def saved(model, folder, tmp_path):
     """A checkpoint of `model` as training writes it."""
@@ -244,6 +334,24 @@ def test_bindings_override_what_a_checkpoint_carries(model, folder, saved, marke
     assert {name: got[name] for name in NAMES} == pytest.approx(want, abs=1e-12)
     assert got['data_root'] == str(market) and got['flip_test'] is True
     assert json.loads((tmp_path / 'out' / 'eval.json').read_text()) == got
+
+
+def test_query_expansion_and_re_ranking_are_bound_by_macros(model, folder, saved, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    content = checkpoint.load(saved)
+    config.load([], [f"weights = '{saved}'", 'query_expansion = 3', 'rerank = True', 'evaluate.alpha = 2.0', 'evaluate.k1 = 5',
+                     'evaluate.k2 = 3', 'evaluate.lambda_value = 0.5'], saved=content['config'])
+    got = evaluation.evaluate_checkpoint(content)
+    assert json.loads(Path('eval.json').read_text()) == got
+    plain, _ = naive_results(model, folder)
+    expanded, reranked = naive_stages(model, folder, 3, 2.0, 5, 3, 0.5)
+    for figures, want in ((got, plain), (got['query_expansion'], expanded), (got['rerank'], reranked)):
+        assert {name: figures[name] for name in NAMES} == pytest.approx(want, abs=1e-12)
+    assert table(got) in capsys.readouterr().out
+
+    config.load([], [f"weights = '{saved}'", 'evaluate.rerank = True'], saved=content['config'])
+    got = evaluation.evaluate_checkpoint(content)
+    assert 'query_expansion' not in got and not got['rerank']['expanded'] and got['rerank']['k1'] == 20
 
 
 def test_weights_of_another_architecture_are_an_error(saved):

@@ -73,6 +73,16 @@ def test_best_holds_the_weights_of_the_best_evaluation_and_nothing_to_go_on_with
     assert os.path.getsize(tmp_path / 'best.pth') < os.path.getsize(tmp_path / 'last.pth') / 2
 
 
+def test_with_query_expansion_and_re_ranking_lines_and_best_are_of_plain_ranking(market, tmp_path):
+    train(market, tmp_path, 'total_steps = 1', 'query_expansion = 2', 'rerank = True', 'evaluate.k1 = 3', 'evaluate.k2 = 2')
+    lines = [line for line in records(tmp_path) if 'mAP' in line]
+    assert len(lines) == 2 and all(line.keys() == EVALUATION for line in lines)
+    assert checkpoint.load(str(tmp_path / 'best.pth'))['mAP'] == max(line['mAP'] for line in lines)
+    results = json.loads((tmp_path / 'eval.json').read_text())
+    assert {name: results[name] for name in EVALUATION} == lines[-1]
+    assert results['query_expansion']['k'] == 2 and results['rerank']['expanded'] and 0 < results['rerank']['mAP'] <= 1
+
+
 def test_the_configuration_written_beside_a_run_is_the_operative_one_and_loads(market, tmp_path):
     train(market, tmp_path, 'SGD.momentum = 0.5')
     text = (tmp_path / 'config.gin').read_text()
