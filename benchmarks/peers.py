@@ -55,3 +55,15 @@ def metric_learning_triplet_loss(margin):
     miner = miners.BatchHardMiner(distance=euclidean)
     loss = losses.TripletMarginLoss(margin=margin, distance=euclidean, reducer=reducers.MeanReducer())
     return lambda features, labels: loss(features, labels, miner(features, labels))
+
+
+def torchreid_re_ranking():
+    """torchreid.reid.utils.rerank.re_ranking: (q_g_dist, q_q_dist, g_g_dist, k1, k2, lambda_value) → (Q, G)."""
+    without_init('torchreid', 'torchreid.reid', 'torchreid.reid.utils')
+    return importlib.import_module('torchreid.reid.utils.rerank').re_ranking
+
+
+def fastreid_re_ranking():
+    """fastreid.evaluation.rerank.re_ranking, the same."""
+    without_init('fastreid', 'fastreid.evaluation')
+    return importlib.import_module('fastreid.evaluation.rerank').re_ranking

@@ -87,6 +87,16 @@ def test_more_ties_than_are_selected_and_some_that_are_nearer(implementation, me
         check(gallery, gallery, k, metric, exclude_self=True)
 
 
+@pytest.mark.parametrize('metric', METRICS)
+def test_more_near_ties_than_are_selected_beside_the_query_itself(implementation, metric):
+    rng = np.random.default_rng(0)
+    row = rng.standard_normal(8).astype(np.float32)
+    gallery = np.stack([rng.permutation(row) for _ in range(220)])
+    gallery[:40] = np.abs(rng.standard_normal((40, 1))).astype(np.float32)  # equally near to all the others, but for rounding
+    for exclude_self in (False, True):
+        check(gallery, gallery, 60, metric, exclude_self)
+
+
 def test_zero_vectors_and_features_of_width_0(implementation):
     check(np.zeros((2, 4), np.float32), problem(1, 9, 4)[1], 5)
     check(problem(1, 9, 4)[1], np.zeros((30, 4), np.float32), 5)

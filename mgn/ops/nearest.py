@@ -11,8 +11,9 @@ from mgn.ops.extension import kernels
 from mgn.ops.tiles import OPERANDS, denormals, finite_norms, keys_of_pairs, rows, spans, tile_of, uncompiled
 
 LARGEST_K = 4096
-STATE = 2 ** 30  # bytes of what is selected for all queries at once; beyond them block after block
-CROWDED = 256    # queries at a time whose candidates do not fit
+STATE = 2 ** 30     # bytes of what is selected for all queries at once; beyond them block after block
+SELECTED = 2 ** 21  # candidates of a block
+CROWDED = 256       # queries at a time whose candidates do not fit
 
 
 class Nearest(NamedTuple):
@@ -106,6 +107,7 @@ def nearest(compiled, query, gallery, query_norms, gallery_norms, k, cosine, pre
     item_scale, item_shift, largest = filter.item_terms(gallery_norms, cosine)
     capacities = [min(count + exclude_self + max(16, count // 2), len(gallery)) for count, _ in wanted]
     items_at_once, queries_at_once = tile_of(query, gallery)
+    queries_at_once = min(queries_at_once, max(SELECTED // sum(capacities), 1))
     one = same(query, gallery) and len(query) * sum(capacities) * 12 <= STATE
     if one:
         items_at_once = queries_at_once = min(items_at_once, queries_at_once)

@@ -77,8 +77,8 @@ def flat(rows, dtype):
 
 
 def final_distances(keys, squares, queries, k1=20, k2=6, lambda_value=0.3):
-    """The published formula as it stands, dense. keys: (N, N), whose order is the neighbours'; squares: (N, N) squared distances; row i is of
-    item i, queries first. Returns (queries, N − queries) float64."""
+    """The published formula as it stands, dense, every sum in ascending order. keys: (N, N), whose order is the neighbours'; squares: (N, N)
+    squared distances; row i is of item i, queries first. Returns (queries, N − queries) float64."""
     maxima = squares.max(1, keepdims=True, initial=0)
     squares = np.divide(squares, maxima, out=np.zeros_like(squares), where=maxima > 0)
     near = np.argsort(keys, 1, kind='stable')
@@ -91,10 +91,16 @@ def final_distances(keys, squares, queries, k1=20, k2=6, lambda_value=0.3):
             of_other = {c for c in near[j, :half] if j in near[c, :half]}
             if len(of_other & set(own)) > 2 / 3 * len(of_other):
                 expanded |= of_other
-        weights = {j: np.exp(-squares[i, j]) for j in expanded}
-        for j in expanded:
-            encodings[i, j] = weights[j] / sum(weights.values())
-    if k2 != 1:
-        encodings = np.stack([encodings[near[i, :k2]].mean(0) for i in range(len(near))]) if len(near) else encodings
-    smallest = np.stack([np.minimum(encodings[q], encodings[queries:]).sum(1) for q in range(queries)]) if queries else squares[:0, queries:]
+        if expanded:
+            columns = sorted(expanded)
+            weights = np.exp(-squares[i, columns])
+            encodings[i, columns] = weights / total(weights)
+    if k2 != 1 and len(near):
+        encodings = np.stack([total(encodings[near[i, :k2]]) / min(k2, len(near)) for i in range(len(near))])
+    smallest = np.array([[total(np.minimum(encodings[q], other)) for other in encodings[queries:]] for q in range(queries)])
+    smallest = smallest.reshape(queries, len(near) - queries)
     return (1 - lambda_value) * (1 - smallest / (2 - smallest)) + lambda_value * squares[:queries, queries:]
+
+
+def total(terms):
+    return np.cumsum(terms, 0)[-1]  # NumPy's own sum is pairwise

@@ -1,0 +1,296 @@
+"""k-reciprocal re-ranking against the published formula, dense, on canonical keys of a pure Python loop; re_ranking against torchreid's."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from implementations import COMPILED, IMPLEMENTATIONS, run_as
+from mining import examples
+from rankings import METRICS, extremes, naive_key, near_ties, problem
+
+from mgn.ops import filter, k_reciprocal_ranks, match_ranks, match_ranks_from_distance, nearest, re_ranking, reranking
+from mgn.ops.reranking_reference import final_distances
+
+PARAMETERS = [(20, 6, 0.3), (5, 1, 0.3), (7, 3, 0.0), (4, 2, 1.0), (1, 1, 0.5), (3, 9, 0.9), (30, 6, 1e-9), (90, 60, 0.3)]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request, monkeypatch):
+    return run_as(request.param, 'reranking', monkeypatch, 'cpu')
+
+
+def keys_and_squares(query, gallery, metric):
+    features = [[float(x) for x in row] for part in (query, gallery) for row in part]
+    keys = np.array([[naive_key(x, y, metric) for y in features] for x in features]).reshape(len(features), len(features))
+    return keys, np.square(np.maximum(1 + keys, 0)) if metric == 'cosine' else keys
+
+
+def naive(query, gallery, ids, k1, k2, lambda_value, metric='cosine', junk_pid=-1):
+    final = final_distances(*keys_and_squares(query, gallery, metric), len(query), k1, k2, lambda_value)
+    return match_ranks_from_distance(final, *ids, junk_pid=junk_pid)
+
+
+def check(query, gallery, *ids, k1=20, k2=6, lambda_value=0.3, metric='cosine', junk_pid=-1):
+    got = k_reciprocal_ranks(query, gallery, *ids, k1, k2, lambda_value, metric, junk_pid)
+    expected = naive(query, gallery, ids, k1, k2, lambda_value, metric, junk_pid)
+    assert np.array_equal(got.offsets, expected.offsets) and got.offsets.dtype == got.ranks.dtype == np.int64
+    assert np.array_equal(got.ranks, expected.ranks)
+    return got
+
+
+@pytest.mark.parametrize('k1, k2, lambda_value', PARAMETERS)
+@pytest.mark.parametrize('metric', METRICS)
+def test_ranks_are_those_of_the_published_formula(implementation, metric, k1, k2, lambda_value):
+    options = {'k1': k1, 'k2': k2, 'lambda_value': lambda_value, 'metric': metric}
+    got = check(*problem(12, 60, 5, pids=6), **options)
+    check(*problem(3, 30, 33, pids=3, levels=2), **options)
+    plain = match_ranks(*problem(12, 60, 5, pids=6), metric)
+    assert np.array_equal(got.ranks, plain.ranks) == (lambda_value == 1 or k1 == 1)
+
+
+@pytest.mark.parametrize('make', [near_ties, extremes, lambda Q, G, D: problem(Q, G, D, levels=1)])
+@pytest.mark.parametrize('lambda_value', [0, 0.3, 1])
+@pytest.mark.parametrize('metric', METRICS)
+def test_ties_near_ties_and_extremes(implementation, metric, lambda_value, make):
+    for k1, k2 in ((5, 3), (20, 6)):
+        check(*make(4, 50, 17), k1=k1, k2=k2, lambda_value=lambda_value, metric=metric)
+
+
+@settings(deadline=None, derandomize=True, max_examples=examples(200), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_ranks_equal_the_published_formula_on_anything(implementation, data):
+    Q, G, D = (data.draw(st.integers(low, high)) for low, high in ((0, 3), (0, 12), (1, 5)))
+    quantised = st.sampled_from([-1.0, 0.0, 0.0, 1.0, 2.0])
+    values = data.draw(st.sampled_from([quantised, st.floats(-8, 8, width=32), st.floats(width=32, allow_nan=False, allow_infinity=False)]))
+    query, gallery = (np.array(data.draw(st.lists(st.lists(values, min_size=D, max_size=D), min_size=n, max_size=n)),
+                               np.float32).reshape(n, D) for n in (Q, G))
+    ids = [data.draw(st.lists(st.integers(low, 2), min_size=n, max_size=n)) for low in (-1, 1) for n in (Q, G)]
+    check(query, gallery, *ids, k1=data.draw(st.integers(1, 8)), k2=data.draw(st.integers(1, 8)),
+          lambda_value=data.draw(st.sampled_from([0, 1e-12, 0.1, 0.3, 1])), metric=data.draw(st.sampled_from(METRICS)),
+          junk_pid=data.draw(st.sampled_from([-1, 0, None])))
+
+
+@pytest.mark.parametrize('lambda_value', [0, 0.3, 1])
+@pytest.mark.parametrize('metric', METRICS)
+def test_identical_features_everywhere(implementation, metric, lambda_value):
+    query, gallery, *ids = problem(5, 70, 9)
+    query[:], gallery[:] = 0.1, 0.1
+    check(query, gallery, *ids, lambda_value=lambda_value, metric=metric)
+    gallery[:] = 0.3
+    check(query, gallery, *ids, lambda_value=lambda_value, metric=metric)
+    query[:] = 0
+    check(query, gallery, *ids, lambda_value=lambda_value, metric=metric)
+
+
+def test_duplicates_tie_by_gallery_index(implementation):
+    query, gallery, *ids = problem(6, 80, 9, pids=4)
+    gallery[40:] = gallery[:40]
+    query[3:] = gallery[:3]
+    for metric in METRICS:
+        check(query, gallery, *ids, k1=6, metric=metric)
+
+
+@pytest.mark.parametrize('Q, G', [(0, 0), (0, 5), (5, 0), (1, 1)])
+def test_no_query_or_no_gallery(implementation, Q, G):
+    check(*problem(Q, G, 8, pids=1))
+    assert re_ranking(np.ones((Q, G)), np.ones((Q, Q)), np.ones((G, G))).shape == (Q, G)
+
+
+def clustered(Q=60, G=900, D=64, seed=0, pids=40):
+    rng = np.random.default_rng(seed)
+    centres, basis = rng.standard_normal((pids, 8)), rng.standard_normal((8, D))
+    ids = rng.integers(0, pids, Q), rng.integers(-1, pids, G), rng.integers(0, 3, Q), rng.integers(0, 3, G)
+    query, gallery = ((centres[of] + rng.standard_normal((len(of), 8))) @ basis for of in ids[:2])
+    gallery[rng.integers(0, G, 90)] = gallery[rng.integers(0, G, 90)]
+    return query.astype(np.float32), gallery.astype(np.float32), *ids
+
+
+def same(a, b):
+    return np.array_equal(a.offsets, b.offsets) and np.array_equal(a.ranks, b.ranks)
+
+
+@pytest.mark.parametrize('metric', METRICS)
+def test_tiles_threads_precision_and_implementation_change_nothing(monkeypatch, metric):
+    args = clustered()
+    expected = k_reciprocal_ranks(*args, metric=metric)
+    monkeypatch.setattr(filter, 'available', lambda precision, device: precision)
+    for tile in ((100, 64), (64, 7), (999, 2000)):
+        for module in (nearest, reranking):
+            monkeypatch.setattr(module, 'tile_of', lambda query, gallery: tile)
+        assert same(k_reciprocal_ranks(*args, metric=metric), expected)
+    for precision in filter.PRECISIONS:
+        assert same(k_reciprocal_ranks(*args, metric=metric, precision=precision), expected)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert same(k_reciprocal_ranks(*args, metric=metric), expected)
+    finally:
+        torch.set_num_threads(threads)
+    for name in IMPLEMENTATIONS[1:]:
+        run_as(name, 'reranking', monkeypatch, 'cpu')
+        assert same(k_reciprocal_ranks(*args, metric=metric), expected)
+
+
+def test_every_container_type_and_layout_gives_the_same_ranks():
+    query, gallery, *ids = clustered(20, 200)
+    query, gallery = (x.astype(np.float16).astype(np.float32) for x in (query, gallery))
+    expected = k_reciprocal_ranks(query, gallery, *ids)
+    assert same(expected, naive(query, gallery, ids, 20, 6, 0.3))
+    tensors = torch.from_numpy(query), torch.from_numpy(gallery)
+    for q, g in ((query.astype(np.float16), gallery.astype(np.float16)), (np.asfortranarray(query), np.repeat(gallery, 2, 0)[::2]), tensors,
+                 (tensors[0].half(), tensors[1]), (tensors[0].requires_grad_(), tensors[1])):
+        assert same(k_reciprocal_ranks(q, g, *(x.tolist() for x in ids)), expected)
+
+
+@pytest.mark.skipif(not COMPILED, reason='nothing is compiled')
+@pytest.mark.parametrize('items, k1, k2', [(40, 3, 2), (300, 20, 6), (30, 29, 30)])
+def test_sparse_rows_of_kernels_and_references_are_the_same_bits(items, k1, k2):
+    features = torch.from_numpy(clustered(0, items)[1])
+    near = nearest.topk(features, features, max(k1 + 1, k2)).indices
+    results = []
+    for sparse in (torch.ops.mgn_cpu, reranking.reranking_reference):
+        offsets, columns = sparse.reciprocal(near[:, :k1 + 1].contiguous(), round(k1 / 2) + 1)
+        values = torch.from_numpy(np.random.default_rng(1).random(len(columns)))
+        mean = sparse.mean_rows(offsets, columns, values, near[:, :k2].contiguous())
+        of_gallery = sparse.transpose(*reranking.of_rows(mean, 9, items), items)
+        results.append([offsets, columns, *mean, *of_gallery, *sparse.overlap(*reranking.of_rows(mean, 0, 9), *of_gallery, items - 9)])
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*results)) and len(results[0][-1]) > 9
+
+
+def matrices(query, gallery, metric='cosine', dtype=np.float64):
+    distances = np.sqrt(keys_and_squares(query, gallery, metric)[1]).astype(dtype)
+    Q = len(query)
+    return distances[:Q, Q:], distances[:Q, :Q], distances[Q:, Q:]
+
+
+@pytest.mark.parametrize('k1, k2, lambda_value', PARAMETERS)
+@pytest.mark.parametrize('dtype', [np.float32, np.float64])
+def test_re_ranking_is_the_published_formula(implementation, k1, k2, lambda_value, dtype):
+    q_g, q_q, g_g = given = matrices(*problem(9, 50, 5)[:2], dtype=dtype)
+    copies = [dist.copy() for dist in given]
+    whole = np.block([[q_q.T, q_g], [q_g.T, g_g.T]]).astype(np.float64)
+    expected = final_distances(whole, whole * whole, 9, k1, k2, lambda_value)
+    got = re_ranking(*given, k1, k2, lambda_value)
+    assert got.dtype == np.float32 and got.shape == (9, 50) and isinstance(got, np.ndarray)
+    np.testing.assert_allclose(got, expected, rtol=3e-7, atol=1e-7)
+    assert all(np.array_equal(*pair) for pair in zip(given, copies))
+    assert np.array_equal(re_ranking(*(np.asfortranarray(dist) for dist in given), k1, k2, lambda_value), got)
+    assert np.array_equal(re_ranking(*(torch.from_numpy(dist) for dist in given), k1, k2, lambda_value), got)
+
+
+def test_re_ranking_takes_matrices_that_are_not_symmetric_by_column_and_negative_distances_by_magnitude(implementation, monkeypatch):
+    rng = np.random.default_rng(0)
+    q_g, q_q, g_g = (rng.standard_normal(shape).astype(np.float32) for shape in ((9, 50), (9, 9), (50, 50)))
+    whole = np.block([[q_q.T, q_g], [q_g.T, g_g.T]]).astype(np.float64)
+    for rows in (None, 59 * 7):  # seven rows at a time
+        if rows:
+            monkeypatch.setattr(reranking, 'ROWS', rows)
+        np.testing.assert_allclose(re_ranking(q_g, q_q, g_g, 6, 3, 0.4), final_distances(abs(whole), whole * whole, 9, 6, 3, 0.4), rtol=3e-7)
+
+
+def test_re_ranking_of_zero_distances_is_finite(implementation):
+    got = re_ranking(np.zeros((3, 5)), np.zeros((3, 3)), np.zeros((5, 5)))
+    assert np.array_equal(got, final_distances(np.zeros((8, 8)), np.zeros((8, 8)), 3).astype(np.float32)) and np.isfinite(got).all()
+
+
+@pytest.mark.skipif(importlib.util.find_spec('torchreid') is None, reason='an optional comparison: make peers installs torchreid')
+@pytest.mark.parametrize('k1, k2, lambda_value', PARAMETERS)
+@pytest.mark.parametrize('metric', METRICS)
+def test_numbers_equal_torchreids_and_fast_reids(k1, k2, lambda_value, metric):
+    from benchmarks.peers import fastreid_re_ranking, torchreid_re_ranking
+    query, gallery, *_ = problem(12, 70, 5)
+    given = matrices(query, gallery, metric, np.float32)
+    expected = torchreid_re_ranking()(*given, k1, k2, lambda_value)
+    np.testing.assert_allclose(re_ranking(*given, k1, k2, lambda_value), expected, atol=1e-5)
+    np.testing.assert_allclose(final_distances(*keys_and_squares(query, gallery, metric), 12, k1, k2, lambda_value), expected, atol=1e-5)
+    np.testing.assert_allclose(re_ranking(*given, k1, k2, lambda_value), fastreid_re_ranking()(*given, k1, k2, lambda_value), atol=1e-5)
+
+
+@pytest.mark.parametrize('options, message', [
+    ({'k1': 0}, 'want k1 as an integer from 1, got 0'), ({'k1': 2.0}, 'want k1'), ({'k2': 0}, 'want k2'), ({'k2': True}, 'want k2'),
+    ({'lambda_value': -0.1}, 'want lambda_value from 0 to 1, got -0.1'), ({'lambda_value': float('nan')}, 'want lambda_value'),
+    ({'lambda_value': None}, 'want lambda_value')])
+def test_parameters_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        k_reciprocal_ranks(*problem(3, 4, 5), **options)
+    with pytest.raises(ValueError, match=message):
+        re_ranking(np.ones((3, 4)), np.ones((3, 3)), np.ones((4, 4)), **options)
+
+
+@pytest.mark.parametrize('options, message', [({'metric': 'manhattan'}, "got 'manhattan'"), ({'precision': 'int8'}, "got 'int8'"),
+                                              ({'junk_pid': 1.5}, 'want junk_pid')])
+def test_unknown_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        k_reciprocal_ranks(*problem(3, 4, 5), **options)
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_what_is_not_finite_is_named(implementation, value):
+    for which, name in ((0, 'query'), (1, 'gallery')):
+        args = list(problem(33, 40, 5))
+        args[which][31, 4] = value
+        with pytest.raises(ValueError, match=f'want finite {name} features, got NaN or infinity in row 31'):
+            k_reciprocal_ranks(*args)
+    for which, name in ((0, 'query 2|gallery item 2'), (1, 'query 2'), (2, 'gallery item 2')):
+        given = [x.copy() for x in matrices(*problem(3, 7, 5)[:2])]
+        given[which][2, 2] = value
+        with pytest.raises(ValueError, match=f'want finite distances, got NaN or infinity among those of ({name});'):
+            re_ranking(*given)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    q_g, q_q, g_g = matrices(*problem(3, 7, 5)[:2])
+    for args, message in (((q_g, g_g, q_q), 'mind the order'), ((q_g.T, q_q, g_g), 'mind the order'), ((q_g, q_q, g_g.astype(int)), 'g_g_dist'),
+                          ((q_g[0], q_q, g_g), 'q_g_dist')):
+        with pytest.raises(ValueError, match=message):
+            re_ranking(*args)
+    with pytest.raises(ValueError, match='gallery_pids'):
+        k_reciprocal_ranks(*problem(3, 4, 5)[:3], [1], [0] * 3, [0] * 4)
+
+
+def test_the_operators_keep_torchs_contract(device):
+    query, gallery, *ids = problem(5, 40, 9)
+    features, ids = [torch.from_numpy(x).to(device) for x in (query, gallery)], [torch.from_numpy(x) for x in ids]
+    torch.library.opcheck(torch.ops.mgn.k_reciprocal_ranks.default, (*features, *ids, 5, 3, 0.3, 'cosine', -1, 'float32'))
+    torch.library.opcheck(torch.ops.mgn.re_ranking.default, (*(torch.from_numpy(x).to(device) for x in matrices(query, gallery)), 5, 3, 0.3))
+    compiled = torch.compile(lambda q, g: k_reciprocal_ranks(q, g, *ids).ranks, backend='aot_eager')
+    assert np.array_equal(compiled(*features), k_reciprocal_ranks(*features, *ids).ranks)
+
+
+MEMORY = '''
+import sys
+import numpy as np, torch
+from mgn import ops
+torch.set_num_threads(2)
+Q, G, D = map(int, sys.argv[1:])
+rng = np.random.default_rng(0)
+pids = [rng.integers(0, 1 + G // 25, n) for n in (Q, G)]
+basis = rng.standard_normal((16, D), np.float32)
+centres = rng.standard_normal((1 + G // 25, 16), np.float32)
+query, gallery = ((centres[of] + 0.5 * rng.standard_normal((len(of), 16), np.float32)) @ basis for of in pids)
+args = query, gallery, *pids, rng.integers(0, 6, Q), rng.integers(0, 6, G)
+ops.k_reciprocal_ranks(*(x[:99] for x in args))  # loads what there is to load
+def high_water():
+    with open('/proc/self/status') as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM')) * 1024
+with open('/proc/self/clear_refs', 'w') as file:
+    file.write('5')  # the mark falls to what is held now
+before = high_water()
+ops.k_reciprocal_ranks(*args)
+print(high_water() - before, 2 ** 28 + (10_000 + 4 * D) * (Q + G))
+'''
+
+
+@pytest.mark.parametrize('case', [(2000, 12_000, 256), (300, 30_000, 32)])
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='only Linux tells the most memory since a moment')
+def test_memory_stays_far_below_a_square_matrix(case):
+    done = subprocess.run([sys.executable, '-c', MEMORY, *map(str, case)], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': os.getcwd()})
+    assert done.returncode == 0, done.stderr
+    peak, bound = map(int, done.stdout.split())
+    assert 0 < peak <= bound < 4 * (case[0] + case[1]) ** 2
