@@ -14,10 +14,11 @@ gpu:         # on a machine with a GPU: build, the whole suite on it, compute-sa
 
 peers:       # what the benchmarks measure against; without their dependencies, which pin a torch of 2022
 	pip install --no-deps fastreid torchreid
-	pip install pytorch-metric-learning cython
+	pip install pytorch-metric-learning cython faiss-cpu
 
 bench:       # ratios against named peers, on this machine
 	python -m benchmarks.loading
 	python -m benchmarks.small_maps
 	python -m benchmarks.triplet
 	python -m benchmarks.ranking
+	python -m benchmarks.neighbours

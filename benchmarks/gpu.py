@@ -34,6 +34,7 @@ STEPS = {
     'benchmarks.triplet': [*PYTHON, '-m', 'benchmarks.triplet'],
     'benchmarks.ranking on CUDA': [*PYTHON, '-m', 'benchmarks.ranking', 'subspace', 'large', 'isotropic', 'bfloat16', 'msmt17', '--device=cuda'],
     'benchmarks.ranking': [*PYTHON, '-m', 'benchmarks.ranking'],
+    'benchmarks.neighbours': [*PYTHON, '-m', 'benchmarks.neighbours'],
     'benchmarks.loading': [*PYTHON, '-m', 'benchmarks.loading'],
     'benchmarks.small_maps': [*PYTHON, '-m', 'benchmarks.small_maps'],
 }

@@ -24,13 +24,13 @@ from mgn.ops import evaluate_rank, filter, implementation, match_ranks
 G, D, IDENTITIES, CAMERAS = 82_161, 2048, 3_060, 15  # MSMT17's gallery
 
 
-def problem(queries, dimensions=64, noise=1.3):
+def problem(queries, dimensions=64, noise=1.3, gallery=G, identities=IDENTITIES, cameras=CAMERAS):
     """Cluster centres and noise in a random subspace; 64 dimensions and 1.3: mAP 26 %; 2048 and 5.3: 1.5 %. L2-normalised, as in use."""
     rng = np.random.default_rng(0)
-    centres = rng.standard_normal((IDENTITIES, dimensions), np.float32)
+    centres = rng.standard_normal((identities, dimensions), np.float32)
     basis = torch.from_numpy(rng.standard_normal((dimensions, D), np.float32))
-    pids = [rng.integers(0, IDENTITIES, n) for n in (queries, G)]
-    camids = [rng.integers(0, CAMERAS, n) for n in (queries, G)]
+    pids = [rng.integers(0, identities, n) for n in (queries, gallery)]
+    camids = [rng.integers(0, cameras, n) for n in (queries, gallery)]
     features = []
     for of in pids:
         rows = torch.empty(len(of), D)
