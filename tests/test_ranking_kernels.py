@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from mining import examples
 from rankings import METRICS, extremes, naive_ranks, near_ties, problem, ranks_of
 
-from mgn.ops import match_ranks, ranking
+from mgn.ops import match_ranks, nearest, ranking, topk
 
 # queries, gallery, dimensions: around sixteen lanes a pair, sixteen pairs a block, 256 threads, and tiles of 7 queries and 300 items
 SIZES = [(1, 1, 1), (3, 17, 16), (8, 40, 15), (2, 301, 33), (5, 570, 3)]
@@ -56,6 +56,17 @@ def test_spans_of_a_long_row_and_more_matches_than_shared_memory_counts(emulated
     with emulated(items=4200):
         got = ranks_of(query, gallery, *pids, *camids, metric=metric)
     assert got == ranks_of(query, gallery, *pids, *camids, metric=metric)
+
+
+@pytest.mark.parametrize('metric', METRICS)
+def test_neighbours_by_the_same_kernels_and_torch_topk(emulated, monkeypatch, metric):
+    for make in (problem, near_ties, extremes):
+        query, gallery, *_ = make(5, 90, 17)
+        expected = topk(query, gallery, 20, metric), topk(gallery, gallery, 20, metric, exclude_self=True)
+        with emulated() as process, monkeypatch.context() as patch:
+            patch.setattr(nearest, 'kernels', lambda device: ranking_kernels(process))
+            got = topk(query, gallery, 20, metric), topk(gallery, gallery, 20, metric, exclude_self=True)
+        assert all(np.array_equal(a, b) for pair in zip(got, expected) for a, b in zip(*pair))
 
 
 def test_all_go_by_key_where_all_are_equal(emulated):

@@ -17,6 +17,9 @@ def main():
         print(f'{device}{name}:')
         print(f'  batch_hard, batch_hard_triplet_loss, forward and backward: {implementation(device)}')
         print(f'  match_ranks, products and counting: {implementation("cpu" if device == "mps" else device)}')
+        selection = 'torch.topk' if device.startswith('cuda') else implementation('cpu')
+        print(f'  topk, products and keys: {implementation("cpu" if device == "mps" else device)}; selection, topk_from_distance: {selection}')
+        print(f'  k_reciprocal_ranks: neighbours as topk; encodings, counting, re_ranking on the CPU, {implementation("cpu")}')
         print(f'  match_ranks_from_distance, evaluate_rank: on the CPU, {implementation("cpu")}')
         print(f'  pairwise_distance, forward: {implementation(device)}; backward: PyTorch')
 

@@ -112,6 +112,7 @@ def nearest(compiled, query, gallery, query_norms, gallery_norms, k, cosine, pre
     if one:
         items_at_once = queries_at_once = min(items_at_once, queries_at_once)
     blocks = spans(len(query), queries_at_once)
+    selects = compiled if hasattr(compiled, 'select_nearest') else ranking_reference  # on CUDA torch.topk does
     chosen = {}  # of a block: what is selected so far, in each direction
 
     def select(block, part, dots):
@@ -119,7 +120,7 @@ def nearest(compiled, query, gallery, query_norms, gallery_norms, k, cosine, pre
             chosen[block.start] = [(torch.full((len(dots), capacity), torch.inf, device=device),
                                     torch.full((len(dots), capacity), -1, dtype=torch.int64, device=device)) for capacity in capacities]
         for (_, sign), (values, items) in zip(wanted, chosen[block.start]):
-            compiled.select_nearest(dots, -sign * item_scale[part], -sign * item_shift[part], part.start, values, items)
+            selects.select_nearest(dots, -sign * item_scale[part], -sign * item_shift[part], part.start, values, items)
 
     with filter.exact_float32():
         relative_error = filter.relative_error(precision, width, device)
