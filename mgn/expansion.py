@@ -1,11 +1,13 @@
 """α query expansion: each query becomes the weighted mean of itself and its nearest gallery items."""
 
 import math
+import numbers
 
 import torch
 import torch.nn.functional as F
 
 from mgn.ops import topk
+from mgn.ops.arguments import as_features
 from mgn.ops.tiles import spans
 
 BLOCK = 2 ** 20  # numbers of a block of queries: 8 MB
@@ -19,7 +21,7 @@ def expand_queries(query, gallery, k, alpha=3.0):
     max(cosine similarity, 0) ** alpha; normalised. The query's own weight is 1. alpha=0 is the plain average, whatever the similarities.
 
     Args:
-        query: (Q, D), gallery: (G, D), float32 or half, tensors of one device, CPU or CUDA. A row of zeros has similarity 0 to all.
+        query: (Q, D), gallery: (G, D), float32 or half, NumPy arrays or tensors of one device, CPU or CUDA. A row of zeros has similarity 0 to all.
         k: gallery items averaged into a query, from 1 to 4096; all of them where the gallery has fewer. Ties go by gallery index.
         alpha: from 0; the larger, the less do distant items count.
     Returns:
@@ -29,9 +31,10 @@ def expand_queries(query, gallery, k, alpha=3.0):
         ValueError: alpha negative or not finite, k out of range, and whatever topk refuses, NaN or infinite features among it.
     """
     want_alpha(alpha)
+    query, gallery = as_features(query, 'query'), as_features(gallery, 'gallery')
     distances, items = topk(query, gallery, k)
     weights = (1 - distances).clamp_(min=0).pow_(alpha)  # (Q, k) float64
-    expanded = torch.empty(query.shape, device=query.device)
+    expanded = torch.empty(query.shape, dtype=torch.float32, device=query.device)
     for block in spans(len(query), BLOCK // max(query.shape[1], 1)):
         total = normalised(query[block])
         for weight, item in zip(weights[block].T, items[block].T):  # a neighbour of every query
@@ -41,7 +44,7 @@ def expand_queries(query, gallery, k, alpha=3.0):
 
 
 def want_alpha(alpha):
-    if not 0 <= alpha < math.inf:
+    if not isinstance(alpha, numbers.Real) or isinstance(alpha, bool) or not 0 <= alpha < math.inf:
         raise ValueError(f'want alpha as a finite number from 0, got {alpha!r}; 3 is usual, 0 averages without weights')
 
 

@@ -13,7 +13,7 @@ from implementations import COMPILED, IMPLEMENTATIONS, run_as
 from mining import examples
 from rankings import METRICS, extremes, naive_key, near_ties, problem
 
-from mgn.ops import filter, k_reciprocal_ranks, match_ranks, match_ranks_from_distance, nearest, re_ranking, reranking
+from mgn.ops import filter, k_reciprocal_ranks, match_ranks, match_ranks_from_distance, nearest, ranking_reference, re_ranking, reranking
 from mgn.ops.reranking_reference import final_distances
 
 PARAMETERS = [(20, 6, 0.3), (5, 1, 0.3), (7, 3, 0.0), (4, 2, 1.0), (1, 1, 0.5), (3, 9, 0.9), (30, 6, 1e-9), (90, 60, 0.3)]
@@ -93,6 +93,32 @@ def test_duplicates_tie_by_gallery_index(implementation):
     query[3:] = gallery[:3]
     for metric in METRICS:
         check(query, gallery, *ids, k1=6, metric=metric)
+
+
+@pytest.mark.parametrize('metric, lambda_value', [('cosine', 0.3), ('euclidean', 0)])
+def test_more_matches_than_are_compared_one_by_one_over_several_tiles(implementation, metric, lambda_value):
+    query, gallery, *_ = problem(3, 2100, 2)
+    ids = np.arange(3), np.arange(2100) % 4, np.zeros(3, int), np.arange(2100) % 300
+    features = torch.from_numpy(np.concatenate((query, gallery)))
+    keys = torch.empty(2103 ** 2, dtype=torch.float64)
+    owners, items = torch.arange(2103).repeat_interleave(2103), torch.arange(2103).repeat(2103)
+    ranking_reference.canonical_keys(features, features, owners, items, metric == 'cosine', keys)
+    keys = keys.view(2103, 2103).numpy()
+    final = final_distances(keys, np.square(np.maximum(1 + keys, 0)) if metric == 'cosine' else keys, 3, lambda_value=lambda_value)
+    got = k_reciprocal_ranks(query, gallery, *ids, lambda_value=lambda_value, metric=metric)
+    assert len(got.ranks) > 1500 and same(got, match_ranks_from_distance(final, *ids))
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float16])
+def test_another_default_type_of_torch_changes_nothing(implementation, dtype):
+    args, given = near_ties(5, 60, 9), matrices(*problem(3, 20, 5)[:2])
+    expected = k_reciprocal_ranks(*args), re_ranking(*given)
+    torch.set_default_dtype(dtype)
+    try:
+        got = k_reciprocal_ranks(*args), re_ranking(*given)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same(got[0], expected[0]) and got[1].dtype == np.float32 and np.array_equal(got[1], expected[1])
 
 
 @pytest.mark.parametrize('Q, G', [(0, 0), (0, 5), (5, 0), (1, 1)])
@@ -194,6 +220,12 @@ def test_re_ranking_takes_matrices_that_are_not_symmetric_by_column_and_negative
         np.testing.assert_allclose(re_ranking(q_g, q_q, g_g, 6, 3, 0.4), final_distances(abs(whole), whole * whole, 9, 6, 3, 0.4), rtol=3e-7)
 
 
+@pytest.mark.parametrize('scale', [1e155, 1e300, 1e-162, 1e-300])
+def test_re_ranking_of_distances_whose_squares_leave_the_range(implementation, scale):
+    given = matrices(*problem(4, 20, 5)[:2])
+    np.testing.assert_allclose(re_ranking(*(dist * scale for dist in given)), re_ranking(*given), rtol=1e-6)
+
+
 def test_re_ranking_of_zero_distances_is_finite(implementation):
     got = re_ranking(np.zeros((3, 5)), np.zeros((3, 3)), np.zeros((5, 5)))
     assert np.array_equal(got, final_distances(np.zeros((8, 8)), np.zeros((8, 8)), 3).astype(np.float32)) and np.isfinite(got).all()
@@ -213,8 +245,8 @@ def test_numbers_equal_torchreids_and_fast_reids(k1, k2, lambda_value, metric):
 
 
 @pytest.mark.parametrize('options, message', [
-    ({'k1': 0}, 'want k1 as an integer from 1, got 0'), ({'k1': 2.0}, 'want k1'), ({'k2': 0}, 'want k2'), ({'k2': True}, 'want k2'),
-    ({'lambda_value': -0.1}, 'want lambda_value from 0 to 1, got -0.1'), ({'lambda_value': float('nan')}, 'want lambda_value'),
+    ({'k1': 0}, 'want k1 as an integer from 1 to 2³¹ − 1, got 0'), ({'k1': 10 ** 19}, 'want k1'), ({'k1': 2.0}, 'want k1'), ({'k2': 0}, 'want k2'), ({'k2': True}, 'want k2'),
+    ({'lambda_value': -0.1}, 'want lambda_value as a number from 0 to 1, got -0.1'), ({'lambda_value': float('nan')}, 'want lambda_value'),
     ({'lambda_value': None}, 'want lambda_value')])
 def test_parameters_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):

@@ -177,7 +177,7 @@ def test_no_query_or_no_gallery(implementation, Q, G):
     assert topk_from_distance(np.empty((Q, G)), 3).indices.shape == (Q, min(3, G))
 
 
-@pytest.mark.parametrize('k', [0, -1, 4097, 2.0, True, None])
+@pytest.mark.parametrize('k', [0, -1, 4097, 2.0, True, None, np.array([1, 2])])
 def test_k_out_of_range_is_refused(k):
     with pytest.raises(ValueError, match='want k as an integer from 1 to 4096'):
         topk(*problem(3, 4, 5)[:2], k)
@@ -230,6 +230,35 @@ def test_of_distances_the_first_of_a_stable_sort_on_anything(implementation, dat
     expected = np.array([sorted(range(dist.shape[1]), key=lambda j: (float(row[j]), j))[:k] for row in dist], int).reshape(indices.shape)
     assert np.array_equal(indices, expected)
     assert distances.dtype == dtype and distances.tobytes() == np.take_along_axis(dist, expected, 1).tobytes()  # −0 stays −0
+
+
+def test_features_that_are_never_negative_and_many_of_them_orthogonal(implementation):
+    features = np.maximum(np.random.default_rng(0).standard_normal((200, 24)) - 1.3, 0).astype(np.float32)
+    check(features[:5], features, 150)
+    norms = nearest.finite_norms(nearest.ranking_reference, torch.from_numpy(features), 'query')
+    *_, far = nearest.nearest(nearest.kernels(torch.device('cpu')) or nearest.ranking_reference, torch.from_numpy(features), torch.from_numpy(features),
+                              norms, norms, 5, cosine=True, farthest=True)
+    assert far.tolist() == [max(naive(features[i:i + 1], features, 200)[1][0]) for i in range(200)]
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_another_default_type_of_torch_changes_nothing(implementation, dtype):
+    query, gallery, *_ = near_ties(5, 80, 33)
+    dist = torch.from_numpy(query @ gallery.T)
+    expected = topk(query, gallery, 9), topk_from_distance(dist, 9)
+    torch.set_default_dtype(dtype)
+    try:
+        assert same(topk(query, gallery, 9), expected[0]) and same(topk_from_distance(dist, 9), expected[1])
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_one_array_that_torch_cannot_look_at_is_still_one():
+    gallery = problem(1, 40, 9)[1]
+    for one in (gallery[::-1], gallery.astype('>f4')):
+        assert topk(one, one, 5, exclude_self=True).indices.tolist() == naive(one, one, 5, exclude_self=True)[0]
+    with pytest.raises(ValueError, match="want exclude_self True or False, got 'no'"):
+        topk(gallery, gallery, 5, exclude_self='no')
 
 
 def test_of_distances_in_any_layout_order_and_number_of_threads(implementation):

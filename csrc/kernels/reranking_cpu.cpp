@@ -58,24 +58,27 @@ SparseRows gather(int64_t n, const Parallel& parallel, const Maker& maker) {
 }  // namespace
 
 SparseRows reciprocal(const int64_t* items, int64_t n, int64_t k, int64_t half, const Parallel& parallel) {
-  half = std::min(half, k);
-  // The first `many` neighbours of i that have i among their own first `many`.
-  const auto mutual = [=](int64_t i, int64_t many, std::vector<int32_t>& found) {
-    found.clear();
-    for (int64_t p = 0; p < many; ++p) {
-      const int64_t* others = items + items[i * k + p] * k;
-      if (std::find(others, others + many, i) != others + many) found.push_back(int32_t(items[i * k + p]));
-    }
-    std::sort(found.begin(), found.end());
+  // The first `many` neighbours of every item that have it among their own first `many`.
+  const auto mutual = [&](int64_t many) {
+    return gather(n, parallel, [=] {
+      return [=](int64_t i, auto& columns, auto&) {
+        for (int64_t p = 0; p < many; ++p) {
+          const int64_t* others = items + items[i * k + p] * k;
+          if (std::find(others, others + many, i) != others + many) columns.push_back(int32_t(items[i * k + p]));
+        }
+        std::sort(columns.begin(), columns.end());
+      };
+    });
   };
+  const SparseRows own = mutual(k), of_others = mutual(std::min(half, k));
   return gather(n, parallel, [&] {
-    return [&mutual, k, half, own = std::vector<int32_t>(), of_other = std::vector<int32_t>()](int64_t i, auto& columns, auto&) mutable {
-      mutual(i, k, own);
-      columns = own;
-      for (const int32_t j : own) {
-        mutual(j, half, of_other);
-        const auto shared = std::count_if(of_other.begin(), of_other.end(), [&](int32_t c) { return std::binary_search(own.begin(), own.end(), c); });
-        if (3 * shared > 2 * int64_t(of_other.size())) columns.insert(columns.end(), of_other.begin(), of_other.end());
+    return [&](int64_t i, auto& columns, auto&) {
+      const int32_t *begin = own.columns.data() + own.offsets[i], *end = own.columns.data() + own.offsets[i + 1];
+      columns.assign(begin, end);
+      for (const int32_t* j = begin; j < end; ++j) {
+        const int32_t *first = of_others.columns.data() + of_others.offsets[*j], *last = of_others.columns.data() + of_others.offsets[*j + 1];
+        const auto shared = std::count_if(first, last, [&](int32_t c) { return std::binary_search(begin, end, c); });
+        if (3 * shared > 2 * (last - first)) columns.insert(columns.end(), first, last);
       }
       std::sort(columns.begin(), columns.end());
       columns.erase(std::unique(columns.begin(), columns.end()), columns.end());

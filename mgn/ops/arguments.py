@@ -18,7 +18,9 @@ def feature_pair(query, gallery, metric, precision):
                          'or topk_from_distance')
     if precision not in filter.PRECISIONS:
         raise ValueError(f'want precision {" or ".join(map(repr, filter.PRECISIONS))}, got {precision!r}; it changes the time only')
-    query, gallery = as_features(query, 'query'), as_features(gallery, 'gallery')
+    one = query is gallery
+    query = as_features(query, 'query')
+    gallery = query if one else as_features(gallery, 'gallery')
     if query.shape[1] != gallery.shape[1]:
         raise ValueError(f'want query and gallery of one width, got {tuple(query.shape)} and {tuple(gallery.shape)}; '
                          'take both from one network')

@@ -41,6 +41,8 @@ def topk(query, gallery, k, metric='cosine', precision='float32', exclude_self=F
         ValueError: k out of range, exclude_self of two tensors, and whatever match_ranks refuses of features.
     """
     want_k(k)
+    if not isinstance(exclude_self, bool):
+        raise ValueError(f'want exclude_self True or False, got {exclude_self!r}')
     as_given = type(query)
     query, gallery = feature_pair(query, gallery, metric, precision)
     if exclude_self and not same(query, gallery):
@@ -66,7 +68,7 @@ def topk_from_distance(dist, k):
 
 
 def want_k(k):
-    if isinstance(k, bool) or not hasattr(k, '__index__') or not 1 <= k <= LARGEST_K:
+    if isinstance(k, bool) or np.ndim(k) or not hasattr(k, '__index__') or not 1 <= k <= LARGEST_K:
         raise ValueError(f'want k as an integer from 1 to {LARGEST_K}, got {k!r}; longer lists are a sort, e.g. of pairwise_distance')
 
 
@@ -112,12 +114,14 @@ def nearest(compiled, query, gallery, query_norms, gallery_norms, k, cosine, pre
     if one:
         items_at_once = queries_at_once = min(items_at_once, queries_at_once)
     blocks = spans(len(query), queries_at_once)
+    # No key is larger where no feature is negative, and then there may be many as large.
+    ceiling = 0 if farthest and cosine and width and min(query.amin(), gallery.amin()) >= 0 else torch.inf
     selects = compiled if hasattr(compiled, 'select_nearest') else ranking_reference  # on CUDA torch.topk does
     chosen = {}  # of a block: what is selected so far, in each direction
 
     def select(block, part, dots):
         if block.start not in chosen:
-            chosen[block.start] = [(torch.full((len(dots), capacity), torch.inf, device=device),
+            chosen[block.start] = [(torch.full((len(dots), capacity), torch.inf, dtype=torch.float32, device=device),
                                     torch.full((len(dots), capacity), -1, dtype=torch.int64, device=device)) for capacity in capacities]
         for (_, sign), (values, items) in zip(wanted, chosen[block.start]):
             selects.select_nearest(dots, -sign * item_scale[part], -sign * item_shift[part], part.start, values, items)
@@ -137,16 +141,19 @@ def nearest(compiled, query, gallery, query_norms, gallery_norms, k, cosine, pre
             for (count, sign), (keys, items), selected in zip(wanted, results, chosen.pop(block.start)):
                 settled = settle(compiled, query, gallery, block, *selected, error[block], count, sign, cosine, exclude_self)
                 keys[block], items[block], crowded, bound = settled
+                if sign < 0:
+                    crowded = crowded[~(keys[crowded, 0] == ceiling)]
                 for some in crowded.split(CROWDED) if len(crowded) else ():
-                    keys[some], items[some] = of_crowded(compiled, query, gallery, some, bound[some - block.start], item_scale, item_shift, count,
-                                                         sign, cosine, exclude_self, precision)
+                    keys[some], items[some] = of_crowded(compiled, query, gallery, some, bound[some - block.start], keys[some, -1:], items[some, -1:],
+                                                         item_scale, item_shift, count, sign, cosine, exclude_self, precision)
     return *results[0], *(keys[:, 0] for keys, _ in results[1:])
 
 
 def settle(compiled, query, gallery, block, values, items, error, k, sign, cosine, exclude_self):
     """The block's k nearest by (sign · key, item) of what is selected: (n, C) values, the smallest ones of −sign · similarity.
 
-    Returns keys, items (n, k); which queries have more candidates than were selected, and a bound of every query's candidates.
+    Returns keys, items (n, k); which queries have more candidates than were selected, for whom keys and items are those of what was, and
+    a bound of every query's candidates.
     """
     owner = torch.arange(block.start, block.stop, device=items.device)[:, None]
     if exclude_self:
@@ -161,7 +168,7 @@ def settle(compiled, query, gallery, block, values, items, error, k, sign, cosin
     bound = kth + 2 * error
     crowded = bound.isinf() if capacity == len(gallery) else ~(values[:, -1 - exclude_self] > bound)  # the last may be the query itself
     crowded |= error.isinf()
-    candidates = (values <= bound[:, None]) & (items >= 0) & ~crowded[:, None]
+    candidates = (values <= bound[:, None]) & (items >= 0)
     candidates = candidates[:, :max(int(candidates.sum(1).max()), k)]
     items = items[:, :candidates.shape[1]]
     owners = owner.expand_as(items)[candidates]
@@ -179,9 +186,11 @@ def first_by_key(keys, items, k):
     return keys[:, :k], items.gather(1, order)[:, :k]
 
 
-def of_crowded(compiled, query, gallery, queries, bound, item_scale, item_shift, k, sign, cosine, exclude_self, precision):
-    """As settle, of some queries alone, from all products: every pair within the bound goes by its key."""
+def of_crowded(compiled, query, gallery, queries, bound, limit_keys, limit_items, item_scale, item_shift, k, sign, cosine, exclude_self, precision):
+    """As settle, of some queries alone, from all products: every pair within the bound goes by its key. None of the k nearest comes after the
+    limit, (n, 1) key and item."""
     some = query[queries.to(query.device)]
+    limit_keys = sign * limit_keys
     keys = torch.full((len(some), k), torch.inf, dtype=torch.float64)
     items = torch.full((len(some), k), len(gallery))
     operand = filter.operand(rows(some, slice(None)), precision)
@@ -192,10 +201,17 @@ def of_crowded(compiled, query, gallery, queries, bound, item_scale, item_shift,
         if exclude_self:
             candidates &= torch.arange(part.start, part.stop) != queries[:, None]
         owners, found = candidates.nonzero().T
-        found_keys = torch.full(candidates.shape, torch.inf, dtype=torch.float64)
-        found_keys[owners, found] = sign * torch.from_numpy(keys_of_pairs(compiled, some, gallery, owners.numpy(), (found + part.start).numpy(), cosine))
-        numbers = torch.arange(part.start, part.stop).expand(candidates.shape)
-        keys, items = first_by_key(torch.cat((keys, found_keys), 1), torch.cat((items, numbers), 1), k)
+        found += part.start
+        found_keys = sign * torch.from_numpy(keys_of_pairs(compiled, some, gallery, owners.numpy(), found.numpy(), cosine))
+        limit_key, limit_item = limit_keys[owners, 0], limit_items[owners, 0]
+        within = (found_keys < limit_key) | ((found_keys == limit_key) & (found <= limit_item))
+        owners, found, found_keys = owners[within], found[within], found_keys[within]
+        counts = owners.bincount(minlength=len(some))
+        at = torch.arange(len(owners)) - (counts.cumsum(0) - counts)[owners]  # among its owner's
+        new_keys = torch.full((len(some), int(counts.max())), torch.inf, dtype=torch.float64)
+        new_items = torch.full(new_keys.shape, len(gallery))
+        new_keys[owners, at], new_items[owners, at] = found_keys, found
+        keys, items = first_by_key(torch.cat((keys, new_keys), 1), torch.cat((items, new_items), 1), k)
     return sign * keys, items
 
 
