@@ -286,9 +286,9 @@ def test_each_stage_says_its_time_and_memory_and_has_a_row(model, folder, caplog
     (dict(query_expansion=3, alpha=-1.0), 'alpha as a finite number from 0, got -1.0'),
     (dict(rerank=20), 'rerank True or False, got 20'),
     (dict(rerank='False'), "rerank True or False, got 'False'"),
-    (dict(rerank=True, k1=0), 'k1 as an integer from 1, got 0'),
-    (dict(rerank=True, k2=6.0), 'k2 as an integer from 1, got 6.0'),
-    (dict(rerank=True, lambda_value=1.1), 'lambda_value from 0 to 1, got 1.1')], ids=str)
+    (dict(rerank=True, k1=0), 'k1 as an integer from 1 to 2³¹ − 1, got 0'),
+    (dict(rerank=True, k2=6.0), 'k2 as an integer from 1 to 2³¹ − 1, got 6.0'),
+    (dict(rerank=True, lambda_value=1.1), 'lambda_value as a number from 0 to 1, got 1.1')], ids=str)
 def test_options_out_of_range_are_refused_before_an_image_is_read(model, folder, monkeypatch, options, message):
     monkeypatch.setattr(evaluation, 'extract_features', None)
     with pytest.raises(ValueError, match=message):

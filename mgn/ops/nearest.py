@@ -42,7 +42,7 @@ def topk(query, gallery, k, metric='cosine', precision='float32', exclude_self=F
     """
     want_k(k)
     if not isinstance(exclude_self, bool):
-        raise ValueError(f'want exclude_self True or False, got {exclude_self!r}')
+        raise ValueError(f'want exclude_self True or False, got {exclude_self!r}; True leaves each item out of its own neighbours')
     as_given = type(query)
     query, gallery = feature_pair(query, gallery, metric, precision)
     if exclude_self and not same(query, gallery):
