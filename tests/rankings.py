@@ -91,3 +91,18 @@ def extremes(Q, G, D, seed=0):
     query, gallery = (x * scales[np.arange(len(x)) % len(scales), None] for x in (query, gallery))
     gallery[G // 2:G // 2 + 3] = gallery[:3]
     return query, gallery, *ids
+
+
+def same(a, b):
+    """Whether two MatchRanks are the same ranks."""
+    return np.array_equal(a.offsets, b.offsets) and np.array_equal(a.ranks, b.ranks)
+
+
+def clustered(Q=40, G=3000, D=64, pids=60, seed=0, copies=300):
+    """Features as training leaves them, and many strangers near each match; naive loops would take too long."""
+    rng = np.random.default_rng(seed)
+    centres, basis = rng.standard_normal((pids, 8)), rng.standard_normal((8, D))
+    ids = rng.integers(0, pids, Q), rng.integers(-1, pids, G), rng.integers(0, 3, Q), rng.integers(0, 3, G)
+    query, gallery = ((centres[of] + rng.standard_normal((len(of), 8))) @ basis for of in ids[:2])
+    gallery[rng.integers(0, G, copies)] = gallery[rng.integers(0, G, copies)]
+    return query.astype(np.float32), gallery.astype(np.float32), *ids

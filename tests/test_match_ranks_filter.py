@@ -1,32 +1,16 @@
 """Nothing about the matrix product reaches the ranks: tiles, threads, precision, library, order of the gallery, settings of torch."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from rankings import METRICS, extremes, naive_ranks, near_ties, problem, ranks_of
+from memory import only_linux, printed
+from rankings import METRICS, clustered, extremes, naive_ranks, near_ties, problem, ranks_of, same
 
 from mgn.ops import filter, match_ranks, ranking
 
 MAKERS = [near_ties, problem, extremes]
-
-
-def same(a, b):
-    return np.array_equal(a.offsets, b.offsets) and np.array_equal(a.ranks, b.ranks)
-
-
-def clustered(Q=40, G=3000, D=64, pids=60, seed=0):
-    """Features as training leaves them, and many strangers near each match; naive loops would take too long."""
-    rng = np.random.default_rng(seed)
-    centres, basis = rng.standard_normal((pids, 8)), rng.standard_normal((8, D))
-    ids = rng.integers(0, pids, Q), rng.integers(-1, pids, G), rng.integers(0, 3, Q), rng.integers(0, 3, G)
-    query, gallery = ((centres[of] + rng.standard_normal((len(of), 8))) @ basis for of in ids[:2])
-    gallery[rng.integers(0, G, 300)] = gallery[rng.integers(0, G, 300)]
-    return query.astype(np.float32), gallery.astype(np.float32), *ids
 
 
 @pytest.mark.parametrize('metric', METRICS)
@@ -234,12 +218,7 @@ query = gallery[rng.integers(0, G, Q)]
 ids = [rng.integers(0, 1 + G // 25, n) for n in (Q, G)] + [rng.integers(0, 6, n) for n in (Q, G)]
 few = [array[:9] for array in ids]
 ops.match_ranks(query[:9], gallery[:9], few[0], few[1], few[2], few[3], precision=precision)  # loads what there is to load
-def high_water():
-    with open('/proc/self/status') as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM')) * 1024
-with open('/proc/self/clear_refs', 'w') as file:
-    file.write('5')  # the mark falls to what is held now
-before = high_water()
+before = high_water(anew=True)
 result = ops.match_ranks(query, gallery, *ids, precision=precision)
 peak = high_water() - before
 print(peak, 2 ** 28 + 32 * (Q + G + len(result.ranks)), len(result.ranks))
@@ -249,10 +228,7 @@ print(peak, 2 ** 28 + 32 * (Q + G + len(result.ranks)), len(result.ranks))
 @pytest.mark.parametrize('case', [(3000, 40_000, 128, 'float32', 'float32'), (2500, 20_000, 512, 'float16', 'float32'),
                                   (30_000, 30_000, 16, 'bfloat16', 'bfloat16'), (40, 2_000_000, 4, 'float32', 'float32'),
                                   (64, 300, 100_000, 'float16', 'float32')])
-@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='only Linux tells the most memory since a moment')
+@only_linux
 def test_memory_stays_within_its_bound(case):
-    done = subprocess.run([sys.executable, '-c', MEMORY, json.dumps(case)], capture_output=True, text=True,
-                          env={**os.environ, 'PYTHONPATH': os.getcwd()})
-    assert done.returncode == 0, done.stderr
-    peak, bound, matches = map(int, done.stdout.split())
+    peak, bound, matches = printed(MEMORY, json.dumps(case))
     assert 0 < peak <= bound and matches > 0

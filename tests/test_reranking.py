@@ -2,17 +2,15 @@
 
 import functools
 import importlib.util
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from implementations import COMPILED, IMPLEMENTATIONS, run_as
+from memory import only_linux, printed
 from mining import examples
-from rankings import METRICS, extremes, naive_key, near_ties, problem
+from rankings import METRICS, clustered, extremes, naive_key, near_ties, problem, same
 
 from mgn.ops import filter, k_reciprocal_ranks, match_ranks, match_ranks_from_distance, nearest, ranking_reference, re_ranking, reranking
 from mgn.ops.reranking_reference import final_distances
@@ -133,22 +131,9 @@ def test_no_query_or_no_gallery(implementation, Q, G):
     assert re_ranking(np.ones((Q, G)), np.ones((Q, Q)), np.ones((G, G))).shape == (Q, G)
 
 
-def clustered(Q=40, G=500, D=64, seed=0, pids=40):
-    rng = np.random.default_rng(seed)
-    centres, basis = rng.standard_normal((pids, 8)), rng.standard_normal((8, D))
-    ids = rng.integers(0, pids, Q), rng.integers(-1, pids, G), rng.integers(0, 3, Q), rng.integers(0, 3, G)
-    query, gallery = ((centres[of] + rng.standard_normal((len(of), 8))) @ basis for of in ids[:2])
-    gallery[rng.integers(0, G, 90)] = gallery[rng.integers(0, G, 90)]
-    return query.astype(np.float32), gallery.astype(np.float32), *ids
-
-
-def same(a, b):
-    return np.array_equal(a.offsets, b.offsets) and np.array_equal(a.ranks, b.ranks)
-
-
 @pytest.mark.parametrize('metric', METRICS)
 def test_tiles_threads_precision_and_implementation_change_nothing(monkeypatch, metric):
-    args = clustered()
+    args = clustered(40, 500, pids=40, copies=90)
     expected = k_reciprocal_ranks(*args, metric=metric)
     monkeypatch.setattr(filter, 'available', lambda precision, device: precision)
     for tile in ((100, 64), (64, 37), (999, 2000)):
@@ -170,7 +155,7 @@ def test_tiles_threads_precision_and_implementation_change_nothing(monkeypatch, 
 
 
 def test_every_container_type_and_layout_gives_the_same_ranks():
-    query, gallery, *ids = clustered(20, 200)
+    query, gallery, *ids = clustered(20, 200, pids=40, copies=90)
     query, gallery = (x.astype(np.float16).astype(np.float32) for x in (query, gallery))
     expected = k_reciprocal_ranks(query, gallery, *ids)
     assert same(expected, naive(query, gallery, ids, 20, 6, 0.3))
@@ -183,7 +168,7 @@ def test_every_container_type_and_layout_gives_the_same_ranks():
 @pytest.mark.skipif(not COMPILED, reason='nothing is compiled')
 @pytest.mark.parametrize('items, k1, k2', [(40, 3, 2), (300, 20, 6), (30, 29, 30)])
 def test_sparse_rows_of_kernels_and_references_are_the_same_bits(items, k1, k2):
-    features = torch.from_numpy(clustered(0, items)[1])
+    features = torch.from_numpy(clustered(0, items, pids=40, copies=90)[1])
     near = nearest.topk(features, features, max(k1 + 1, k2)).indices
     results = []
     for sparse in (torch.ops.mgn_cpu, reranking.reranking_reference):
@@ -314,21 +299,14 @@ centres = rng.standard_normal((1 + G // 25, 16), np.float32)
 query, gallery = ((centres[of] + 0.5 * rng.standard_normal((len(of), 16), np.float32)) @ basis for of in pids)
 args = query, gallery, *pids, rng.integers(0, 6, Q), rng.integers(0, 6, G)
 ops.k_reciprocal_ranks(*(x[:99] for x in args))  # loads what there is to load
-def high_water():
-    with open('/proc/self/status') as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM')) * 1024
-with open('/proc/self/clear_refs', 'w') as file:
-    file.write('5')  # the mark falls to what is held now
-before = high_water()
+before = high_water(anew=True)
 ops.k_reciprocal_ranks(*args)
 print(high_water() - before, 2 ** 28 + (10_000 + 4 * D) * (Q + G))
 '''
 
 
 @pytest.mark.parametrize('case', [(1000, 9_000, 256), (300, 15_000, 32)])
-@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='only Linux tells the most memory since a moment')
+@only_linux
 def test_memory_stays_far_below_a_square_matrix(case):
-    done = subprocess.run([sys.executable, '-c', MEMORY, *map(str, case)], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': os.getcwd()})
-    assert done.returncode == 0, done.stderr
-    peak, bound = map(int, done.stdout.split())
+    peak, bound = printed(MEMORY, *case)
     assert 0 < peak <= bound < 4 * (case[0] + case[1]) ** 2

@@ -1,14 +1,12 @@
 """The k nearest by features against a loop that computes every canonical key and sorts, and by distances against a stable sort."""
 
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from implementations import IMPLEMENTATIONS, run_as
+from memory import only_linux, printed
 from mining import examples
 from rankings import METRICS, extremes, naive_key, near_ties, problem
 
@@ -322,12 +320,7 @@ Q, G, D, k, one = map(int, sys.argv[1:])
 gallery = torch.from_numpy(np.random.default_rng(0).standard_normal((G, D), np.float32))
 query = gallery if one else gallery[:Q].clone()
 ops.topk(query[:99], gallery[:99], k)  # loads what there is to load
-def high_water():
-    with open('/proc/self/status') as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM')) * 1024
-with open('/proc/self/clear_refs', 'w') as file:
-    file.write('5')  # the mark falls to what is held now
-before = high_water()
+before = high_water(anew=True)
 result = ops.topk(query, gallery, k)
 entries = result.indices.numel()
 print(high_water() - before, 2 ** 28 + 48 * (Q + G) + 46 * entries + 2 ** 30 * one)
@@ -335,9 +328,7 @@ print(high_water() - before, 2 ** 28 + 48 * (Q + G) + 46 * entries + 2 ** 30 * o
 
 
 @pytest.mark.parametrize('case', [(2000, 20_000, 128, 30, 0), (1200, 6_000, 64, 4096, 0), (15_000, 15_000, 32, 100, 1), (40, 400_000, 4, 7, 0)])
-@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='only Linux tells the most memory since a moment')
+@only_linux
 def test_memory_stays_within_its_bound(case):
-    done = subprocess.run([sys.executable, '-c', MEMORY, *map(str, case)], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': os.getcwd()})
-    assert done.returncode == 0, done.stderr
-    peak, bound = map(int, done.stdout.split())
+    peak, bound = printed(MEMORY, *case)
     assert 0 < peak <= bound

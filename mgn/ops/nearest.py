@@ -8,7 +8,7 @@ import torch
 from mgn.ops import filter, ranking_reference
 from mgn.ops.arguments import as_distances, feature_pair
 from mgn.ops.extension import kernels
-from mgn.ops.tiles import OPERANDS, denormals, finite_norms, keys_of_pairs, rows, spans, tile_of, uncompiled
+from mgn.ops.tiles import blocks_of, denormals, finite_norms, keys_of_pairs, not_a_number, rows, spans, tile_of, uncompiled
 
 LARGEST_K = 4096
 STATE = 2 ** 30     # bytes of what is selected for all queries at once; beyond them block after block
@@ -221,15 +221,11 @@ def _topk_from_distance(dist, k):
     compiled = compiled or ranking_reference
     k = min(k, dist.shape[1])
     distances, items = dist.new_empty(len(dist), k), dist.new_empty(len(dist), k, dtype=torch.int64)
-    readable = dist.dtype in (torch.float32, torch.float64) and (dist.shape[1] <= 1 or dist.stride(1) == 1)
-    for block in spans(len(dist), len(dist) if readable else OPERANDS // max(dist.shape[1], 1)):
-        some = dist[block]
-        some = some if readable else some.to(torch.promote_types(dist.dtype, torch.float32)).contiguous()
+    for block, some in blocks_of(dist):
         values = some.new_empty(len(some), k)
         odd = compiled.nearest_in_distances(some, values, items[block])
         if odd >= 0:
-            column = some[odd].isnan().nonzero()[0].item()
-            raise ValueError(f'want distances that are numbers, got NaN at row {block.start + odd}, column {column}; look for what made it')
+            raise not_a_number(some, odd, block.start)
         distances[block] = values
     return distances, items
 

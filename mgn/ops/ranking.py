@@ -9,7 +9,8 @@ import torch
 from mgn.ops import filter, ranking_reference
 from mgn.ops.arguments import all_ids, as_distances, as_junk_pid, feature_pair
 from mgn.ops.extension import kernels
-from mgn.ops.tiles import OPERANDS, denormals, finite_norms, keys_of_pairs, not_finite, rows, spans, tile_of, uncompiled
+from mgn.ops.tiles import (OPERANDS, blocks_of, denormals, finite_norms, keys_of_pairs, not_a_number, not_finite, rows, spans, tile_of,
+                           uncompiled)
 
 PAIRS = 2 ** 19  # of one identity looked at together
 
@@ -133,15 +134,11 @@ def _match_ranks_from_distance(dist, query_pids, gallery_pids, query_camids, gal
                                           lambda owners, found: dist[torch.from_numpy(owners), torch.from_numpy(found)].double().numpy())
     steps = torch.zeros(len(keys), dtype=torch.int64)
     tensors = [torch.from_numpy(array) for array in (offsets, keys, items, order, begin, end, junk)]
-    readable = dist.dtype in (torch.float32, torch.float64) and (dist.shape[1] <= 1 or dist.stride(1) == 1)
-    for block in spans(len(dist), len(dist) if readable else OPERANDS // max(dist.shape[1], 1)):
-        some = dist[block]
-        some = some if readable else some.to(torch.promote_types(dist.dtype, torch.float32)).contiguous()
+    for block, some in blocks_of(dist):
         odd = compiled.count_in_distances(some, tensors[0][block.start:block.stop + 1], *tensors[1:3], steps, tensors[3],
                                           *(tensor[block] for tensor in tensors[4:6]), tensors[6])
         if odd >= 0:
-            column = some[odd].isnan().nonzero()[0].item()
-            raise ValueError(f'want distances that are numbers, got NaN at row {block.start + odd}, column {column}; look for what made it')
+            raise not_a_number(some, odd, block.start)
     return torch.from_numpy(offsets), as_ranks(steps, offsets)
 
 

@@ -32,6 +32,19 @@ def tile_of(query, gallery):
     return items, min(features, products // items)
 
 
+def blocks_of(dist):
+    """(slice, rows) of a matrix of distances as the kernels read them: float32 or float64, contiguous along a row; one block where they are."""
+    readable = dist.dtype in (torch.float32, torch.float64) and (dist.shape[1] <= 1 or dist.stride(1) == 1)
+    for block in spans(len(dist), len(dist) if readable else OPERANDS // max(dist.shape[1], 1)):
+        some = dist[block]
+        yield block, some if readable else some.to(torch.promote_types(dist.dtype, torch.float32)).contiguous()
+
+
+def not_a_number(some, row, first):
+    column = some[row].isnan().nonzero()[0].item()
+    return ValueError(f'want distances that are numbers, got NaN at row {first + row}, column {column}; look for what made it')
+
+
 def finite_norms(compiled, features, name):
     """Canonical norms (n,) float64; ValueError naming the row where a feature is not finite."""
     norms = torch.empty(len(features), dtype=torch.float64, device=features.device)

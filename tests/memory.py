@@ -1,0 +1,26 @@
+"""The most memory that a call takes, measured in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+only_linux = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='only Linux tells the most memory since a moment')
+
+HIGH_WATER = '''
+def high_water(anew=False):
+    if anew:
+        with open('/proc/self/clear_refs', 'w') as file:
+            file.write('5')  # the mark falls to what is held now
+    with open('/proc/self/status') as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM')) * 1024
+'''
+
+
+def printed(program, *args):
+    """The integers that a program prints, which knows high_water(anew): the most bytes held, since the last call with anew=True."""
+    done = subprocess.run([sys.executable, '-c', HIGH_WATER + program, *map(str, args)], capture_output=True, text=True,
+                          env={**os.environ, 'PYTHONPATH': os.getcwd()})
+    assert done.returncode == 0, done.stderr
+    return list(map(int, done.stdout.split()))
