@@ -11,8 +11,8 @@ from mgn.ops import filter
 HALF = torch.float16, torch.bfloat16
 
 
-def feature_pair(query, gallery, metric, precision):
-    """Query and gallery as detached tensors that fit each other; the options checked."""
+def feature_pair(query, gallery, metric, precision, streamed=False):
+    """Query and gallery as detached tensors that fit each other; the options checked. `streamed`: the gallery may lie on the CPU, the query not."""
     if metric not in ('cosine', 'euclidean'):
         raise ValueError(f"want metric 'cosine' or 'euclidean', got {metric!r}; of other distances pass the matrix, to match_ranks_from_distance "
                          'or topk_from_distance')
@@ -24,7 +24,7 @@ def feature_pair(query, gallery, metric, precision):
     if query.shape[1] != gallery.shape[1]:
         raise ValueError(f'want query and gallery of one width, got {tuple(query.shape)} and {tuple(gallery.shape)}; '
                          'take both from one network')
-    if query.device != gallery.device:
+    if query.device != gallery.device and not (streamed and gallery.device.type == 'cpu'):
         raise ValueError(f'want query and gallery on one device, got {query.device} and {gallery.device}; move one with .to()')
     return query, gallery
 

@@ -9,8 +9,8 @@ import torch
 from mgn.ops import filter, ranking_reference
 from mgn.ops.arguments import all_ids, as_distances, as_junk_pid, feature_pair
 from mgn.ops.extension import kernels
-from mgn.ops.tiles import (OPERANDS, blocks_of, denormals, finite_norms, keys_of_pairs, not_a_number, not_finite, rows, spans, tile_of,
-                           uncompiled)
+from mgn.ops.tiles import (OPERANDS, blocks_of, denormals, finite_norms, keys_of_pairs, not_a_number, not_finite, read_ahead, rows, spans,
+                           tile_of, uncompiled)
 
 PAIRS = 2 ** 19  # of one identity looked at together
 
@@ -32,7 +32,8 @@ def match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery_
     A matrix product, tile by tile, decides all pairs that are farther apart than it can err; the others are decided by their keys.
 
     Args:
-        query: (Q, D), gallery: (G, D), float32 or half, NumPy arrays or tensors of one device; they are not copied.
+        query: (Q, D), gallery: (G, D), float32 or half, NumPy arrays or tensors of one device; they are not copied. A gallery of host
+            memory goes with queries on a GPU too: it is moved there tile by tile. It may be a memory-mapped file, larger than memory.
         query_pids, gallery_pids, query_camids, gallery_camids: (Q,) and (G,) of any integer type.
         metric: 'cosine' or 'euclidean'.
         junk_pid: the id of boxes that are neither match nor non-match; None for none. Items of the query's own pid and
@@ -44,7 +45,7 @@ def match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery_
     Raises:
         ValueError: float64 or non-finite features (naming the row), shapes or devices that do not fit, an unknown option.
     """
-    query, gallery = feature_pair(query, gallery, metric, precision)
+    query, gallery = feature_pair(query, gallery, metric, precision, streamed=True)
     ids = all_ids(len(query), len(gallery), query_pids, gallery_pids, query_camids, gallery_camids)
     offsets, ranks, redecided = torch.ops.mgn.match_ranks.default(query, gallery, *ids, metric, as_junk_pid(junk_pid), precision)
     return MatchRanks(offsets.numpy(), ranks.numpy(), redecided.item())
@@ -76,24 +77,51 @@ torch.library.define('mgn::match_ranks_from_distance', f'(Tensor dist, {IDS}, in
 
 
 def _match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery_camids, metric, junk_pid, precision):
-    if query.device.type not in ('cpu', 'cuda'):  # mps has no float64
-        query, gallery = query.cpu(), gallery.cpu()
-    device, width, cosine = query.device, query.shape[1], metric == 'cosine'
-    compiled = kernels(device) or ranking_reference
+    query, gallery = on_float64_device(query, gallery)
+    compiled, cosine = kernels(query.device) or ranking_reference, metric == 'cosine'
     query_norms = finite_norms(compiled, query, 'query')
-
     order, begin, end, junk = identities(query_pids.numpy(), gallery_pids.numpy(), junk_pid)
-    offsets, keys, items = sorted_matches(order, begin, end, query_camids.numpy(), gallery_camids.numpy(),
-                                          lambda owners, found: keys_of_pairs(compiled, query, gallery, owners, found, cosine))
-    matches = [torch.from_numpy(array).to(device) for array in (offsets, keys, items)]
-    excluded = [torch.from_numpy(array).to(device) for array in (order, begin, end)]
-    junk = torch.from_numpy(junk).to(device)
-    steps = torch.zeros(len(keys), dtype=torch.int64, device=device)
+    matches = sorted_matches(order, begin, end, query_camids.numpy(), gallery_camids.numpy(),
+                             lambda owners, found: keys_in_order(compiled, query, gallery, owners, found, cosine))
+    offsets = matches[0]
+    steps, redecided = strangers_between(query, query_norms, gallery, 0, matches, (order, begin, end, junk), cosine, precision)
+    del matches
+    return torch.from_numpy(offsets), as_ranks(steps, offsets), redecided
+
+
+def on_float64_device(query, gallery):
+    """Both where keys can be computed: mps has no float64."""
+    return (query, gallery) if query.device.type in ('cpu', 'cuda') else (query.cpu(), gallery.cpu())
+
+
+def keys_in_order(compiled, query, gallery, owners, items, cosine):
+    """keys_of_pairs, the gallery's rows taken in their order, as a file is read best."""
+    ascending, keys = np.argsort(items, kind='stable'), np.empty(len(items))
+    keys[ascending] = keys_of_pairs(compiled, query, gallery, owners[ascending], items[ascending], cosine)
+    return keys
+
+
+def strangers_between(query, query_norms, gallery, first, matches, excluded, cosine, precision):
+    """Counts the strangers between each match and the one before it, in one pass over the gallery's tiles.
+
+    Args:
+        query: (Q, D) and its norms, gallery: (G, D), whose rows are the items first, first + 1, ….
+        matches: offsets (Q+1,), keys and items (M,), those of a query ascending by (key, item), also of items elsewhere.
+        excluded: order, begin, end, junk of `identities`, items of this gallery.
+    Returns:
+        (M,) int64, and redecided, a scalar; both on the CPU.
+    """
+    device, width = query.device, query.shape[1]
+    compiled, offsets = kernels(device) or ranking_reference, matches[0]
+    matches = [torch.from_numpy(array).to(device) for array in matches]
+    order, begin, end, junk = (torch.from_numpy(array).to(device) for array in excluded)
+    steps = torch.zeros(len(matches[1]), dtype=torch.int64, device=device)
     redecided = torch.zeros(1, dtype=torch.int64, device=device)
 
     precision = filter.available(precision, device) if width else 'float32'
     finite = torch.ones((), dtype=torch.bool, device=device)
     items_at_once, queries_at_once = tile_of(query, gallery)
+    parts = spans(len(gallery), items_at_once)
 
     @functools.lru_cache(maxsize=None if len(query) * width <= OPERANDS else 1)  # converted and rounded once, where that fits
     def queries(start, stop):
@@ -102,8 +130,11 @@ def _match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery
 
     with filter.exact_float32():
         relative_error = filter.relative_error(precision, width, device)
-        for part in spans(len(gallery), items_at_once):
-            tile, norms = rows(gallery, part), torch.empty(part.stop - part.start, dtype=torch.float64, device=device)
+        for part, ahead in zip(parts, [*parts[1:], None]):
+            tile = rows(gallery, part).to(device)
+            if ahead:
+                read_ahead(gallery, ahead)
+            norms = torch.empty(len(tile), dtype=torch.float64, device=device)
             compiled.canonical_norms(tile, norms)
             finite &= norms.isfinite().all()
             if device.type == 'cpu' and not finite:  # elsewhere this would wait for the device
@@ -116,13 +147,12 @@ def _match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery
                 some, of_queries = queries(block.start, block.stop)
                 dots = filter.products(of_queries, operand, precision)
                 terms = filter.query_terms(query_norms[block], largest, relative_error, width, cosine)
-                compiled.count_strangers(some, tile, query_norms[block], norms, cosine, part.start, dots, item_scale, item_shift, *terms,
+                compiled.count_strangers(some, tile, query_norms[block], norms, cosine, first + part.start, dots, item_scale, item_shift, *terms,
                                          matches[0][block.start:block.stop + 1], *matches[1:], steps,
-                                         excluded[0], *(tensor[block] for tensor in excluded[1:]), junk, redecided)
+                                         order, begin[block], end[block], junk, redecided)
     if not finite:
         raise not_finite(gallery, 'gallery')
-    del matches, keys, items
-    return torch.from_numpy(offsets), as_ranks(steps.cpu(), offsets), redecided[0].cpu()
+    return steps.cpu(), redecided[0].cpu()
 
 
 @denormals()

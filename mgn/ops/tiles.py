@@ -1,6 +1,9 @@
 """Features taken tile by tile: how large a tile is, its rows as the kernels read them, the canonical keys of single pairs."""
 
 import contextlib
+import ctypes
+import functools
+import mmap
 import sys
 
 import numpy as np
@@ -56,16 +59,37 @@ def finite_norms(compiled, features, name):
 
 
 def keys_of_pairs(compiled, query, gallery, owners, items, cosine):
-    """Canonical keys of (query owners[p], gallery items[p]), NumPy arrays of indices and keys."""
-    owners, items = (torch.from_numpy(array).to(query.device) for array in (owners, items))
+    """Canonical keys of (query owners[p], gallery items[p]), NumPy arrays of indices and keys. The gallery may lie on the CPU, the query elsewhere."""
+    owners, items = torch.from_numpy(owners).to(query.device), torch.from_numpy(items).to(gallery.device)
     keys = torch.empty(len(items), dtype=torch.float64, device=query.device)
-    if all(features.dtype == torch.float32 and (features.shape[1] <= 1 or features.stride(1) == 1) for features in (query, gallery)):
+    readable = all(features.dtype == torch.float32 and (features.shape[1] <= 1 or features.stride(1) == 1) for features in (query, gallery))
+    if readable and query.device == gallery.device:
         compiled.canonical_keys(query, gallery, owners, items, cosine, keys)
     else:
         for part in spans(len(items), OPERANDS // max(query.shape[1], 1)):
             numbers = torch.arange(part.stop - part.start, device=query.device)
-            compiled.canonical_keys(rows(query, owners[part]), rows(gallery, items[part]), numbers, numbers, cosine, keys[part])
+            compiled.canonical_keys(rows(query, owners[part]), rows(gallery, items[part]).to(query.device), numbers, numbers, cosine, keys[part])
     return keys.cpu().numpy()
+
+
+def read_ahead(features, part):
+    """Has the system begin to read these rows where they lie in a memory-mapped file; what is in memory stays as it is."""
+    system = memory_advice()
+    if system is None or features.device.type != 'cpu' or features[part].numel() == 0 or features.stride(1) != 1:
+        return
+    some = features[part]
+    begin = some.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    end = some[-1].data_ptr() + some.shape[1] * some.element_size()
+    system(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_WILLNEED)
+
+
+@functools.cache
+def memory_advice():
+    """The C library's madvise, None where there is none."""
+    try:
+        return ctypes.CDLL(None).madvise if hasattr(mmap, 'MADV_WILLNEED') else None
+    except (OSError, TypeError, AttributeError):
+        return None
 
 
 def not_finite(features, name):
