@@ -36,10 +36,10 @@ class Augmentation:
         self.erasing_probability, self.erasing_area, self.erasing_aspect = (
             erasing_probability, erasing_area, erasing_aspect)
 
-    def draw(self, seed, step, batch_size, size):
-        """The draws of the images at positions 0…batch_size−1 of a step's global batch; size=(H, W) in pixels."""
+    def draw(self, seed, step, batch_size, size, first=0):
+        """The draws of `batch_size` images from position `first` of a step's batch on; size=(H, W) in pixels."""
         flip, top, left, erase = [], [], [], []
-        for position in range(batch_size):
+        for position in range(first, first + batch_size):
             rng = draws.generator(seed, draws.AUGMENTATION, step, position)
             flip.append(rng.random() < self.flip_probability)
             top.append(rng.integers(2 * self.padding + 1))

@@ -18,19 +18,19 @@ from absl import app, flags
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 # What follows is imported for its configurables: a recipe may bind what the binary at hand does not use.
-from mgn import augmentation, datasets, evaluation, losses, model, optim, training  # noqa: F401
+from mgn import augmentation, datasets, evaluation, features, losses, model, optim, processes, training  # noqa: F401
 
 flags.DEFINE_multi_string('gin_file', [], 'Gin file, e.g. gin/market.gin; repeatable, later ones win.')
 flags.DEFINE_multi_string('gin_bindings', [], 'Gin binding, e.g. "data_root=\'datasets\'"; repeatable, later ones win.')
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHARED = ('dataset', 'input_size')  # training and evaluation have to agree on them
-PATH_MACROS = ('data_root', 'output_dir', 'weights')
+PATH_MACROS = ('data_root', 'output_dir', 'weights', 'features_dir')
 MACRO = 'gin.macro'
 
 
 def run(main):
-    """Runs a binary's main(gin_files, bindings) under absl; a user's mistake ends it with its message alone."""
+    """Runs a binary's main(gin_files, bindings) under absl; a user's mistake ends it with its message alone, said by one process."""
     def absl_main(argv):
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter('%(asctime)s %(levelname).1s %(message)s', '%H:%M:%S'))
@@ -39,14 +39,20 @@ def run(main):
         package.setLevel(logging.INFO)
         package.propagate = False  # absl prints the root logger's messages too
         try:
+            processes.join()
+            if processes.number() > 0:
+                package.setLevel(logging.CRITICAL)  # process 0 says it
             if len(argv) > 1:
                 raise ValueError(f'want flags only, got {argv[1:]}; give --gin_file=FILE or --gin_bindings="name=value"')
             with logging_redirect_tqdm([package]):
                 main(flags.FLAGS.gin_file, flags.FLAGS.gin_bindings)
-        except (ValueError, TypeError, OSError) as error:
-            if flags.FLAGS.verbosity > 0:
+            processes.leave()
+        except Exception as error:
+            if not processes.first_to_fail():
+                sys.exit(1)
+            if flags.FLAGS.verbosity > 0 or not (isinstance(error, (ValueError, TypeError, OSError)) or processes.lost(error)):
                 raise
-            sys.exit(f'error: {error}\n(--verbosity=1 shows where)')
+            sys.exit(f'error: {processes.lost(error) or error}\n(--verbosity=1 shows where)')
     app.run(absl_main)
 
 
@@ -56,7 +62,7 @@ def load(gin_files, bindings, saved=''):
     Args:
         gin_files: paths, looked for in the working folder, then in the project's folder; what they include, beside
             the including file first.
-        bindings: strings. saved: the gin text of a checkpoint; its output_dir is not taken over.
+        bindings: strings. saved: the gin text of a checkpoint; its output_dir and features_dir are not taken over.
     Raises:
         ValueError: unknown names, with the nearest valid one. FileNotFoundError: the paths tried.
     """
@@ -75,7 +81,7 @@ def bound_weights(gin_files, bindings):
     parse(gin_files, bindings)
     weights = gin.query_parameter('%weights')
     if weights is None:
-        raise ValueError("want a checkpoint to evaluate, got none; give --gin_bindings=\"weights='runs/market/best.pth'\"")
+        raise ValueError("want a checkpoint in `weights`, got none; give --gin_bindings=\"weights='runs/market/best.pth'\"")
     return os.path.abspath(os.path.expanduser(weights))
 
 
@@ -91,8 +97,8 @@ def parse(gin_files, bindings, saved=''):
     try:
         gin.parse_config_file(os.path.join(HERE, 'defaults.gin'))
         gin.parse_config(saved)
-        if saved:
-            gin.bind_parameter('output_dir/macro.value', None)
+        for name in ('output_dir', 'features_dir') if saved else ():
+            gin.bind_parameter(f'{name}/macro.value', None)
         for gin_file in gin_files:
             gin.parse_config_file(gin_file)
         gin.parse_config(bindings)

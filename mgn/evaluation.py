@@ -1,4 +1,4 @@
-"""Model and data set → features → ranks → Rank-k, mAP, mINP."""
+"""Model and data set → features → ranks → Rank-k, mAP, mINP; under torchrun each process ranks in its part of the gallery."""
 
 import json
 import logging
@@ -8,39 +8,61 @@ import time
 
 import gin
 import torch
-import torch.nn.functional as F
 
 from mgn import checkpoint as checkpoints
-from mgn.augmentation import normalise
+from mgn import processes
 from mgn.datasets import check_dataset
 from mgn.expansion import expand_queries, want_alpha
-from mgn.images import TestBatches, batches
+from mgn.features import extract_features, read_features, write_features
 from mgn.metrics import retrieval_metrics
 from mgn.model import MGN
-from mgn.ops import k_reciprocal_ranks, match_ranks
+from mgn.ops import k_reciprocal_ranks, match_ranks, match_ranks_sharded
 from mgn.ops.nearest import LARGEST_K
 from mgn.ops.reranking import want_parameters
-from mgn.runlog import progress, write_text
+from mgn.runlog import write_text
 
 logger = logging.getLogger(__name__)
 
 
 @gin.configurable(denylist=['checkpoint'])
-def evaluate_checkpoint(checkpoint, weights=gin.REQUIRED, dataset=gin.REQUIRED, output_dir=None, device='auto'):
-    """Evaluates a loaded checkpoint on `dataset`; prints the table, writes output_dir/eval.json, returns the results."""
+def evaluate_checkpoint(checkpoint, weights=gin.REQUIRED, dataset=gin.REQUIRED, output_dir=None, device='auto', features_dir=None):
+    """Evaluates a loaded checkpoint on `dataset`; prints the table, writes output_dir/eval.json, returns the results.
+
+    features_dir: of mgn.extract, whose features are read in place of the images.
+    """
     device = find_device(device)
-    model = MGN(num_classes=0, fresh=False).to(device, memory_format=torch.channels_last)
-    checkpoints.load_model(model, checkpoint['model'], weights, features_only=True)
-    results = {'weights': weights, 'step': checkpoint['step'], **evaluate(model, dataset, device)}
-    print(table(results))
-    write_results(results, output_dir or os.getcwd())
+    results = {'weights': weights, 'step': checkpoint['step'],
+               **evaluate(loaded(checkpoint, weights, device), dataset, device, features_dir=features_dir)}
+    if processes.number() == 0:
+        print(table(results))
+        write_results(results, output_dir or os.getcwd())
     return results
 
 
-@gin.configurable(denylist=['model', 'dataset', 'device'])
+@gin.configurable(denylist=['checkpoint'])
+def extract_checkpoint(checkpoint, weights=gin.REQUIRED, dataset=gin.REQUIRED, device='auto', features_dir=None):
+    """Writes the features of a loaded checkpoint on `dataset` into features_dir (`mgn.features.write_features`)."""
+    check_dataset(dataset)
+    if features_dir is None:
+        raise ValueError("want a folder for the features, got none; give --gin_bindings=\"features_dir='features'\"")
+    device = find_device(device)
+    write_features(loaded(checkpoint, weights, device), dataset, device, features_dir)
+
+
+def loaded(checkpoint, weights, device):
+    """The checkpoint's MGN without classifiers, on `device`."""
+    model = MGN(num_classes=0, fresh=False).to(device, memory_format=torch.channels_last)
+    checkpoints.load_model(model, checkpoint['model'], weights, features_only=True)
+    return model
+
+
+@gin.configurable(denylist=['model', 'dataset', 'device', 'features_dir'])
 def evaluate(model, dataset, device, input_size=gin.REQUIRED, batch_size=64, workers=4, flip_test=False,
-             cross_camera=True, query_expansion=0, alpha=3.0, rerank=False, k1=20, k2=6, lambda_value=0.3):
+             cross_camera=True, query_expansion=0, alpha=3.0, rerank=False, k1=20, k2=6, lambda_value=0.3, features_dir=None):
     """Ranks the gallery for every query by cosine distance of the test features; then again, where asked, with query expansion and re-ranking.
+
+    Under torchrun each process extracts and holds its part of query and gallery, and ranks in that (`match_ranks_sharded`); query expansion and
+    re-ranking are process 0's, which the gallery's features travel to.
 
     Args:
         model: MGN. dataset: Dataset. device: torch.device that the model is on.
@@ -52,17 +74,18 @@ def evaluate(model, dataset, device, input_size=gin.REQUIRED, batch_size=64, wor
             of their weights.
         rerank: re-rank the features, of expanded queries if there are, by `mgn.ops.k_reciprocal_ranks`, whose k1, k2 and lambda_value are
             given. As published, neighbours are all of the gallery, also what is left out of a query's ranks.
+        features_dir: of mgn.extract, with features of this model and data set; they are read in place of the images, and the gallery, which may
+            be larger than memory, tile by tile.
     Returns:
         dict with rank1, rank5, rank10, mAP, mAP_trapezoid, mINP (fractions), what they were measured on, the seconds of both
         stages, the share of pairs of query and gallery that their keys decided, and the process's peak memory, all of plain ranking.
         Where asked, 'query_expansion' and 'rerank' are dicts: the stage's parameters, the same six fractions, its seconds, and the
-        peak memory. That is the most since the process began, so a stage cannot show less than those before it.
+        peak memory. That is the most since the process began, so a stage cannot show less than those before it. Times and memory are
+        process 0's. The same in all processes.
     Raises:
-        ValueError: options out of range, before any image is read; unreadable images, or no query with a match.
+        ValueError: options out of range, before any image is read; unreadable images, features of something else, or no query with a match.
     """
     check_dataset(dataset)
-    if batch_size < 1:
-        raise ValueError(f'want evaluate.batch_size >= 1, got {batch_size}')
     if isinstance(query_expansion, bool) or not isinstance(query_expansion, int) or not 0 <= query_expansion <= LARGEST_K:
         raise ValueError(f'want evaluate.query_expansion as an integer from 0 to {LARGEST_K}, got {query_expansion!r}; it is how many gallery items '
                          f'are averaged into a query, 0 for none')
@@ -70,27 +93,36 @@ def evaluate(model, dataset, device, input_size=gin.REQUIRED, batch_size=64, wor
         raise ValueError(f'want evaluate.rerank True or False, got {rerank!r}; bind evaluate.k1, k2 and lambda_value for its parameters')
     want_alpha(alpha)
     want_parameters(k1, k2, lambda_value)
-    query_camids, gallery_camids = match_groups(dataset, cross_camera)
+    camids = match_groups(dataset, cross_camera)
+    ids = *([sample.pid for sample in part] for part in (dataset.query, dataset.gallery)), *camids
     start = time.perf_counter()
-    features = extract_features(model, dataset.query + dataset.gallery, device, input_size, batch_size, workers, flip_test)
+    if features_dir:
+        query, gallery = (processes.part(rows) for rows in read_features(features_dir, model, dataset, input_size, flip_test))
+        query = torch.from_numpy(query.copy()).to(device if device.type == 'cuda' else 'cpu')
+    else:
+        mine = processes.part(dataset.query), processes.part(dataset.gallery)
+        features = extract_features(model, mine[0] + mine[1], device, input_size, batch_size, workers, flip_test)
+        query, gallery = features.to(device if device.type == 'cuda' else 'cpu').split([len(part) for part in mine])
     extracted = time.perf_counter()
-    ids = *([sample.pid for sample in part] for part in (dataset.query, dataset.gallery)), query_camids, gallery_camids
-    if device.type == 'cuda':
-        features = features.to(device)
-    query, gallery = features[:len(dataset.query)], features[len(dataset.query):]
-    ranks = match_ranks(query, gallery, *ids)
+    rank = match_ranks_sharded if processes.count() > 1 else match_ranks
+    ranks = rank(query, gallery, *(processes.part(of) for of in ids))
     ranked = time.perf_counter()
-    redecided = ranks.redecided / max(len(query) * len(gallery), 1)
-    logger.info('decoding and features %.3f s, matrix product and counting %.3f s, %.4f %% of pairs decided by their keys, peak memory '
-                '%s MB', extracted - start, ranked - extracted, 100 * redecided, peak_memory_mb())
+    redecided = ranks.redecided / max(len(dataset.query) * len(dataset.gallery), 1)
+    logger.info('%s %.3f s, matrix product and counting %.3f s, %.4f %% of pairs decided by their keys, peak memory %s MB',
+                'opening features' if features_dir else 'decoding and features', extracted - start, ranked - extracted, 100 * redecided,
+                peak_memory_mb())
     unmatched = int((ranks.offsets[1:] == ranks.offsets[:-1]).sum())
     if unmatched:
-        logger.warning('%d of %d queries have no true match and are left out', unmatched, len(query))
+        logger.warning('%d of %d queries have no true match and are left out', unmatched, len(dataset.query))
     results = {'dataset': dataset.name, 'data_root': dataset.root, **retrieval_metrics(ranks.offsets, ranks.ranks),
-               'queries': len(query), 'queries_without_match': unmatched, 'gallery': len(gallery),
-               'cross_camera': cross_camera, 'flip_test': flip_test, 'input_size': list(input_size),
-               'features_s': round(extracted - start, 3), 'ranking_s': round(ranked - extracted, 3), 'redecided': redecided,
-               **peak_memory(device)}
+               'queries': len(dataset.query), 'queries_without_match': unmatched, 'gallery': len(dataset.gallery),
+               'cross_camera': cross_camera, 'flip_test': flip_test, 'input_size': list(input_size), 'features_dir': features_dir,
+               'processes': processes.count(), 'features_s': round(extracted - start, 3), 'ranking_s': round(ranked - extracted, 3),
+               'redecided': redecided, **peak_memory(device)}
+    if query_expansion or rerank:
+        query, gallery = in_process_0(query), in_process_0(gallery)
+    if processes.number() > 0:
+        return processes.share(None)
     if query_expansion:
         start = time.perf_counter()
         query = expand_queries(query, gallery, query_expansion, alpha)
@@ -102,7 +134,16 @@ def evaluate(model, dataset, device, input_size=gin.REQUIRED, batch_size=64, wor
         ranks = k_reciprocal_ranks(query, gallery, *ids, k1, k2, lambda_value)
         results['rerank'] = {'k1': k1, 'k2': k2, 'lambda_value': lambda_value, 'expanded': query_expansion > 0,
                              **retrieval_metrics(ranks.offsets, ranks.ranks), **spent('re-ranking', start, device)}
-    return results
+    return processes.share(results)
+
+
+def in_process_0(rows):
+    """The rows of all processes, on the same device, in process 0; None elsewhere."""
+    rows = torch.as_tensor(rows)
+    if processes.count() == 1:
+        return rows
+    whole = processes.to_first(rows.cpu())
+    return whole if whole is None else whole.to(rows.device)
 
 
 def spent(stage, start, device):
@@ -145,42 +186,24 @@ def match_groups(dataset, cross_camera):
     return [sample.camid for sample in dataset.query], [sample.camid for sample in dataset.gallery]
 
 
-@torch.no_grad()
-def extract_features(model, samples, device, input_size, batch_size, workers, flip_test):
-    """L2-normalised test features of `samples`, in their order: (len(samples), D) float32 on the CPU."""
-    test_batches = TestBatches(samples, input_size, batch_size)
-    loader = batches(test_batches, range(len(test_batches)), workers, device)
-    training = model.training
-    model.eval()
-    features, said = [], time.perf_counter()
-    with progress(len(samples), unit='image', what='features') as bar:
-        for batch in loader:
-            if batch.unreadable:
-                raise ValueError('want readable images to evaluate, got\n  ' + '\n  '.join(batch.unreadable)
-                                 + '\nrestore the files, or remove them from the data set')
-            images = normalise(batch.images.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
-            output = model(images).features  # (B, D)
-            if flip_test:
-                output = (output + model(images.flip(3)).features) / 2
-            features.append(F.normalize(output.float()).cpu())
-            bar.update(len(output))
-            if bar.disable and time.perf_counter() - said > 30:
-                said = time.perf_counter()
-                logger.info('features of %d of %d images', sum(map(len, features)), len(samples))
-    model.train(training)
-    return torch.cat(features)
-
-
 def find_device(name):
-    """torch.device of 'auto' (cuda, else mps, else cpu) or of a name; ValueError where this machine lacks it."""
+    """torch.device of 'auto' (cuda, else mps, else cpu) or of a name; ValueError where this machine lacks it.
+
+    Of several processes on a machine, each gets the GPU of its own number.
+    """
+    several = processes.count() > 1
     if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() and not several else 'cpu'
+    if several and (str(name) == 'mps' or str(name).startswith('cuda:')):
+        raise ValueError(f"want the device 'cuda' or 'cpu' for {processes.count()} processes, got {name!r}; bind device = 'cuda' for a GPU each")
     try:
-        device = torch.device(name)
+        device = torch.device(f'cuda:{processes.number_on_this_machine()}' if several and name == 'cuda' else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # CPU builds of torch assert
-        raise ValueError(f'want the device {name!r}, this machine or this build of torch has none: '
-                         f"{str(error).splitlines()[0]}; bind device = 'cpu' or 'auto'") from None
+        raise ValueError(f'want the device {name!r}{" for each process" if several else ""}, this machine or this build of torch has none: '
+                         f"{str(error).splitlines()[0]}; bind device = 'cpu' or 'auto'{', or start fewer processes' if several else ''}") from None
+    if several and device.type == 'cuda':
+        torch.cuda.set_device(device)
     return device
 
 

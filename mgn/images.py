@@ -58,21 +58,24 @@ def to_batch(images, size):
 
 
 class TrainBatches(Dataset):
-    """Item `step` is the whole batch of that step: sampler, images and the draws of their augmentation.
+    """Item `step` is the batch of that step: sampler, images and the draws of their augmentation.
 
+    `positions`: a range of the batch's places, whose images alone are taken; None: all.
     An unreadable image is answered by another image of the same identity, drawn by (seed, step, position).
     """
 
-    def __init__(self, samples, labels, sampler, augmentation, size):
+    def __init__(self, samples, labels, sampler, augmentation, size, positions=None):
         self.samples, self.labels, self.sampler = samples, labels, sampler
         self.augmentation, self.size = augmentation, tuple(size)
+        self.positions = range(sampler.P * sampler.K) if positions is None else positions
 
     def __getitem__(self, step):
         images, unreadable = [], {}
-        indices = self.sampler.batch(step)
-        for position, index in enumerate(indices):
+        batch = self.sampler.batch(step)
+        indices = [batch[position] for position in self.positions]
+        for position, index in zip(self.positions, indices):
             images.append(self.image(index, step, position, unreadable))
-        augmentation_draws = self.augmentation.draw(self.sampler.seed, step, len(indices), self.size)
+        augmentation_draws = self.augmentation.draw(self.sampler.seed, step, len(indices), self.size, self.positions.start)
         labels = torch.tensor([self.labels[index] for index in indices])
         return TrainBatch(to_batch(images, self.size), labels, augmentation_draws, list(unreadable.values()))
 

@@ -6,12 +6,14 @@ import torch.nn.functional as F
 from mgn.ops import batch_hard_triplet_loss
 
 
-@gin.configurable(denylist=['output', 'labels'])
-def mgn_losses(output, labels, cross_entropy_weight=0.25, triplet_weight=1 / 3, margin=1.2, smoothing=0.1):
+@gin.configurable(denylist=['output', 'labels', 'candidates', 'candidate_labels'])
+def mgn_losses(output, labels, candidates=None, candidate_labels=None, cross_entropy_weight=0.25, triplet_weight=1 / 3, margin=1.2, smoothing=0.1):
     """The weighted terms by name; their sum is what training minimises.
 
     Args:
         output: MGNOutput of B images. labels: (B,) int64 in 0…C−1.
+        candidates: (branches, M, embedding_dim), candidate_labels: (M,): embeddings to find the hardest pairs among, these images' own
+            included; None: these alone.
         cross_entropy_weight: of the sum over heads. triplet_weight: of the sum over whole-map heads.
         margin: of the batch-hard hinge; None for the soft margin.
         smoothing: ε of the label smoothing.
@@ -19,7 +21,7 @@ def mgn_losses(output, labels, cross_entropy_weight=0.25, triplet_weight=1 / 3, 
         {'cross_entropy': scalar, 'triplet': scalar}
     """
     cross_entropy = sum(smoothed_cross_entropy(logits, labels, smoothing) for logits in output.logits)
-    triplet = batch_hard_triplet_loss(output.embeddings, labels, margin).sum()
+    triplet = batch_hard_triplet_loss(output.embeddings, labels, margin, candidates, candidate_labels).sum()
     return {'cross_entropy': cross_entropy_weight * cross_entropy, 'triplet': triplet_weight * triplet}
 
 

@@ -64,6 +64,7 @@ class MGN(nn.Module):
         wholes = [Head(width, embedding_dim, num_classes, bnneck, paper_heads) for _ in parts]
         stripes = [Head(width, embedding_dim, num_classes, bnneck, False) for _ in range(sum(heads_of_branch) - len(parts))]
         self.heads = nn.ModuleList(wholes + stripes)
+        self.feature_dim = embedding_dim * len(self.heads)
 
     def forward(self, images):
         """images: (B, 3, H, W) float32, normalised → MGNOutput. Shapes in comments: ResNet-50, 384×128, parts (1, 2, 3)."""

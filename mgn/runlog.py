@@ -7,17 +7,22 @@ import sys
 
 from tqdm import tqdm
 
+from mgn import processes
+
 logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Appends records {'step': int, name: number, …} to output_dir/metrics.jsonl, each a line.
+    """Appends records {'step': int, name: number, …} to output_dir/metrics.jsonl, each a line; to nothing where output_dir is None.
 
     Opened at `step`, it drops the lines of later steps first: what a stopped run did after its last checkpoint is done
     again.
     """
 
     def __init__(self, output_dir, step):
+        self.path, self.records, self.events = None, [], None
+        if output_dir is None:
+            return
         self.path = os.path.join(output_dir, 'metrics.jsonl')
         self.records = [record for record in read_records(self.path) if record['step'] <= step]
         write_text(self.path, ''.join(json.dumps(record) + '\n' for record in self.records))
@@ -27,6 +32,8 @@ class RunLog:
         return any(record['step'] == step and 'mAP' in record for record in self.records)
 
     def write(self, record):
+        if self.path is None:
+            return
         self.records.append(record)
         with open(self.path, 'a') as file:
             file.write(json.dumps(record) + '\n')
@@ -75,4 +82,4 @@ def write_text(path, text):
 def progress(total, initial=0, unit='step', what=''):
     """A tqdm bar on a terminal; elsewhere one that shows nothing (`disable` is true), and plain lines are logged instead."""
     return tqdm(total=total, initial=initial, unit=unit, desc=what, dynamic_ncols=True, file=sys.stdout,
-                disable=not sys.stdout.isatty())
+                disable=processes.number() > 0 or not sys.stdout.isatty())

@@ -7,8 +7,10 @@ import time
 
 import gin
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from mgn import checkpoint as checkpoints
+from mgn import processes
 from mgn.augmentation import Augmentation, Draws
 from mgn.datasets import check_dataset, train_labels
 from mgn.evaluation import evaluate, find_device, table, write_results
@@ -29,11 +31,16 @@ UNREADABLE_LIMIT = 0.01  # share of the training images beyond which a run stops
 @gin.configurable(denylist=['default_output_dir'])
 def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=gin.REQUIRED, P=16, K=4,
           total_steps=gin.REQUIRED, schedule=multi_step, seed=0, workers=4, device='auto', log_every=50,
-          checkpoint_every=1000, evaluate_every=2000, clip_gradient_norm=None, precision='float32', resume=True):
+          checkpoint_every=1000, evaluate_every=2000, clip_gradient_norm=None, precision='float32', resume=True,
+          mining='all', sync_bn=False):
     """Trains MGN on dataset.train, evaluates it on dataset.query and dataset.gallery; returns the model.
 
     Goes on from output_dir/last.pth where there is one. Every random draw depends on (seed, step, position) alone, so
     on a CPU an interrupted and resumed run ends with the very weights of an uninterrupted one.
+
+    Under torchrun each process takes P / processes of the identities, and the gradient is the mean over all; process 0 alone writes.
+    Batches are those of one process, and so is the loss, but for batch normalisation, whose statistics are each process's own unless
+    sync_bn. Running statistics are averaged over the processes where a checkpoint is written or the model evaluated.
 
     Args:
         dataset: Dataset. output_dir: where everything is written; None: default_output_dir.
@@ -45,6 +52,8 @@ def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=
         precision: of the model's forward and backward pass in training: 'float32', or 'bfloat16' by autocast. Weights,
             losses and evaluations are float32.
         resume: False refuses an output_dir that holds a run.
+        mining: 'all': anchors find their hardest pairs among the images of all processes; 'process': among those of their own.
+        sync_bn: batch statistics of all processes together; on GPUs only.
     """
     for name, period in (('log_every', log_every), ('checkpoint_every', checkpoint_every),
                          ('evaluate_every', evaluate_every), ('total_steps', total_steps)):
@@ -54,24 +63,33 @@ def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=
     if precision not in ('float32', 'bfloat16'):
         raise ValueError(f"want train.precision to be 'float32' or 'bfloat16', got {precision!r}")
     output_dir = output_dir or os.path.abspath(default_output_dir)
-    os.makedirs(output_dir, exist_ok=True)
-    last = load_last(output_dir, resume)
     device = find_device(device)
+    check_split(P, mining, sync_bn, device)
+    first = processes.number() == 0
+    if first:
+        os.makedirs(output_dir, exist_ok=True)
+    last = processes.share(load_last(output_dir, resume) if first else None)
 
     labels, num_classes = train_labels(dataset.train)
     sampler = IdentitySampler(labels, [sample.camid for sample in dataset.train], P, K, seed)
     augmentation = Augmentation()
-    train_batches = TrainBatches(dataset.train, labels, sampler, augmentation, input_size)
+    train_batches = TrainBatches(dataset.train, labels, sampler, augmentation, input_size, processes.part(range(P * K)))
     torch.manual_seed(seed)  # of the initial weights; nothing else draws from torch
-    model = MGN(num_classes, fresh=last is None)
+    model = MGN(num_classes, fresh=last is None and first)  # the others get those weights from process 0
     model.to(device, memory_format=torch.channels_last).train()
+    group = processes.group_of(device)
+    network = distributed(model, device, group, sync_bn)
     optimizer = make_optimizer(model)
     meter = Meter()
     step = start = restore(last, model, optimizer, meter, num_classes, output_dir) if last else 0
-    log = RunLog(output_dir, step)
+    log = RunLog(output_dir if first else None, step)
 
     def save_last():
+        average_statistics(model)
+        meter.join()
         check_finite(model, meter, step, output_dir)
+        if not first:
+            return
         checkpoints.save(os.path.join(output_dir, 'last.pth'), {
             'config': gin.config_str(), 'num_classes': num_classes, 'step': step, 'model': model.state_dict(),
             'optimizer': optimizer.state_dict(),
@@ -80,13 +98,14 @@ def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=
 
     if not last:
         save_last()  # a run stopped before its first checkpoint resumes, too
-    logger.info('training on %s from step %d to %d, %d steps an epoch, output in %s; mgn.ops: %s', device, step, total_steps,
-                sampler.steps_per_epoch, output_dir, implementation(device))
+    logger.info('training on %s%s from step %d to %d, %d steps an epoch, output in %s; mgn.ops: %s', device,
+                f' in each of {processes.count()} processes' if processes.count() > 1 else '', step, total_steps, sampler.steps_per_epoch,
+                output_dir, implementation(device))
     loader = iter(batches(train_batches, range(step, total_steps), workers, device))
     unreadable = {}
     with progress(total_steps, initial=step) as bar:
         while True:
-            if is_due(step, evaluate_every, total_steps) and not log.evaluated(step):
+            if is_due(step, evaluate_every, total_steps) and not processes.share(log.evaluated(step)):
                 evaluate_step(model, dataset, device, step, num_classes, log, output_dir)
             if step >= total_steps:
                 break
@@ -96,7 +115,8 @@ def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=
             count_unreadable(unreadable, batch.unreadable, len(dataset.train))
             lr = set_lr(optimizer, schedule(step, total_steps))
             try:
-                losses = train_step(model, optimizer, augmentation, batch, device, precision, clip_gradient_norm)
+                losses = train_step(network, optimizer, augmentation, batch, device, precision, clip_gradient_norm,
+                                    group if mining == 'all' else None)
             except ValueError as error:  # on the CPU mining refuses features that are not finite
                 check_finite(model, meter, step, output_dir)  # an earlier loss, or a weight, says more
                 what = str(error).split('\n  In call to configurable')[0]
@@ -104,6 +124,8 @@ def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=
             meter.add(losses, step)
             step += 1
             if is_due(step, log_every, total_steps):
+                for found in processes.gather(list(unreadable)):
+                    count_unreadable(unreadable, found, len(dataset.train))
                 record = {'step': step, 'epoch': (step - 1) // sampler.steps_per_epoch, **meter.read(output_dir), 'lr': lr}
                 meter.seconds += time.perf_counter() - began
                 log_step(log, bar, {**record, **meter.speed(P * K)})
@@ -113,10 +135,42 @@ def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=
             if is_due(step, checkpoint_every, total_steps) or is_due(step, evaluate_every, total_steps):
                 save_last()
     log.close()
-    if step > start:  # else this process has not used all of the configuration
-        write_text(os.path.join(output_dir, 'config.gin'), gin.operative_config_str())
-    print(summary(log, output_dir))
+    if first:
+        if step > start:  # else this process has not used all of the configuration
+            write_text(os.path.join(output_dir, 'config.gin'), gin.operative_config_str())
+        print(summary(log, output_dir))
     return model
+
+
+def check_split(P, mining, sync_bn, device):
+    """Raises ValueError where the batch cannot be split, or the options do not fit the processes."""
+    if mining not in ('all', 'process'):
+        raise ValueError(f"want train.mining to be 'all' or 'process', got {mining!r}; 'all' mines among the images of all processes")
+    if P % processes.count():
+        raise ValueError(f'want P, the identities of a batch, as a multiple of the processes, got P = {P} and {processes.count()} processes; '
+                         f'bind another P or start another number')
+    if mining == 'process' and P == processes.count() > 1:
+        raise ValueError(f"want 2 identities in each process to mine there, got P = {P} and {processes.count()} processes; bind "
+                         f"train.mining = 'all' or a larger P")
+    if sync_bn and processes.count() > 1 and device.type != 'cuda':
+        raise ValueError(f'want GPUs for train.sync_bn = True, as torch synchronises nowhere else, got {device}; bind train.sync_bn = False')
+
+
+def distributed(model, device, group, sync_bn):
+    """The model to call in training: alone itself, else one that averages gradients over the processes."""
+    if processes.count() == 1:
+        return model
+    if sync_bn:
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
+    return DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None, process_group=group, broadcast_buffers=False,
+                                   gradient_as_bucket_view=True)
+
+
+def average_statistics(model):
+    """Makes the running statistics of batch normalisation those of all processes."""
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(processes.mean(buffer))
 
 
 def is_due(step, period, total_steps):
@@ -131,14 +185,19 @@ def next_batch(loader):
         raise ValueError(str(error).rsplit('\nValueError: ', 1)[-1]) from None
 
 
-def train_step(model, optimizer, augmentation, batch, device, precision, clip_gradient_norm):
-    """One optimiser step on a TrainBatch; returns the losses by name, left on the device."""
+def train_step(model, optimizer, augmentation, batch, device, precision, clip_gradient_norm, group=None):
+    """One optimiser step on a TrainBatch; returns the losses by name, left on the device.
+
+    `group`: of the processes whose images are mined together; None: each its own.
+    """
     images, labels, *draws = (x.to(device, non_blocking=True) for x in (batch.images, batch.labels, *batch.draws))
     images = augmentation(images, Draws(*draws)).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W) float32
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bfloat16'):
         output = model(images)
-    output = MGNOutput(tuple(x.float() for x in output.logits), output.embeddings.float(), output.features)
-    losses = mgn_losses(output, labels)
+    if precision != 'float32':
+        output = MGNOutput(tuple(x.float() for x in output.logits), output.embeddings.float(), output.features)
+    among = (processes.gather_with_gradient(output.embeddings, 1, group), processes.gather_with_gradient(labels, 0, group)) if group else ()
+    losses = mgn_losses(output, labels, *among)
     loss = sum(losses.values())
     optimizer.zero_grad()
     loss.backward()
@@ -174,6 +233,15 @@ class Meter:
         self.count += 1
         self.timed_steps += 1
 
+    def join(self):
+        """Puts the means over all processes in place of the sums, and the first bad step of any in place of each."""
+        if self.sums is not None:
+            self.sums = processes.mean(self.sums)
+        if self.bad_steps is not None:
+            never = torch.iinfo(torch.int64).max
+            first = processes.minimum(torch.where(self.bad_steps < 0, never, self.bad_steps))
+            self.bad_steps = torch.where(first == never, -1, first)
+
     def check(self, output_dir):
         """Raises ValueError with the first bad step and the losses that were not finite then."""
         if self.bad_steps is None:
@@ -186,7 +254,8 @@ class Meter:
                              f'{last_good(output_dir)}; lower lr, or bind train.clip_gradient_norm')
 
     def read(self, output_dir):
-        """Mean losses since the last call, by name; checks them."""
+        """Mean losses since the last call, of all processes, by name; checks them."""
+        self.join()
         self.check(output_dir)
         means = dict(zip(self.names, (self.sums / self.count).tolist()))
         self.sums, self.count = torch.zeros_like(self.sums), 0
@@ -271,6 +340,8 @@ def count_unreadable(unreadable, new, images):
 def evaluate_step(model, dataset, device, step, num_classes, log, output_dir):
     """Evaluates into metrics.jsonl and eval.json; keeps the weights as best.pth where mAP is the best so far."""
     results = {'step': step, **evaluate(model, dataset, device)}
+    if processes.number() > 0:
+        return
     best = os.path.join(output_dir, 'best.pth')
     if not os.path.exists(best) or results['mAP'] > checkpoints.load(best)['mAP']:
         checkpoints.save(best, {'config': gin.config_str(), 'num_classes': num_classes, 'step': step,

@@ -87,7 +87,7 @@ def test_the_configuration_written_beside_a_run_is_the_operative_one_and_loads(m
     train(market, tmp_path, 'SGD.momentum = 0.5')
     text = (tmp_path / 'config.gin').read_text()
     for line in ('lr = 0.01', 'train.clip_gradient_norm = None', 'mgn_losses.margin = 1.2',
-                 'evaluate.flip_test = False'):
+                 'flip_test = False'):
         assert line in text.splitlines()
     assert 'SGD' not in text and 'msmt17' not in text
     config.load([str(tmp_path / 'config.gin')], [])

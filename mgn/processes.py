@@ -1,0 +1,130 @@
+"""The processes of one run, started by torchrun: who this one is, what they tell each other; alone, everything is as without it.
+
+They form a gloo group, whose messages go through main memory: features, checkpoints, sums. Gradients have `group_of` their device.
+"""
+
+import os
+import re
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.nn.functional import all_gather
+
+PATIENCE = timedelta(days=1)  # the others wait while process 0 re-ranks; a lost process is noticed by its connection
+_store = None
+
+
+def join():
+    """Forms the group where torchrun started this process as one of several. To be called once."""
+    global _store
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        _store, rank, processes = next(dist.rendezvous('env://', timeout=timedelta(minutes=10)))
+        dist.init_process_group('gloo', store=_store, rank=rank, world_size=processes, timeout=PATIENCE)
+
+
+def leave():
+    if count() > 1:
+        dist.destroy_process_group()
+
+
+def count():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def number():
+    """This process among all, from 0; process 0 alone writes and speaks."""
+    return dist.get_rank() if count() > 1 else 0
+
+
+def number_on_this_machine():
+    return int(os.environ.get('LOCAL_RANK', 0)) if count() > 1 else 0
+
+
+def first_to_fail():
+    """Whether no other process has asked before; one alone is to say what went wrong."""
+    if _store is None:
+        return True
+    try:
+        return _store.add(f'mgn failed {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', 1) == 1
+    except RuntimeError:  # the store has ended, with torchrun
+        return False
+
+
+def lost(error):
+    """What to say of an error that a collective raised as another process had ended; None for any other error."""
+    if count() == 1 or not isinstance(error, RuntimeError) or not re.search('gloo|nccl', str(error), re.IGNORECASE):
+        return None
+    return (f'want all {count()} processes to the end, but process {number()} lost its connection to another ({str(error).splitlines()[0]}); torchrun '
+            f'tells which one ended; start it again with the same command, or with torchrun --max-restarts, and training goes on from last.pth')
+
+
+def part(items):
+    """This process's contiguous part of a list, which differ in length by one at most."""
+    return items[len(items) * number() // count():len(items) * (number() + 1) // count()]
+
+
+def share(value):
+    """Process 0's value, in all."""
+    values = [value]
+    if count() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def gather(value):
+    """The values of all, in their order."""
+    values = [value] * count()
+    if count() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def wait():
+    if count() > 1:
+        dist.barrier()
+
+
+def mean(tensor):
+    """The mean over all, rounded once: equal values stay as they are."""
+    if count() == 1:
+        return tensor
+    total = tensor.to('cpu', torch.float64, copy=True)
+    dist.all_reduce(total)
+    return (total / count()).to(tensor)
+
+
+def minimum(tensor):
+    if count() == 1:
+        return tensor
+    least = tensor.to('cpu', copy=True)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return least.to(tensor.device)
+
+
+def to_first(rows):
+    """The rows of all, in their order, in process 0; None in the others."""
+    lengths = gather(len(rows))
+    if number() > 0:
+        if len(rows):
+            dist.send(rows.contiguous(), 0)
+        return None
+    whole = torch.empty(sum(lengths), *rows.shape[1:], dtype=rows.dtype)
+    for process, of in enumerate(whole.split(lengths)):
+        if process == 0:
+            of.copy_(rows)
+        elif len(of):
+            dist.recv(of, process)
+    return whole
+
+
+def group_of(device):
+    """The group whose messages are tensors of `device`, None for one process alone. Every process has to call it."""
+    if count() == 1:
+        return None
+    return dist.new_group(backend='nccl', device_id=device) if device.type == 'cuda' else dist.group.WORLD
+
+
+def gather_with_gradient(tensor, dim, group):
+    """The tensors of all, one behind the other along `dim`; each gets the gradients that it has in all processes."""
+    return torch.cat(all_gather(tensor, group=group), dim=dim)
