@@ -9,7 +9,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.nn.functional import all_gather
 
 PATIENCE = timedelta(days=1)  # the others wait while process 0 re-ranks; a lost process is noticed by its connection
 _store = None
@@ -125,6 +124,23 @@ def group_of(device):
     return dist.new_group(backend='nccl', device_id=device) if device.type == 'cuda' else dist.group.WORLD
 
 
+class GatherWithGradient(torch.autograd.Function):
+    """The tensors of all, stacked in their order; each gets the sum of the gradients that it has in all processes."""
+
+    @staticmethod
+    def forward(ctx, tensor, group):
+        ctx.group = group
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, tensor.contiguous(), group=group)
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient[dist.get_rank(ctx.group)], None
+
+
 def gather_with_gradient(tensor, dim, group):
-    """The tensors of all, one behind the other along `dim`; each gets the gradients that it has in all processes."""
-    return torch.cat(all_gather(tensor, group=group), dim=dim)
+    """The tensors of all, one behind the other along `dim`."""
+    return torch.cat(GatherWithGradient.apply(tensor, group).unbind(), dim)

@@ -1,6 +1,7 @@
 """The training loop: batches → losses → steps, with logs, checkpoints and evaluations on the way."""
 
 import difflib
+import inspect
 import logging
 import os
 import time
@@ -162,8 +163,10 @@ def distributed(model, device, group, sync_bn):
         return model
     if sync_bn:
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
-    return DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None, process_group=group, broadcast_buffers=False,
-                                   gradient_as_bucket_view=True)
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'  # its name up to torch 2.14
+    return DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None, process_group=group,
+                                   gradient_as_bucket_view=True, **{buffers: False})
 
 
 def average_statistics(model):

@@ -1,0 +1,201 @@
+"""mgn.train, mgn.eval and mgn.extract under torchrun: one process writes and speaks, a lost one ends the others, any number goes on."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_market
+from test_binaries import RECIPE, environment, metrics
+from together import torchrun
+
+import mgn
+
+PROJECT = Path(mgn.__file__).parent.parent
+# mgn.train over a thin ResNet. KILL = 'number:call' kills that process at its call of a step, unless torchrun has started anew.
+THIN_TRAIN = """
+import os, runpy, signal, sys
+sys.path.insert(0, TESTS)
+from thin import ThinResNet
+from mgn import model, processes, training
+model.make_resnet = lambda backbone, pretrained: ThinResNet()
+calls, real = [], training.train_step
+number, call = map(int, os.environ.get('KILL', '-1:0').split(':'))
+
+def step(*args):
+    calls.append(0)
+    if processes.number() == number and len(calls) == call and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+
+training.train_step = step
+runpy.run_module('mgn.train', run_name='__main__', alter_sys=True)
+""".replace('TESTS', repr(str(PROJECT / 'tests')))
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    """A user's folder with data, a recipe and one finished run of two processes."""
+    home = tmp_path_factory.mktemp('several')
+    write_market(home / 'data', identities=12)
+    (home / 'my.gin').write_text(RECIPE.replace('P = 2', 'P = 6') + 'MGN.embedding_dim = 8\nworkers = 0\n')
+    (home / 'thin_train.py').write_text(THIN_TRAIN)
+    return home
+
+
+def thin_train(home, processes, output_dir, *bindings, options=(), kill=None):
+    flags = [f'--gin_bindings={binding}' for binding in (f"output_dir = '{output_dir}'", *bindings)]
+    os.environ.pop('KILL', None)
+    if kill:
+        os.environ['KILL'] = kill
+    try:
+        return torchrun(processes, 'thin_train.py', '--gin_file=my.gin', *flags, options=options, cwd=home)
+    finally:
+        os.environ.pop('KILL', None)
+
+
+@pytest.fixture(scope='module')
+def trained(home):
+    run = thin_train(home, 2, 'two')
+    assert run.returncode == 0, run.stderr
+    return home / 'two', run
+
+
+def test_process_0_alone_writes_and_speaks(trained):
+    folder, run = trained
+    assert {'last.pth', 'best.pth', 'config.gin', 'metrics.jsonl', 'eval.json'} <= set(os.listdir(folder))
+    assert not list(folder.glob('*.tmp')) and len(list(folder.glob('events*'))) <= 1
+    assert [(line['step'], 'mAP' in line) for line in metrics(folder)] == [(0, True), *((step, False) for step in range(1, 6)), (5, True)]
+    for step in range(1, 6):
+        assert len(re.findall(rf' I step {step}: loss ', run.stdout)) == 1
+    assert len(re.findall('training on cpu in each of 2 processes', run.stdout)) == 1
+    assert len(re.findall('12 identities and 48 images to train', run.stdout)) == 1
+    assert len(re.findall('checkpoints, metrics and configuration are in', run.stdout)) == 1
+    assert 'Warning' not in run.stdout + run.stderr
+    assert json.loads((folder / 'eval.json').read_text())['processes'] == 2
+
+
+def test_a_killed_process_ends_the_others_and_torchrun_starts_all_anew_from_the_last_checkpoint(trained, home):
+    folder, _ = trained
+    began = time.monotonic()
+    run = thin_train(home, 2, 'killed', kill='1:5')
+    assert run.returncode != 0 and time.monotonic() - began < 60
+    assert len(re.findall('error: ', run.stdout + run.stderr)) <= 1  # said once at most; torchrun names the killed one
+    assert re.search('exitcode *: -9', run.stderr)
+    assert torch.load(home / 'killed' / 'last.pth')['step'] == 3
+
+    run = thin_train(home, 2, 'again', options=['--max-restarts=1'], kill='1:5')
+    assert run.returncode == 0, run.stderr
+    assert 'from step 3 to 5' in run.stdout
+    one, other = (torch.load(run / 'last.pth') for run in (folder, home / 'again'))
+    assert one['step'] == other['step'] == 5
+    assert all(torch.equal(value, other['model'][name]) for name, value in one['model'].items())
+    timings = {'images_per_s', 'data_wait'}
+    assert [{name: line[name] for name in line.keys() - timings} for line in metrics(home / 'again')] == [
+        {name: line[name] for name in line.keys() - timings} for line in metrics(folder)]
+
+
+def test_a_run_goes_on_with_another_number_of_processes(trained, home):
+    folder, _ = trained
+    run = thin_train(home, 3, 'other', 'total_steps = 3')
+    assert run.returncode == 0, run.stderr
+    run = thin_train(home, 1, 'other')
+    assert run.returncode == 0, run.stderr
+    assert 'training on cpu from step 3 to 5' in run.stdout
+    assert [line['step'] for line in metrics(home / 'other')] == [0, 1, 2, 3, 3, 4, 5, 5]
+    one, other = ([line for line in metrics(run) if 'loss' in line] for run in (folder, home / 'other'))
+    assert one[0]['triplet'] != one[1]['triplet']
+    for mine, its in zip(one, other):  # statistics of batches differ with the processes, the batches do not
+        assert mine['cross_entropy'] == pytest.approx(its['cross_entropy'], rel=0.05)
+
+
+MISTAKES = [
+    (["data_root = 'nowhere'"], 'tried.*nowhere/bounding_box_train'),
+    (['P = 4'], 'P, the identities of a batch, as a multiple of the processes, got P = 4 and 3 processes'),
+    (["device = 'cuda:0'"], "device 'cuda' or 'cpu' for 3 processes, got 'cuda:0'"),
+]
+
+
+@pytest.mark.parametrize('bindings, message', [MISTAKES[0], *(pytest.param(*mistake, marks=pytest.mark.long) for mistake in MISTAKES[1:])])
+def test_a_mistake_of_all_is_told_once(home, bindings, message):
+    run = thin_train(home, 3, 'mistaken', *bindings)
+    assert run.returncode != 0
+    assert len(re.findall('error: ', run.stderr)) == 1 and re.search(message, run.stderr, re.DOTALL)
+    assert not re.search(r'Traceback(?!.*torchrun|.*elastic)', run.stderr.split('ChildFailedError')[0].split('torch/distributed/elastic')[0])
+
+
+def test_what_one_process_alone_meets_is_told_once(home, tmp_path):
+    """Images of one identity that cannot be read are in the part of one process."""
+    write_market(tmp_path / 'data', identities=6)
+    for path in (tmp_path / 'data' / 'bounding_box_train').glob('0006_*'):
+        path.write_bytes(b'no image')
+    run = thin_train(home, 2, 'unreadable', f"data_root = '{tmp_path / 'data'}'")
+    assert run.returncode != 0
+    assert len(re.findall('error: ', run.stderr)) == 1 and 'want a readable image of identity 6, got none' in run.stderr
+
+
+def evaluate(folder, weights, *bindings, processes=1, module='mgn.eval'):
+    folder.mkdir(exist_ok=True)
+    flags = [f'--gin_bindings={binding}' for binding in (f"weights = '{weights}'", *bindings)]
+    if processes > 1:
+        run = torchrun(processes, '-m', module, *flags, cwd=folder)
+    else:
+        run = subprocess.run([sys.executable, '-m', module, *flags], cwd=folder, env=environment(), text=True, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    return run, json.loads((folder / 'eval.json').read_text()) if module == 'mgn.eval' else None
+
+
+NAMES = ('rank1', 'rank5', 'rank10', 'mAP', 'mAP_trapezoid', 'mINP')
+
+
+@pytest.fixture(scope='module')
+def weights(home):
+    """Of a model that the binaries build, with no patch: a checkpoint before the first step."""
+    flags = ["--gin_bindings=output_dir = 'plain'", '--gin_bindings=total_steps = 1', '--gin_bindings=P = 2']
+    run = subprocess.run([sys.executable, '-m', 'mgn.train', '--gin_file=my.gin', *flags], cwd=home, env=environment(), text=True,
+                         capture_output=True)
+    assert run.returncode == 0, run.stderr
+    return home / 'plain' / 'last.pth'
+
+
+def test_features_are_extracted_by_several_processes_and_evaluated_by_any_number(weights, tmp_path):
+    more = 'query_expansion = 2', 'rerank = True', 'evaluate.k1 = 3'
+    _, alone = evaluate(tmp_path / 'alone', weights, *more)
+    features = tmp_path / 'features'
+    evaluate(tmp_path, weights, f"features_dir = '{features}'", processes=2, module='mgn.extract')
+    array = np.load(features / 'gallery_features.npy')
+    assert array.shape == (10, 40) and np.allclose(np.linalg.norm(array, axis=1), 1, atol=1e-6)
+    run, sharded = evaluate(tmp_path / 'sharded', weights, *more, processes=3)
+    assert len(re.findall('re-ranking run in process 0', run.stdout)) == 1
+    assert len(re.findall('rank10', run.stdout)) == 1
+    _, stored = evaluate(tmp_path / 'stored', weights, *more, f"features_dir = '{features}'", processes=2)
+    for results in (sharded, stored):
+        for stage in (None, 'query_expansion', 'rerank'):
+            one, other = (figures[stage] if stage else figures for figures in (alone, results))
+            assert {name: one[name] for name in NAMES} == pytest.approx({name: other[name] for name in NAMES}, abs=1e-4)
+    assert (alone['processes'], sharded['processes'], stored['processes']) == (1, 3, 2)
+    assert stored['features_dir'] == str(features)
+
+
+@pytest.mark.long
+def test_a_stopped_process_is_ended_by_torchrun_within_a_minute(home):
+    """As test_a_killed_process…, by a signal from outside, to a process that no step has reached yet."""
+    process = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', 'thin_train.py', '--gin_file=my.gin',
+                                "--gin_bindings=output_dir = 'stopped'", '--gin_bindings=total_steps = 100000'], cwd=home, env=environment(),
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if 'step 3:' in line:
+            break
+    children = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    began = time.monotonic()
+    os.kill(int(children[0]), signal.SIGKILL)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode != 0 and time.monotonic() - began < 60
+    assert len(re.findall('error: ', rest)) <= 1
