@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from implementations import COMPILED, IMPLEMENTATIONS, run_as
 from memory import only_linux, printed
 from mining import examples
-from rankings import METRICS, clustered, extremes, naive_key, near_ties, problem, same
+from rankings import METRICS, clustered, extremes, naive_keys, near_ties, problem, same
 
 from mgn.ops import filter, k_reciprocal_ranks, match_ranks, match_ranks_from_distance, nearest, ranking_reference, re_ranking, reranking
 from mgn.ops.reranking_reference import final_distances
@@ -24,8 +24,8 @@ def implementation(request, monkeypatch):
 
 
 def keys_and_squares(query, gallery, metric):
-    features = [[float(x) for x in row] for part in (query, gallery) for row in part]
-    keys = np.array([[naive_key(x, y, metric) for y in features] for x in features]).reshape(len(features), len(features))
+    features = np.concatenate((query, gallery))
+    keys = naive_keys(features, features, metric)
     return keys, np.square(np.maximum(1 + keys, 0)) if metric == 'cosine' else keys
 
 
