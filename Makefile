@@ -6,7 +6,7 @@ build:       # anew after an edit in csrc/: an editable install does not see it
 test:        # what CI runs
 	pytest
 
-long:        # the whole matrix, and ten times the random cases
+long:        # the whole matrix, and twenty times the random cases
 	MGN_TIMES=10 pytest -m ''
 
 gpu:         # on a machine with a GPU: build, the whole suite on it, compute-sanitizer, benchmarks; prints a table to keep

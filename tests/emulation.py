@@ -20,8 +20,8 @@ FLAGS = {
     'plain': ['-O1'],
     'coverage': ['-O0', '--coverage'],
     # Variables in a section of their own are watched only when the section is named.
-    'address': ['-O1', '-g', '-fsanitize=address,undefined', '-fno-sanitize-recover=undefined', '-fsanitize-sections=cuda_shared'],
-    'thread': ['-O1', '-g', '-fsanitize=thread'],
+    'address': ['-O1', '-g1', '-fsanitize=address,undefined', '-fno-sanitize-recover=undefined', '-fsanitize-sections=cuda_shared'],
+    'thread': ['-O1', '-g1', '-fsanitize=thread'],
 }
 ORDERS = ['forward', 'reverse', '1', '2', '3']
 TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # as FeatureType counts them
@@ -38,9 +38,13 @@ def need(tool, why):
 def compile_for_emulator(folder, name, sources, flags):
     """g++ under the emulator's headers → the executable; skips where g++ or the sanitizer is missing."""
     compiler = need('g++', 'which compiles kernels for the emulator')
-    command = [compiler, '-std=c++17', '-U_FORTIFY_SOURCE', '-w', *flags, '-I', ROOT / 'tests/cuda_emulator', '-I', ROOT / 'csrc/kernels',
-               '-o', name, '-x', 'c++', *sources]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    command = [compiler, '-std=c++17', '-U_FORTIFY_SOURCE', '-w', *flags, '-I', ROOT / 'tests/cuda_emulator', '-I', ROOT / 'csrc/kernels']
+    objects = [f'{name}-{Path(source).stem}.o' for source in sources]
+    compiling = [subprocess.Popen([*command, '-c', '-o', out, '-x', 'c++', source], cwd=folder, stderr=subprocess.PIPE, text=True)
+                 for source, out in zip(sources, objects)]
+    said = [process.communicate()[1] for process in compiling]
+    assert all(process.returncode == 0 for process in compiling), '\n'.join(said)
+    done = subprocess.run([*command, '-o', name, *objects], cwd=folder, capture_output=True, text=True)
     if done.returncode and 'cannot find' in done.stderr and 'san' in done.stderr and not os.environ.get('CI'):
         pytest.skip(f'no library for {flags} here: {done.stderr.splitlines()[-2]}')
     assert done.returncode == 0, done.stderr

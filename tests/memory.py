@@ -1,10 +1,9 @@
 """The most memory that a call takes, measured in a process of its own."""
 
-import os
-import subprocess
 import sys
 
 import pytest
+from forks import run_program
 
 only_linux = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='only Linux tells the most memory since a moment')
 
@@ -20,7 +19,6 @@ def high_water(anew=False):
 
 def printed(program, *args):
     """The integers that a program prints, which knows high_water(anew): the most bytes held, since the last call with anew=True."""
-    done = subprocess.run([sys.executable, '-c', HIGH_WATER + program, *map(str, args)], capture_output=True, text=True,
-                          env={**os.environ, 'PYTHONPATH': os.getcwd()})
+    done = run_program(HIGH_WATER + program, *args)
     assert done.returncode == 0, done.stderr
     return list(map(int, done.stdout.split()))

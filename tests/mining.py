@@ -1,5 +1,6 @@
 """Batch-hard mining by loops in float64, what a right result is, and the cases that every implementation is tried on."""
 
+import hashlib
 import math
 import os
 
@@ -20,8 +21,19 @@ def distances(head, candidates):
     return largest * np.sqrt((scaled ** 2).sum(-1))
 
 
+COMPUTED = {}  # results of naive by what they are of, for every implementation alike
+
+
 def naive(anchors, labels, candidates=None, candidate_labels=None):
     """(..., N, D) finite features → dist_ap, dist_an, pos_idx, neg_idx as lists of one list per head, a pair at a time."""
+    given = [x if x is None else (x.double() if x.is_floating_point() else x).detach().cpu() for x in (anchors, labels, candidates, candidate_labels)]
+    of = hashlib.sha256(b''.join(b'none' if x is None else f'{x.dtype} {x.shape}'.encode() + x.numpy().tobytes() for x in given)).digest()
+    if of not in COMPUTED:
+        COMPUTED[of] = naive_anew(anchors, labels, candidates, candidate_labels)
+    return tuple(column.copy() for column in COMPUTED[of])
+
+
+def naive_anew(anchors, labels, candidates, candidate_labels):
     candidates, candidate_labels = (anchors, labels) if candidates is None else (candidates, candidate_labels)
     heads = math.prod(anchors.shape[:-2])
     of_anchors = anchors.detach().cpu().double().numpy().reshape(heads, *anchors.shape[-2:])
@@ -95,8 +107,8 @@ def random_candidates(heads, m, width, dtype=torch.float32, classes=4, device='c
 
 
 def examples(usual):
-    """How many random cases hypothesis tries: `make long` asks for 10 times the usual."""
-    return usual * int(os.environ.get('MGN_TIMES', 1))
+    """How many random cases hypothesis tries: half of the usual, `make long` asks for 10 times the usual."""
+    return max(int(usual * float(os.environ.get('MGN_TIMES', 0.5))), 1)
 
 
 @st.composite

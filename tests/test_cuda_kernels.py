@@ -46,6 +46,7 @@ def features_of(n, m, width, dtype, heads=2, classes=4):
     return random_features(heads, n, width, dtype=dtype), random_labels(n, classes), random_candidates((heads,), m, width, dtype, classes)
 
 
+LONG_RACES = pytest.param('thread', 'forward', marks=pytest.mark.long)
 # anchors, candidates, dimensions: around the sizes of tiles (16 or 64 anchors, 64 candidates, 32 dimensions, 128 columns a warp)
 SIZES = [(1, None, 1), (16, 65, 33), (33, None, 31), (64, 1, 32), (17, 64, 129)]
 SHORT = [(*size, dtype, tile, 0.3 if number % 2 else None, number % 3 > 0, number % 4 < 2)
@@ -60,7 +61,7 @@ def run_all(process, table):
         check(process, anchors, labels, candidates, margin, with_loss, sorted_always if is_sorted else None, tile)
 
 
-@pytest.mark.parametrize('kind, order', [('plain', order) for order in ORDERS] + [('address', 'forward'), ('thread', 'forward'), ('thread', '1')])
+@pytest.mark.parametrize('kind, order', [*itertools.product(['plain'], ORDERS), ('address', 'forward'), ('thread', '1'), LONG_RACES])
 def test_sizes_and_types(kernels, kind, order):
     with kernels(kind, order) as process:
         run_all(process, SHORT)
@@ -146,7 +147,7 @@ def test_an_odd_candidate_makes_the_loss_nan_where_it_is_all_there_is(kernels, l
     assert loss.isnan().all() and gradient.isnan().all() and mined[label].isnan().all() and mined[1 - label].isinf().all()
 
 
-@pytest.mark.parametrize('kind', ['plain', 'address'])
+@pytest.mark.parametrize('kind', ['plain', pytest.param('address', marks=pytest.mark.long)])
 def test_squares_beyond_the_range_of_their_type(kernels, kind):
     """Distances that float32 holds and squares that it does not, and the same of float64."""
     with kernels(kind) as process:

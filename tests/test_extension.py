@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from emulation import ROOT, need
+from forks import run_program
 
 import mgn
 from mgn.ops import extension, implementation
@@ -88,7 +89,7 @@ def test_it_tells_what_is_compiled_and_what_each_operation_runs():
 
 
 def test_references_on_request():
-    done = run(sys.executable, '-c', PROGRAM, env={'MGN_REFERENCE': '1'})
+    done = run_program(PROGRAM, env={'MGN_REFERENCE': '1'})
     assert done.stdout.splitlines() == [
         '[2, 2, 1, 4, 3, 3] reference: switched off by MGN_REFERENCE=1',
         'mgn.ops runs its PyTorch references on cpu, right but slower: switched off by MGN_REFERENCE=1'], done.stderr
@@ -100,28 +101,28 @@ def test_without_a_module_that_loads_the_references_run_and_say_so_once(tmp_path
     if content:
         for name in ('_C', '_cuda'):
             (tmp_path / 'mgn' / f'{name}.abi3.so').write_bytes(content)
-    done = run(sys.executable, '-c', COPY_ALONE + PROGRAM, cwd=tmp_path)
+    done = run_program(COPY_ALONE + PROGRAM, cwd=tmp_path)
     result, *warned = done.stdout.splitlines()
     assert re.match(rf'\[2, 2, 1, 4, 3, 3\] reference: {reason}', result), done.stderr
     assert len(warned) == 1 and 'pip install --no-build-isolation' in warned[0]
-    told = run(sys.executable, '-c', COPY_ALONE + 'import runpy; runpy.run_module("mgn.ops", run_name="__main__")', cwd=tmp_path)
+    told = run_program(COPY_ALONE + 'import runpy; runpy.run_module("mgn.ops", run_name="__main__")', cwd=tmp_path)
     assert told.returncode == 0 and re.search(rf'mgn\._cuda +({reason}|this torch has no CUDA)', told.stdout), told.stdout + told.stderr
 
 
 def test_modules_compiled_from_other_sources_are_left_alone(tmp_path):
     shutil.copytree(ROOT / 'mgn', tmp_path / 'mgn', ignore=shutil.ignore_patterns('__pycache__'))
     shutil.copytree(ROOT / 'csrc', tmp_path / 'csrc')
-    done = run(sys.executable, '-c', COPY_ALONE + PROGRAM, cwd=tmp_path)
+    done = run_program(COPY_ALONE + PROGRAM, cwd=tmp_path)
     assert '] compiled for' in done.stdout, done.stdout + done.stderr
     with open(tmp_path / 'csrc/kernels/batch_hard_tile.h', 'a') as file:
         file.write('// an edit\n')
-    done = run(sys.executable, '-c', COPY_ALONE + PROGRAM, cwd=tmp_path)
+    done = run_program(COPY_ALONE + PROGRAM, cwd=tmp_path)
     assert '] reference: csrc/ has changed since it was compiled; pip install --no-build-isolation' in done.stdout
 
 
 def test_a_source_distribution_has_every_source_wherever_it_is_made(tmp_path):
     """Also where no CUDA module could be built, which does not name its sources then."""
-    done = run(sys.executable, '-c', f'import setuptools.build_meta as backend; print(backend.build_sdist({str(tmp_path)!r}))',
+    done = run_program(f'import setuptools.build_meta as backend; print(backend.build_sdist({str(tmp_path)!r}))',
                env={'MGN_CUDA': '0'})
     assert done.returncode == 0, done.stderr
     with tarfile.open(tmp_path / done.stdout.splitlines()[-1]) as archive:
@@ -138,6 +139,10 @@ def test_the_modules_bind_the_stable_abi_alone(library):
     assert len(symbols) > 20 and '.abi3.' in library.name
     assert [name for name in symbols if re.match(r'_ZNK?\d*(2at|3c10|5torch)', name)] == []
     assert {name for name in symbols if name.startswith(('Py', '_Py'))} <= {'PyModule_Create2'}
+
+
+def setup_py(*arguments, **options):
+    return run_program('import runpy, sys; sys.argv[0] = "setup.py"; runpy.run_path("setup.py", run_name="__main__")', *arguments, **options)
 
 
 def fake_nvcc(folder, release):
@@ -163,26 +168,28 @@ def test_an_install_without_a_fitting_toolkit_says_why_in_one_line(tmp_path, cas
         fake_nvcc(home, '9.1')
     if case == 'incomplete':
         (home / 'lib64' / 'libcudart.so').unlink()
-    done = run(sys.executable, 'setup.py', '--version', env={'CUDA_HOME': str(home), 'MGN_CUDA': '0' if case == 'off' else '1'})
+    done = setup_py('--version', env={'CUDA_HOME': str(home), 'MGN_CUDA': '0' if case == 'off' else '1'})
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == mgn.__version__
     lines = [line for line in done.stderr.splitlines() if line.startswith('mgn: ')]
     assert len(lines) == 1 and re.match('mgn: building without the CUDA module: .*' + message, lines[0])
 
 
 def test_an_install_without_a_compiler_says_so_in_one_line():
-    done = run(sys.executable, 'setup.py', '--version', env={'CXX': '/nowhere/c++'})
+    done = setup_py('--version', env={'CXX': '/nowhere/c++'})
     assert done.returncode == 0
     assert [line for line in done.stderr.splitlines() if line.startswith('mgn: ')] == [
         'mgn: no C++ compiler /nowhere/c++ for the extension: operations run their slower PyTorch references']
 
 
 def test_built_beside_a_toolkit_of_another_major_the_module_remembers_why(tmp_path):
-    """A whole build: CPU only, and it succeeds."""
-    need('c++', 'which the CPU module needs')
-    done = run(sys.executable, 'setup.py', '-q', 'build_ext', '--build-lib', tmp_path, '--build-temp', tmp_path / 'objects',
-               env={'CUDA_HOME': str(fake_nvcc(tmp_path / 'cuda', '9.1'))})
+    """A whole build: CPU only, and it succeeds. Without optimisation, which would take most of the time."""
+    compiler = tmp_path / 'c++'
+    compiler.write_text(f'#!/bin/sh\nexec "{need("c++", "which the CPU module needs")}" "$@" -O0\n')
+    compiler.chmod(0o755)
+    done = setup_py('-q', 'build_ext', '--build-lib', tmp_path, '--build-temp', tmp_path / 'objects',
+                    env={'CXX': str(compiler), 'CUDA_HOME': str(fake_nvcc(tmp_path / 'cuda', '9.1'))})
     assert done.returncode == 0, done.stderr
     (library,) = (tmp_path / 'mgn').iterdir()
-    told = run(sys.executable, '-c', f'import torch; torch.ops.load_library({str(library)!r}); print(torch.ops.mgn_cpu.cuda_module())')
+    told = run_program(f'import torch; torch.ops.load_library({str(library)!r}); print(torch.ops.mgn_cpu.cuda_module())')
     expected = 'the torch it was built beside has no CUDA' if torch.version.cuda is None else 'nvcc is of CUDA 9.1, torch of CUDA'
     assert told.stdout.startswith(expected), told.stderr

@@ -7,9 +7,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from mining import examples
-from rankings import METRICS, naive_ranks, near_ties, problem, ranks_of
+from rankings import METRICS, extremes, naive_key, naive_keys, naive_ranks, near_ties, problem, ranks_of
 
 from mgn.ops import match_ranks
+
+
+@pytest.mark.parametrize('metric', METRICS)
+@pytest.mark.parametrize('make', [near_ties, extremes, problem, lambda Q, G, D: problem(Q, G, D, levels=2)])
+@pytest.mark.parametrize('D', [0, 1, 15, 16, 33, 129])
+def test_keys_of_all_pairs_at_once_are_those_of_a_pure_python_loop(make, D, metric):
+    """The oracle of these tests, bit for bit."""
+    query, gallery, *_ = make(4, 12, D)
+    expected = [[naive_key(*pair, metric) for pair in zip([q] * 12, gallery.tolist())] for q in query.tolist()]
+    assert naive_keys(query, gallery, metric).tobytes() == np.array(expected).tobytes()
 
 
 @pytest.mark.parametrize('Q, G', [(1, 1), (3, 2), (5, 31), (4, 33), (2, 129)])

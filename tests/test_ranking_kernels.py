@@ -13,7 +13,7 @@ from mgn.ops import match_ranks, nearest, ranking, topk
 
 # queries, gallery, dimensions: around sixteen lanes a pair, sixteen pairs a block, 256 threads, and tiles of 7 queries and 300 items
 SIZES = [(1, 1, 1), (3, 17, 16), (8, 40, 15), (2, 301, 33), (5, 570, 3)]
-KINDS = [('plain', order) for order in ORDERS] + [('address', 'forward'), ('thread', 'forward'), ('thread', '1')]
+KINDS = [('plain', order) for order in ORDERS] + [('address', 'forward'), ('thread', '1'), pytest.param('thread', 'forward', marks=pytest.mark.long)]
 
 
 @pytest.fixture

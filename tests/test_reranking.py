@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from implementations import COMPILED, IMPLEMENTATIONS, run_as
 from memory import only_linux, printed
 from mining import examples
-from rankings import METRICS, clustered, extremes, naive_key, near_ties, problem, same
+from rankings import METRICS, clustered, extremes, naive_keys, near_ties, problem, same
 
 from mgn.ops import filter, k_reciprocal_ranks, match_ranks, match_ranks_from_distance, nearest, ranking_reference, re_ranking, reranking
 from mgn.ops.reranking_reference import final_distances
@@ -24,13 +24,20 @@ def implementation(request, monkeypatch):
 
 
 def keys_and_squares(query, gallery, metric):
-    features = [[float(x) for x in row] for part in (query, gallery) for row in part]
-    keys = np.array([[naive_key(x, y, metric) for y in features] for x in features]).reshape(len(features), len(features))
+    features = np.concatenate((query, gallery))
+    keys = naive_keys(features, features, metric)
     return keys, np.square(np.maximum(1 + keys, 0)) if metric == 'cosine' else keys
 
 
+@functools.lru_cache(1000)
+def naive_final(query, gallery, shapes, metric, k1, k2, lambda_value):
+    """Of the bytes of the features; computed once for all implementations."""
+    features = [np.frombuffer(of, np.float32).reshape(shape) for of, shape in zip((query, gallery), shapes)]
+    return final_distances(*keys_and_squares(*features, metric), len(features[0]), k1, k2, lambda_value)
+
+
 def naive(query, gallery, ids, k1, k2, lambda_value, metric='cosine', junk_pid=-1):
-    final = final_distances(*keys_and_squares(query, gallery, metric), len(query), k1, k2, lambda_value)
+    final = naive_final(query.tobytes(), gallery.tobytes(), (query.shape, gallery.shape), metric, k1, k2, lambda_value)
     return match_ranks_from_distance(final, *ids, junk_pid=junk_pid)
 
 
@@ -105,7 +112,7 @@ def dense(metric, lambda_value):
     return query, gallery, final_distances(keys, np.square(np.maximum(1 + keys, 0)) if metric == 'cosine' else keys, 3, lambda_value=lambda_value)
 
 
-@pytest.mark.parametrize('metric, lambda_value', [('cosine', 0.3), ('euclidean', 0)])
+@pytest.mark.parametrize('metric, lambda_value', [('cosine', 0.3), pytest.param('euclidean', 0, marks=pytest.mark.long)])
 def test_more_matches_than_are_compared_one_by_one_over_several_tiles(implementation, metric, lambda_value):
     query, gallery, final = dense(metric, lambda_value)
     ids = np.arange(3), np.arange(2100) % 4, np.zeros(3, int), np.arange(2100) % 300
@@ -186,13 +193,19 @@ def matrices(query, gallery, metric='cosine', dtype=np.float64):
     return distances[:Q, Q:], distances[:Q, :Q], distances[Q:, Q:]
 
 
+@functools.cache
+def final_of_matrices(dtype, k1, k2, lambda_value):
+    q_g, q_q, g_g = matrices(*problem(9, 50, 5)[:2], dtype=dtype)
+    whole = np.block([[q_q.T, q_g], [q_g.T, g_g.T]]).astype(np.float64)
+    return final_distances(whole, whole * whole, 9, k1, k2, lambda_value)
+
+
 @pytest.mark.parametrize('k1, k2, lambda_value', PARAMETERS)
 @pytest.mark.parametrize('dtype', [np.float32, np.float64])
 def test_re_ranking_is_the_published_formula(implementation, k1, k2, lambda_value, dtype):
-    q_g, q_q, g_g = given = matrices(*problem(9, 50, 5)[:2], dtype=dtype)
+    given = matrices(*problem(9, 50, 5)[:2], dtype=dtype)
     copies = [dist.copy() for dist in given]
-    whole = np.block([[q_q.T, q_g], [q_g.T, g_g.T]]).astype(np.float64)
-    expected = final_distances(whole, whole * whole, 9, k1, k2, lambda_value)
+    expected = final_of_matrices(dtype, k1, k2, lambda_value)
     got = re_ranking(*given, k1, k2, lambda_value)
     assert got.dtype == np.float32 and got.shape == (9, 50) and isinstance(got, np.ndarray)
     np.testing.assert_allclose(got, expected, rtol=3e-7, atol=1e-7)

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from implementations import IMPLEMENTATIONS, run_as
 from memory import only_linux, printed
 from mining import examples
-from rankings import METRICS, extremes, naive_key, near_ties, problem
+from rankings import METRICS, extremes, naive_keys, near_ties, problem
 
 from mgn.ops import filter, nearest, topk, topk_from_distance
 from mgn.ops.filter import PRECISIONS
@@ -23,8 +23,8 @@ def implementation(request, monkeypatch):
 
 def naive(query, gallery, k, metric='cosine', exclude_self=False):
     """(indices, keys) of each query by sorting pure Python numbers."""
-    query, gallery = ([[float(x) for x in row] for row in features] for features in (query, gallery))
-    ranked = [sorted((naive_key(q, g, metric), j) for j, g in enumerate(gallery) if not exclude_self or j != i)[:k] for i, q in enumerate(query)]
+    ranked = [sorted((key, j) for j, key in enumerate(row) if not exclude_self or j != i)[:k]
+              for i, row in enumerate(naive_keys(query, gallery, metric).tolist())]
     return [[j for _, j in row] for row in ranked], [[key for key, _ in row] for row in ranked]
 
 
