@@ -120,6 +120,8 @@ def evaluate(model, dataset, device, input_size=gin.REQUIRED, batch_size=64, wor
                'processes': processes.count(), 'features_s': round(extracted - start, 3), 'ranking_s': round(ranked - extracted, 3),
                'redecided': redecided, **peak_memory(device)}
     if query_expansion or rerank:
+        if processes.count() > 1:
+            logger.info('query expansion and re-ranking run in process 0 alone, on the features of all %d', processes.count())
         query, gallery = in_process_0(query), in_process_0(gallery)
     if processes.number() > 0:
         return processes.share(None)

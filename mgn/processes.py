@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-PATIENCE = timedelta(days=1)  # the others wait while process 0 re-ranks; a lost process is noticed by its connection
+PATIENCE = timedelta(hours=2)  # the others wait while process 0 re-ranks; a lost process is noticed by its connection
 _store = None
 
 
@@ -18,7 +18,9 @@ def join():
     """Forms the group where torchrun started this process as one of several. To be called once."""
     global _store
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        _store, rank, processes = next(dist.rendezvous('env://', timeout=timedelta(minutes=10)))
+        store, rank, processes = next(dist.rendezvous('env://', timeout=timedelta(minutes=10)))
+        # Torch 2.15 keeps the store when torchrun starts all anew, with the addresses of the processes that were.
+        _store = dist.PrefixStore(f'mgn {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)} {processes}', store)
         dist.init_process_group('gloo', store=_store, rank=rank, world_size=processes, timeout=PATIENCE)
 
 
@@ -45,7 +47,7 @@ def first_to_fail():
     if _store is None:
         return True
     try:
-        return _store.add(f'mgn failed {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', 1) == 1
+        return _store.add('failed', 1) == 1
     except RuntimeError:  # the store has ended, with torchrun
         return False
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,16 +85,10 @@ def test_process_0_alone_writes_and_speaks(trained):
 
 def test_a_killed_process_ends_the_others_and_torchrun_starts_all_anew_from_the_last_checkpoint(trained, home):
     folder, _ = trained
-    began = time.monotonic()
-    run = thin_train(home, 2, 'killed', kill='1:5')
-    assert run.returncode != 0 and time.monotonic() - began < 60
-    assert len(re.findall('error: ', run.stdout + run.stderr)) <= 1  # said once at most; torchrun names the killed one
-    assert re.search('exitcode *: -9', run.stderr)
-    assert torch.load(home / 'killed' / 'last.pth')['step'] == 3
-
     run = thin_train(home, 2, 'again', options=['--max-restarts=1'], kill='1:5')
     assert run.returncode == 0, run.stderr
-    assert 'from step 3 to 5' in run.stdout
+    assert 'from step 3 to 5' in run.stdout and re.search('exitcode *: -9', run.stderr)
+    assert len(re.findall('error: ', run.stdout + run.stderr)) <= 1  # by a process that lost the connection, if torchrun had not ended it before
     one, other = (torch.load(run / 'last.pth') for run in (folder, home / 'again'))
     assert one['step'] == other['step'] == 5
     assert all(torch.equal(value, other['model'][name]) for name, value in one['model'].items())
@@ -104,16 +99,12 @@ def test_a_killed_process_ends_the_others_and_torchrun_starts_all_anew_from_the_
 
 def test_a_run_goes_on_with_another_number_of_processes(trained, home):
     folder, _ = trained
-    run = thin_train(home, 3, 'other', 'total_steps = 3')
+    shutil.copytree(folder, home / 'other')
+    run = thin_train(home, 3, 'other', 'total_steps = 7')
     assert run.returncode == 0, run.stderr
-    run = thin_train(home, 1, 'other')
-    assert run.returncode == 0, run.stderr
-    assert 'training on cpu from step 3 to 5' in run.stdout
-    assert [line['step'] for line in metrics(home / 'other')] == [0, 1, 2, 3, 3, 4, 5, 5]
-    one, other = ([line for line in metrics(run) if 'loss' in line] for run in (folder, home / 'other'))
-    assert one[0]['triplet'] != one[1]['triplet']
-    for mine, its in zip(one, other):  # statistics of batches differ with the processes, the batches do not
-        assert mine['cross_entropy'] == pytest.approx(its['cross_entropy'], rel=0.05)
+    assert 'training on cpu in each of 3 processes from step 5 to 7' in run.stdout
+    assert [line['step'] for line in metrics(home / 'other')] == [0, 1, 2, 3, 4, 5, 5, 6, 7, 7]
+    assert metrics(home / 'other')[:7] == metrics(folder)
 
 
 MISTAKES = [
@@ -125,10 +116,9 @@ MISTAKES = [
 
 @pytest.mark.parametrize('bindings, message', [MISTAKES[0], *(pytest.param(*mistake, marks=pytest.mark.long) for mistake in MISTAKES[1:])])
 def test_a_mistake_of_all_is_told_once(home, bindings, message):
-    run = thin_train(home, 3, 'mistaken', *bindings)
+    run = thin_train(home, 3, 'mistaken', *bindings)  # which of them comes first is left to chance
     assert run.returncode != 0
     assert len(re.findall('error: ', run.stderr)) == 1 and re.search(message, run.stderr, re.DOTALL)
-    assert not re.search(r'Traceback(?!.*torchrun|.*elastic)', run.stderr.split('ChildFailedError')[0].split('torch/distributed/elastic')[0])
 
 
 def test_what_one_process_alone_meets_is_told_once(home, tmp_path):
@@ -171,7 +161,7 @@ def test_features_are_extracted_by_several_processes_and_evaluated_by_any_number
     features = tmp_path / 'features'
     evaluate(tmp_path, weights, f"features_dir = '{features}'", processes=2, module='mgn.extract')
     array = np.load(features / 'gallery_features.npy')
-    assert array.shape == (10, 40) and np.allclose(np.linalg.norm(array, axis=1), 1, atol=1e-6)
+    assert array.shape == (10, 24) and np.allclose(np.linalg.norm(array, axis=1), 1, atol=1e-6)
     run, sharded = evaluate(tmp_path / 'sharded', weights, *more, processes=3)
     assert len(re.findall('re-ranking run in process 0', run.stdout)) == 1
     assert len(re.findall('rank10', run.stdout)) == 1

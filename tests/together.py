@@ -29,7 +29,7 @@ def torchrun(processes, *command, options=(), **keywords):
     path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get('PYTHONPATH')])])
     return subprocess.run([sys.executable, '-m', 'torch.distributed.run', f'--nproc-per-node={processes}', '--rdzv-backend=c10d',
                            '--rdzv-endpoint=localhost:0', *options, *command], text=True, capture_output=True,
-                          env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'}, **keywords)
+                          env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'}, timeout=300, **keywords)
 
 
 def outcomes(processes, folder):

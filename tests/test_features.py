@@ -1,0 +1,126 @@
+"""Features as files: what is written, and that files of anything else are refused, saying what differs."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_market
+from thin import thin  # noqa: F401
+
+from mgn.datasets import market_layout
+from mgn.evaluation import evaluate
+from mgn.features import extract_features, read_features, write_features
+from mgn.model import MGN
+
+pytestmark = pytest.mark.usefixtures('thin')
+
+CPU, SIZE = torch.device('cpu'), (48, 24)
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    return write_market(tmp_path_factory.mktemp('data') / 'own', identities=2, images=2)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return MGN(0, embedding_dim=8)
+
+
+@pytest.fixture
+def written(model, root, tmp_path):
+    folder = tmp_path / 'features'
+    write_features(model, market_layout(str(root)), CPU, str(folder), SIZE, 4, 0)
+    return folder
+
+
+@pytest.mark.parametrize('flip_test', [False, True])
+@pytest.mark.parametrize('precision', ['float32', 'float16'])
+def test_files_hold_features_ids_and_paths_in_order(model, root, tmp_path, flip_test, precision):
+    dataset, folder = market_layout(str(root)), tmp_path / 'features'
+    write_features(model, dataset, CPU, str(folder), SIZE, 4, 0, flip_test, precision)
+    for part, got in zip(('query', 'gallery'), read_features(str(folder), model, dataset, SIZE, flip_test)):
+        samples = getattr(dataset, part)
+        want = extract_features(model, samples, CPU, SIZE, 4, 0, flip_test)
+        assert got.dtype == precision and np.array_equal(got, want.numpy().astype(precision))
+        assert np.load(folder / f'{part}_pids.npy').tolist() == [s.pid for s in samples]
+        assert np.load(folder / f'{part}_camids.npy').tolist() == [s.camid for s in samples]
+        assert [f'{root}/{path.decode()}' for path in np.load(folder / f'{part}_paths.npy')] == [s.path for s in samples]
+    results, plain = (evaluate(model, dataset, CPU, SIZE, 4, 0, flip_test, features_dir=of) for of in (str(folder), None))
+    assert results['features_dir'] == str(folder) and plain['features_dir'] is None
+    if precision == 'float32':
+        assert all(results[name] == plain[name] for name in ('rank1', 'mAP', 'mINP'))
+
+
+def test_moved_data_and_other_classifiers_fit(written, model, root, tmp_path):
+    shutil.copytree(root, tmp_path / 'moved')
+    more = MGN(5, embedding_dim=8)
+    more.load_state_dict({**more.state_dict(), **model.state_dict()})
+    assert len(read_features(str(written), more, market_layout(str(tmp_path / 'moved')), SIZE, False)[1]) == 10
+
+
+def test_what_differs_is_told(written, model, root, tmp_path):
+    dataset = market_layout(str(root))
+
+    def refused(message, model=model, dataset=dataset, size=SIZE, flip_test=False):
+        with pytest.raises(ValueError, match=f'(?s)want features of these weights and this data set.*got others:.*{message}.*extract them again'):
+            read_features(str(written), model, dataset, size, flip_test)
+    refused('weights: want [0-9a-f]{64}, got [0-9a-f]{64}', model=MGN(0, embedding_dim=8))
+    refused(r'input_size: want \[48, 32\], got \[48, 24\]', size=(48, 32))
+    refused('flip_test: want True, got False', flip_test=True)
+    refused('gallery images: want 9, got 10', dataset=dataset._replace(gallery=dataset.gallery[1:]))
+    refused(r"query paths: 2 of 3 differ, the first at 0: want b'query/0102_.*got b'query/0101_",
+            dataset=dataset._replace(query=[*dataset.query[1::-1], *dataset.query[2:]]))
+    refused('query camids: 1 of 3 differ, the first at 1: want 7, got 1',
+            dataset=dataset._replace(query=[dataset.query[0], dataset.query[1]._replace(camid=7), dataset.query[2]]))
+
+
+def cut(folder):
+    path = folder / 'gallery_features.npy'
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def of_another_type(folder):
+    np.save(folder / 'query_features.npy', np.load(folder / 'query_features.npy').astype(np.float16))
+
+
+def another_list(folder):
+    np.save(folder / 'query_paths.npy', np.load(folder / 'query_paths.npy')[::-1])
+
+
+def older(folder):
+    manifest = json.loads((folder / 'manifest.json').read_text())
+    (folder / 'manifest.json').write_text(json.dumps({**manifest, 'format': 'mgn features 0'}))
+
+
+@pytest.mark.parametrize('damage', [cut, of_another_type, another_list, older, lambda folder: (folder / 'gallery_pids.npy').unlink(),
+                                    lambda folder: (folder / 'manifest.json').write_text('[]'),
+                                    lambda folder: (folder / 'manifest.json').write_text('{')])
+def test_damaged_files_are_refused(written, model, root, damage):
+    damage(written)
+    with pytest.raises(ValueError, match='want whole features in .*features, got files that do not fit: .*; extract them again'):
+        read_features(str(written), model, market_layout(str(root)), SIZE, False)
+
+
+def test_an_extraction_that_was_stopped_is_no_features_and_may_be_repeated(written, model, root):
+    (written / 'manifest.json').unlink()
+    with pytest.raises(FileNotFoundError, match='want features written by mgn.extract to the end, found no .*manifest.json'):
+        read_features(str(written), model, market_layout(str(root)), SIZE, False)
+    write_features(model, market_layout(str(root)), CPU, str(written), SIZE, 4, 0)
+    assert len(read_features(str(written), model, market_layout(str(root)), SIZE, False)[0]) == 3
+
+
+def test_features_are_not_overwritten_and_options_are_checked(written, model, root, tmp_path):
+    dataset = market_layout(str(root))
+    with pytest.raises(ValueError, match='want a features_dir without features, got .*manifest.json; remove'):
+        write_features(model, dataset, CPU, str(written), SIZE, 4, 0)
+    with pytest.raises(ValueError, match="precision to be one of float32, float16, got 'int8'"):
+        write_features(model, dataset, CPU, str(tmp_path / 'other'), SIZE, 4, 0, precision='int8')
+    with pytest.raises(ValueError, match='want batch_size >= 1'):
+        write_features(model, dataset, CPU, str(tmp_path / 'other'), SIZE, 0, 0)
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(OSError, match='want to write features to .*file/x, got: .*; free disk space or bind another'):
+        write_features(model, dataset, CPU, str(tmp_path / 'file' / 'x'), SIZE, 4, 0)
