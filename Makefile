@@ -22,3 +22,4 @@ bench:       # ratios against named peers, on this machine
 	python -m benchmarks.triplet
 	python -m benchmarks.ranking
 	python -m benchmarks.neighbours
+	python -m benchmarks.sharding
