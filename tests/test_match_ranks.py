@@ -9,7 +9,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from mining import examples
 from rankings import METRICS, extremes, naive_key, naive_keys, naive_ranks, near_ties, problem, ranks_of
 
-from mgn.ops import match_ranks
+from mgn.ops import match_ranks, ranking_reference
+from mgn.ops.ranking import identities, keys_in_order, sorted_matches, strangers_between
+from mgn.ops.tiles import finite_norms
 
 
 @pytest.mark.parametrize('metric', METRICS)
@@ -85,6 +87,19 @@ def test_junk_takes_no_rank(ranking):
 def test_a_query_of_the_junk_id_has_no_match(junk_pid, ranks):
     gallery = np.array([[3, 0], [3, 1], [3, 2]], np.float32)
     assert ranks_of(gallery[:1], gallery, [-1], [-1, 4, -1], [1], [2, 2, 2], junk_pid=junk_pid) == [ranks]
+
+
+def test_items_are_numbered_from_any_number_on(ranking):
+    """As in the last part of a gallery of 2⁴⁰ items and more: matches, own identity and ties by number."""
+    query, gallery, query_pids, gallery_pids, query_camids, gallery_camids = problem(6, 90, 7, levels=2)
+    query, gallery = torch.from_numpy(query), torch.from_numpy(gallery)
+    order, begin, end, junk = identities(query_pids, gallery_pids, 0)
+    offsets, keys, items = sorted_matches(order, begin, end, query_camids, gallery_camids,
+                                          lambda owners, found: keys_in_order(ranking_reference, query, gallery, owners, found, True))
+    norms = finite_norms(ranking_reference, query, 'query')
+    want, got = (strangers_between(query, norms, gallery, first, (offsets, keys, items + first), (order + first, begin, end, junk + first), True,
+                                   'float32')[0] for first in (0, 2 ** 40))
+    assert want.sum() > 0 and torch.equal(want, got)
 
 
 def test_queries_without_a_match_have_no_ranks():
