@@ -2,7 +2,8 @@
 
     python -m benchmarks.sharding [work …] [--rounds=5]
 
-Works: processes (1 and 2, a thread each, on one machine), file (2 GB). Medians; sides alternate within a round.
+Works: processes (1 and 2, a thread each, on one machine), file (2 GB). Medians. One process
+is measured before two; memory and the cached file alternate.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from benchmarks.machine import cpu_model
 from benchmarks.ranking import D, G, alternate, problem
 from mgn.ops import match_ranks, match_ranks_sharded
+from mgn.processes import part as own_part
 
 QUERIES = 512
 
@@ -44,11 +46,7 @@ def processes(rounds):
 def part(rounds):
     """What each of the processes does."""
     dist.init_process_group('gloo')
-    number, count = dist.get_rank(), dist.get_world_size()
-    whole = problem(QUERIES)
-    mine = [array[len(array) * number // count:len(array) * (number + 1) // count].copy() if isinstance(array, np.ndarray)
-            else array[len(array) * number // count:len(array) * (number + 1) // count].clone() for array in whole]
-    del whole
+    mine = [torch.as_tensor(own_part(array)).clone() for array in problem(QUERIES)]
     seconds, exchanges, sent = [], [], []
     for _ in range(rounds + 1):
         dist.barrier()
@@ -60,7 +58,7 @@ def part(rounds):
         start = time.perf_counter()
         match_ranks_sharded(mine[0], mine[1][:0], mine[2], mine[3][:0], mine[4], mine[5][:0])
         exchanges.append(time.perf_counter() - start)
-    if number == 0:
+    if dist.get_rank() == 0:
         print(json.dumps({'seconds': statistics.median(seconds[1:]), 'traffic': statistics.median(sent[1:]), 'matches': len(ranks.ranks),
                           'exchange': statistics.median(exchanges[1:]), 'hash': hashlib.sha256(ranks.ranks.tobytes() + ranks.offsets.tobytes()).hexdigest()}))
     dist.destroy_process_group()

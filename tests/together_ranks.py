@@ -43,7 +43,7 @@ PROBLEMS = {
 
 
 def check_ranks_are_those_of_one_process(folder):
-    for seed in range(examples(3)):
+    for seed in range(examples(6)):  # three at least: both metrics, each junk id
         for number, (name, make) in enumerate(PROBLEMS.items()):
             whole, rng = make(seed), np.random.default_rng((seed, number))
             for style in ('even', 'one has all', 'random'):
