@@ -9,8 +9,8 @@ import torch
 from mgn.ops import filter, ranking_reference
 from mgn.ops.arguments import all_ids, as_distances, as_junk_pid, feature_pair
 from mgn.ops.extension import kernels
-from mgn.ops.tiles import (OPERANDS, blocks_of, denormals, finite_norms, keys_of_pairs, not_a_number, not_finite, read_ahead, rows, spans,
-                           tile_of, uncompiled)
+from mgn.ops.tiles import (OPERANDS, blocks_of, denormals, finite_norms, keys_of_pairs, not_a_number, not_finite, read_ahead, rows, runs_of,
+                           spans, tile_of, uncompiled)
 
 PAIRS = 2 ** 19  # of one identity looked at together
 
@@ -95,9 +95,13 @@ def on_float64_device(query, gallery):
 
 
 def keys_in_order(compiled, query, gallery, owners, items, cosine):
-    """keys_of_pairs, the gallery's rows taken in their order, as a file is read best."""
+    """keys_of_pairs, the gallery's rows taken in their order and asked for ahead, as a file is read best."""
     ascending, keys = np.argsort(items, kind='stable'), np.empty(len(items))
-    keys[ascending] = keys_of_pairs(compiled, query, gallery, owners[ascending], items[ascending], cosine)
+    parts = [ascending[part] for part in spans(len(items), OPERANDS // max(gallery.shape[1], 1))]
+    for part, ahead in zip(parts, [*parts[1:], None]):
+        if ahead is not None:
+            read_ahead(gallery, runs_of(items[ahead]))
+        keys[part] = keys_of_pairs(compiled, query, gallery, owners[part], items[part], cosine)
     return keys
 
 
@@ -133,7 +137,7 @@ def strangers_between(query, query_norms, gallery, first, matches, excluded, cos
         for part, ahead in zip(parts, [*parts[1:], None]):
             tile = rows(gallery, part).to(device)
             if ahead:
-                read_ahead(gallery, ahead)
+                read_ahead(gallery, [(ahead.start, ahead.stop)])
             norms = torch.empty(len(tile), dtype=torch.float64, device=device)
             compiled.canonical_norms(tile, norms)
             finite &= norms.isfinite().all()

@@ -12,6 +12,7 @@ import torch
 PRODUCTS = 2 ** 22           # of a tile: 16 MB
 ITEMS = 2048                 # of a tile, at most
 OPERANDS = 2 ** 23           # elements of the features of a tile, of queries and of items: 32 MB each, where they are converted
+NEAR = 4                     # rows apart that are read from a file together
 
 
 def spans(count, step):
@@ -72,24 +73,33 @@ def keys_of_pairs(compiled, query, gallery, owners, items, cosine):
     return keys.cpu().numpy()
 
 
-def read_ahead(features, part):
-    """Has the system begin to read these rows where they lie in a memory-mapped file; what is in memory stays as it is."""
+def read_ahead(features, runs):
+    """Has the system begin to read rows first … last − 1 of each run (first, last) where they lie in a memory-mapped file; what is in memory stays as it is."""
     system = memory_advice()
-    if system is None or features.device.type != 'cpu' or features[part].numel() == 0 or features.stride(1) != 1:
+    if system is None or features.device.type != 'cpu' or features.numel() == 0 or features.stride(1) != 1:
         return
-    some = features[part]
-    begin = some.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    end = some[-1].data_ptr() + some.shape[1] * some.element_size()
-    system(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_WILLNEED)
+    edges = features.data_ptr() + np.asarray(runs) * (features.stride(0) * features.element_size())
+    begin, end = edges[:, 0] // mmap.PAGESIZE * mmap.PAGESIZE, edges[:, 1]
+    for address, length in zip(begin.tolist(), (end - begin).tolist()):
+        system(address, length, mmap.MADV_WILLNEED)
+
+
+def runs_of(items):
+    """Runs (first, last) of rows, n×2, from their numbers, ascending; near ones together with what lies between."""
+    apart = np.flatnonzero(np.diff(items) > NEAR) + 1
+    return np.stack((items[np.r_[0, apart]], items[np.r_[apart - 1, -1]] + 1), axis=1)
 
 
 @functools.cache
 def memory_advice():
     """The C library's madvise, None where there is none."""
     try:
-        return ctypes.CDLL(None).madvise if hasattr(mmap, 'MADV_WILLNEED') else None
+        advise = ctypes.CDLL(None).madvise if hasattr(mmap, 'MADV_WILLNEED') else None
     except (OSError, TypeError, AttributeError):
         return None
+    if advise:
+        advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return advise
 
 
 def not_finite(features, name):
