@@ -1,15 +1,17 @@
 """Checkpoints: written whole or not at all, loaded without running anything that a file might hold."""
 
 import os
+import zipfile
 
 import torch
 
 FORMAT = 'mgn checkpoint 1'
 
 
-def save(path, content):
+def save(path, content, older=None):
     """Writes {name: tensors, numbers, strings and containers of them} to `path`, replacing it only once all is on disk.
 
+    older: where the file that was there before goes; None: nowhere.
     Raises OSError where it cannot be written; a file that was there before stays as it was.
     """
     temporary = f'{path}.{os.getpid()}.tmp'
@@ -18,6 +20,8 @@ def save(path, content):
             torch.save({'format': FORMAT, **content}, file)
             file.flush()
             os.fsync(file.fileno())
+        if older and os.path.exists(path):
+            os.replace(path, older)
         os.replace(temporary, path)
         folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
         try:
@@ -34,13 +38,17 @@ def save(path, content):
 
 
 def load(path):
-    """The content of a checkpoint, tensors on the CPU.
+    """The content of a checkpoint, tensors on the CPU, once its checksums are found right.
 
-    Raises FileNotFoundError, or ValueError where the file is no checkpoint of this project.
+    Raises FileNotFoundError, or ValueError where the file is no checkpoint of this project, or damaged.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f'want a checkpoint, found no file {path}; correct the path')
     try:
+        with zipfile.ZipFile(path) as file:  # as torch.save writes it, with a CRC-32 of every tensor, which torch.load does not look at
+            damaged = file.testzip()
+        if damaged:
+            raise ValueError(f'its part {damaged} has another checksum than was written')
         content = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # unpickling damaged or foreign bytes can raise nearly anything
         raise ValueError(f'want a checkpoint written by mgn.train, got {path}, which cannot be loaded as one '

@@ -47,6 +47,9 @@ def run(main):
             with logging_redirect_tqdm([package]):
                 main(flags.FLAGS.gin_file, flags.FLAGS.gin_bindings)
             processes.leave()
+        except SystemExit:  # a run that was interrupted, in all processes
+            processes.leave()
+            raise
         except Exception as error:
             if not processes.first_to_fail():
                 sys.exit(1)

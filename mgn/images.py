@@ -4,6 +4,7 @@ A training batch is one item of a data set whose index is the step, so workers a
 and a run starts at any step. Nothing here reads gin: workers that are spawned hold no bindings.
 """
 
+import signal
 from typing import NamedTuple
 
 import torch
@@ -117,4 +118,10 @@ class TestBatches(Dataset):
 
 def batches(dataset, items, workers, device):
     """The items of TrainBatches or TestBatches in the order of `items`, made ahead by `workers` processes (0: none)."""
-    return DataLoader(dataset, sampler=items, batch_size=None, num_workers=workers, pin_memory=device.type == 'cuda')
+    return DataLoader(dataset, sampler=items, batch_size=None, num_workers=workers, pin_memory=device.type == 'cuda',
+                      worker_init_fn=ignore_interrupts)
+
+
+def ignore_interrupts(_):
+    """A terminal sends its SIGINT to every process; the main one ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -5,11 +5,14 @@ They form a gloo group, whose messages go through main memory: features, checkpo
 
 import os
 import re
+import time
+import uuid
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+MEETING = timedelta(minutes=5)
 PATIENCE = timedelta(hours=2)  # the others wait while process 0 re-ranks; a lost process is noticed by its connection
 _store = None
 
@@ -17,11 +20,42 @@ _store = None
 def join():
     """Forms the group where torchrun started this process as one of several. To be called once."""
     global _store
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        store, rank, processes = next(dist.rendezvous('env://', timeout=timedelta(minutes=10)))
-        # Torch 2.15 keeps the store when torchrun starts all anew, with the addresses of the processes that were.
-        _store = dist.PrefixStore(f'mgn {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)} {processes}', store)
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1:
+        return
+    store, rank, processes = next(dist.rendezvous('env://', timeout=MEETING))
+    while isinstance(store, dist.PrefixStore):  # named by TORCHELASTIC_RESTART_COUNT, which the machines of a run count for themselves
+        store = store.underlying_store
+    try:
+        _store = dist.PrefixStore(f'mgn {met(store, rank, processes)}', store)
         dist.init_process_group('gloo', store=_store, rank=rank, world_size=processes, timeout=PATIENCE)
+    except RuntimeError as error:
+        raise ConnectionError(f'want {processes} processes to meet, got in number {rank}: {str(error).splitlines()[0]}; torchrun tells which one ended; '
+                              f'start all of them again') from error
+
+
+def met(store, rank, processes):
+    """A name that these processes, all alive, have for their group alone.
+
+    Torch 2.15 keeps its store, with the addresses of processes that were, when torchrun starts all anew. So each asks under a name never used
+    before, process 0 answers whom it sees, again and again, and is done once all of them have said that they got its latest answer.
+    """
+    asked = uuid.uuid4().hex
+    store.set(f'mgn asked {rank}', asked)
+    if rank > 0:
+        store.wait([f'mgn answer {asked}'], MEETING)
+        name = store.get(f'mgn answer {asked}').decode()
+        store.set(f'mgn got {name} {rank}', '')
+        return name
+    answered, until = {}, time.monotonic() + MEETING.total_seconds()
+    while not store.check([f'mgn got {asked} {other}' for other in range(1, processes)]):
+        for other in range(1, processes):
+            if store.check([f'mgn asked {other}']) and (now := store.get(f'mgn asked {other}').decode()) != answered.get(other):
+                store.set(f'mgn answer {now}', asked)
+                answered[other] = now
+        if time.monotonic() > until:
+            raise RuntimeError(f'only {len(answered) + 1} of {processes} came within {MEETING}')
+        time.sleep(0.02)
+    return asked
 
 
 def leave():
@@ -48,8 +82,8 @@ def first_to_fail():
         return True
     try:
         return _store.add('failed', 1) == 1
-    except RuntimeError:  # the store has ended, with torchrun
-        return False
+    except RuntimeError:  # the store has ended, with the process that held it
+        return True
 
 
 def lost(error):
@@ -58,6 +92,14 @@ def lost(error):
         return None
     return (f'want all {count()} processes to the end, but process {number()} lost its connection to another ({str(error).splitlines()[0]}); torchrun '
             f'tells which one ended; start it again with the same command, or with torchrun --max-restarts, and training goes on from last.pth')
+
+
+def check_same(what, value, remedy):
+    """Raises ValueError in all where they differ in `value`."""
+    values = gather(value)
+    odd = [process for process, other in enumerate(values) if other != values[0]]
+    if odd:
+        raise ValueError(f'want the same {what} in all {count()} processes, got another in {", ".join(map(str, odd))} than in 0; {remedy}')
 
 
 def part(items):
@@ -84,6 +126,15 @@ def gather(value):
 def wait():
     if count() > 1:
         dist.barrier()
+
+
+def any_of(flag):
+    """Whether it is true in any; a number that travels through main memory, so no device is waited for."""
+    if count() == 1:
+        return flag
+    number = torch.tensor([int(flag)])
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return bool(number)
 
 
 def mean(tensor):

@@ -35,8 +35,11 @@ class RunLog:
         if self.path is None:
             return
         self.records.append(record)
-        with open(self.path, 'a') as file:
-            file.write(json.dumps(record) + '\n')
+        try:
+            with open(self.path, 'a') as file:
+                file.write(json.dumps(record) + '\n')
+        except OSError as error:
+            raise OSError(f'want to write to {self.path}, got: {error}; free disk space, and the same command goes on from the last checkpoint') from error
         for name, value in record.items():
             if self.events and name != 'step':
                 self.events.add_scalar(('evaluation/' if 'mAP' in record else 'training/') + name, value, record['step'])
@@ -74,9 +77,15 @@ def read_records(path):
 def write_text(path, text):
     """Writes a small file whole or not at all."""
     temporary = f'{path}.{os.getpid()}.tmp'
-    with open(temporary, 'w') as file:
-        file.write(text)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, 'w') as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f'want to write {path}, got: {error}; free disk space or bind another output_dir') from error
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
 def progress(total, initial=0, unit='step', what=''):

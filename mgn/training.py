@@ -5,6 +5,7 @@ import inspect
 import logging
 import os
 import time
+from contextlib import nullcontext
 
 import gin
 import torch
@@ -13,134 +14,158 @@ from torch.nn.parallel import DistributedDataParallel
 from mgn import checkpoint as checkpoints
 from mgn import processes
 from mgn.augmentation import Augmentation, Draws
+from mgn.averaging import WeightAverage
 from mgn.datasets import check_dataset, train_labels
 from mgn.evaluation import evaluate, find_device, table, write_results
-from mgn.images import TrainBatches, batches
+from mgn.images import TrainBatches
+from mgn.interruption import STATUS, Interruption
 from mgn.losses import mgn_losses
+from mgn.meter import Meter, check_finite
 from mgn.model import MGN, MGNOutput
 from mgn.ops import implementation
 from mgn.optim import make_optimizer, multi_step
+from mgn.precision import resolve
+from mgn.runfolder import last_good, locked, newest, save
 from mgn.runlog import RunLog, progress, write_text
 from mgn.sampler import IdentitySampler
+from mgn.supply import count_unreadable, supply
 
 logger = logging.getLogger(__name__)
 
 EVALUATION_NAMES = ('step', 'rank1', 'rank5', 'rank10', 'mAP', 'mAP_trapezoid', 'mINP')
-UNREADABLE_LIMIT = 0.01  # share of the training images beyond which a run stops
 
 
 @gin.configurable(denylist=['default_output_dir'])
 def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=gin.REQUIRED, P=16, K=4,
           total_steps=gin.REQUIRED, schedule=multi_step, seed=0, workers=4, device='auto', log_every=50,
-          checkpoint_every=1000, evaluate_every=2000, clip_gradient_norm=None, precision='float32', resume=True,
-          mining='all', sync_bn=False):
+          checkpoint_every=1000, keep_last=1, evaluate_every=2000, clip_gradient_norm=None, precision='auto', ema_decay=None,
+          compile=False, resume=True, mining='all', sync_bn=False):
     """Trains MGN on dataset.train, evaluates it on dataset.query and dataset.gallery; returns the model.
 
-    Goes on from output_dir/last.pth where there is one. Every random draw depends on (seed, step, position) alone, so
-    on a CPU an interrupted and resumed run ends with the very weights of an uninterrupted one.
+    Goes on from output_dir/last.pth where there is one, or from the newest older checkpoint that is whole. Every random draw depends on
+    (seed, step, position) alone, so on a CPU an interrupted and resumed run ends with the very weights of an uninterrupted one.
+    At SIGTERM or SIGINT it ends behind the step under way, with a checkpoint, by SystemExit(75); at the second one at once.
 
     Under torchrun each process takes P / processes of the identities, and the gradient is the mean over all; process 0 alone writes.
     Batches are those of one process, and so is the loss, but for batch normalisation, whose statistics are each process's own unless
     sync_bn. Running statistics are averaged over the processes where a checkpoint is written or the model evaluated.
 
     Args:
-        dataset: Dataset. output_dir: where everything is written; None: default_output_dir.
+        dataset: Dataset. output_dir: where everything is written, by one run at a time; None: default_output_dir.
         input_size: (H, W) in pixels. P, K: identities in a batch and images of each.
         schedule: (step, total_steps) → factor of the learning rate.
         log_every, checkpoint_every, evaluate_every: periods in steps. Checkpoints are written before evaluations too;
             evaluations happen before the first step and after the last one too.
+        keep_last: older checkpoints kept beside last.pth, as step_<n>.pth.
         clip_gradient_norm: largest Euclidean norm of the whole gradient; None: any.
-        precision: of the model's forward and backward pass in training: 'float32', or 'bfloat16' by autocast. Weights,
-            losses and evaluations are float32.
+        precision: of the model's forward and backward pass in training, by autocast: 'float32', 'bfloat16', 'float16' (with loss scaling), or
+            'auto': 'bfloat16' where the device has units for it, else 'float32'. Weights, losses and mining are float32.
+        ema_decay: of an exponential moving average of the weights (`mgn.averaging`), which is evaluated and is best.pth; None: no average.
+        compile: the model goes through torch.compile.
         resume: False refuses an output_dir that holds a run.
         mining: 'all': anchors find their hardest pairs among the images of all processes; 'process': among those of their own.
         sync_bn: batch statistics of all processes together; on GPUs only.
     """
-    for name, period in (('log_every', log_every), ('checkpoint_every', checkpoint_every),
-                         ('evaluate_every', evaluate_every), ('total_steps', total_steps)):
-        if period < 1:
-            raise ValueError(f'want train.{name} >= 1, got {period}')
+    for name, value, least in (('log_every', log_every, 1), ('checkpoint_every', checkpoint_every, 1), ('keep_last', keep_last, 0),
+                               ('evaluate_every', evaluate_every, 1), ('total_steps', total_steps, 1)):
+        if value < least:
+            raise ValueError(f'want train.{name} >= {least}, got {value}')
     check_dataset(dataset)
-    if precision not in ('float32', 'bfloat16'):
-        raise ValueError(f"want train.precision to be 'float32' or 'bfloat16', got {precision!r}")
     output_dir = output_dir or os.path.abspath(default_output_dir)
     device = find_device(device)
+    precision = resolve(precision, device, 'train.precision')
     check_split(P, mining, sync_bn, device)
     first = processes.number() == 0
-    if first:
-        os.makedirs(output_dir, exist_ok=True)
-    last = processes.share(load_last(output_dir, resume) if first else None)
+    with locked(output_dir) if first else nullcontext(), Interruption() as interruption:
+        path, last = processes.share((newest(output_dir, resume) if first else None) or (None, None))
+        labels, num_classes = train_labels(dataset.train)
+        sampler = IdentitySampler(labels, [sample.camid for sample in dataset.train], P, K, seed)
+        augmentation = Augmentation()
+        train_batches = TrainBatches(dataset.train, labels, sampler, augmentation, input_size, processes.part(range(P * K)))
+        torch.backends.cudnn.benchmark = device.type == 'cuda'
+        torch.manual_seed(seed)  # of the initial weights; nothing else draws from torch
+        model = MGN(num_classes, fresh=last is None and first)  # the others get those weights from process 0
+        model.to(device, memory_format=torch.channels_last).train()
+        group = processes.group_of(device)
+        network = distributed(model, device, group, sync_bn)
+        optimizer = make_optimizer(model)
+        scaler = torch.amp.GradScaler(device.type, enabled=precision == 'float16')
+        meter = Meter()
+        step = start = restore(path, last, model, optimizer, scaler, meter, num_classes) if last else 0
+        average = weight_average(model, ema_decay, path, last) if ema_decay is not None else None
+        evaluated = average.model if average else model
+        if compile:
+            network = torch.compile(network)
+        log = RunLog(output_dir if first else None, step)
+        fresh, saved = not last, step if path and os.path.basename(path) == 'last.pth' else None  # the step of last.pth, where it is whole
+        del last  # as large as model and optimiser
 
-    labels, num_classes = train_labels(dataset.train)
-    sampler = IdentitySampler(labels, [sample.camid for sample in dataset.train], P, K, seed)
-    augmentation = Augmentation()
-    train_batches = TrainBatches(dataset.train, labels, sampler, augmentation, input_size, processes.part(range(P * K)))
-    torch.manual_seed(seed)  # of the initial weights; nothing else draws from torch
-    model = MGN(num_classes, fresh=last is None and first)  # the others get those weights from process 0
-    model.to(device, memory_format=torch.channels_last).train()
-    group = processes.group_of(device)
-    network = distributed(model, device, group, sync_bn)
-    optimizer = make_optimizer(model)
-    meter = Meter()
-    step = start = restore(last, model, optimizer, meter, num_classes, output_dir) if last else 0
-    log = RunLog(output_dir if first else None, step)
+        def save_last():
+            nonlocal saved
+            average_statistics(model)
+            if average:
+                average_statistics(average.model)
+            meter.join()
+            check_finite(model, meter, step, output_dir)
+            if first and step != saved:
+                save(output_dir, {
+                    'config': gin.config_str(), 'num_classes': num_classes, 'step': step, 'model': model.state_dict(),
+                    'average': average.model.state_dict() if average else None, 'optimizer': optimizer.state_dict(),
+                    'optimizer_class': type(optimizer).__name__, 'scaler': scaler.state_dict(), 'meter': meter.state()}, keep_last, saved)
+                write_text(os.path.join(output_dir, 'config.gin'), gin.operative_config_str())
+            saved = step
 
-    def save_last():
-        average_statistics(model)
-        meter.join()
-        check_finite(model, meter, step, output_dir)
-        if not first:
-            return
-        checkpoints.save(os.path.join(output_dir, 'last.pth'), {
-            'config': gin.config_str(), 'num_classes': num_classes, 'step': step, 'model': model.state_dict(),
-            'optimizer': optimizer.state_dict(),
-            'optimizer_class': type(optimizer).__name__, 'meter': meter.state()})
-        write_text(os.path.join(output_dir, 'config.gin'), gin.operative_config_str())
-
-    if not last:
-        save_last()  # a run stopped before its first checkpoint resumes, too
-    logger.info('training on %s%s from step %d to %d, %d steps an epoch, output in %s; mgn.ops: %s', device,
-                f' in each of {processes.count()} processes' if processes.count() > 1 else '', step, total_steps, sampler.steps_per_epoch,
-                output_dir, implementation(device))
-    loader = iter(batches(train_batches, range(step, total_steps), workers, device))
-    unreadable = {}
-    with progress(total_steps, initial=step) as bar:
-        while True:
-            if is_due(step, evaluate_every, total_steps) and not processes.share(log.evaluated(step)):
-                evaluate_step(model, dataset, device, step, num_classes, log, output_dir)
-            if step >= total_steps:
-                break
-            began = time.perf_counter()
-            batch = next_batch(loader)
-            meter.waited += time.perf_counter() - began
-            count_unreadable(unreadable, batch.unreadable, len(dataset.train))
-            lr = set_lr(optimizer, schedule(step, total_steps))
-            try:
-                losses = train_step(network, optimizer, augmentation, batch, device, precision, clip_gradient_norm,
-                                    group if mining == 'all' else None)
-            except ValueError as error:  # on the CPU mining refuses features that are not finite
-                check_finite(model, meter, step, output_dir)  # an earlier loss, or a weight, says more
-                what = str(error).split('\n  In call to configurable')[0]
-                raise ValueError(f'{what} (step {step}; {last_good(output_dir)})') from None
-            meter.add(losses, step)
-            step += 1
-            if is_due(step, log_every, total_steps):
-                for found in processes.gather(list(unreadable)):
-                    count_unreadable(unreadable, found, len(dataset.train))
-                record = {'step': step, 'epoch': (step - 1) // sampler.steps_per_epoch, **meter.read(output_dir), 'lr': lr}
-                meter.seconds += time.perf_counter() - began
-                log_step(log, bar, {**record, **meter.speed(P * K)})
-            else:
-                meter.seconds += time.perf_counter() - began
-            bar.update()
-            if is_due(step, checkpoint_every, total_steps) or is_due(step, evaluate_every, total_steps):
-                save_last()
-    log.close()
-    if first:
-        if step > start:  # else this process has not used all of the configuration
-            write_text(os.path.join(output_dir, 'config.gin'), gin.operative_config_str())
-        print(summary(log, output_dir))
-    return model
+        if fresh:
+            save_last()  # a run stopped before its first checkpoint resumes, too
+        logger.info('training on %s%s from step %d to %d, %d steps an epoch, in %s, output in %s; mgn.ops: %s', device,
+                    f' in each of {processes.count()} processes' if processes.count() > 1 else '', step, total_steps, sampler.steps_per_epoch,
+                    precision, output_dir, implementation(device))
+        loader = supply(train_batches, range(step, total_steps), workers, device)
+        unreadable = {}
+        with progress(total_steps, initial=step) as bar:
+            while True:
+                if interruption.asked():
+                    save_last()
+                    logger.info('%s: ended behind step %d, which last.pth holds; the same command goes on', 'SIGTERM or SIGINT' if interruption.noted is None else interruption.noted.name, step)
+                    raise SystemExit(STATUS)
+                if is_due(step, evaluate_every, total_steps) and not processes.share(log.evaluated(step)):
+                    with interruption.at_once():
+                        evaluate_step(evaluated, dataset, device, step, num_classes, log, output_dir)
+                if step >= total_steps:
+                    break
+                began = time.perf_counter()
+                batch = next(loader)
+                meter.waited += time.perf_counter() - began
+                count_unreadable(unreadable, batch.unreadable, len(dataset.train))
+                lr = set_lr(optimizer, schedule(step, total_steps))
+                try:
+                    losses = train_step(network, optimizer, augmentation, batch, device, precision, clip_gradient_norm,
+                                        group if mining == 'all' else None, scaler)
+                except ValueError as error:  # on the CPU mining refuses features that are not finite
+                    check_finite(model, meter, step, output_dir)  # an earlier loss, or a weight, says more
+                    what = str(error).split('\n  In call to configurable')[0]
+                    raise ValueError(f'{what} (step {step}; {last_good(output_dir)})') from None
+                if average:
+                    average.update(model, step)
+                meter.add(losses, step)
+                step += 1
+                if is_due(step, log_every, total_steps):
+                    for found in processes.gather(list(unreadable)):
+                        count_unreadable(unreadable, found, len(dataset.train))
+                    record = {'step': step, 'epoch': (step - 1) // sampler.steps_per_epoch, **meter.read(output_dir), 'lr': lr}
+                    meter.seconds += time.perf_counter() - began
+                    log_step(log, bar, {**record, **meter.speed(P * K)})
+                else:
+                    meter.seconds += time.perf_counter() - began
+                bar.update()
+                if is_due(step, checkpoint_every, total_steps) or is_due(step, evaluate_every, total_steps):
+                    save_last()
+        log.close()
+        if first:
+            if step > start:  # else this process has not used all of the configuration
+                write_text(os.path.join(output_dir, 'config.gin'), gin.operative_config_str())
+            print(summary(log, output_dir))
+        return model
 
 
 def check_split(P, mining, sync_bn, device):
@@ -180,22 +205,14 @@ def is_due(step, period, total_steps):
     return step % period == 0 or step == total_steps
 
 
-def next_batch(loader):
-    """The next TrainBatch; an error raised in a worker process comes without the traceback that is wrapped round it there."""
-    try:
-        return next(loader)
-    except ValueError as error:
-        raise ValueError(str(error).rsplit('\nValueError: ', 1)[-1]) from None
-
-
-def train_step(model, optimizer, augmentation, batch, device, precision, clip_gradient_norm, group=None):
+def train_step(model, optimizer, augmentation, batch, device, precision, clip_gradient_norm, group=None, scaler=None):
     """One optimiser step on a TrainBatch; returns the losses by name, left on the device.
 
-    `group`: of the processes whose images are mined together; None: each its own.
+    `group`: of the processes whose images are mined together; None: each its own. `scaler`: GradScaler of the loss in float16.
     """
     images, labels, *draws = (x.to(device, non_blocking=True) for x in (batch.images, batch.labels, *batch.draws))
     images = augmentation(images, Draws(*draws)).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W) float32
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bfloat16'):
+    with torch.autocast(device.type, getattr(torch, precision), enabled=precision != 'float32'):
         output = model(images)
     if precision != 'float32':
         output = MGNOutput(tuple(x.float() for x in output.logits), output.embeddings.float(), output.features)
@@ -203,10 +220,13 @@ def train_step(model, optimizer, augmentation, batch, device, precision, clip_gr
     losses = mgn_losses(output, labels, *among)
     loss = sum(losses.values())
     optimizer.zero_grad()
-    loss.backward()
+    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+    scaler.scale(loss).backward()
     if clip_gradient_norm is not None:
+        scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip_gradient_norm)
-    optimizer.step()
+    scaler.step(optimizer)  # in float16 not where a gradient is not finite
+    scaler.update()
     return {name: value.detach() for name, value in {'loss': loss, **losses}.items()}
 
 
@@ -217,104 +237,14 @@ def set_lr(optimizer, factor):
     return optimizer.param_groups[0]['lr']
 
 
-class Meter:
-    """Sums of the losses since the last log and the first step at which each was not finite, kept on the device."""
-
-    def __init__(self):
-        self.names, self.sums, self.count, self.bad_steps = [], None, 0, None
-        self.seconds, self.waited, self.timed_steps = 0.0, 0.0, 0
-
-    def add(self, losses, step):
-        values = torch.stack(list(losses.values()))
-        if self.sums is None:
-            self.names = list(losses)
-            self.sums = torch.zeros_like(values)
-        if self.bad_steps is None:
-            self.bad_steps = torch.full_like(values, -1, dtype=torch.int64)
-        self.sums = self.sums.to(values.device) + values
-        self.bad_steps = torch.where((self.bad_steps < 0) & ~values.isfinite(), step, self.bad_steps)
-        self.count += 1
-        self.timed_steps += 1
-
-    def join(self):
-        """Puts the means over all processes in place of the sums, and the first bad step of any in place of each."""
-        if self.sums is not None:
-            self.sums = processes.mean(self.sums)
-        if self.bad_steps is not None:
-            never = torch.iinfo(torch.int64).max
-            first = processes.minimum(torch.where(self.bad_steps < 0, never, self.bad_steps))
-            self.bad_steps = torch.where(first == never, -1, first)
-
-    def check(self, output_dir):
-        """Raises ValueError with the first bad step and the losses that were not finite then."""
-        if self.bad_steps is None:
-            return
-        bad = {name: step for name, step in zip(self.names, self.bad_steps.tolist()) if step >= 0}
-        if bad:
-            first = min(bad.values())
-            names = ', '.join(name for name, step in bad.items() if step == first and name != 'loss') or 'loss'
-            raise ValueError(f'want finite losses, got NaN or infinity in {names} at step {first}; '
-                             f'{last_good(output_dir)}; lower lr, or bind train.clip_gradient_norm')
-
-    def read(self, output_dir):
-        """Mean losses since the last call, of all processes, by name; checks them."""
-        self.join()
-        self.check(output_dir)
-        means = dict(zip(self.names, (self.sums / self.count).tolist()))
-        self.sums, self.count = torch.zeros_like(self.sums), 0
-        return means
-
-    def speed(self, batch_size):
-        """Images per second and the share of time spent waiting for data, since the last call."""
-        result = {'images_per_s': self.timed_steps * batch_size / self.seconds, 'data_wait': self.waited / self.seconds}
-        self.seconds, self.waited, self.timed_steps = 0.0, 0.0, 0
-        return result
-
-    def state(self):
-        return {'names': self.names, 'sums': self.sums, 'count': self.count}
-
-    def load_state(self, state):
-        self.names, self.sums, self.count = state['names'], state['sums'], state['count']
-
-
-def check_finite(model, meter, step, output_dir):
-    """Raises ValueError where a loss was, or a weight is, not finite: such a state is never saved."""
-    meter.check(output_dir)
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f'want finite weights, got NaN or infinity in {name} after step {step - 1}; '
-                             f'{last_good(output_dir)}; lower lr, or bind train.clip_gradient_norm')
-
-
-def last_good(output_dir):
-    path = os.path.join(output_dir, 'last.pth')
-    if not os.path.exists(path):
-        return 'there is no checkpoint yet'
-    return f'the last good checkpoint is {path}, of step {checkpoints.load(path)["step"]}'
-
-
-def load_last(output_dir, resume):
-    """The content of output_dir/last.pth, or None for a fresh run; ValueError where that would overwrite another run."""
-    last, best = (os.path.join(output_dir, name) for name in ('last.pth', 'best.pth'))
-    if os.path.exists(last):
-        if not resume:
-            raise ValueError(f'want an output_dir without a run, as train.resume = False, got {last}; '
-                             f'bind another output_dir or train.resume = True')
-        return checkpoints.load(last)
-    if os.path.exists(best):
-        raise ValueError(f'want an empty output_dir or a run to go on with, got {best} without last.pth; '
-                         f'move it or bind another output_dir')
-    return None
-
-
-def restore(last, model, optimizer, meter, num_classes, output_dir):
-    """Puts a run back to where `last` was saved; returns its step. Learning rates and decay stay those configured now."""
-    path = os.path.join(output_dir, 'last.pth')
+def restore(path, last, model, optimizer, scaler, meter, num_classes):
+    """Puts a run back to where `last`, read from `path`, was saved; returns its step. Learning rates and decay stay those configured now."""
     if last['num_classes'] != num_classes:
         raise ValueError(f'want to go on with {path}, trained on {last["num_classes"]} identities, got a data set of '
                          f'{num_classes}; bind the data set it was trained on or another output_dir')
     if 'optimizer' not in last:
         raise ValueError(f'want the whole state of a run in {path}, got weights alone; move it or bind another output_dir')
+    logger.info('going on from %s, of step %d', path, last['step'])
     changes = [line for line in difflib.unified_diff(last['config'].splitlines(), gin.config_str().splitlines(), n=0,
                                                      lineterm='') if line[:1] in '+-' and line[:3] not in ('+++', '---')]
     if changes:
@@ -325,19 +255,18 @@ def restore(last, model, optimizer, meter, num_classes, output_dir):
                          f'another output_dir')
     checkpoints.load_model(model, last['model'], path)
     optimizer.load_state_dict({**last['optimizer'], 'param_groups': optimizer.state_dict()['param_groups']})
+    if scaler.is_enabled() and last.get('scaler'):
+        scaler.load_state_dict(last['scaler'])
     meter.load_state(last['meter'])
     return last['step']
 
 
-def count_unreadable(unreadable, new, images):
-    """Adds this batch's unreadable images to {text: True}; ValueError beyond UNREADABLE_LIMIT of the set."""
-    for text in new:
-        if text not in unreadable:
-            unreadable[text] = True
-            logger.warning('unreadable image number %d, another of its identity takes its place: %s', len(unreadable), text)
-    if len(unreadable) > UNREADABLE_LIMIT * images:
-        raise ValueError(f'want at most {UNREADABLE_LIMIT:.0%} of {images} training images unreadable, got '
-                         f'{len(unreadable)}:\n  ' + '\n  '.join(unreadable) + '\nrestore or remove them')
+def weight_average(model, decay, path, last):
+    """The WeightAverage of a run, as `last` holds it; of one that had none, from the weights of now on."""
+    average = WeightAverage(model, decay)
+    if last and last.get('average'):
+        checkpoints.load_model(average.model, last['average'], path)
+    return average
 
 
 def evaluate_step(model, dataset, device, step, num_classes, log, output_dir):
@@ -346,12 +275,24 @@ def evaluate_step(model, dataset, device, step, num_classes, log, output_dir):
     if processes.number() > 0:
         return
     best = os.path.join(output_dir, 'best.pth')
-    if not os.path.exists(best) or results['mAP'] > checkpoints.load(best)['mAP']:
+    if results['mAP'] > best_so_far(best):
         checkpoints.save(best, {'config': gin.config_str(), 'num_classes': num_classes, 'step': step,
                                 'mAP': results['mAP'], 'model': model.state_dict()})
-    log.write({name: results[name] for name in EVALUATION_NAMES})
     write_results(results, output_dir)
+    log.write({name: results[name] for name in EVALUATION_NAMES})  # the last: with this line, the evaluation has been
     logger.info('evaluation of step %d\n%s', step, table(results))
+
+
+def best_so_far(path):
+    """The mAP of best.pth, less than any where there is none; a damaged one is put aside."""
+    try:
+        return checkpoints.load(path)['mAP']
+    except FileNotFoundError:
+        return -1.0
+    except ValueError as error:
+        logger.warning('a damaged checkpoint is renamed to %s.damaged: %s', path, error)
+        os.replace(path, f'{path}.damaged')
+        return -1.0
 
 
 def log_step(log, bar, record):

@@ -10,14 +10,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import write_market
+from outcomes import assert_same, outcome
 from thin import ThinResNet, thin, train  # noqa: F401
 
 from mgn import checkpoint, training
 
 pytestmark = pytest.mark.usefixtures('thin')
-
-TIMINGS = {'images_per_s', 'data_wait', 'features_s', 'ranking_s', 'peak_memory_mb', 'redecided'}
-
 
 class Crash(Exception):
     pass
@@ -34,32 +32,6 @@ def crash(monkeypatch, name, call):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(training, name, crashing)
-
-
-def outcome(folder):
-    """All that a run leaves, but for its timings."""
-    def untimed(record):
-        return {name: value for name, value in record.items() if name not in TIMINGS}
-
-    return {'last': checkpoint.load(str(folder / 'last.pth')), 'best': checkpoint.load(str(folder / 'best.pth')),
-            'metrics': [untimed(json.loads(line)) for line in (folder / 'metrics.jsonl').read_text().splitlines()],
-            'eval': untimed(json.loads((folder / 'eval.json').read_text()))}
-
-
-def assert_same(a, b, where=''):
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert list(a) == list(b), where
-        for name in a:
-            assert_same(a[name], b[name], f'{where}.{name}')
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, f'{where}[{i}]')
-    else:
-        assert a == b, where
 
 
 @pytest.fixture(scope='module')
@@ -200,7 +172,8 @@ def test_resume_false_starts_in_an_empty_folder(market, tmp_path):
 
 @pytest.mark.parametrize('resume', [True, False])
 def test_a_foreign_best_is_not_overwritten(market, copy, resume):
-    (copy / 'last.pth').unlink()
+    for path in (copy / 'last.pth', *copy.glob('step_*.pth')):
+        path.unlink()
     refuses(market, copy, 'best.pth without last.pth', f'train.resume = {resume}')
 
 
@@ -224,6 +197,50 @@ def test_weights_alone_are_refused(market, copy):
     refuses(market, copy, 'whole state of a run in .*last.pth, got weights alone')
 
 
-def test_a_damaged_last_is_refused(market, copy):
-    (copy / 'last.pth').write_bytes((copy / 'last.pth').read_bytes()[:-33])
-    refuses(market, copy, 'want a checkpoint written by mgn.train, got .*last.pth')
+def flip_a_bit(path, place):
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize('damage', [lambda path: path.write_bytes(path.read_bytes()[:-33]), lambda path: path.write_bytes(b''),
+                                    lambda path: path.unlink(), *(lambda path, place=place: flip_a_bit(path, place) for place in (0.1, 0.5, 0.9))])
+def test_a_damaged_last_is_named_and_the_newest_whole_checkpoint_gone_on_from(market, copy, uninterrupted, caplog, damage):
+    (copy / 'step_3.pth').write_bytes((copy / 'step_6.pth').read_bytes())
+    damage(copy / 'last.pth')
+    missing = not (copy / 'last.pth').exists()
+    with caplog.at_level(logging.INFO):
+        train(market, copy)
+    assert missing or any('left out' in message and 'last.pth' in message for message in caplog.messages)
+    assert any(f'going on from {copy}/step_6.pth, of step 6' in message for message in caplog.messages)
+    assert_same(outcome(copy), outcome(uninterrupted))
+
+
+def test_damaged_checkpoints_alone_are_all_named_and_nothing_begins_anew(market, copy):
+    flip_a_bit(copy / 'last.pth', 0.5)
+    (copy / 'step_6.pth').write_bytes(b'')
+    refuses(market, copy, '(?s)damaged ones alone.*last.pth.*step_6.pth.*bring one back')
+
+
+def test_a_damaged_best_is_put_aside_and_named(market, tmp_path, monkeypatch, uninterrupted, caplog):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash(patch, 'train_step', 3)
+        train(market, tmp_path)
+    flip_a_bit(tmp_path / 'best.pth', 0.5)
+    train(market, tmp_path)
+    assert 'renamed to' in caplog.text and (tmp_path / 'best.pth.damaged').exists()
+    assert_same(outcome(tmp_path), outcome(uninterrupted))
+
+
+@pytest.mark.parametrize('keep_last, kept', [(0, []), (1, [6]), (2, [4, 6]), (9, [0, 2, 4, 6])])
+def test_the_newest_older_checkpoints_are_kept(market, tmp_path, keep_last, kept):
+    train(market, tmp_path, f'train.keep_last = {keep_last}')
+    assert sorted(path.name for path in tmp_path.glob('step_*')) == [f'step_{step}.pth' for step in kept]
+    assert all(checkpoint.load(str(tmp_path / f'step_{step}.pth'))['step'] == step for step in kept)
+
+
+def test_fewer_may_be_kept_than_before(market, copy):
+    for step in (1, 2):
+        shutil.copy(copy / 'step_6.pth', copy / f'step_{step}.pth')
+    train(market, copy, 'total_steps = 9', 'train.keep_last = 2')
+    assert sorted(path.name for path in copy.glob('step_*')) == ['step_7.pth', 'step_8.pth']

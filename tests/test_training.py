@@ -16,6 +16,7 @@ from thin import thin, train  # noqa: F401 (a fixture)
 from mgn import augmentation, checkpoint, config, training
 from mgn.evaluation import find_device
 from mgn.images import TrainBatch
+from mgn.meter import Meter
 from mgn.model import MGN, MGNOutput
 from mgn.runlog import RunLog, read_records
 
@@ -204,7 +205,7 @@ def test_clipping_is_bound_by_gin(market, tmp_path):
 
 
 def test_the_meter_means_since_the_last_reading(tmp_path):
-    meter, values = training.Meter(), torch.rand(7, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    meter, values = Meter(), torch.rand(7, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for first, last in ((0, 3), (3, 4), (4, 7)):
         for step in range(first, last):
             meter.add({'a': values[step, 0], 'b': values[step, 1]}, step)

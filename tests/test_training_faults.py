@@ -11,7 +11,9 @@ from thin import thin, train  # noqa: F401 (a fixture)
 from mgn import checkpoint, datasets, training
 from mgn.augmentation import Augmentation
 from mgn.images import TrainBatches
+from mgn.meter import Meter
 from mgn.sampler import IdentitySampler
+from mgn.supply import count_unreadable
 
 pytestmark = pytest.mark.usefixtures('thin')
 
@@ -65,7 +67,7 @@ def test_features_that_are_not_finite_stop_the_run_at_once_and_name_the_step(mar
 
 def test_the_first_bad_step_is_remembered_until_the_losses_are_read(tmp_path):
     checkpoint.save(str(tmp_path / 'last.pth'), {'step': 2})
-    meter = training.Meter()
+    meter = Meter()
     for step, (a, b) in enumerate([(1, 1), (1, 1), (1, torch.nan), (torch.inf, 1), (torch.nan, torch.nan), (1, 1)]):
         meter.add({'loss': torch.tensor(float(a + b)), 'a': torch.tensor(float(a)), 'b': torch.tensor(float(b))}, step)
     for read in (meter.check, meter.read):
@@ -75,7 +77,7 @@ def test_the_first_bad_step_is_remembered_until_the_losses_are_read(tmp_path):
 
 def test_all_losses_that_went_bad_at_the_first_bad_step_are_named(tmp_path):
     checkpoint.save(str(tmp_path / 'last.pth'), {'step': 0})
-    meter = training.Meter()
+    meter = Meter()
     meter.add({name: torch.tensor(torch.nan) for name in ('loss', 'a', 'b')}, 0)
     with pytest.raises(ValueError, match='infinity in a, b at step 0'):
         meter.check(str(tmp_path))
@@ -166,10 +168,10 @@ def test_the_only_other_image_of_an_identity_takes_the_place_of_an_unreadable_on
 def test_the_same_image_counts_once_and_one_per_cent_is_allowed(images, limit, caplog):
     unreadable = {}
     for _ in range(3):
-        training.count_unreadable(unreadable, [f'{i}.jpg: truncated' for i in range(limit)], images)
+        count_unreadable(unreadable, [f'{i}.jpg: truncated' for i in range(limit)], images)
     assert len(unreadable) == len(caplog.records) == limit  # each is said once
     with pytest.raises(ValueError, match=f'got {limit + 1}:'):
-        training.count_unreadable(unreadable, ['one more.jpg: truncated'], images)
+        count_unreadable(unreadable, ['one more.jpg: truncated'], images)
 
 
 @pytest.mark.parametrize('workers', [0, 1])

@@ -10,7 +10,7 @@ from mgn import config, training
 BINDINGS = ("input_size = (64, 32)", "P = 2", "K = 2", "total_steps = 7", "workers = 0", "device = 'cpu'", "lr = 1e-2",
             "MGN.pretrained = False", "MGN.embedding_dim = 16", "MGN.parts = (1, 2)", "MGN.last_strides = (2, 1)",
             "train.log_every = 3", "train.checkpoint_every = 2", "train.evaluate_every = 4",
-            "train.schedule = @cosine", "cosine.warmup_steps = 2", "cosine.start = 3")
+            "train.schedule = @cosine", "cosine.warmup_steps = 2", "cosine.start = 3", "train.precision = 'float32'")
 
 
 class ThinResNet(nn.Module):

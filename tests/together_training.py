@@ -14,6 +14,7 @@ from mgn.augmentation import Augmentation
 from mgn.datasets import market_layout, train_labels
 from mgn.images import TrainBatches
 from mgn.losses import mgn_losses
+from mgn.meter import Meter
 from mgn.model import MGN
 from mgn.sampler import IdentitySampler
 
@@ -129,7 +130,7 @@ def check_running_statistics_become_the_mean_and_equal_ones_stay(folder):
 
 def check_the_meter_tells_means_of_all_and_the_first_bad_step_of_any(folder):
     rank, N = dist.get_rank(), dist.get_world_size()
-    meter = training.Meter()
+    meter = Meter()
     meter.add({'loss': torch.tensor(1.0 + rank), 'triplet': torch.tensor(2.0)}, 0)
     meter.add({'loss': torch.tensor(3.0 + rank), 'triplet': torch.tensor(2.0)}, 1)
     assert meter.read('nowhere') == {'loss': 2 + (N - 1) / 2, 'triplet': 2}

@@ -1,0 +1,120 @@
+"""SIGTERM and SIGINT end a run behind its step, with a checkpoint and a status of its own; the same command ends as if nothing had been."""
+
+import json
+import os
+import signal
+from contextlib import contextmanager
+
+import pytest
+from forks import ROOT, run_program
+from outcomes import assert_same, outcome
+from thin import ThinResNet, thin, train  # noqa: F401 (a fixture)
+
+from mgn import checkpoint, interruption, training
+
+pytestmark = pytest.mark.usefixtures('thin')
+
+KINDS = {'float32': (), 'bfloat16, average, workers': ("train.precision = 'bfloat16'", 'train.ema_decay = 0.9', 'workers = 2')}
+LONG_KINDS = {f'{precision}, {decay}, {workers}': (f"train.precision = '{precision}'", f'train.ema_decay = {decay}', f'workers = {workers}')
+              for precision in ('float32', 'bfloat16') for decay in (None, 0.9) for workers in (0, 2)}
+KINDS_AND_LONG = [*KINDS.values(), *(pytest.param(kind, marks=pytest.mark.long) for kind in LONG_KINDS.values())]
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(market, tmp_path_factory):
+    """bindings → the folder of a run that nothing interrupted."""
+    folders = {}
+
+    def run(*bindings):
+        if bindings not in folders:
+            folders[bindings] = tmp_path_factory.mktemp('uninterrupted')
+            train(market, folders[bindings], *bindings)
+        return folders[bindings]
+    return run
+
+
+@contextmanager
+def signalled(monkeypatch, name, call, number=signal.SIGTERM):
+    """Call number `call` (from 0) of training.<name> is that in which a signal comes."""
+    calls, real = [], getattr(training, name)
+
+    def interrupted(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == call + 1:
+            os.kill(os.getpid(), number)
+        return real(*args, **kwargs)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, name, interrupted)
+        yield
+
+
+@pytest.mark.parametrize('kind', KINDS_AND_LONG, ids=[*KINDS, *(f'long {name}' for name in LONG_KINDS)])
+@pytest.mark.parametrize('call, number', [(0, signal.SIGTERM), (4, signal.SIGINT), pytest.param(6, signal.SIGTERM, marks=pytest.mark.long)])
+def test_the_step_is_finished_and_saved_and_the_run_goes_on_bit_for_bit(market, tmp_path, monkeypatch, uninterrupted, capfd, kind, call, number):
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    with signalled(monkeypatch, 'train_step', call, number), pytest.raises(SystemExit) as left:
+        train(market, tmp_path, *kind)
+    assert left.value.code == interruption.STATUS == 75
+    assert f'{number.name}: the run ends behind this step' in capfd.readouterr().err
+    assert checkpoint.load(str(tmp_path / 'last.pth'))['step'] == call + 1
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
+    train(market, tmp_path, *kind)
+    assert_same(outcome(tmp_path), outcome(uninterrupted(*kind)))
+
+
+@pytest.mark.parametrize('name', ['evaluate', 'write_results', 'save', 'average_statistics'])
+def test_wherever_a_signal_comes_the_run_goes_on_bit_for_bit(market, tmp_path, monkeypatch, uninterrupted, name):
+    with signalled(monkeypatch, name, 1), pytest.raises(SystemExit) as left:
+        train(market, tmp_path)
+    assert left.value.code == 75
+    train(market, tmp_path)
+    assert_same(outcome(tmp_path), outcome(uninterrupted()))
+
+
+def test_an_evaluation_is_broken_off_at_once(market, tmp_path, monkeypatch):
+    after, real = [], training.write_results
+    monkeypatch.setattr(training, 'write_results', lambda *args: (after.append(0), real(*args)))
+    with signalled(monkeypatch, 'evaluate', 1), pytest.raises(SystemExit):
+        train(market, tmp_path)
+    assert len(after) == 1 and checkpoint.load(str(tmp_path / 'last.pth'))['step'] == 4
+    lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+    assert [line['step'] for line in lines if 'mAP' in line] == [0]
+
+
+def test_a_signal_that_comes_before_an_evaluation_keeps_it_from_beginning():
+    with interruption.Interruption() as interrupted:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupted.asked()
+        with pytest.raises(SystemExit), interrupted.at_once():
+            raise AssertionError('it has begun')
+
+
+# A step that takes long: the first signal waits for its end, the second does not.
+PROGRAM = """
+import os, signal, sys, time
+sys.path[:0] = [{root!r}, {tests!r}]
+from thin import ThinResNet, train
+from mgn import config, model, training
+model.make_resnet = lambda backbone, pretrained: ThinResNet()
+real, signals = training.train_step, {signals}
+
+def step(*args):
+    for number in signals:
+        os.kill(os.getpid(), number)
+    print('signals sent', flush=True)
+    return real(*args)
+
+training.train_step = step
+sys.argv = ['mgn.train']
+config.run(lambda files, bindings: train({data!r}, {folder!r}))
+"""
+
+
+@pytest.mark.parametrize('signals, status', [([15], 75), ([2], 75), ([15, 15], -15), ([2, 2], -2), ([15, 2], -2)])
+def test_the_status_tells_an_interrupted_run_and_the_second_signal_ends_it_at_once(market, tmp_path, signals, status):
+    program = PROGRAM.format(root=str(ROOT), tests=str(ROOT / 'tests'), signals=signals, data=str(market), folder=str(tmp_path / 'run'))
+    ended = run_program(program)
+    assert ended.returncode == status, ended.stderr
+    assert ('signals sent' in ended.stdout) == (status == 75)
+    assert ('ended behind step 1, which last.pth holds; the same command goes on' in ended.stdout) == (status == 75)
+    assert checkpoint.load(str(tmp_path / 'run' / 'last.pth'))['step'] == (1 if status == 75 else 0)

@@ -1,0 +1,106 @@
+"""One run at a time writes in a folder, and what a killed one left half-written is removed."""
+
+import os
+import signal
+import socket
+from contextlib import contextmanager
+
+import pytest
+from thin import thin, train  # noqa: F401 (a fixture)
+
+from mgn import runfolder
+from mgn.runfolder import locked
+
+
+@contextmanager
+def another_process(run):
+    """A process that has run `run`, holds what it returned and waits; it is killed on the way out."""
+    read, write = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            held = run()
+            os.write(write, b'.')
+            signal.pause()
+            del held
+        finally:
+            os._exit(1)
+    os.close(write)
+    assert os.read(read, 1) == b'.'
+    os.close(read)
+    try:
+        yield process
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+
+
+def lock(folder):
+    held = locked(str(folder))
+    held.__enter__()
+    return held
+
+
+@pytest.mark.usefixtures('thin')
+def test_the_second_run_in_a_folder_is_refused_by_the_name_of_the_first(market, tmp_path):
+    folder = tmp_path / 'run'
+    with another_process(lambda: lock(folder)) as process:
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(ValueError, match=f'want an output_dir that no other run writes to, got {folder}, where process {process} on '
+                                             f'{socket.gethostname()} is training; wait for it'):
+            train(market, folder)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    train(market, folder, 'total_steps = 1')  # the lock of a dead process is none
+
+
+def test_a_holder_that_has_not_written_its_name_yet_is_one_all_the_same(tmp_path):
+    def lock_namelessly():
+        held = lock(tmp_path)
+        os.truncate(tmp_path / runfolder.LOCK, 0)
+        return held
+    with another_process(lock_namelessly), pytest.raises(ValueError, match='where another process is training'):
+        with locked(str(tmp_path)):
+            pass
+
+
+def test_children_of_a_killed_run_do_not_hold_its_folder(tmp_path):
+    read, write = os.pipe()
+
+    def lock_and_fork():
+        held = lock(tmp_path)
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+        os.write(write, str(child).encode())
+        return held
+    with another_process(lock_and_fork):
+        child = int(os.read(read, 20))
+    try:
+        with locked(str(tmp_path)):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
+    import fcntl
+
+    def refuse(*_):
+        raise OSError(95, 'Operation not supported')
+    monkeypatch.setattr(fcntl, 'lockf', refuse)
+    with locked(str(tmp_path)):
+        assert 'cannot be locked' in caplog.text and 'Operation not supported' in caplog.text
+
+
+def test_what_a_killed_run_was_writing_is_removed_and_nothing_else(tmp_path):
+    for name in ('last.pth.123.tmp', 'metrics.jsonl.9.tmp', 'notes.tmp', 'last.pth', 'x.123.tmp.txt'):
+        (tmp_path / name).write_text('')
+    with locked(str(tmp_path)):
+        assert sorted(os.listdir(tmp_path)) == sorted(['last.pth', 'notes.tmp', 'run.lock', 'x.123.tmp.txt'])
+
+
+def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(OSError, match='want to write to output_dir, got: .*file.*bind another output_dir'):
+        with locked(str(tmp_path / 'file' / 'run')):
+            pass
