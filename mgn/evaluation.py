@@ -19,6 +19,7 @@ from mgn.model import MGN
 from mgn.ops import k_reciprocal_ranks, match_ranks, match_ranks_sharded
 from mgn.ops.nearest import LARGEST_K
 from mgn.ops.reranking import want_parameters
+from mgn.precision import resolve
 from mgn.runlog import write_text
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def loaded(checkpoint, weights, device):
 
 
 @gin.configurable(denylist=['model', 'dataset', 'device', 'features_dir'])
-def evaluate(model, dataset, device, input_size=gin.REQUIRED, batch_size=64, workers=4, flip_test=False,
+def evaluate(model, dataset, device, input_size=gin.REQUIRED, batch_size=64, workers=4, flip_test=False, precision='float32',
              cross_camera=True, query_expansion=0, alpha=3.0, rerank=False, k1=20, k2=6, lambda_value=0.3, features_dir=None):
     """Ranks the gallery for every query by cosine distance of the test features; then again, where asked, with query expansion and re-ranking.
 
@@ -68,6 +69,8 @@ def evaluate(model, dataset, device, input_size=gin.REQUIRED, batch_size=64, wor
         model: MGN. dataset: Dataset. device: torch.device that the model is on.
         input_size: (H, W) in pixels. batch_size: images at a time. workers: decoding processes.
         flip_test: average the features of image and mirrored image.
+        precision: of the model's forward pass, by autocast: 'float32', 'bfloat16', 'float16', or 'auto' for bfloat16 where the device has
+            units for it, else float32. What features are averaged, normalised and ranked in is float32, whichever.
         cross_camera: a true match comes from another camera. False for data of one camera or none: then only the
             query's own file, known by its name, is left out.
         query_expansion: gallery items averaged into each query (`mgn.expansion.expand_queries`), at most 4096; 0: none. alpha: exponent
@@ -93,15 +96,16 @@ def evaluate(model, dataset, device, input_size=gin.REQUIRED, batch_size=64, wor
         raise ValueError(f'want evaluate.rerank True or False, got {rerank!r}; bind evaluate.k1, k2 and lambda_value for its parameters')
     want_alpha(alpha)
     want_parameters(k1, k2, lambda_value)
+    precision = resolve(precision, device, 'evaluate.precision')
     camids = match_groups(dataset, cross_camera)
     ids = *([sample.pid for sample in part] for part in (dataset.query, dataset.gallery)), *camids
     start = time.perf_counter()
     if features_dir:
-        query, gallery = (processes.part(rows) for rows in read_features(features_dir, model, dataset, input_size, flip_test))
+        query, gallery = (processes.part(rows) for rows in read_features(features_dir, model, dataset, input_size, flip_test, precision))
         query = torch.from_numpy(query.copy()).to(device if device.type == 'cuda' else 'cpu')
     else:
         mine = processes.part(dataset.query), processes.part(dataset.gallery)
-        features = extract_features(model, mine[0] + mine[1], device, input_size, batch_size, workers, flip_test)
+        features = extract_features(model, mine[0] + mine[1], device, input_size, batch_size, workers, flip_test, precision)
         query, gallery = features.to(device if device.type == 'cuda' else 'cpu').split([len(part) for part in mine])
     extracted = time.perf_counter()
     rank = match_ranks_sharded if processes.count() > 1 else match_ranks
@@ -116,8 +120,8 @@ def evaluate(model, dataset, device, input_size=gin.REQUIRED, batch_size=64, wor
         logger.warning('%d of %d queries have no true match and are left out', unmatched, len(dataset.query))
     results = {'dataset': dataset.name, 'data_root': dataset.root, **retrieval_metrics(ranks.offsets, ranks.ranks),
                'queries': len(dataset.query), 'queries_without_match': unmatched, 'gallery': len(dataset.gallery),
-               'cross_camera': cross_camera, 'flip_test': flip_test, 'input_size': list(input_size), 'features_dir': features_dir,
-               'processes': processes.count(), 'features_s': round(extracted - start, 3), 'ranking_s': round(ranked - extracted, 3),
+               'cross_camera': cross_camera, 'flip_test': flip_test, 'precision': precision, 'input_size': list(input_size),
+               'features_dir': features_dir, 'processes': processes.count(), 'features_s': round(extracted - start, 3), 'ranking_s': round(ranked - extracted, 3),
                'redecided': redecided, **peak_memory(device)}
     if query_expansion or rerank:
         if processes.count() > 1:

@@ -13,30 +13,35 @@ import torch.nn.functional as F
 
 from mgn import processes
 from mgn.augmentation import normalise
+from mgn.folding import folded
 from mgn.images import TestBatches, batches
+from mgn.precision import DTYPES, resolve
 from mgn.runlog import progress, write_text
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 'mgn features 1'
+FORMAT = 'mgn features 2'
 MANIFEST = 'manifest.json'
-PRECISIONS = {'float32': torch.float32, 'float16': torch.float16}
+STORAGES = {'float32': torch.float32, 'float16': torch.float16}
 
 
-def extract_features(model, samples, device, input_size, batch_size, workers, flip_test):
-    """L2-normalised test features of `samples`, in their order: (len(samples), D) float32 on the CPU."""
-    return torch.cat([torch.empty(0, model.feature_dim), *feature_batches(model, samples, device, input_size, batch_size, workers, flip_test)])
+def extract_features(model, samples, device, input_size, batch_size, workers, flip_test, precision='float32'):
+    """L2-normalised test features of `samples`, in their order: (len(samples), D) float32 on the CPU.
+
+    precision: 'float32', 'bfloat16' or 'float16', of the forward pass, by autocast. The model stays as it is: a folded copy runs.
+    """
+    return torch.cat([torch.empty(0, model.feature_dim),
+                      *feature_batches(model, samples, device, input_size, batch_size, workers, flip_test, precision)])
 
 
 @torch.no_grad()
-def feature_batches(model, samples, device, input_size, batch_size, workers, flip_test):
+def feature_batches(model, samples, device, input_size, batch_size, workers, flip_test, precision='float32'):
     """The same, batch by batch."""
     if batch_size < 1:
         raise ValueError(f'want batch_size >= 1 to extract features, got {batch_size}')
     test_batches = TestBatches(samples, input_size, batch_size)
     loader = batches(test_batches, range(len(test_batches)), workers, device)
-    training = model.training
-    model.eval()
+    network = folded(model)
     done, said = 0, time.perf_counter()
     with progress(len(samples), unit='image', what='features') as bar:
         for batch in loader:
@@ -44,34 +49,36 @@ def feature_batches(model, samples, device, input_size, batch_size, workers, fli
                 raise ValueError('want readable images to evaluate, got\n  ' + '\n  '.join(batch.unreadable)
                                  + '\nrestore the files, or remove them from the data set')
             images = normalise(batch.images.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
-            output = model(images).features  # (B, D)
-            if flip_test:
-                output = (output + model(images.flip(3)).features) / 2
-            yield F.normalize(output.float()).cpu()
+            with torch.autocast(device.type, DTYPES[precision], enabled=precision != 'float32'):
+                output = network(images).features.float()  # (B, D)
+                if flip_test:
+                    output = (output + network(images.flip(3)).features.float()) / 2
+            yield F.normalize(output).cpu()
             done += len(output)
             bar.update(len(output))
             if bar.disable and time.perf_counter() - said > 30:
                 said = time.perf_counter()
                 logger.info('features of %d of %d images', done, len(samples))
-    model.train(training)
 
 
 @gin.configurable(denylist=['model', 'dataset', 'device', 'features_dir'])
 def write_features(model, dataset, device, features_dir, input_size=gin.REQUIRED, batch_size=64, workers=4, flip_test=False,
-                   precision='float32'):
+                   precision='float32', storage='float32'):
     """Writes the features of query and gallery into a folder, the manifest last; under torchrun each process its part of the images.
 
-    Files, for `query` and `gallery` each: _features.npy (n, D) of `precision`, _pids.npy and _camids.npy (n,) int64, _paths.npy (n,) UTF-8
+    Files, for `query` and `gallery` each: _features.npy (n, D) of `storage`, _pids.npy and _camids.npy (n,) int64, _paths.npy (n,) UTF-8
     bytes, relative to the data set's folder. manifest.json tells what they were made of.
 
     Args:
         model: MGN on `device`. dataset: Dataset. input_size: (H, W) in pixels. batch_size: images at a time. workers: decoding processes.
-        flip_test: average the features of image and mirrored image. precision: 'float32', or 'float16' for half the bytes.
+        flip_test: average the features of image and mirrored image.
+        precision: of the forward pass, as in `mgn.evaluation.evaluate`. storage: 'float32', or 'float16' for half the bytes.
     Raises:
         ValueError: options out of range, unreadable images, a folder that holds features. OSError: what cannot be written.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f'want write_features.precision to be one of {", ".join(PRECISIONS)}, got {precision!r}')
+    if storage not in STORAGES:
+        raise ValueError(f'want write_features.storage to be one of {", ".join(STORAGES)}, got {storage!r}')
+    precision = resolve(precision, device, 'write_features.precision')
     manifest = os.path.join(features_dir, MANIFEST)
     if processes.share(os.path.exists(manifest)):
         raise ValueError(f'want a features_dir without features, got {manifest}; remove the folder or bind another features_dir')
@@ -82,15 +89,15 @@ def write_features(model, dataset, device, features_dir, input_size=gin.REQUIRED
                 os.makedirs(features_dir, exist_ok=True)
                 for name, array in described(dataset, part).items():
                     np.save(file_of(features_dir, part, name), array)
-                header(file_of(features_dir, part, 'features'), (len(samples), model.feature_dim), precision)
+                header(file_of(features_dir, part, 'features'), (len(samples), model.feature_dim), storage)
             processes.wait()
             write_rows(file_of(features_dir, part, 'features'), processes.part(range(len(samples))).start, (
-                rows.to(PRECISIONS[precision]) for rows in feature_batches(model, processes.part(samples), device, input_size, batch_size, workers,
-                                                                            flip_test)))
+                rows.to(STORAGES[storage]) for rows in feature_batches(model, processes.part(samples), device, input_size, batch_size, workers,
+                                                                        flip_test, precision)))
         processes.wait()
         if processes.number() == 0:
             write_text(manifest, json.dumps({
-                'format': FORMAT, **made_of(model, input_size, flip_test), 'precision': precision, 'dataset': dataset.name,
+                'format': FORMAT, **made_of(model, input_size, flip_test, precision), 'storage': storage, 'dataset': dataset.name,
                 'D': model.feature_dim, 'images': {part: len(getattr(dataset, part)) for part in ('query', 'gallery')},
                 'paths': {part: hash_of([described(dataset, part)['paths']]) for part in ('query', 'gallery')}}, indent=2) + '\n')
     except OSError as error:
@@ -99,9 +106,10 @@ def write_features(model, dataset, device, features_dir, input_size=gin.REQUIRED
     logger.info('features of %d query and %d gallery images are in %s', len(dataset.query), len(dataset.gallery), features_dir)
 
 
-def read_features(features_dir, model, dataset, input_size, flip_test):
+def read_features(features_dir, model, dataset, input_size, flip_test, precision='float32'):
     """The features that write_features wrote, memory-mapped: query (Q, D) and gallery (G, D), read-only NumPy arrays.
 
+    precision: 'float32', 'bfloat16' or 'float16', of the forward pass that they come from.
     Raises FileNotFoundError, or ValueError that says what differs, where they are not of this model and data set, or damaged.
     """
     path = os.path.join(features_dir, MANIFEST)
@@ -112,7 +120,7 @@ def read_features(features_dir, model, dataset, input_size, flip_test):
             manifest = json.load(file)
         if manifest['format'] != FORMAT:
             raise ValueError(f'of the format {manifest["format"]!r}')
-        wanted = made_of(model, input_size, flip_test)
+        wanted = made_of(model, input_size, flip_test, precision)
         differing = [f'{name}: want {value}, got {manifest[name]}' for name, value in wanted.items() if manifest[name] != value]
         features = []
         for part in ('query', 'gallery'):
@@ -122,9 +130,9 @@ def read_features(features_dir, model, dataset, input_size, flip_test):
             differing += differences(part, described(dataset, part), stored)
             features.append(np.load(file_of(features_dir, part, 'features'), mmap_mode='r'))
             shape = manifest['images'][part], manifest['D']
-            if features[-1].shape != shape or features[-1].dtype != manifest['precision']:
+            if features[-1].shape != shape or features[-1].dtype != manifest['storage']:
                 raise ValueError(f'{file_of(features_dir, part, "features")} holds {features[-1].shape} of {features[-1].dtype}, not {shape} of '
-                                 f'{manifest["precision"]}')
+                                 f'{manifest["storage"]}')
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f'want whole features in {features_dir}, got files that do not fit: {error}; extract them again') from error
     if differing:
@@ -133,12 +141,12 @@ def read_features(features_dir, model, dataset, input_size, flip_test):
     return features
 
 
-def made_of(model, input_size, flip_test):
+def made_of(model, input_size, flip_test, precision):
     """What features depend on beside the images, as it stands in a manifest."""
     state = {name: tensor for name, tensor in model.state_dict().items() if '.classifier.' not in name}
     arrays = [array for name in sorted(state) for array in (np.frombuffer(f'{name} {tuple(state[name].shape)}'.encode(), np.uint8),
                                                             state[name].detach().cpu().contiguous().numpy())]
-    return {'weights': hash_of(arrays), 'input_size': list(input_size), 'flip_test': flip_test}
+    return {'weights': hash_of(arrays), 'input_size': list(input_size), 'flip_test': flip_test, 'precision': precision}
 
 
 def hash_of(arrays):
@@ -171,11 +179,11 @@ def file_of(features_dir, part, name):
     return os.path.join(features_dir, f'{part}_{name}.npy')
 
 
-def header(path, shape, precision):
+def header(path, shape, storage):
     """Makes an .npy file of that shape whose rows are still to be written."""
     with open(path, 'wb') as file:
-        np.lib.format.write_array_header_1_0(file, {'descr': np.lib.format.dtype_to_descr(np.dtype(precision)), 'fortran_order': False, 'shape': shape})
-        file.truncate(file.tell() + int(np.prod(shape)) * np.dtype(precision).itemsize)
+        np.lib.format.write_array_header_1_0(file, {'descr': np.lib.format.dtype_to_descr(np.dtype(storage)), 'fortran_order': False, 'shape': shape})
+        file.truncate(file.tell() + int(np.prod(shape)) * np.dtype(storage).itemsize)
 
 
 def write_rows(path, first, batches_of_rows):

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import gin
 import torch
-import torchvision
 from torch import nn
 from torch.nn import functional as F
 
@@ -154,7 +153,7 @@ class SmallMapConv(nn.Conv2d):
         windows = torch.cat([padded[:, i:i + s * (h - 1) + 1:s, j:j + s * (w - 1) + 1:s]
                              for i in range(3) for j in range(3)], dim=3)                 # (B, h, w, 9C)
         kernel = self.weight.permute(0, 2, 3, 1).flatten(1)                                # (O, 9C)
-        return F.linear(windows, kernel).permute(0, 3, 1, 2)
+        return F.linear(windows, kernel, self.bias).permute(0, 3, 1, 2)
 
 
 def with_stride(layer4, stride):
@@ -173,6 +172,8 @@ def make_resnet(backbone, pretrained):
     """A torchvision ResNet, with ImageNet weights where `pretrained` is True, or those of a file where it is a path."""
     if backbone not in BACKBONES:
         raise ValueError(f'want MGN.backbone to be one of {", ".join(BACKBONES)}, got {backbone!r}')
+    import torchvision  # takes as long to import as torch, which --help need not wait for
+
     resnet = torchvision.models.get_model(backbone, weights=None)
     if pretrained is True:
         weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1

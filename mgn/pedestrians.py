@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torchvision.io import encode_jpeg
 
 VERSION = 1  # of the images; raise it with any change that alters one of their bytes or names
 STAMP = 'complete.json'
@@ -114,6 +113,8 @@ def write_pedestrians(folder, seed=0):
     if is_complete(folder, stamp):
         return
     refuse_foreign(folder, stamp)
+    from torchvision.io import encode_jpeg  # takes as long to import as torch, which --help need not wait for
+
     parent, name = os.path.split(folder)
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'{name}.', dir=parent) as scratch:

@@ -38,21 +38,36 @@ def written(model, root, tmp_path):
 
 
 @pytest.mark.parametrize('flip_test', [False, True])
-@pytest.mark.parametrize('precision', ['float32', 'float16'])
-def test_files_hold_features_ids_and_paths_in_order(model, root, tmp_path, flip_test, precision):
+@pytest.mark.parametrize('storage', ['float32', 'float16'])
+def test_files_hold_features_ids_and_paths_in_order(model, root, tmp_path, flip_test, storage):
     dataset, folder = market_layout(str(root)), tmp_path / 'features'
-    write_features(model, dataset, CPU, str(folder), SIZE, 4, 0, flip_test, precision)
+    write_features(model, dataset, CPU, str(folder), SIZE, 4, 0, flip_test, storage=storage)
     for part, got in zip(('query', 'gallery'), read_features(str(folder), model, dataset, SIZE, flip_test)):
         samples = getattr(dataset, part)
         want = extract_features(model, samples, CPU, SIZE, 4, 0, flip_test)
-        assert got.dtype == precision and np.array_equal(got, want.numpy().astype(precision))
+        assert got.dtype == storage and np.array_equal(got, want.numpy().astype(storage))
         assert np.load(folder / f'{part}_pids.npy').tolist() == [s.pid for s in samples]
         assert np.load(folder / f'{part}_camids.npy').tolist() == [s.camid for s in samples]
         assert [f'{root}/{path.decode()}' for path in np.load(folder / f'{part}_paths.npy')] == [s.path for s in samples]
     results, plain = (evaluate(model, dataset, CPU, SIZE, 4, 0, flip_test, features_dir=of) for of in (str(folder), None))
     assert results['features_dir'] == str(folder) and plain['features_dir'] is None
-    if precision == 'float32':
+    if storage == 'float32':
         assert all(results[name] == plain[name] for name in ('rank1', 'mAP', 'mINP'))
+
+
+@pytest.mark.parametrize('precision, flip_test', [('bfloat16', False), ('float16', True)])
+def test_the_forward_pass_runs_in_the_precision_asked_for(model, root, tmp_path, precision, flip_test):
+    dataset, folder = market_layout(str(root)), tmp_path / 'features'
+    write_features(model, dataset, CPU, str(folder), SIZE, 4, 0, flip_test, precision)
+    assert json.loads((folder / 'manifest.json').read_text())['precision'] == precision
+    got = read_features(str(folder), model, dataset, SIZE, flip_test, precision)[1]
+    exact, want = (extract_features(model, dataset.gallery, CPU, SIZE, 4, 0, flip_test, of).numpy() for of in ('float32', precision))
+    assert got.dtype == np.float32 and np.array_equal(got, want)
+    assert 0 < np.abs(got - exact).max() < (0.1 if precision == 'bfloat16' else 0.01)
+    assert np.allclose(np.linalg.norm(got, axis=1), 1, atol=1e-6)  # normalised in float32
+    results = evaluate(model, dataset, CPU, SIZE, 4, 0, flip_test, precision, features_dir=str(folder))
+    assert results['precision'] == precision
+    assert results['mAP'] == evaluate(model, dataset, CPU, SIZE, 4, 0, flip_test, precision)['mAP']
 
 
 def test_moved_data_and_other_classifiers_fit(written, model, root, tmp_path):
@@ -65,12 +80,13 @@ def test_moved_data_and_other_classifiers_fit(written, model, root, tmp_path):
 def test_what_differs_is_told(written, model, root, tmp_path):
     dataset = market_layout(str(root))
 
-    def refused(message, model=model, dataset=dataset, size=SIZE, flip_test=False):
+    def refused(message, model=model, dataset=dataset, size=SIZE, flip_test=False, precision='float32'):
         with pytest.raises(ValueError, match=f'(?s)want features of these weights and this data set.*got others:.*{message}.*extract them again'):
-            read_features(str(written), model, dataset, size, flip_test)
+            read_features(str(written), model, dataset, size, flip_test, precision)
     refused('weights: want [0-9a-f]{64}, got [0-9a-f]{64}', model=MGN(0, embedding_dim=8))
     refused(r'input_size: want \[48, 32\], got \[48, 24\]', size=(48, 32))
     refused('flip_test: want True, got False', flip_test=True)
+    refused('precision: want bfloat16, got float32', precision='bfloat16')
     refused('gallery images: want 9, got 10', dataset=dataset._replace(gallery=dataset.gallery[1:]))
     refused(r"query paths: 2 of 3 differ, the first at 0: want b'query/0102_.*got b'query/0101_",
             dataset=dataset._replace(query=[*dataset.query[1::-1], *dataset.query[2:]]))
@@ -91,9 +107,9 @@ def another_list(folder):
     np.save(folder / 'query_paths.npy', np.load(folder / 'query_paths.npy')[::-1])
 
 
-def older(folder):
+def older(folder):  # its `precision` was of the files
     manifest = json.loads((folder / 'manifest.json').read_text())
-    (folder / 'manifest.json').write_text(json.dumps({**manifest, 'format': 'mgn features 0'}))
+    (folder / 'manifest.json').write_text(json.dumps({**manifest, 'format': 'mgn features 1'}))
 
 
 @pytest.mark.parametrize('damage', [cut, of_another_type, another_list, older, lambda folder: (folder / 'gallery_pids.npy').unlink(),
@@ -117,7 +133,9 @@ def test_features_are_not_overwritten_and_options_are_checked(written, model, ro
     dataset = market_layout(str(root))
     with pytest.raises(ValueError, match='want a features_dir without features, got .*manifest.json; remove'):
         write_features(model, dataset, CPU, str(written), SIZE, 4, 0)
-    with pytest.raises(ValueError, match="precision to be one of float32, float16, got 'int8'"):
+    with pytest.raises(ValueError, match="write_features.storage to be one of float32, float16, got 'int8'"):
+        write_features(model, dataset, CPU, str(tmp_path / 'other'), SIZE, 4, 0, storage='int8')
+    with pytest.raises(ValueError, match="want write_features.precision to be one of 'auto', 'float32', .*got 'int8'"):
         write_features(model, dataset, CPU, str(tmp_path / 'other'), SIZE, 4, 0, precision='int8')
     with pytest.raises(ValueError, match='want batch_size >= 1'):
         write_features(model, dataset, CPU, str(tmp_path / 'other'), SIZE, 0, 0)

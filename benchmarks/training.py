@@ -1,0 +1,213 @@
+"""A training step and feature extraction on the CPU against fast-reid's MGN, alternating; then where our step's time goes.
+
+    make peers && python -m benchmarks.training [--batch=64] [--rounds=5] [--precision=bfloat16]
+
+Both sides: ResNet-50 with random weights, 384×128, 751 identities, the same images in memory. fast-reid runs in its default float32 as its
+trainer runs it, with its Adam over one contiguous tensor; its losses weigh two triplet terms more. Before anything is timed, its MGN with our
+weights has to give our features, and our cross-entropy with its gradient. --precision runs both our parts in that precision as well.
+"""
+
+import argparse
+import functools
+import importlib
+import statistics
+import tempfile
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.io import write_jpeg
+
+from benchmarks.machine import cpu_model
+from benchmarks.peers import fastreid_mgn
+from mgn.augmentation import Augmentation, Draws, normalise
+from mgn.datasets import Sample
+from mgn.folding import folded
+from mgn.images import TrainBatches, batches
+from mgn.losses import mgn_losses
+from mgn.model import MGN, MGNOutput
+from mgn.optim import make_optimizer
+from mgn.precision import DTYPES
+from mgn.sampler import IdentitySampler
+
+IDENTITIES, SIZE, K = 751, (384, 128), 4
+HEADS = ('b1', 'b2', 'b3', 'b21', 'b22', 'b31', 'b32', 'b33')
+ADAM = functools.partial(torch.optim.Adam, lr=3.5e-4, weight_decay=5e-4, fused=True)
+CPU = torch.device('cpu')
+
+
+def forward(model, images, precision):
+    """As mgn.training.train_step: the losses take float32."""
+    with torch.autocast('cpu', DTYPES[precision], enabled=precision != 'float32'):
+        output = model(images)
+    return MGNOutput(tuple(x.float() for x in output.logits), output.embeddings.float(), output.features)
+
+
+def our_step(model, optimizer, precision, images, labels):
+    """images: (B, 3, H, W) uint8."""
+    losses = mgn_losses(forward(model, normalise(images), precision), labels)
+    optimizer.zero_grad()
+    sum(losses.values()).backward()
+    optimizer.step()
+
+
+def peer_step(model, optimizer, contiguous, images, labels):
+    """As fastreid.engine.train_loop.SimpleTrainer's; images: (B, 3, H, W) float32 in 0…255, as its transforms leave them."""
+    with importlib.import_module('fastreid.utils.events').EventStorage():
+        losses = model({'images': images, 'targets': labels})
+        optimizer.zero_grad(set_to_none=False)  # the default of its days; its gradients live in one tensor
+        sum(losses.values()).backward()
+        optimizer.step()
+        contiguous.assert_buffer_is_valid()
+
+
+@torch.no_grad()
+def our_features(model, precision, images):
+    with torch.autocast('cpu', DTYPES[precision], enabled=precision != 'float32'):
+        return F.normalize(model(normalise(images)).features.float())
+
+
+@torch.no_grad()
+def peer_features(model, images):
+    return F.normalize(model(images))
+
+
+def become(peer, model):
+    """Makes fast-reid's MGN the function that `model` is: its weights, its first pooling (padded), and, as fast-reid's project had them but not
+    its later releases, batch normalisation and ReLU behind each reduction."""
+    for theirs, ours in zip((peer.backbone, peer.b1, peer.b2, peer.b3), (model.trunk, *model.branches)):
+        theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True)))
+    peer.backbone[3] = model.trunk[3]
+    for name, ours in zip(HEADS, model.heads):
+        head = getattr(peer, f'{name}_head')
+        reduction, neck = head.bottleneck
+        norm = nn.BatchNorm2d(len(ours.norm.weight))
+        norm.load_state_dict(ours.norm.state_dict())
+        neck.load_state_dict(ours.neck.state_dict())
+        with torch.no_grad():
+            reduction.weight.copy_(ours.reduction.weight[..., None, None])
+            head.weight.copy_(ours.classifier.weight)
+        head.bottleneck = nn.Sequential(reduction, norm, nn.ReLU(), neck)
+
+
+def check(images, labels):
+    """Raises AssertionError where the sides differ: features, cross-entropy, its gradient at the first convolution."""
+    model, (peer, *_) = new_model(), fastreid_mgn(IDENTITIES)
+    with torch.no_grad():
+        model.train()(normalise(images))  # statistics to evaluate with
+    become(peer, model)
+    want = our_features(model.eval(), 'float32', images)
+    got = peer_features(peer.eval(), images.float())
+    assert (got - want).norm() < 1e-4 * want.norm(), 'fast-reid finds other features'
+    assert (our_features(folded(model), 'float32', images) - want).norm() < 1e-5 * want.norm(), 'folded, features are others'
+    ours = mgn_losses(model.train()(normalise(images)), labels)['cross_entropy']
+    with importlib.import_module('fastreid.utils.events').EventStorage():
+        theirs = sum(loss for name, loss in peer.train()({'images': images.float(), 'targets': labels}).items() if '_cls_' in name)
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=0, msg='fast-reid finds another cross-entropy')
+    want, got = (torch.autograd.grad(loss, first.weight)[0] for loss, first in ((ours, model.trunk[0]), (theirs, peer.backbone[0])))
+    assert (got - want).norm() < 1e-2 * want.norm(), 'fast-reid finds another gradient'
+
+
+def new_model():
+    return MGN(IDENTITIES, pretrained=False).to(memory_format=torch.channels_last)
+
+
+def alternating(sides, rounds):
+    """{name: callable} → {name: median seconds}."""
+    times = {name: [] for name in sides}
+    for _ in range(1 + rounds):  # the first is warm-up
+        for name, side in sides.items():
+            start = time.perf_counter()
+            side()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(spent[1:]) for name, spent in times.items()}
+
+
+def show(title, seconds, count):
+    print(title)
+    peer = next(iter(seconds.values()))
+    for name, spent in seconds.items():
+        print(f'  {name:32} {spent:8.3f} s  {count / spent:7.2f} images/s  {peer / spent:5.2f} × fast-reid', flush=True)
+
+
+def steps(images, labels, rounds, precisions):
+    """{side: median seconds} of a training step."""
+    peer, model = fastreid_mgn(IDENTITIES), new_model().train()
+    optimizer, pixels = make_optimizer(model, ADAM), images.float(memory_format=torch.contiguous_format)
+    return alternating({
+        'fast-reid': lambda: peer_step(*peer, pixels.clone(), labels),  # it normalises in place
+        **{f'mgn, {precision}': functools.partial(our_step, model, optimizer, precision, images, labels) for precision in precisions},
+    }, rounds)
+
+
+def extractions(images, rounds, precisions):
+    """{side: median seconds} of a batch's features."""
+    peer, model = fastreid_mgn(IDENTITIES)[0].eval(), new_model().eval()
+    small, pixels = folded(model), images.float(memory_format=torch.contiguous_format)
+    return alternating({
+        'fast-reid': lambda: peer_features(peer, pixels.clone()),
+        'mgn, float32, nothing folded': lambda: our_features(model, 'float32', images),
+        **{f'mgn, {precision}': functools.partial(our_features, small, precision, images) for precision in precisions},
+    }, rounds)
+
+
+def phases(batch_size, rounds, precision):
+    """{phase: median seconds} of a step, the batches coming from files by way of one worker."""
+    model = new_model().train()
+    optimizer = make_optimizer(model, ADAM)
+    augmentation = Augmentation()
+    with tempfile.TemporaryDirectory() as folder:
+        samples = [Sample(f'{folder}/{i}.jpg', i // K, i % 2) for i in range(2 * batch_size)]
+        for sample in samples:
+            write_jpeg(F.interpolate(torch.rand(1, 3, 16, 8), (128, 64), mode='bilinear')[0].mul(255).to(torch.uint8), sample.path)
+        labels = [sample.pid for sample in samples]
+        sampler = IdentitySampler(labels, [sample.camid for sample in samples], batch_size // K, K, 0)
+        loader = iter(batches(TrainBatches(samples, labels, sampler, augmentation, SIZE), range(1 + rounds), 1, CPU))
+        spent = {name: [] for name in ('waiting for data', 'augmentation', 'forward', 'losses', 'backward', 'optimiser')}
+        for _ in range(1 + rounds):
+            marks = [time.perf_counter()]
+            batch = next(loader)
+            marks.append(time.perf_counter())
+            images = augmentation(batch.images, Draws(*batch.draws)).contiguous(memory_format=torch.channels_last)
+            marks.append(time.perf_counter())
+            output = forward(model, images, precision)
+            marks.append(time.perf_counter())
+            loss = sum(mgn_losses(output, batch.labels).values())
+            marks.append(time.perf_counter())
+            optimizer.zero_grad()
+            loss.backward()
+            marks.append(time.perf_counter())
+            optimizer.step()
+            marks.append(time.perf_counter())
+            for times, start, end in zip(spent.values(), marks, marks[1:]):
+                times.append(end - start)
+    return {name: statistics.median(times[1:]) for name, times in spent.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--batch', type=int, default=8, help='images: a multiple of 4, at least 8; recipes take 64')
+    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--precision', default='float32', choices=DTYPES)
+    options = parser.parse_args()
+    if options.batch < 2 * K or options.batch % K:
+        parser.error(f'want --batch as a multiple of {K}, at least {2 * K}, got {options.batch}')
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (options.batch, 3, *SIZE), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(options.batch) // K
+    precisions = dict.fromkeys(('float32', options.precision))
+    print(f'{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}; batches of {options.batch}, '
+          f'medians of {options.rounds} alternating rounds')
+    check(images, labels)
+    show('training step', steps(images, labels, options.rounds, precisions), options.batch)
+    show('images → features', extractions(images, options.rounds, precisions), options.batch)
+    for precision in precisions:
+        seconds = phases(options.batch, options.rounds, precision)
+        print(f'where a step of mgn spends its time, {precision}')
+        for name, spent in seconds.items():
+            print(f'  {name:32} {spent:8.3f} s  {spent / sum(seconds.values()):6.1%}', flush=True)
+
+
+if __name__ == '__main__':
+    main()
