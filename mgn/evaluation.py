@@ -13,7 +13,7 @@ from mgn import checkpoint as checkpoints
 from mgn import processes
 from mgn.datasets import check_dataset
 from mgn.expansion import expand_queries, want_alpha
-from mgn.features import extract_features, read_features, write_features
+from mgn.features import check_alike, extract_features, read_features, write_features
 from mgn.metrics import retrieval_metrics
 from mgn.model import MGN
 from mgn.ops import k_reciprocal_ranks, match_ranks, match_ranks_sharded
@@ -99,6 +99,7 @@ def evaluate(model, dataset, device, input_size=gin.REQUIRED, batch_size=64, wor
     precision = resolve(precision, device, 'evaluate.precision')
     camids = match_groups(dataset, cross_camera)
     ids = *([sample.pid for sample in part] for part in (dataset.query, dataset.gallery)), *camids
+    check_alike(dataset, ('query', 'gallery'), model)
     start = time.perf_counter()
     if features_dir:
         query, gallery = (processes.part(rows) for rows in read_features(features_dir, model, dataset, input_size, flip_test, precision))
@@ -126,7 +127,7 @@ def evaluate(model, dataset, device, input_size=gin.REQUIRED, batch_size=64, wor
     if query_expansion or rerank:
         if processes.count() > 1:
             logger.info('query expansion and re-ranking run in process 0 alone, on the features of all %d', processes.count())
-        query, gallery = in_process_0(query), in_process_0(gallery)
+        query, gallery = (in_process_0(rows, query.device) for rows in (query, gallery))
     if processes.number() > 0:
         return processes.share(None)
     if query_expansion:
@@ -143,13 +144,12 @@ def evaluate(model, dataset, device, input_size=gin.REQUIRED, batch_size=64, wor
     return processes.share(results)
 
 
-def in_process_0(rows):
-    """The rows of all processes, on the same device, in process 0; None elsewhere."""
+def in_process_0(rows, device):
+    """The rows of all processes, on `device`, in process 0; None elsewhere."""
     rows = torch.as_tensor(rows)
-    if processes.count() == 1:
-        return rows
-    whole = processes.to_first(rows.cpu())
-    return whole if whole is None else whole.to(rows.device)
+    if processes.count() > 1:
+        rows = processes.to_first(rows.cpu())
+    return rows if rows is None else rows.to(device)
 
 
 def spent(stage, start, device):

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import time
+import uuid
 
 import gin
 import numpy as np
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 'mgn features 2'
 MANIFEST = 'manifest.json'
+SAMPLE = 1000  # rows of a file that are looked at before it is believed
 STORAGES = {'float32': torch.float32, 'float16': torch.float16}
 
 
@@ -67,14 +69,16 @@ def write_features(model, dataset, device, features_dir, input_size=gin.REQUIRED
     """Writes the features of query and gallery into a folder, the manifest last; under torchrun each process its part of the images.
 
     Files, for `query` and `gallery` each: _features.npy (n, D) of `storage`, _pids.npy and _camids.npy (n,) int64, _paths.npy (n,) UTF-8
-    bytes, relative to the data set's folder. manifest.json tells what they were made of.
+    bytes, relative to the data set's folder. manifest.json tells what they were made of: network, weights, options and the lists of images,
+    but not what the images showed.
 
     Args:
         model: MGN on `device`. dataset: Dataset. input_size: (H, W) in pixels. batch_size: images at a time. workers: decoding processes.
         flip_test: average the features of image and mirrored image.
         precision: of the forward pass, as in `mgn.evaluation.evaluate`. storage: 'float32', or 'float16' for half the bytes.
     Raises:
-        ValueError: options out of range, unreadable images, a folder that holds features. OSError: what cannot be written.
+        ValueError: options out of range, unreadable images, a folder that holds features or that not all processes share, features that
+            are not finite. OSError: what cannot be written.
     """
     if storage not in STORAGES:
         raise ValueError(f'want write_features.storage to be one of {", ".join(STORAGES)}, got {storage!r}')
@@ -82,18 +86,21 @@ def write_features(model, dataset, device, features_dir, input_size=gin.REQUIRED
     manifest = os.path.join(features_dir, MANIFEST)
     if processes.share(os.path.exists(manifest)):
         raise ValueError(f'want a features_dir without features, got {manifest}; remove the folder or bind another features_dir')
+    check_alike(dataset, ('query', 'gallery'), model)
     try:
+        if processes.number() == 0:
+            os.makedirs(features_dir, exist_ok=True)
+        check_shared(features_dir)
         for part in ('query', 'gallery'):
             samples = getattr(dataset, part)
             if processes.number() == 0:
-                os.makedirs(features_dir, exist_ok=True)
                 for name, array in described(dataset, part).items():
                     np.save(file_of(features_dir, part, name), array)
                 header(file_of(features_dir, part, 'features'), (len(samples), model.feature_dim), storage)
             processes.wait()
             write_rows(file_of(features_dir, part, 'features'), processes.part(range(len(samples))).start, (
-                rows.to(STORAGES[storage]) for rows in feature_batches(model, processes.part(samples), device, input_size, batch_size, workers,
-                                                                        flip_test, precision)))
+                finite(rows).to(STORAGES[storage]) for rows in feature_batches(model, processes.part(samples), device, input_size, batch_size,
+                                                                               workers, flip_test, precision)))
         processes.wait()
         if processes.number() == 0:
             write_text(manifest, json.dumps({
@@ -104,6 +111,32 @@ def write_features(model, dataset, device, features_dir, input_size=gin.REQUIRED
         raise OSError(f'want to write features to {features_dir}, got: {error}; free disk space or bind another features_dir, of a file system '
                       f'that all processes share') from error
     logger.info('features of %d query and %d gallery images are in %s', len(dataset.query), len(dataset.gallery), features_dir)
+
+
+def check_shared(folder):
+    """Raises ValueError in all processes where one does not see what process 0 writes there."""
+    token = os.path.join(folder, 'shared')
+    wanted = processes.share(uuid.uuid4().hex)
+    if processes.number() == 0:
+        write_text(token, wanted)
+    processes.wait()
+    try:
+        with open(token) as file:
+            seen = file.read() == wanted
+    except OSError:
+        seen = False
+    blind = [process for process, sees in enumerate(processes.gather(seen)) if not sees]
+    if processes.number() == 0:
+        os.remove(token)
+    if blind:
+        raise ValueError(f'want a features_dir that all processes share, got {folder}, where {", ".join(map(str, blind))} cannot see what 0 writes; '
+                         f'bind a folder of a shared file system')
+
+
+def finite(features):
+    if not features.isfinite().all():
+        raise ValueError('want finite features, got NaN or infinity; look at the weights, or bind precision = \'float32\'')
+    return features
 
 
 def read_features(features_dir, model, dataset, input_size, flip_test, precision='float32'):
@@ -133,7 +166,11 @@ def read_features(features_dir, model, dataset, input_size, flip_test, precision
             if features[-1].shape != shape or features[-1].dtype != manifest['storage']:
                 raise ValueError(f'{file_of(features_dir, part, "features")} holds {features[-1].shape} of {features[-1].dtype}, not {shape} of '
                                  f'{manifest["storage"]}')
-    except (ValueError, KeyError, TypeError, OSError) as error:
+            odd = [row for row in np.linspace(0, len(features[-1]) - 1, min(SAMPLE, len(features[-1])), dtype=np.int64)
+                   if not abs(np.linalg.norm(features[-1][row].astype(np.float32)) - 1) < 0.01]
+            if odd:
+                raise ValueError(f'{file_of(features_dir, part, "features")} holds in row {odd[0]} no feature of length 1')
+    except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
         raise ValueError(f'want whole features in {features_dir}, got files that do not fit: {error}; extract them again') from error
     if differing:
         raise ValueError(f'want features of these weights and this data set in {features_dir}, got others:\n  ' + '\n  '.join(differing)
@@ -146,7 +183,16 @@ def made_of(model, input_size, flip_test, precision):
     state = {name: tensor for name, tensor in model.state_dict().items() if '.classifier.' not in name}
     arrays = [array for name in sorted(state) for array in (np.frombuffer(f'{name} {tuple(state[name].shape)}'.encode(), np.uint8),
                                                             state[name].detach().cpu().contiguous().numpy())]
-    return {'weights': hash_of(arrays), 'input_size': list(input_size), 'flip_test': flip_test, 'precision': precision}
+    return {**model.architecture, 'weights': hash_of(arrays), 'input_size': list(input_size), 'flip_test': flip_test, 'precision': precision}
+
+
+def check_alike(dataset, parts, model=None):
+    """Raises ValueError in all processes where their lists of images or the weights of their models differ, as of machines with copies of their own."""
+    if processes.count() > 1:
+        processes.check_same(f'images of {dataset.name}', [hash_of(described(dataset, part).values()) for part in parts],
+                             'give all machines the same files in data_root')
+        if model:
+            processes.check_same('weights', made_of(model, (), False, '')['weights'], 'give all machines the same checkpoint')
 
 
 def hash_of(arrays):
@@ -169,6 +215,8 @@ def differences(part, wanted, stored):
         want, got = wanted[name], stored[name]
         if len(want) != len(got):
             return [f'{part} images: want {len(want)}, got {len(got)}']
+        if want.shape != got.shape:
+            return [f'{part} {name}: want one of each image, got an array {got.shape}']
         odd = np.flatnonzero(want != got)
         if len(odd):
             return [f'{part} {name}: {len(odd)} of {len(want)} differ, the first at {odd[0]}: want {want[odd[0]]}, got {got[odd[0]]}']

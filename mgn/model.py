@@ -53,6 +53,8 @@ class MGN(nn.Module):
         resnet = make_resnet(backbone, pretrained if fresh else False)
         width = resnet.fc.in_features
         self.parts = tuple(parts)
+        self.architecture = {'backbone': backbone, 'parts': list(parts), 'last_strides': list(last_strides), 'embedding_dim': embedding_dim,
+                             'pooling': pooling, 'bnneck': bnneck}  # all that features depend on, beside the weights
         self.trunk = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool, resnet.layer1, resnet.layer2,
                                    resnet.layer3[0])
         self.branches = nn.ModuleList(

@@ -17,6 +17,7 @@ from mgn.augmentation import Augmentation, Draws
 from mgn.averaging import WeightAverage
 from mgn.datasets import check_dataset, train_labels
 from mgn.evaluation import evaluate, find_device, table, write_results
+from mgn.features import check_alike
 from mgn.images import TrainBatches
 from mgn.interruption import STATUS, Interruption
 from mgn.losses import mgn_losses
@@ -78,6 +79,7 @@ def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=
     first = processes.number() == 0
     with locked(output_dir) if first else nullcontext(), Interruption() as interruption:
         path, last = processes.share((newest(output_dir, resume) if first else None) or (None, None))
+        check_alike(dataset, ('train',))
         labels, num_classes = train_labels(dataset.train)
         sampler = IdentitySampler(labels, [sample.camid for sample in dataset.train], P, K, seed)
         augmentation = Augmentation()

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,13 +15,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_market
+from outcomes import assert_same
 from test_binaries import RECIPE, environment, metrics
 from together import torchrun
 
 import mgn
+from mgn import checkpoint
 
 PROJECT = Path(mgn.__file__).parent.parent
-# mgn.train over a thin ResNet. KILL = 'number:call' kills that process at its call of a step, unless torchrun has started anew.
+# mgn.train over a thin ResNet. KILL = 'number:call' or 'number:call:signal' signals to that process at its call of a step, unless torchrun has
+# started anew.
 THIN_TRAIN = """
 import os, runpy, signal, sys
 sys.path.insert(0, TESTS)
@@ -28,12 +32,12 @@ from thin import ThinResNet
 from mgn import model, processes, training
 model.make_resnet = lambda backbone, pretrained: ThinResNet()
 calls, real = [], training.train_step
-number, call = map(int, os.environ.get('KILL', '-1:0').split(':'))
+number, call, sent = map(int, (os.environ.get('KILL', '-1:0') + ':9').split(':')[:3])
 
 def step(*args):
     calls.append(0)
     if processes.number() == number and len(calls) == call and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), sent)
     return real(*args)
 
 training.train_step = step
@@ -95,6 +99,38 @@ def test_a_killed_process_ends_the_others_and_torchrun_starts_all_anew_from_the_
     timings = {'images_per_s', 'data_wait'}
     assert [{name: line[name] for name in line.keys() - timings} for line in metrics(home / 'again')] == [
         {name: line[name] for name in line.keys() - timings} for line in metrics(folder)]
+
+
+@pytest.mark.long
+def test_a_signal_to_one_process_ends_all_behind_the_same_step(trained, home):
+    folder, _ = trained
+    run = thin_train(home, 2, 'signalled', kill='1:2:15')
+    assert run.returncode != 0 and run.stdout.count('SIGTERM or SIGINT: ended behind step 2, which last.pth holds') == 1, run.stderr
+    assert re.search('exitcode *: 75', run.stderr) and 'Traceback (most recent call last):\n  File "mgn' not in run.stderr
+    assert torch.load(home / 'signalled' / 'last.pth')['step'] == 2
+    assert thin_train(home, 2, 'signalled').returncode == 0
+    assert_same(checkpoint.load(str(folder / 'last.pth'))['optimizer'], checkpoint.load(str(home / 'signalled' / 'last.pth'))['optimizer'])
+
+
+@pytest.mark.long
+def test_machines_that_count_their_restarts_differently_meet_again(home):
+    """Two torchruns, as of two machines: where a process dies its own counts a restart, the other one does not."""
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    env = {**environment(), 'OMP_NUM_THREADS': '1', 'KILL': '1:4'}
+    runs = [subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc-per-node=1', '--rdzv-backend=c10d', '--rdzv-id=x',
+                              f'--rdzv-endpoint=localhost:{port}', '--max-restarts=1', 'thin_train.py', '--gin_file=my.gin',
+                              "--gin_bindings=output_dir = 'machines'"], cwd=home, env=env, text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT) for _ in range(2)]
+    try:
+        said = [run.communicate(timeout=150)[0] for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    assert [run.returncode for run in runs] == [0, 0], said
+    assert 'from step 0 to 5' in ''.join(said) and 'from step 3 to 5' in ''.join(said)
+    assert torch.load(home / 'machines' / 'last.pth')['step'] == 5
 
 
 def test_a_run_goes_on_with_another_number_of_processes(trained, home):

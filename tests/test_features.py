@@ -84,6 +84,10 @@ def test_what_differs_is_told(written, model, root, tmp_path):
         with pytest.raises(ValueError, match=f'(?s)want features of these weights and this data set.*got others:.*{message}.*extract them again'):
             read_features(str(written), model, dataset, size, flip_test, precision)
     refused('weights: want [0-9a-f]{64}, got [0-9a-f]{64}', model=MGN(0, embedding_dim=8))
+    for other in ({'pooling': 'avg'}, {'last_strides': (2, 2, 1)}):  # which no weight tells
+        lookalike = MGN(0, embedding_dim=8, **other)
+        lookalike.load_state_dict(model.state_dict())
+        refused(next(iter(other)), model=lookalike)
     refused(r'input_size: want \[48, 32\], got \[48, 24\]', size=(48, 32))
     refused('flip_test: want True, got False', flip_test=True)
     refused('precision: want bfloat16, got float32', precision='bfloat16')
@@ -112,13 +116,33 @@ def older(folder):  # its `precision` was of the files
     (folder / 'manifest.json').write_text(json.dumps({**manifest, 'format': 'mgn features 1'}))
 
 
-@pytest.mark.parametrize('damage', [cut, of_another_type, another_list, older, lambda folder: (folder / 'gallery_pids.npy').unlink(),
+def lost_pages(folder):
+    path = folder / 'gallery_features.npy'
+    path.write_bytes(path.read_bytes()[:300] + bytes(path.stat().st_size - 300))
+
+
+@pytest.mark.parametrize('damage', [cut, of_another_type, another_list, older, lost_pages,
+                                    lambda folder: (folder / 'gallery_features.npy').write_bytes(b''),
+                                    lambda folder: (folder / 'query_pids.npy').write_bytes(b''), lambda folder: (folder / 'gallery_pids.npy').unlink(),
                                     lambda folder: (folder / 'manifest.json').write_text('[]'),
                                     lambda folder: (folder / 'manifest.json').write_text('{')])
 def test_damaged_files_are_refused(written, model, root, damage):
     damage(written)
     with pytest.raises(ValueError, match='want whole features in .*features, got files that do not fit: .*; extract them again'):
         read_features(str(written), model, market_layout(str(root)), SIZE, False)
+
+
+def test_ids_of_another_shape_are_told(written, model, root):
+    np.save(written / 'query_pids.npy', np.zeros((3, 2), np.int64))
+    with pytest.raises(ValueError, match=r'query pids: want one of each image, got an array \(3, 2\)'):
+        read_features(str(written), model, market_layout(str(root)), SIZE, False)
+
+
+def test_features_that_are_not_finite_are_not_written(model, root, tmp_path):
+    torch.nn.init.constant_(model.heads[0].norm.running_mean, torch.nan)
+    with pytest.raises(ValueError, match='want finite features, got NaN or infinity; look at the weights'):
+        write_features(model, market_layout(str(root)), CPU, str(tmp_path / 'features'), SIZE, 4, 0)
+    assert not (tmp_path / 'features' / 'manifest.json').exists()
 
 
 def test_an_extraction_that_was_stopped_is_no_features_and_may_be_repeated(written, model, root):

@@ -1,6 +1,8 @@
 """Steps of training that several processes share: batches, losses and gradients are those of one process with the whole batch."""
 
 import copy
+import os
+import signal
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from torch import nn
 
 from mgn import processes, training
 from mgn.augmentation import Augmentation
-from mgn.datasets import market_layout, train_labels
+from mgn.datasets import Dataset, Sample, market_layout, train_labels
+from mgn.features import check_alike, check_shared
 from mgn.images import TrainBatches
+from mgn.interruption import Interruption
 from mgn.losses import mgn_losses
 from mgn.meter import Meter
 from mgn.model import MGN
@@ -159,3 +163,32 @@ def check_values_and_rows_travel(folder):
     whole = processes.to_first(torch.full((rank % 2, 3), rank))
     assert whole is None if rank else whole.tolist() == [[r] * 3 for r in range(N) if r % 2]
     assert sum(processes.gather(list(processes.part(range(7)))), []) == list(range(7))
+
+
+def check_a_signal_to_any_is_known_to_all(folder):
+    rank, N = dist.get_rank(), dist.get_world_size()
+    with Interruption() as interruption:
+        assert not interruption.asked()
+        if rank == N - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # torchrun passes on what its group has had already
+        assert interruption.asked()
+
+
+def check_copies_that_differ_are_refused_in_all(folder):
+    rank, N = dist.get_rank(), dist.get_world_size()
+    dataset = Dataset('own', str(folder), [], [Sample(str(folder / 'a.jpg'), 1, 1)], [Sample(str(folder / 'b.jpg'), 1, 2)])
+    check_alike(dataset, ('query', 'gallery'))
+    odd = dataset._replace(gallery=[Sample(str(folder / 'b.jpg'), 2, 2)]) if rank == N - 1 else dataset
+    check_alike(odd, ('query',))
+    with pytest.raises(ValueError, match=f'want the same images of own in all {N} processes, got another in {N - 1} than in 0; give all machines'):
+        check_alike(odd, ('query', 'gallery'))
+
+
+def check_a_folder_that_not_all_see_is_refused_in_all(folder):
+    rank = dist.get_rank()
+    check_shared(str(folder))
+    (folder / f'own{rank}').mkdir()
+    (folder / f'own{rank}' / 'shared').write_text('of another time')
+    with pytest.raises(ValueError, match='want a features_dir that all processes share, got .*own., where 1.* cannot see what 0 writes'):
+        check_shared(str(folder / f'own{rank}'))
