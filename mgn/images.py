@@ -5,6 +5,7 @@ and a run starts at any step. Nothing here reads gin: workers that are spawned h
 """
 
 import signal
+import threading
 from typing import NamedTuple
 
 import torch
@@ -117,9 +118,17 @@ class TestBatches(Dataset):
 
 
 def batches(dataset, items, workers, device):
-    """The items of TrainBatches or TestBatches in the order of `items`, made ahead by `workers` processes (0: none)."""
-    return DataLoader(dataset, sampler=items, batch_size=None, num_workers=workers, pin_memory=device.type == 'cuda',
-                      worker_init_fn=ignore_interrupts)
+    """The items of TrainBatches or TestBatches in the order of `items`, made ahead by `workers` processes (0: none).
+
+    Raises RuntimeError in place of an item where a worker process has died.
+    """
+    loader = DataLoader(dataset, sampler=items, batch_size=None, num_workers=workers, pin_memory=device.type == 'cuda', worker_init_fn=ignore_interrupts)
+    main = hasattr(signal, 'SIGCHLD') and threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if main else None
+    result = iter(loader)
+    if before is not None:  # torch's handler would raise that error wherever the main process is, in the middle of a step
+        signal.signal(signal.SIGCHLD, before)
+    return result
 
 
 def ignore_interrupts(_):

@@ -13,7 +13,7 @@ DEATHS_LIMIT = 3         # of worker processes, with no batch in between
 def supply(train_batches, steps, workers, device):
     """The items `steps` of TrainBatches; whatever dies on the way, each is the same."""
     deaths, step = 0, steps.start
-    loader = iter(batches(train_batches, steps, workers, device))
+    loader = batches(train_batches, steps, workers, device)
     while step < steps.stop:
         try:
             batch = next(loader)
@@ -31,7 +31,7 @@ def supply(train_batches, steps, workers, device):
                                    f'is of\n  {files}\nlook for a file that ends its decoder and for lack of memory; workers = 0 tells more') from None
             logger.warning('a worker process died before step %d, new ones take over: %s', step, what)
             loader = None  # ends the others
-            loader = iter(batches(train_batches, range(step, steps.stop), workers, device))
+            loader = batches(train_batches, range(step, steps.stop), workers, device)
             continue
         deaths, step = 0, step + 1
         yield batch

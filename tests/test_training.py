@@ -1,5 +1,6 @@
 """The training loop: what it writes, in which fields, and that every step does what it says."""
 
+import functools
 import json
 import logging
 import math
@@ -171,7 +172,7 @@ class Tiny(torch.nn.Module):
         return MGNOutput((x[:, :2], x[:, 1:3]), x[None, :, 2:], x)
 
 
-def tiny_step(clip_gradient_norm):
+def tiny_step(clip_gradient_norm, precision='float32', scaler=None):
     """Change of all weights by one step of plain gradient descent at lr 1, and the losses."""
     torch.manual_seed(0)
     model = Tiny()
@@ -180,8 +181,63 @@ def tiny_step(clip_gradient_norm):
     batch = TrainBatch(images, torch.tensor([0, 0, 1, 1]), augment.draw(0, 0, 4, (8, 4)), [])
     before = torch.nn.utils.parameters_to_vector(model.parameters()).clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    losses = training.train_step(model, optimizer, augment, batch, torch.device('cpu'), 'float32', clip_gradient_norm)
+    losses = training.train_step(model, optimizer, augment, batch, torch.device('cpu'), precision, clip_gradient_norm, None, scaler)
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach() - before.detach(), losses
+
+
+@pytest.mark.parametrize('clip_gradient_norm', [None, 0.25])
+def test_float16_scales_the_loss_and_unscales_the_gradient(clip_gradient_norm):
+    want, _ = tiny_step(clip_gradient_norm)
+    scaler = torch.amp.GradScaler('cpu', init_scale=2.0 ** 10)
+    got, losses = tiny_step(clip_gradient_norm, 'float16', scaler)
+    assert 0 < (got - want).norm() < 0.02 * want.norm()
+    assert all(value.dtype == torch.float32 for value in losses.values())
+
+
+def test_a_step_whose_scaled_gradient_overflows_is_left_out_and_the_scale_halved():
+    scaler = torch.amp.GradScaler('cpu', init_scale=2.0 ** 40)
+    change, losses = tiny_step(None, 'float16', scaler)
+    assert change.norm() == 0 and scaler.get_scale() == 2.0 ** 39 and losses['loss'].isfinite()
+
+
+def test_the_scale_of_the_loss_goes_on_with_a_run(market, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.amp.GradScaler, '__init__', functools.partialmethod(torch.amp.GradScaler.__init__, growth_interval=2))
+    train(market, tmp_path / 'whole', "train.precision = 'float16'")
+    train(market, tmp_path / 'parts', "train.precision = 'float16'", 'total_steps = 3')
+    train(market, tmp_path / 'parts', "train.precision = 'float16'")
+    one, other = (checkpoint.load(str(tmp_path / of / 'last.pth'))['scaler'] for of in ('whole', 'parts'))
+    assert one['scale'] != 2.0 ** 16 and other == one
+
+
+def test_auto_is_what_the_device_is_fast_at(market, tmp_path, monkeypatch, caplog):
+    seen, real = [], training.train_step
+    monkeypatch.setattr(training, 'train_step', lambda *args: (seen.append(args[5]), real(*args))[1])
+    for units in (True, False):
+        monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: units)
+        monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: False)
+        with caplog.at_level(logging.INFO):
+            train(market, tmp_path / str(units), "train.precision = 'auto'", 'total_steps = 1')
+    assert seen == ['bfloat16', 'float32']
+    assert caplog.text.count("train.precision = 'auto' is bfloat16") == caplog.text.count("train.precision = 'auto' is float32") == 1
+
+
+def test_the_compiled_model_is_what_is_trained(market, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, 'compile', lambda model: (compiled.append(model), model)[1])
+    model = train(market, tmp_path, 'train.compile = True', 'total_steps = 1')
+    assert compiled == [model]
+
+
+@pytest.mark.long
+def test_a_compiled_run_is_near_the_plain_one(market, tmp_path):
+    one, other = (train(market, tmp_path / str(compiled), f'train.compile = {compiled}', 'total_steps = 2').state_dict() for compiled in (False, True))
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-2, atol=1e-2)
+
+
+def test_the_optimiser_is_fused(market, tmp_path):
+    train(market, tmp_path, 'total_steps = 1')
+    assert all(group['fused'] for group in checkpoint.load(str(tmp_path / 'last.pth'))['optimizer']['param_groups'])
 
 
 def test_clipping_shortens_the_whole_gradient_and_keeps_its_direction():
