@@ -139,7 +139,7 @@ def test_bfloat16_trains_to_about_the_losses_of_float32(market, tmp_path):
 
 
 def test_a_precision_that_does_not_exist_is_an_error(market, tmp_path):
-    with pytest.raises(ValueError, match="'float32' or 'bfloat16', got 'fp16'"):
+    with pytest.raises(ValueError, match="want train.precision to be one of 'auto', 'float32', 'bfloat16', 'float16', got 'fp16'"):
         train(market, tmp_path, "train.precision = 'fp16'")
 
 
