@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from mgn import processes
-from mgn.augmentation import normalise
 from mgn.folding import folded
 from mgn.images import TestBatches, batches
+from mgn.ops.augmentation import normalise
 from mgn.precision import DTYPES, resolve
 from mgn.runlog import progress, write_text
 
