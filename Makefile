@@ -14,7 +14,7 @@ gpu:         # on a machine with a GPU: build, the whole suite on it, compute-sa
 
 peers:       # what the benchmarks measure against; without their dependencies, which pin a torch of 2022
 	pip install --no-deps fastreid torchreid
-	pip install pytorch-metric-learning cython faiss-cpu yacs
+	pip install pytorch-metric-learning cython faiss-cpu yacs termcolor
 
 bench:       # ratios against named peers, on this machine
 	python -m benchmarks.loading
@@ -23,3 +23,4 @@ bench:       # ratios against named peers, on this machine
 	python -m benchmarks.ranking
 	python -m benchmarks.neighbours
 	python -m benchmarks.sharding
+	python -m benchmarks.training

@@ -1,4 +1,4 @@
-"""A training step and feature extraction on the CPU against fast-reid's MGN, alternating; then where our step's time goes.
+"""A training step and feature extraction on the CPU against fast-reid's MGN, alternating; where their time goes.
 
     make peers && python -m benchmarks.training [--batch=64] [--rounds=5] [--precision=bfloat16]
 
@@ -10,6 +10,7 @@ weights has to give our features, and our cross-entropy with its gradient. --pre
 import argparse
 import functools
 import importlib
+import itertools
 import statistics
 import tempfile
 import time
@@ -24,7 +25,7 @@ from benchmarks.peers import fastreid_mgn
 from mgn.augmentation import Augmentation, Draws, normalise
 from mgn.datasets import Sample
 from mgn.folding import folded
-from mgn.images import TrainBatches, batches
+from mgn.images import TrainBatch, TrainBatches, batches
 from mgn.losses import mgn_losses
 from mgn.model import MGN, MGNOutput
 from mgn.optim import make_optimizer
@@ -37,29 +38,40 @@ ADAM = functools.partial(torch.optim.Adam, lr=3.5e-4, weight_decay=5e-4, fused=T
 CPU = torch.device('cpu')
 
 
-def forward(model, images, precision):
-    """As mgn.training.train_step: the losses take float32."""
+def our_step(model, optimizer, augmentation, precision, loader):
+    """As mgn.training.train_step; yields the name of each phase behind it. `loader` gives TrainBatches."""
+    batch = next(loader)
+    yield 'waiting for data'
+    images = augmentation(batch.images, Draws(*batch.draws)).contiguous(memory_format=torch.channels_last)
+    yield 'augmentation'
     with torch.autocast('cpu', DTYPES[precision], enabled=precision != 'float32'):
         output = model(images)
-    return MGNOutput(tuple(x.float() for x in output.logits), output.embeddings.float(), output.features)
-
-
-def our_step(model, optimizer, precision, images, labels):
-    """images: (B, 3, H, W) uint8."""
-    losses = mgn_losses(forward(model, normalise(images), precision), labels)
+    yield 'forward'
+    losses = mgn_losses(MGNOutput(tuple(x.float() for x in output.logits), output.embeddings.float(), output.features), batch.labels)
+    yield 'losses'
     optimizer.zero_grad()
     sum(losses.values()).backward()
+    yield 'backward'
     optimizer.step()
+    yield 'optimiser'
 
 
 def peer_step(model, optimizer, contiguous, images, labels):
     """As fastreid.engine.train_loop.SimpleTrainer's; images: (B, 3, H, W) float32 in 0…255, as its transforms leave them."""
     with importlib.import_module('fastreid.utils.events').EventStorage():
-        losses = model({'images': images, 'targets': labels})
-        optimizer.zero_grad(set_to_none=False)  # the default of its days; its gradients live in one tensor
-        sum(losses.values()).backward()
-        optimizer.step()
-        contiguous.assert_buffer_is_valid()
+        losses = model({'images': images.clone(), 'targets': labels})  # it normalises in place
+    yield 'forward and losses'
+    optimizer.zero_grad(set_to_none=False)  # the default of its days; its gradients live in one tensor
+    sum(losses.values()).backward()
+    yield 'backward'
+    optimizer.step()
+    contiguous.assert_buffer_is_valid()
+    yield 'optimiser'
+
+
+def extraction(features, *args):
+    features(*args)
+    yield 'features'
 
 
 @torch.no_grad()
@@ -70,7 +82,7 @@ def our_features(model, precision, images):
 
 @torch.no_grad()
 def peer_features(model, images):
-    return F.normalize(model(images))
+    return F.normalize(model(images.clone()))
 
 
 def become(peer, model):
@@ -114,49 +126,54 @@ def new_model():
 
 
 def alternating(sides, rounds):
-    """{name: callable} → {name: median seconds}."""
+    """{name: function that makes a step} → {name: {phase: median seconds}}, with 'in all' as the last phase."""
     times = {name: [] for name in sides}
     for _ in range(1 + rounds):  # the first is warm-up
-        for name, side in sides.items():
-            start = time.perf_counter()
-            side()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(spent[1:]) for name, spent in times.items()}
+        for name, make in sides.items():
+            before = start = time.perf_counter()
+            times[name].append({})
+            for phase in make():
+                now = time.perf_counter()
+                times[name][-1][phase], before = now - before, now
+            times[name][-1]['in all'] = before - start
+    return {name: {phase: statistics.median(lap[phase] for lap in laps[1:]) for phase in laps[0]} for name, laps in times.items()}
 
 
 def show(title, seconds, count):
     print(title)
-    peer = next(iter(seconds.values()))
-    for name, spent in seconds.items():
-        print(f'  {name:32} {spent:8.3f} s  {count / spent:7.2f} images/s  {peer / spent:5.2f} × fast-reid', flush=True)
+    peer = next(iter(seconds.values()))['in all']
+    for name, phases in seconds.items():
+        spent = phases['in all']
+        print(f'  {name:30} {spent:7.3f} s, {count / spent:6.2f} images/s, {peer / spent:5.2f} × fast-reid', flush=True)
+        if len(phases) > 2:
+            print('    ' + ', '.join(f'{phase} {part:.3f} s' for phase, part in phases.items() if phase != 'in all'))
 
 
 def steps(images, labels, rounds, precisions):
-    """{side: median seconds} of a training step."""
-    peer, model = fastreid_mgn(IDENTITIES), new_model().train()
+    """fast-reid's training step and ours in each precision, all on the same batch in memory."""
+    peer, model, augmentation = fastreid_mgn(IDENTITIES), new_model().train(), Augmentation()
     optimizer, pixels = make_optimizer(model, ADAM), images.float(memory_format=torch.contiguous_format)
+    loader = itertools.repeat(TrainBatch(images, labels, augmentation.draw(0, 0, len(images), SIZE), []))
     return alternating({
-        'fast-reid': lambda: peer_step(*peer, pixels.clone(), labels),  # it normalises in place
-        **{f'mgn, {precision}': functools.partial(our_step, model, optimizer, precision, images, labels) for precision in precisions},
+        'fast-reid': functools.partial(peer_step, *peer, pixels, labels),
+        **{f'mgn, {precision}': functools.partial(our_step, model, optimizer, augmentation, precision, loader) for precision in precisions},
     }, rounds)
 
 
 def extractions(images, rounds, precisions):
-    """{side: median seconds} of a batch's features."""
     peer, model = fastreid_mgn(IDENTITIES)[0].eval(), new_model().eval()
     small, pixels = folded(model), images.float(memory_format=torch.contiguous_format)
     return alternating({
-        'fast-reid': lambda: peer_features(peer, pixels.clone()),
-        'mgn, float32, nothing folded': lambda: our_features(model, 'float32', images),
-        **{f'mgn, {precision}': functools.partial(our_features, small, precision, images) for precision in precisions},
+        'fast-reid': functools.partial(extraction, peer_features, peer, pixels),
+        'mgn, float32, nothing folded': functools.partial(extraction, our_features, model, 'float32', images),
+        **{f'mgn, {precision}': functools.partial(extraction, our_features, small, precision, images) for precision in precisions},
     }, rounds)
 
 
-def phases(batch_size, rounds, precision):
-    """{phase: median seconds} of a step, the batches coming from files by way of one worker."""
-    model = new_model().train()
+def steps_from_files(batch_size, rounds, precision):
+    """Our step alone, its batches loaded from 64×128 JPEGs by one worker beside it."""
+    model, augmentation = new_model().train(), Augmentation()
     optimizer = make_optimizer(model, ADAM)
-    augmentation = Augmentation()
     with tempfile.TemporaryDirectory() as folder:
         samples = [Sample(f'{folder}/{i}.jpg', i // K, i % 2) for i in range(2 * batch_size)]
         for sample in samples:
@@ -164,25 +181,7 @@ def phases(batch_size, rounds, precision):
         labels = [sample.pid for sample in samples]
         sampler = IdentitySampler(labels, [sample.camid for sample in samples], batch_size // K, K, 0)
         loader = iter(batches(TrainBatches(samples, labels, sampler, augmentation, SIZE), range(1 + rounds), 1, CPU))
-        spent = {name: [] for name in ('waiting for data', 'augmentation', 'forward', 'losses', 'backward', 'optimiser')}
-        for _ in range(1 + rounds):
-            marks = [time.perf_counter()]
-            batch = next(loader)
-            marks.append(time.perf_counter())
-            images = augmentation(batch.images, Draws(*batch.draws)).contiguous(memory_format=torch.channels_last)
-            marks.append(time.perf_counter())
-            output = forward(model, images, precision)
-            marks.append(time.perf_counter())
-            loss = sum(mgn_losses(output, batch.labels).values())
-            marks.append(time.perf_counter())
-            optimizer.zero_grad()
-            loss.backward()
-            marks.append(time.perf_counter())
-            optimizer.step()
-            marks.append(time.perf_counter())
-            for times, start, end in zip(spent.values(), marks, marks[1:]):
-                times.append(end - start)
-    return {name: statistics.median(times[1:]) for name, times in spent.items()}
+        return alternating({precision: functools.partial(our_step, model, optimizer, augmentation, precision, loader)}, rounds)[precision]
 
 
 def main():
@@ -203,10 +202,10 @@ def main():
     show('training step', steps(images, labels, options.rounds, precisions), options.batch)
     show('images → features', extractions(images, options.rounds, precisions), options.batch)
     for precision in precisions:
-        seconds = phases(options.batch, options.rounds, precision)
-        print(f'where a step of mgn spends its time, {precision}')
+        seconds = steps_from_files(options.batch, options.rounds, precision)
+        print(f'training step of mgn, batches from files by one worker, {precision}')
         for name, spent in seconds.items():
-            print(f'  {name:32} {spent:8.3f} s  {spent / sum(seconds.values()):6.1%}', flush=True)
+            print(f'  {name:30} {spent:7.3f} s, {spent / seconds["in all"]:6.1%}', flush=True)
 
 
 if __name__ == '__main__':

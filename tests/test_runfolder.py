@@ -19,10 +19,10 @@ def another_process(run):
     process = os.fork()
     if process == 0:
         try:
-            held = run()
+            held = [run()]
             os.write(write, b'.')
             signal.pause()
-            del held
+            held.clear()
         finally:
             os._exit(1)
     os.close(write)
