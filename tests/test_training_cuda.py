@@ -1,0 +1,36 @@
+"""What only a GPU can show of training: that its steps wait for nothing."""
+
+import pytest
+import torch
+from thin import thin  # noqa: F401 (a fixture)
+
+from mgn import training
+from mgn.augmentation import Augmentation
+from mgn.averaging import WeightAverage
+from mgn.images import TrainBatch
+from mgn.meter import Meter
+from mgn.model import MGN
+
+pytestmark = pytest.mark.usefixtures('gpu', 'thin')
+
+
+@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('clip_gradient_norm', [None, 5.0])
+def test_steps_wait_for_nothing(device, precision, clip_gradient_norm):
+    torch.manual_seed(0)
+    device, augmentation = torch.device(device), Augmentation()
+    model = MGN(6, embedding_dim=16).to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    scaler, meter, average = torch.amp.GradScaler(device.type, enabled=False), Meter(), WeightAverage(model, 0.9)
+    images, labels = torch.randint(0, 256, (8, 3, 64, 32), dtype=torch.uint8), torch.arange(8) // 2
+    batch = TrainBatch(images.pin_memory(), labels.pin_memory(), [draw.pin_memory() for draw in augmentation.draw(0, 0, 8, (64, 32))], [])
+    try:
+        for step in range(4):  # what is made once and kept is made in the first ones
+            if step == 2:
+                torch.cuda.set_sync_debug_mode('error')
+            losses = training.train_step(model, optimizer, augmentation, batch, device, precision, clip_gradient_norm, None, scaler)
+            average.update(model, step)
+            meter.add(losses, step)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    assert meter.count == 4
