@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "kernels/augment_cpu.h"
 #include "kernels/batch_hard_cpu.h"
 #include "kernels/canonical_cpu.h"
 #include "kernels/nearest_cpu.h"
@@ -284,6 +285,19 @@ void pairwise_distance(Tensor x, Tensor y, int64_t metric, Tensor out, int64_t s
   (x.scalar_type() == ScalarType::Double ? pairs<double> : pairs<float>)(x, y, metric, out, set);
 }
 
+void augment(Tensor images, Tensor flip, Tensor top, Tensor left, Tensor erase, int64_t padding, Tensor mean, Tensor deviation, Tensor out,
+             int64_t set) {
+  STD_TORCH_CHECK(0 <= set && set < mgn::instruction_sets(), "mgn_cpu: no instruction set ", set);
+  STD_TORCH_CHECK(images.dim() == 4 && images.size(3) == 3 && 0 <= padding && padding < (int64_t(1) << 31),
+                  "mgn_cpu: want images of shape (B, H, W, 3) and a padding of 31 bits");
+  const int64_t count = images.size(0), height = images.size(1), width = images.size(2), row = 3 * width;
+  const mgn::Images in = {pointer<uint8_t>(images, ScalarType::Byte, count * height * row), count, height, width};
+  const mgn::Draws draws = {pointer<bool>(flip, ScalarType::Bool, count), ids(top, count, 2 * padding + 1), ids(left, count, 2 * padding + 1),
+                            pointer<int64_t>(erase, ScalarType::Long, 4 * count), padding};
+  mgn::augment(in, draws, pointer<float>(mean, ScalarType::Float, row), pointer<float>(deviation, ScalarType::Float, row),
+               pointer<float>(out, ScalarType::Float, count * height * row), int(set), parallel);
+}
+
 std::string instruction_sets() {
   std::string names;
   for (int i = 0; i < mgn::instruction_sets(); ++i) names += (i ? " " : "") + std::string(mgn::instruction_set_name(i));
@@ -326,6 +340,9 @@ STABLE_TORCH_LIBRARY(mgn_cpu, m) {
       "overlap(Tensor offsets, Tensor columns, Tensor values, Tensor column_offsets, Tensor column_rows, Tensor column_values, int items) -> "
       "(Tensor, Tensor, Tensor)");
   m.def("pairwise_distance(Tensor x, Tensor y, int metric, Tensor(a!) out, int instruction_set=0) -> ()");
+  m.def(
+      "augment(Tensor images, Tensor flip, Tensor top, Tensor left, Tensor erase, int padding, Tensor mean, Tensor deviation, Tensor(a!) out, "
+      "int instruction_set=0) -> ()");
   m.def("instruction_sets() -> str");
   m.def("cuda_module() -> str");
   m.def("sources() -> str");
@@ -346,6 +363,7 @@ STABLE_TORCH_LIBRARY_IMPL(mgn_cpu, CPU, m) {
   m.impl("transpose", TORCH_BOX(&transpose));
   m.impl("overlap", TORCH_BOX(&overlap));
   m.impl("pairwise_distance", TORCH_BOX(&pairwise_distance));
+  m.impl("augment", TORCH_BOX(&augment));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mgn_cpu, CompositeExplicitAutograd, m) {

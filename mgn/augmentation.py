@@ -1,17 +1,13 @@
-"""Batch of uint8 images → augmented, normalised float32 batch, by a few tensor operations on the training device."""
+"""What happens to each image of a training batch: drawn here, done to the whole batch on the training device by mgn.ops.augmentation."""
 
 import math
 from typing import NamedTuple
 
 import gin
 import torch
-import torch.nn.functional as F
 
 from mgn import draws
-
-# ImageNet's mean and standard deviation per RGB channel, for pixels in 0…255.
-MEAN = (123.675, 116.28, 103.53)
-STD = (58.395, 57.12, 57.375)
+from mgn.ops.augmentation import augment
 
 
 class Draws(NamedTuple):
@@ -58,31 +54,5 @@ class Augmentation:
         return 0, 0, 0, 0
 
     def __call__(self, images, draws):
-        """images: (B, 3, H, W) uint8, draws on the same device → (B, 3, H, W) float32, normalised; both channels-last."""
-        _, _, height, width = images.shape
-        pad, batch = self.padding, torch.arange(len(images), device=images.device)
-        pixels = images.permute(0, 2, 3, 1)
-        both = torch.stack((pixels, pixels.flip(2))).flatten(3)                # (2, B, H, 3W), as it is and mirrored
-        padded = F.pad(both, (3 * pad, 3 * pad, pad, pad))
-        mirror_stride, batch_stride, row_stride, _ = padded.stride()
-        windows = padded.as_strided(                                           # every crop is a view: no pixel is copied
-            (2, len(images), 2 * pad + 1, 2 * pad + 1, height, 3 * width),
-            (mirror_stride, batch_stride, row_stride, 3, row_stride, 1))
-        crops = windows[draws.flip.long(), batch, draws.top, draws.left]       # (B, H, 3W)
-        top, left, bottom, right = draws.erase.T[:, :, None]
-        rows, columns = (torch.arange(n, device=images.device) for n in (height, width))
-        erased_rows, erased_columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
-        kept = ~(erased_rows[:, :, None] & erased_columns.repeat_interleave(3, dim=1)[:, None, :])
-        crops = crops.view(len(images), height, width, 3).permute(0, 3, 1, 2)
-        normalised = normalise(crops)
-        normalised.permute(0, 2, 3, 1).flatten(2).mul_(kept)
-        return normalised
-
-
-def normalise(images):
-    """images: (B, 3, H, W) uint8 → float32, channels-last, ImageNet's mean 0 and standard deviation 1 per channel."""
-    count, _, height, width = images.shape
-    # Rows of 3W numbers, mean and deviation repeated along them, make long vector loops; (…, 3) would make short ones.
-    mean, std = (torch.tensor(v, device=images.device).repeat(width) for v in (MEAN, STD))
-    rows = images.permute(0, 2, 3, 1).reshape(count, height, 3 * width).float().sub_(mean).div_(std)
-    return rows.view(count, height, width, 3).permute(0, 3, 1, 2)
+        """images: (B, 3, H, W) uint8, draws on the same device → (B, 3, H, W) float32, normalised, channels-last."""
+        return augment(images, *draws, self.padding)

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from mgn import processes
-from mgn.augmentation import normalise
 from mgn.images import TestBatches, batches
+from mgn.ops.augmentation import normalise
 from mgn.runlog import progress, write_text
 
 logger = logging.getLogger(__name__)

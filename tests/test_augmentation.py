@@ -1,14 +1,26 @@
-"""Batched augmentation against a loop over images with the same draws, and the statistics of the draws."""
+"""Batched augmentation, compiled and as reference, against a loop over images with the same draws; the statistics of the draws."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from implementations import COMPILED, IMPLEMENTATIONS, run_as
+from mining import examples
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from mgn.augmentation import MEAN, STD, Augmentation, Draws, normalise
+from mgn.augmentation import Augmentation, Draws
+from mgn.ops.augmentation import MEAN, STD, augment, augment_reference, normalise, normalise_reference
 
 MEAN32, STD32 = (np.array(v, np.float32) for v in (MEAN, STD))
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request, monkeypatch):
+    """Each way to augment on the CPU."""
+    return run_as(request.param, 'augmentation', monkeypatch, 'cpu')
 
 
 def random_images(batch, height, width, seed=0):
@@ -34,6 +46,11 @@ def augment_each(images, draws, padding):
                                  draws.erase[i].tolist(), padding) for i, image in enumerate(images)])
 
 
+def assert_same_bits(got, want):
+    """As numbers −0 and 0 would be equal."""
+    np.testing.assert_array_equal(got.numpy().view(np.int32), np.asarray(want).view(np.int32))
+
+
 def all_draws(steps=40, batch=50, size=(384, 128), seed=0, **options):
     augmentation = Augmentation(**options)
     parts = [augmentation.draw(seed, step, batch, size) for step in range(steps)]
@@ -42,35 +59,35 @@ def all_draws(steps=40, batch=50, size=(384, 128), seed=0, **options):
 
 @pytest.mark.parametrize('batch', [1, 31, 33, 129])
 @pytest.mark.parametrize('size, padding', [((24, 12), 10), ((24, 12), 0), ((7, 9), 3), ((1, 1), 2)])
-def test_a_batch_equals_the_loop_over_its_images(batch, size, padding):
+def test_a_batch_equals_the_loop_over_its_images(implementation, batch, size, padding):
     augmentation = Augmentation(padding=padding)
     images = random_images(batch, *size)
     draws = augmentation.draw(1, 2, batch, size)
     got = augmentation(images, draws)
     assert got.dtype == torch.float32 and got.is_contiguous(memory_format=torch.channels_last)
-    np.testing.assert_array_equal(got.numpy(), augment_each(images, draws, padding))
+    assert_same_bits(got, augment_each(images, draws, padding))
 
 
 @pytest.mark.parametrize('flip', [False, True])
 @pytest.mark.parametrize('top, left', [(0, 0), (0, 6), (6, 0), (6, 6), (3, 1)])
-@pytest.mark.parametrize('box', [(0, 0, 0, 0), (0, 0, 8, 5), (2, 1, 3, 4), (7, 4, 8, 5), (5, 0, 5, 3)])
-def test_every_corner_of_crop_and_box_is_right(flip, top, left, box):
+@pytest.mark.parametrize('box', [(0, 0, 0, 0), (0, 0, 8, 5), (2, 1, 3, 4), (7, 4, 8, 5), (5, 0, 5, 3), (5, 3, 8, 3)])
+def test_every_corner_of_crop_and_box_is_right(implementation, flip, top, left, box):
     images = random_images(1, 8, 5)
     draws = Draws(torch.tensor([flip]), torch.tensor([top]), torch.tensor([left]), torch.tensor([box]))
     got = Augmentation(padding=3)(images, draws)
-    np.testing.assert_array_equal(got.numpy(), augment_each(images, draws, 3))
+    assert_same_bits(got, augment_each(images, draws, 3))
 
 
-def test_each_image_has_its_own_draw():
+def test_each_image_has_its_own_draw(implementation):
     images = random_images(1, 16, 8).expand(6, -1, -1, -1)
     draws = Draws(torch.tensor([False, True] * 3), torch.tensor([0, 4, 2, 2, 2, 1]), torch.tensor([4, 0, 2, 2, 3, 1]),
                   torch.tensor([[0, 0, 0, 0]] * 5 + [[1, 1, 9, 5]]))
     got = Augmentation(padding=2)(images, draws)
-    np.testing.assert_array_equal(got.numpy(), augment_each(images, draws, 2))
+    assert_same_bits(got, augment_each(images, draws, 2))
     assert len({image.numpy().tobytes() for image in got}) == 6
 
 
-def test_images_of_any_memory_layout_are_taken_and_left_as_they_were():
+def test_images_of_any_memory_layout_are_taken_and_left_as_they_were(implementation):
     images = random_images(5, 12, 20, seed=4)
     augmentation = Augmentation(padding=2)
     draws = augmentation.draw(0, 0, 5, (12, 20))
@@ -81,14 +98,14 @@ def test_images_of_any_memory_layout_are_taken_and_left_as_they_were():
     assert torch.equal(images, random_images(5, 12, 20, seed=4))
 
 
-def test_an_empty_batch_stays_empty():
+def test_an_empty_batch_stays_empty(implementation):
     none = torch.empty(0, dtype=torch.int64)
     draws = Draws(none.bool(), none, none, none.reshape(0, 4))
     assert Augmentation()(random_images(0, 8, 4), draws).shape == (0, 3, 8, 4)
     assert normalise(random_images(0, 8, 4)).shape == (0, 3, 8, 4)
 
 
-def test_normalising_gives_imagenets_mean_0_and_deviation_1():
+def test_normalising_gives_imagenets_mean_0_and_deviation_1(implementation):
     images = random_images(2, 3, 4)
     mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (MEAN, STD))
     expected = (images.double() - mean) / std
@@ -96,6 +113,98 @@ def test_normalising_gives_imagenets_mean_0_and_deviation_1():
     torch.testing.assert_close(normalise(images).double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(torch.tensor(MEAN) / 255, torch.tensor([0.485, 0.456, 0.406]))
     torch.testing.assert_close(torch.tensor(STD) / 255, torch.tensor([0.229, 0.224, 0.225]))
+
+
+@st.composite
+def cases(draw):
+    """(images, flip, top, left, erase, padding): sizes around those of vectors, any layout, boxes that are empty, whole, reversed, partly outside."""
+    batch, height, width, padding = draw(st.integers(0, 4)), draw(st.integers(1, 9)), draw(st.integers(1, 45)), draw(st.integers(0, 12))
+    images = random_images(2 * batch, height, width, seed=draw(st.integers(0, 2**31)))[::draw(st.sampled_from([1, 2]))][:batch]
+    layout = draw(st.sampled_from([(0, 1, 2, 3), (0, 2, 3, 1), (0, 3, 2, 1)]))  # in which order the dimensions lie in memory
+    images = images.permute(layout).contiguous().permute([layout.index(dim) for dim in range(4)])
+
+    def each(numbers, *shape):
+        count = batch * math.prod(shape)
+        return torch.tensor(draw(st.lists(numbers, min_size=count, max_size=count)), dtype=torch.int64).reshape(batch, *shape)
+    box = st.sampled_from([-3, 0, 1, 4, height, width, 60]) | st.integers(0, max(height, width))
+    return images, each(st.booleans()).bool(), each(st.integers(0, 2 * padding)), each(st.integers(0, 2 * padding)), each(box, 4), padding
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS[:1] + COMPILED[1:], indirect=True)
+@settings(max_examples=examples(200), deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=cases())
+def test_the_kernel_gives_the_bits_of_the_reference(implementation, case):
+    assert_same_bits(augment(*case), augment_reference(*case))
+    assert_same_bits(normalise(case[0]), normalise_reference(case[0]))
+
+
+def test_the_number_of_threads_changes_no_bit():
+    images, augmentation, before = random_images(9, 96, 64), Augmentation(), torch.get_num_threads()
+    draws, results = augmentation.draw(0, 0, 9, (96, 64)), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(augmentation(images, draws))
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(*results)
+
+
+IMAGES, DRAWS = random_images(2, 6, 5), (torch.zeros(2, dtype=torch.bool), *torch.full((2, 2), 3), torch.zeros(2, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize('place, wrong, message', [
+    (0, [1], r'want images of shape \(B, 3, H, W\), torch.uint8, got list; mgn.images.to_batch'),
+    (0, IMAGES.float(), 'want images .* got .* torch.float32'),
+    (0, IMAGES[:, :2], r'want images .* got \(2, 2, 6, 5\)'),
+    (1, DRAWS[1], r'want flip of shape \(2,\), torch.bool, on cpu with the images, got \(2,\), torch.int64 on cpu; pass one draw per image'),
+    (2, DRAWS[1][:1], r'want top of shape \(2,\), torch.int64, .* got \(1,\)'),
+    (2, torch.tensor([0, 7]), 'want top from 0 to 6, twice the padding, got 7 for image 1; draw and augment with one padding'),
+    (3, torch.tensor([-1, 7]), 'want left from 0 to 6, twice the padding, got -1 for image 0'),
+    (4, DRAWS[3].int(), r'want erase of shape \(2, 4\), torch.int64, .* torch.int32'),
+    (4, DRAWS[3].to('meta'), 'want erase .* on meta'),
+    (5, -1, 'want padding as an integer from 0 .* got -1; 0 pads nothing'),
+    (5, 2.0, 'want padding .* got 2.0'),
+])
+def test_what_does_not_go_together_is_refused(implementation, place, wrong, message):
+    arguments = [IMAGES, *DRAWS, 3]
+    arguments[place] = wrong
+    with pytest.raises(ValueError, match=message):
+        augment(*arguments)
+
+
+def test_the_raw_operator_refuses_what_would_touch_memory_that_is_not_its_own():
+    if not COMPILED:
+        pytest.skip('not compiled here')
+    zeros, row = torch.zeros(2, dtype=torch.int64), torch.ones(15)
+    good = [torch.zeros(2, 6, 5, 3, dtype=torch.uint8), zeros.bool(), zeros, zeros, torch.zeros(2, 4, dtype=torch.int64), 3, row, row,
+            torch.empty(2, 6, 5, 3)]
+    torch.ops.mgn_cpu.augment(*good)
+    for place, bad in ((0, good[0].permute(0, 3, 1, 2)), (0, good[8]), (1, zeros), (1, zeros[:1].bool()), (2, zeros + 7), (3, zeros - 1), (4, zeros),
+                       (5, -1), (5, 2**62), (6, row[1:]), (7, row.double()), (8, good[8][:, :5])):
+        with pytest.raises(RuntimeError, match='mgn_cpu: want'):
+            torch.ops.mgn_cpu.augment(*good[:place], bad, *good[place + 1:])
+
+
+def test_torch_knows_the_operators():
+    torch.library.opcheck(torch.ops.mgn.augment.default, (IMAGES, *DRAWS, 3))
+    torch.library.opcheck(torch.ops.mgn.normalise.default, (IMAGES,))
+    traced = make_fx(lambda *tensors: augment(*tensors, 3), tracing_mode='symbolic')(IMAGES, *DRAWS)
+    other = random_images(2, 6, 5, seed=1), ~DRAWS[0], DRAWS[1] + 1, DRAWS[2] - 2, DRAWS[3] + 2
+    assert torch.equal(traced(*other), augment(*other, 3))
+
+
+def test_a_gpu_gives_the_same_and_is_not_waited_for(gpu, device):
+    augmentation, images = Augmentation(padding=3), random_images(33, 24, 12)
+    draws = augmentation.draw(0, 0, 33, (24, 12))
+    moved = images.to(device), Draws(*(field.to(device) for field in draws))
+    augmentation(*moved)  # mean and deviation are there from now on
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        got = augmentation(*moved)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    assert_same_bits(got.cpu(), augmentation(images, draws))
 
 
 def test_draws_are_functions_of_seed_step_and_position_alone():

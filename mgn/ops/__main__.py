@@ -22,6 +22,7 @@ def main():
         print(f'  k_reciprocal_ranks: neighbours as topk; encodings, counting, re_ranking on the CPU, {implementation("cpu")}')
         print(f'  match_ranks_from_distance, evaluate_rank: on the CPU, {implementation("cpu")}')
         print(f'  pairwise_distance, forward: {implementation(device)}; backward: PyTorch')
+        print(f'  augment, normalise: {implementation("cpu") if device == "cpu" else "PyTorch"}')
 
 
 if __name__ == '__main__':
