@@ -14,7 +14,7 @@ gpu:         # on a machine with a GPU: build, the whole suite on it, compute-sa
 
 peers:       # what the benchmarks measure against; without their dependencies, which pin a torch of 2022
 	pip install --no-deps fastreid torchreid
-	pip install pytorch-metric-learning cython faiss-cpu
+	pip install pytorch-metric-learning cython faiss-cpu yacs
 
 bench:       # ratios against named peers, on this machine
 	python -m benchmarks.loading

@@ -22,6 +22,23 @@ def fastreid_triplet_loss():
     return importlib.import_module('fastreid.modeling.losses.triplet_loss').triplet_loss
 
 
+def fastreid_loader(size, is_train=True):
+    """paths → (B, 3, H, W) float32, normalised, by fast-reid's read_image, its transforms as projects/MGN sets them, and its model's normalisation.
+
+    Images are stacked by torch: its own collator imports what torch no longer has, and would fill with zeros and add.
+    """
+    import torch
+
+    without_init('fastreid', 'fastreid.data')
+    cfg = importlib.import_module('fastreid.config.defaults')._C.clone()
+    cfg.INPUT.SIZE_TRAIN = cfg.INPUT.SIZE_TEST = list(size)
+    cfg.INPUT.FLIP.ENABLED = cfg.INPUT.PADDING.ENABLED = cfg.INPUT.REA.ENABLED = True
+    transforms = importlib.import_module('fastreid.data.transforms').build_transforms(cfg, is_train)
+    read_image = importlib.import_module('fastreid.data.data_utils').read_image
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))
+    return lambda paths: torch.stack([transforms(read_image(path)) for path in paths]).sub_(mean).div_(std)
+
+
 def fastreid_evaluate_rank(use_cython=True):
     """fastreid.evaluation.rank's evaluate_cy, compiled on first use, or evaluate_py: (distmat, pids and camids, max_rank=50)."""
     import numpy as np
