@@ -10,7 +10,7 @@ from PIL import Image
 from mgn.augmentation import Augmentation
 from mgn.datasets import Sample
 from mgn.images import TestBatches as EvaluationBatches  # under its own name pytest would collect it
-from mgn.images import TrainBatches, batches, decode
+from mgn.images import TOGETHER, TrainBatches, batches, decode, to_batch
 from mgn.sampler import IdentitySampler
 
 CPU = torch.device('cpu')
@@ -88,6 +88,14 @@ def test_resizing_equals_pils_antialiased_bicubic_within_two_levels(tmp_path, so
     image = read_image(str(path), target)
     assert image.shape == (3, *target)
     assert difference(image, expected) <= 2
+
+
+def test_a_batch_holds_what_each_of_its_images_alone_becomes():
+    """Of several sizes in turn, of each more than are resized at a time."""
+    images = [torch.from_numpy(smooth_pixels(*[(31, 33), SIZE, (12, 24)][i % 3], seed=i)).permute(2, 0, 1) for i in range(3 * TOGETHER + 4)]
+    batch = to_batch(images, SIZE)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(batch, torch.cat([to_batch([image], SIZE) for image in images]))
 
 
 @pytest.mark.parametrize('value', [0, 1, 40000, 65535])
