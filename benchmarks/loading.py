@@ -1,4 +1,4 @@
-"""Loader throughput per core against fast-reid's chain of transforms, and torchvision's, all alternating in one run.
+"""Loader throughput per core against fast-reid's chain of transforms, and torchvision's, in turn in one run.
 
     make peers && python -m benchmarks.loading
 
@@ -10,6 +10,7 @@ one worker does here (file → decoded, resized uint8 image). One thread each. f
 import statistics
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from mgn.augmentation import Augmentation
 from mgn.images import decode, to_batch
 from mgn.ops.augmentation import MEAN, STD, normalise
 
-SIZE, BATCH, IMAGES, ROUNDS = (384, 128), 64, 256, 7
+SIZE, BATCH, IMAGES, BATCHES = (384, 128), 64, 256, 29
 
 fastreid_chain = fastreid_loader(SIZE)
 transforms = T.Compose([
@@ -68,8 +69,9 @@ def check(paths):
 
 
 def main():
+    warnings.simplefilter('ignore')  # fast-reid's of types that torch will lose
     torch.set_num_threads(1)
-    print(f'{cpu_model()}, 1 thread, torch {torch.__version__}, Pillow {PIL.__version__}; images per second, medians of {ROUNDS} alternating rounds')
+    print(f'{cpu_model()}, 1 thread, torch {torch.__version__}, Pillow {PIL.__version__}; images per second, medians of {BATCHES} batches in turn')
     works = {'fast-reid': fastreid_chain, 'torchvision': torchvision_chain, 'loader_and_augmentation': loader_and_augmentation, 'loader': loader,
              'decode_only': decode_only}
     for size in ((128, 64), (350, 150)):
@@ -77,16 +79,16 @@ def main():
             paths = write_sources(Path(folder), size)
             check(paths[:BATCH])
             times = {name: [] for name in works}
-            for _ in range(1 + ROUNDS):  # the first is warm-up
+            for number in range(1 + BATCHES):  # the first is warm-up
+                first = number * BATCH % IMAGES
                 for name, work in works.items():
                     start = time.perf_counter()
-                    for first in range(0, IMAGES, BATCH):
-                        work(paths[first:first + BATCH])
+                    work(paths[first:first + BATCH])
                     times[name].append(time.perf_counter() - start)
         seconds = {name: statistics.median(of_work[1:]) for name, of_work in times.items()}
         print(f'sources {size[1]}×{size[0]}')
         for name in works:
-            print(f'  {name:24} {IMAGES / seconds[name]:8.0f} images/s  {seconds["fast-reid"] / seconds[name]:5.2f} × fast-reid')
+            print(f'  {name:24} {BATCH / seconds[name]:8.0f} images/s  {seconds["fast-reid"] / seconds[name]:5.2f} × fast-reid')
 
 
 if __name__ == '__main__':
