@@ -14,11 +14,7 @@ gpu:         # on a machine with a GPU: build, the whole suite on it, compute-sa
 
 peers:       # what the benchmarks measure against; without their dependencies, which pin a torch of 2022
 	pip install --no-deps fastreid torchreid
-<<<<<<< HEAD
 	pip install pytorch-metric-learning cython faiss-cpu yacs termcolor
-=======
-	pip install pytorch-metric-learning cython faiss-cpu yacs
->>>>>>> load12
 
 bench:       # ratios against named peers, on this machine
 	python -m benchmarks.loading

@@ -4,12 +4,8 @@
 
 Sources are drawn in the run: 64×128 JPEGs as in Market-1501, and 150×350 ones as MSMT17 has. "loader_and_augmentation" and the chains do
 the same work: file → decoded, resized, mirrored, padded and cropped, erased, normalised, a float32 batch of 384×128 images. "loader" is what
-<<<<<<< HEAD
-one worker does here (file → decoded, resized uint8 image). One thread each. fast-reid normalises in its model; that is counted here too.
-=======
 one worker does here (file → decoded, resized uint8 image). fast-reid normalises in its model; that is counted here too. One thread each, whose
 time on the core is counted.
->>>>>>> load12
 """
 
 import statistics
@@ -76,11 +72,7 @@ def check(paths):
 def main():
     warnings.simplefilter('ignore')  # fast-reid's of types that torch will lose
     torch.set_num_threads(1)
-<<<<<<< HEAD
-    print(f'{cpu_model()}, 1 thread, torch {torch.__version__}, Pillow {PIL.__version__}; images per second, medians of {BATCHES} batches in turn')
-=======
     print(f'{cpu_model()}, 1 thread, torch {torch.__version__}, Pillow {PIL.__version__}; images per second of a core, medians of {BATCHES} batches in turn')
->>>>>>> load12
     works = {'fast-reid': fastreid_chain, 'torchvision': torchvision_chain, 'loader_and_augmentation': loader_and_augmentation, 'loader': loader,
              'decode_only': decode_only}
     for size in ((128, 64), (350, 150)):
@@ -91,15 +83,9 @@ def main():
             for number in range(1 + BATCHES):  # the first is warm-up
                 first = number * BATCH % IMAGES
                 for name, work in works.items():
-<<<<<<< HEAD
-                    start = time.perf_counter()
-                    work(paths[first:first + BATCH])
-                    times[name].append(time.perf_counter() - start)
-=======
                     start = time.process_time()
                     work(paths[first:first + BATCH])
                     times[name].append(time.process_time() - start)
->>>>>>> load12
         seconds = {name: statistics.median(of_work[1:]) for name, of_work in times.items()}
         print(f'sources {size[1]}×{size[0]}')
         for name in works:

@@ -13,15 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from mgn import processes
-<<<<<<< HEAD
 from mgn.folding import folded
 from mgn.images import TestBatches, batches
 from mgn.ops.augmentation import normalise
 from mgn.precision import DTYPES, resolve
-=======
-from mgn.images import TestBatches, batches
-from mgn.ops.augmentation import normalise
->>>>>>> load12
 from mgn.runlog import progress, write_text
 
 logger = logging.getLogger(__name__)
