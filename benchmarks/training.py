@@ -1,10 +1,11 @@
 """A training step and feature extraction on the CPU against fast-reid's MGN, alternating; where their time goes.
 
-    make peers && python -m benchmarks.training [--batch=64] [--rounds=5] [--precision=bfloat16]
+    make peers && python -m benchmarks.training [--batch=64] [--rounds=5] [--precision=bfloat16] [--cpu-time]
 
 Both sides: ResNet-50 with random weights, 384×128, 751 identities, the same images in memory. fast-reid runs in its default float32 as its
 trainer runs it, with its Adam over one contiguous tensor; its losses weigh two triplet terms more. Before anything is timed, its MGN with our
 weights has to give our features, and our cross-entropy with its gradient. --precision runs both our parts in that precision as well.
+--cpu-time counts the processor's seconds in place of the wall's: with OMP_NUM_THREADS=1, what a machine shared with others still tells.
 """
 
 import argparse
@@ -126,15 +127,15 @@ def new_model():
     return MGN(IDENTITIES, pretrained=False).to(memory_format=torch.channels_last)
 
 
-def alternating(sides, rounds):
+def alternating(sides, rounds, clock):
     """{name: function that makes a step} → {name: {phase: median seconds}}, with 'in all' as the last phase."""
     times = {name: [] for name in sides}
     for _ in range(1 + rounds):  # the first is warm-up
         for name, make in sides.items():
-            before = start = time.perf_counter()
+            before = start = clock()
             times[name].append({})
             for phase in make():
-                now = time.perf_counter()
+                now = clock()
                 times[name][-1][phase], before = now - before, now
             times[name][-1]['in all'] = before - start
     return {name: {phase: statistics.median(lap[phase] for lap in laps[1:]) for phase in laps[0]} for name, laps in times.items()}
@@ -150,7 +151,7 @@ def show(title, seconds, count):
             print('    ' + ', '.join(f'{phase} {part:.3f} s' for phase, part in phases.items() if phase != 'in all'))
 
 
-def steps(images, labels, rounds, precisions):
+def steps(images, labels, rounds, precisions, clock):
     """fast-reid's training step and ours in each precision, all on the same batch in memory."""
     peer, model, augmentation = fastreid_mgn(IDENTITIES), new_model().train(), Augmentation()
     optimizer, pixels = make_optimizer(model, ADAM), images.float(memory_format=torch.contiguous_format)
@@ -158,21 +159,21 @@ def steps(images, labels, rounds, precisions):
     return alternating({
         'fast-reid': functools.partial(peer_step, *peer, pixels, labels),
         **{f'mgn, {precision}': functools.partial(our_step, model, optimizer, augmentation, precision, loader) for precision in precisions},
-    }, rounds)
+    }, rounds, clock)
 
 
-def extractions(images, rounds, precisions):
+def extractions(images, rounds, precisions, clock):
     peer, model = fastreid_mgn(IDENTITIES)[0].eval(), new_model().eval()
     small, pixels = folded(model), images.float(memory_format=torch.contiguous_format)
     return alternating({
         'fast-reid': functools.partial(extraction, peer_features, peer, pixels),
         'mgn, float32, nothing folded': functools.partial(extraction, our_features, model, 'float32', images),
         **{f'mgn, {precision}': functools.partial(extraction, our_features, small, precision, images) for precision in precisions},
-    }, rounds)
+    }, rounds, clock)
 
 
 def steps_from_files(batch_size, rounds, precision):
-    """Our step alone, its batches loaded from 64×128 JPEGs by one worker beside it."""
+    """Our step alone by the wall's clock, its batches loaded from 64×128 JPEGs by one worker beside it."""
     model, augmentation = new_model().train(), Augmentation()
     optimizer = make_optimizer(model, ADAM)
     with tempfile.TemporaryDirectory() as folder:
@@ -182,7 +183,8 @@ def steps_from_files(batch_size, rounds, precision):
         labels = [sample.pid for sample in samples]
         sampler = IdentitySampler(labels, [sample.camid for sample in samples], batch_size // K, K, 0)
         loader = iter(batches(TrainBatches(samples, labels, sampler, augmentation, SIZE), range(1 + rounds), 1, CPU))
-        return alternating({precision: functools.partial(our_step, model, optimizer, augmentation, precision, loader)}, rounds)[precision]
+        return alternating({precision: functools.partial(our_step, model, optimizer, augmentation, precision, loader)}, rounds,
+                           time.perf_counter)[precision]
 
 
 def main():
@@ -190,18 +192,20 @@ def main():
     parser.add_argument('--batch', type=int, default=8, help='images: a multiple of 4, at least 8; recipes take 64')
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--precision', default='float32', choices=DTYPES)
+    parser.add_argument('--cpu-time', action='store_true')
     options = parser.parse_args()
     if options.batch < 2 * K or options.batch % K:
         parser.error(f'want --batch as a multiple of {K}, at least {2 * K}, got {options.batch}')
     torch.manual_seed(0)
     images = torch.randint(0, 256, (options.batch, 3, *SIZE), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     labels = torch.arange(options.batch) // K
+    clock = time.process_time if options.cpu_time else time.perf_counter
     precisions = dict.fromkeys(('float32', options.precision))
     print(f'{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}; batches of {options.batch}, '
-          f'medians of {options.rounds} alternating rounds')
+          f'medians of {options.rounds} alternating rounds{", seconds of the processor" if options.cpu_time else ""}', flush=True)
     check(images, labels)
-    show('training step', steps(images, labels, options.rounds, precisions), options.batch)
-    show('images → features', extractions(images, options.rounds, precisions), options.batch)
+    show('training step', steps(images, labels, options.rounds, precisions, clock), options.batch)
+    show('images → features', extractions(images, options.rounds, precisions, clock), options.batch)
     for precision in precisions:
         seconds = steps_from_files(options.batch, options.rounds, precision)
         print(f'training step of mgn, batches from files by one worker, {precision}')
