@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_image, read_file
 
 from mgn import draws
 from mgn.augmentation import Draws
@@ -33,6 +32,8 @@ class TestBatch(NamedTuple):
 
 def decode(path):
     """One image as (3, h, w) uint8 RGB; ValueError naming the path where it is missing, truncated or no image."""
+    from torchvision.io import ImageReadMode, decode_image, read_file  # takes longer to import than torch, which --help need not wait for
+
     try:
         image = decode_image(read_file(path), mode=ImageReadMode.RGB)
     except (RuntimeError, OSError) as error:
@@ -126,6 +127,8 @@ def batches(dataset, items, workers, device):
 
     Raises RuntimeError in place of an item where a worker process has died.
     """
+    import torchvision.io  # noqa: F401 (once, not in every worker)
+
     loader = DataLoader(dataset, sampler=items, batch_size=None, num_workers=workers, pin_memory=device.type == 'cuda', worker_init_fn=ignore_interrupts)
     main = hasattr(signal, 'SIGCHLD') and threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGCHLD) if main else None
