@@ -135,7 +135,7 @@ def check_shared(folder):
 
 def finite(features):
     if not features.isfinite().all():
-        raise ValueError('want finite features, got NaN or infinity; look at the weights, or bind precision = \'float32\'')
+        raise ValueError('want finite features, got NaN or infinity; look at the weights, or bind feature_precision = \'float32\'')
     return features
 
 
