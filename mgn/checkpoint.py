@@ -1,5 +1,6 @@
 """Checkpoints: written whole or not at all, loaded without running anything that a file might hold."""
 
+import errno
 import os
 import zipfile
 
@@ -37,25 +38,36 @@ def save(path, content, older=None):
             os.remove(temporary)
 
 
+class Damaged(ValueError):
+    """A checkpoint that is not what was written: cut short, or of other checksums."""
+
+
 def load(path):
     """The content of a checkpoint, tensors on the CPU, once its checksums are found right.
 
-    Raises FileNotFoundError, or ValueError where the file is no checkpoint of this project, or damaged.
+    Raises FileNotFoundError, Damaged, ValueError where the file is no checkpoint of this project, or OSError where it cannot be read.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f'want a checkpoint, found no file {path}; correct the path')
+    wanted = f'want a checkpoint written by mgn.train, got {path}'
     try:
         with zipfile.ZipFile(path) as file:  # as torch.save writes it, with a CRC-32 of every tensor, which torch.load does not look at
-            damaged = file.testzip()
-        if damaged:
-            raise ValueError(f'its part {damaged} has another checksum than was written')
+            other = file.testzip()
+    except Exception as error:  # damaged bytes can raise nearly anything, and EINVAL where they lead outside the file
+        if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        raise Damaged(f'{wanted}, which is none or damaged ({first_line(error)}); give another file') from error
+    if other:
+        raise Damaged(f'{wanted}, which is damaged: {other} in it has another checksum than was written; give another file')
+    try:
         content = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # unpickling damaged or foreign bytes can raise nearly anything
-        raise ValueError(f'want a checkpoint written by mgn.train, got {path}, which cannot be loaded as one '
-                         f'({first_line(error)}); give another file') from error
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # unpickling foreign bytes, too
+        damaged = 'PytorchStreamReader' in str(error)  # the headers between the tensors
+        raise (Damaged if damaged else ValueError)(f'{wanted}, which cannot be loaded as one ({first_line(error)}); give another file') from error
     if not isinstance(content, dict) or content.get('format') != FORMAT:
-        raise ValueError(f'want a checkpoint written by mgn.train, got {path}, which holds something else; '
-                         f'ImageNet weights go into MGN.pretrained')
+        raise ValueError(f'{wanted}, which holds something else; ImageNet weights go into MGN.pretrained')
     return content
 
 

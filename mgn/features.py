@@ -14,10 +14,12 @@ import torch.nn.functional as F
 
 from mgn import processes
 from mgn.folding import folded
-from mgn.images import TestBatches, batches
+from mgn.images import TestBatches
+from mgn.interruption import leave_if_nothing_is_lost
 from mgn.ops.augmentation import normalise
 from mgn.precision import DTYPES, resolve
 from mgn.runlog import progress, write_text
+from mgn.supply import supply
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +44,11 @@ def feature_batches(model, samples, device, input_size, batch_size, workers, fli
     if batch_size < 1:
         raise ValueError(f'want batch_size >= 1 to extract features, got {batch_size}')
     test_batches = TestBatches(samples, input_size, batch_size)
-    loader = batches(test_batches, range(len(test_batches)), workers, device)
     network = folded(model)
     done, said = 0, time.perf_counter()
     with progress(len(samples), unit='image', what='features') as bar:
-        for batch in loader:
+        for batch in supply(test_batches, range(len(test_batches)), workers, device):
+            leave_if_nothing_is_lost()
             if batch.unreadable:
                 raise ValueError('want readable images to evaluate, got\n  ' + '\n  '.join(batch.unreadable)
                                  + '\nrestore the files, or remove them from the data set')

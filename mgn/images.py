@@ -76,10 +76,15 @@ class TrainBatches(Dataset):
         self.augmentation, self.size = augmentation, tuple(size)
         self.positions = range(sampler.P * sampler.K) if positions is None else positions
 
-    def __getitem__(self, step):
-        images, unreadable = [], {}
+    def indices(self, step):
         batch = self.sampler.batch(step)
-        indices = [batch[position] for position in self.positions]
+        return [batch[position] for position in self.positions]
+
+    def paths(self, step):
+        return [self.samples[index].path for index in self.indices(step)]
+
+    def __getitem__(self, step):
+        images, unreadable, indices = [], {}, self.indices(step)
         for position, index in zip(self.positions, indices):
             images.append(self.image(index, step, position, unreadable))
         augmentation_draws = self.augmentation.draw(self.sampler.seed, step, len(indices), self.size, self.positions.start)
@@ -112,11 +117,14 @@ class TestBatches(Dataset):
     def __len__(self):
         return -(-len(self.samples) // self.batch_size)
 
+    def paths(self, item):
+        return [sample.path for sample in self.samples[item * self.batch_size:(item + 1) * self.batch_size]]
+
     def __getitem__(self, item):
         images, unreadable = [], []
-        for sample in self.samples[item * self.batch_size:(item + 1) * self.batch_size]:
+        for path in self.paths(item):
             try:
-                images.append(decode(sample.path))
+                images.append(decode(path))
             except ValueError as error:  # raised by the caller: across processes an error would lose its shape
                 unreadable.append(str(error))
         return TestBatch(to_batch(images, self.size), unreadable)
@@ -129,7 +137,7 @@ def batches(dataset, items, workers, device):
     """
     import torchvision.io  # noqa: F401 (once, not in every worker)
 
-    loader = DataLoader(dataset, sampler=items, batch_size=None, num_workers=workers, pin_memory=device.type == 'cuda', worker_init_fn=ignore_interrupts)
+    loader = DataLoader(dataset, sampler=items, batch_size=None, num_workers=workers, pin_memory=device.type == 'cuda', worker_init_fn=leave_signals)
     main = hasattr(signal, 'SIGCHLD') and threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGCHLD) if main else None
     result = iter(loader)
@@ -138,6 +146,7 @@ def batches(dataset, items, workers, device):
     return result
 
 
-def ignore_interrupts(_):
-    """A terminal sends its SIGINT to every process; the main one ends the others."""
+def leave_signals(_):
+    """A terminal sends its SIGINT to every process; the main one ends the others, and counts its own signals alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)

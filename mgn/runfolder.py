@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 LOCK = 'run.lock'
 HELD = (errno.EACCES, errno.EAGAIN)
+_held = set()
 
 
 @contextlib.contextmanager
@@ -22,8 +23,11 @@ def locked(output_dir):
     """Makes the folder where there is none, and holds it: ValueError where another run does, also on another machine.
 
     The lock is the system's, so it ends with its process; the file alone means nothing. What a killed run was writing is removed.
+    Gives a function that raises ValueError where the lock file has been removed since.
     """
-    path = os.path.join(output_dir, LOCK)
+    path, folder = os.path.join(output_dir, LOCK), os.path.realpath(output_dir)
+    if folder in _held:  # to the system, threads of a process are one
+        raise refused(output_dir, 'this very process')
     try:
         os.makedirs(output_dir, exist_ok=True)
         file = open(path, 'a+')
@@ -37,16 +41,36 @@ def locked(output_dir):
             pass
         except OSError as error:
             if error.errno in HELD:
-                raise ValueError(f'want an output_dir that no other run writes to, got {output_dir}, where {holder(file)} is training; '
-                                 f'wait for it, end it, or bind another output_dir') from None
+                raise refused(output_dir, holder(file)) from None
             logger.warning('%s cannot be locked (%s): let no other run write there', output_dir, error)
-        file.truncate(0)
-        json.dump({'process': os.getpid(), 'machine': socket.gethostname()}, file)
+        _held.add(folder)
+        try:
+            file.truncate(0)
+            write_text_to(file, json.dumps({'process': os.getpid(), 'machine': socket.gethostname()}))
+            for left in glob.glob(os.path.join(glob.escape(output_dir), '*.tmp')):
+                if re.search(r'\.\d+\.tmp$', left):
+                    os.remove(left)
+
+            def check():
+                if not os.path.exists(path) or not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                    raise ValueError(f'want {path} as long as this run writes there, found it removed or replaced, so that another run may write there '
+                                     f'too; leave it in place, and start one run again')
+            yield check
+        finally:
+            _held.discard(folder)
+
+
+def write_text_to(file, text):
+    try:
+        file.write(text)
         file.flush()
-        for left in glob.glob(os.path.join(glob.escape(output_dir), '*.tmp')):
-            if re.search(r'\.\d+\.tmp$', left):
-                os.remove(left)
-        yield
+    except OSError as error:
+        raise OSError(f'want to write {file.name}, got: {error}; free disk space or bind another output_dir') from error
+
+
+def refused(output_dir, who):
+    return ValueError(f'want an output_dir that no other run writes to, got {output_dir}, where {who} is training; wait for it, end it, or bind '
+                      f'another output_dir')
 
 
 def holder(file):
@@ -61,29 +85,31 @@ def holder(file):
 def newest(output_dir, resume):
     """(path, content) of last.pth, or where that is damaged or missing of the newest step_<n>.pth that is whole; None for a fresh run.
 
-    Raises ValueError where that would overwrite another run, or every checkpoint is damaged.
+    Damaged ones are renamed to ….damaged. Raises ValueError where a run would be overwritten, or every checkpoint is damaged.
     """
-    last, best = (os.path.join(output_dir, name) for name in ('last.pth', 'best.pth'))
-    candidates = [path for path in (last, *reversed(older(output_dir))) if os.path.exists(path)]
+    last, best, metrics = (os.path.join(output_dir, name) for name in ('last.pth', 'best.pth', 'metrics.jsonl'))
+    candidates = [path for path in (last, *reversed(older(output_dir))) if os.path.isfile(path)]
     if candidates and not resume:
         raise ValueError(f'want an output_dir without a run, as train.resume = False, got {candidates[0]}; '
                          f'bind another output_dir or train.resume = True')
-    damaged = []
+    damaged = {}
     for path in candidates:
         try:
             content = checkpoints.load(path)
-        except ValueError as error:
-            damaged.append(str(error))
+        except checkpoints.Damaged as error:
+            damaged[path] = str(error)
             continue
-        for what in damaged:
-            logger.warning('a damaged checkpoint is left out: %s', what)
+        for odd, what in damaged.items():
+            os.replace(odd, f'{odd}.damaged')
+            logger.warning('a damaged checkpoint is left out and renamed to %s.damaged: %s', odd, what)
         return path, content
     if damaged:
-        raise ValueError('want a checkpoint to go on from, got damaged ones alone:\n  ' + '\n  '.join(damaged)
+        raise ValueError('want a checkpoint to go on from, got damaged ones alone:\n  ' + '\n  '.join(damaged.values())
                          + '\nbring one back, or bind another output_dir')
-    if os.path.exists(best):
-        raise ValueError(f'want an empty output_dir or a run to go on with, got {best} without last.pth; '
-                         f'move it or bind another output_dir')
+    for left in (best, metrics):
+        if os.path.exists(left) and os.path.getsize(left):
+            raise ValueError(f'want an empty output_dir or a run to go on with, got {left} without last.pth; '
+                             f'move it or bind another output_dir')
     return None
 
 
@@ -103,7 +129,7 @@ def save(output_dir, content, keep_last, previous):
 def older(output_dir):
     """Paths of all step_<n>.pth, ascending."""
     paths = glob.glob(os.path.join(glob.escape(output_dir), 'step_*.pth'))
-    return sorted((path for path in paths if step_of(path) is not None), key=step_of)
+    return sorted((path for path in paths if step_of(path) is not None and os.path.isfile(path)), key=step_of)
 
 
 def step_of(path):

@@ -44,6 +44,10 @@ class RunLog:
             if self.events and name != 'step':
                 self.events.add_scalar(('evaluation/' if 'mAP' in record else 'training/') + name, value, record['step'])
 
+    def flush(self):
+        if self.events:
+            self.events.flush()
+
     def close(self):
         if self.events:
             self.events.close()

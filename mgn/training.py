@@ -44,7 +44,7 @@ def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=
     """Trains MGN on dataset.train, evaluates it on dataset.query and dataset.gallery; returns the model.
 
     Goes on from output_dir/last.pth where there is one, or from the newest older checkpoint that is whole. Every random draw depends on
-    (seed, step, position) alone, so on a CPU an interrupted and resumed run ends with the very weights of an uninterrupted one.
+    (seed, step, position) alone, so on a CPU an interrupted and resumed run of one process ends with the very weights of an uninterrupted one.
     At SIGTERM or SIGINT it ends behind the step under way, with a checkpoint, by SystemExit(75); at the second one at once.
 
     Under torchrun each process takes P / processes of the identities, and the gradient is the mean over all; process 0 alone writes.
@@ -75,9 +75,10 @@ def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=
     output_dir = output_dir or os.path.abspath(default_output_dir)
     device = find_device(device)
     precision = resolve(precision, device, 'train.precision')
+    processes.check_same('precision', precision, "bind train.precision to one that all machines are fast at, e.g. 'float32'")
     check_split(P, mining, sync_bn, device)
     first = processes.number() == 0
-    with locked(output_dir) if first else nullcontext(), Interruption() as interruption:
+    with locked(output_dir) if first else nullcontext() as check_lock, Interruption() as interruption:
         path, last = processes.share((newest(output_dir, resume) if first else None) or (None, None))
         check_alike(dataset, ('train',))
         labels, num_classes = train_labels(dataset.train)
@@ -110,6 +111,8 @@ def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=
             meter.join()
             check_finite(model, meter, step, output_dir)
             if first and step != saved:
+                check_lock()
+                log.flush()
                 save(output_dir, {
                     'config': gin.config_str(), 'num_classes': num_classes, 'step': step, 'model': model.state_dict(),
                     'average': average.model.state_dict() if average else None, 'optimizer': optimizer.state_dict(),
@@ -129,6 +132,7 @@ def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=
                 if interruption.asked():
                     save_last()
                     logger.info('%s: ended behind step %d, which last.pth holds; the same command goes on', 'SIGTERM or SIGINT' if interruption.noted is None else interruption.noted.name, step)
+                    processes.wait()  # torchrun ends all that are left where one has ended
                     raise SystemExit(STATUS)
                 if is_due(step, evaluate_every, total_steps) and not processes.share(log.evaluated(step)):
                     with interruption.at_once():
@@ -291,8 +295,8 @@ def best_so_far(path):
         return checkpoints.load(path)['mAP']
     except FileNotFoundError:
         return -1.0
-    except ValueError as error:
-        logger.warning('a damaged checkpoint is renamed to %s.damaged: %s', path, error)
+    except checkpoints.Damaged as error:
+        logger.warning('a damaged checkpoint is renamed to %s.damaged, and this evaluation is the best so far: %s', path, error)
         os.replace(path, f'{path}.damaged')
         return -1.0
 

@@ -9,6 +9,7 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -142,6 +143,22 @@ def test_a_truncated_checkpoint_is_refused(tmp_path, length):
     path.write_bytes(whole[:int(length * len(whole)) if length == 0.5 else length])
     with pytest.raises(ValueError, match='want a checkpoint written by mgn.train, got .*last.pth'):
         checkpoint.load(str(path))
+
+
+def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path):
+    path, rng = tmp_path / 'last.pth', np.random.default_rng(0)
+    checkpoint.save(str(path), CONTENT)
+    whole, want = path.read_bytes(), checkpoint.load(str(path))
+    found = 0
+    for place in rng.integers(len(whole), size=300):
+        path.write_bytes(bytes([*whole[:place], whole[place] ^ 1 << rng.integers(8), *whole[place + 1:]]))
+        try:
+            got = checkpoint.load(str(path))
+        except checkpoint.Damaged:
+            found += 1
+            continue
+        assert str(got) == str(want)
+    assert found > 100
 
 
 class Code:

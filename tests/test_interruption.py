@@ -89,6 +89,62 @@ def test_a_signal_that_comes_before_an_evaluation_keeps_it_from_beginning():
             raise AssertionError('it has begun')
 
 
+def test_a_signal_without_a_reader_of_its_message_is_one_all_the_same(monkeypatch):
+    def broken(*_):
+        raise BrokenPipeError
+    with interruption.Interruption() as interrupted, monkeypatch.context() as patch:
+        patch.setattr(os, 'write', broken)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupted.asked()
+
+
+def test_signals_that_are_ignored_stay_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interruption.Interruption() as interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not interrupted.asked() and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_an_error_that_a_signal_has_brought_about_in_an_evaluation_is_none():
+    with interruption.Interruption() as interrupted, pytest.raises(SystemExit) as left, interrupted.at_once():
+        interrupted.noted = signal.SIGTERM  # as where the handler's own exception got lost in a callback
+        raise RuntimeError('DataLoader worker exited unexpectedly')
+    assert left.value.code == 75
+    with interruption.Interruption() as interrupted, pytest.raises(SystemExit), interrupted.at_once():
+        interrupted.noted = signal.SIGTERM
+        interruption.leave_if_nothing_is_lost()
+    with interruption.Interruption() as interrupted:
+        interrupted.noted = signal.SIGTERM
+        interruption.leave_if_nothing_is_lost()  # a step is not left
+
+
+def test_a_second_signal_does_not_wait_for_a_long_call_of_the_main_thread(tmp_path):
+    program = f"""
+import os, sys, threading, time
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from mgn.interruption import Interruption
+
+def send():
+    for _ in range(2):
+        time.sleep(0.7)
+        os.kill(os.getpid(), 15)
+
+big = torch.rand(2000, 2000)
+with Interruption():
+    threading.Thread(target=send, daemon=True).start()
+    began = time.monotonic()
+    while time.monotonic() - began < 20:
+        torch.linalg.multi_dot([big] * 400)  # takes long, in one call
+"""
+    ended = run_program(program)
+    assert ended.returncode == 143 and 'SIGTERM: the run ends behind this step' in ended.stderr
+
+
 # A step that takes long: the first signal waits for its end, the second does not.
 PROGRAM = """
 import os, signal, sys, time
@@ -101,6 +157,7 @@ real, signals = training.train_step, {signals}
 def step(*args):
     for number in signals:
         os.kill(os.getpid(), number)
+        time.sleep(0.5)
     print('signals sent', flush=True)
     return real(*args)
 
@@ -110,7 +167,7 @@ config.run(lambda files, bindings: train({data!r}, {folder!r}))
 """
 
 
-@pytest.mark.parametrize('signals, status', [([15], 75), ([2], 75), ([15, 15], -15), ([2, 2], -2), ([15, 2], -2)])
+@pytest.mark.parametrize('signals, status', [([15], 75), ([2], 75), ([15, 15], 143), ([2, 2], 130), ([15, 2], 130)])
 def test_the_status_tells_an_interrupted_run_and_the_second_signal_ends_it_at_once(market, tmp_path, signals, status):
     program = PROGRAM.format(root=str(ROOT), tests=str(ROOT / 'tests'), signals=signals, data=str(market), folder=str(tmp_path / 'run'))
     ended = run_program(program)

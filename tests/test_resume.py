@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import zipfile
 from contextlib import nullcontext
 
 import pytest
@@ -198,8 +199,12 @@ def test_weights_alone_are_refused(market, copy):
 
 
 def flip_a_bit(path, place):
+    """In a tensor: between them are bytes that mean nothing."""
     data = bytearray(path.read_bytes())
-    data[int(place * len(data))] ^= 1
+    with zipfile.ZipFile(path) as file:
+        tensors = [info for info in file.infolist() if '/data/' in info.filename and info.file_size > 64]
+    tensor = tensors[int(place * len(tensors))]
+    data[tensor.header_offset + 300 + tensor.file_size // 2] ^= 1
     path.write_bytes(data)
 
 
@@ -207,11 +212,13 @@ def flip_a_bit(path, place):
                                     lambda path: path.unlink(), *(lambda path, place=place: flip_a_bit(path, place) for place in (0.1, 0.5, 0.9))])
 def test_a_damaged_last_is_named_and_the_newest_whole_checkpoint_gone_on_from(market, copy, uninterrupted, caplog, damage):
     (copy / 'step_3.pth').write_bytes((copy / 'step_6.pth').read_bytes())
+    (copy / 'step_5.pth').mkdir()
     damage(copy / 'last.pth')
     missing = not (copy / 'last.pth').exists()
     with caplog.at_level(logging.INFO):
         train(market, copy)
     assert missing or any('left out' in message and 'last.pth' in message for message in caplog.messages)
+    assert (copy / 'last.pth.damaged').exists() != missing
     assert any(f'going on from {copy}/step_6.pth, of step 6' in message for message in caplog.messages)
     assert_same(outcome(copy), outcome(uninterrupted))
 
@@ -230,6 +237,28 @@ def test_a_damaged_best_is_put_aside_and_named(market, tmp_path, monkeypatch, un
     train(market, tmp_path)
     assert 'renamed to' in caplog.text and (tmp_path / 'best.pth.damaged').exists()
     assert_same(outcome(tmp_path), outcome(uninterrupted))
+
+
+@pytest.mark.parametrize('content', [{'format': 'mgn checkpoint 2', 'step': 9}, {'weights': torch.zeros(3)}])
+def test_what_is_whole_but_of_another_program_is_not_overwritten(market, copy, content):
+    torch.save(content, copy / 'last.pth')
+    refuses(market, copy, 'want a checkpoint written by mgn.train, got .*last.pth, which holds something else')
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(market, copy, monkeypatch):
+    def unreadable(*_, **__):
+        raise OSError(errno.EIO, 'Input/output error')
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    with monkeypatch.context() as patch, pytest.raises(OSError, match='Input/output error'):
+        patch.setattr(torch, 'load', unreadable)
+        train(market, copy)
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+
+
+def test_measures_without_a_checkpoint_are_not_taken_over(market, copy):
+    for path in copy.glob('*.pth'):
+        path.unlink()
+    refuses(market, copy, 'want an empty output_dir or a run to go on with, got .*metrics.jsonl without last.pth')
 
 
 @pytest.mark.parametrize('keep_last, kept', [(0, []), (1, [6]), (2, [4, 6]), (9, [0, 2, 4, 6])])

@@ -4,13 +4,16 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
+import time
 
 import pytest
 from conftest import write_market
 from outcomes import assert_same, outcome
 from thin import thin, train  # noqa: F401 (a fixture)
 
-from mgn import checkpoint, images, training
+from mgn import checkpoint, features, images, training
+from mgn.supply import died
 
 pytestmark = pytest.mark.usefixtures('thin')
 
@@ -52,7 +55,7 @@ def test_a_worker_process_that_dies_is_replaced_and_nothing_changes(market, tmp_
     train(market, tmp_path / 'untouched', 'workers = 2')
     at_step(monkeypatch, 0, lambda: [os.kill(child.pid, signal.SIGKILL) for child in multiprocessing.active_children()])
     train(market, tmp_path / 'run', 'workers = 2')
-    assert any(re.match(r'a worker process died before step \d, new ones take over: DataLoader worker .*pid', message) for message in caplog.messages)
+    assert any(re.match(r'worker death number 1, before batch \d; new ones take over: DataLoader worker .*pid', message) for message in caplog.messages)
     assert_same(outcome(tmp_path / 'run'), outcome(tmp_path / 'untouched'))
 
 
@@ -65,6 +68,30 @@ def test_a_file_that_kills_every_worker_stops_the_run_and_stands_in_the_list(mar
             os.kill(os.getpid(), signal.SIGKILL)
         return real(path)
     monkeypatch.setattr(images, 'decode', deadly)
-    with pytest.raises(RuntimeError, match=r'(?s)want worker processes that live, got 3 deaths without a batch in between, .*0003_c.*look for a file'):
+    with pytest.raises(RuntimeError, match=r'(?s)want worker processes that live, got . deaths, 3 of them without a batch in between, .*0003_c.*look for a file'):
         train(market, tmp_path, 'workers = 1', 'train.evaluate_every = 99')
     assert len([message for message in caplog.messages if 'new ones take over' in message]) >= 2
+
+
+def test_a_worker_process_that_dies_in_an_evaluation_is_replaced(market, tmp_path, monkeypatch, caplog):
+    real, killed = features.folded, []
+
+    def folded(model):
+        if not killed:
+            killed.append(True)
+            threading.Timer(0.2, lambda: [os.kill(child.pid, signal.SIGKILL) for child in multiprocessing.active_children()]).start()
+            monkeypatch.setattr(images, 'decode', lambda path: (time.sleep(0.05), decode(path))[1])
+        return real(model)
+    decode = images.decode
+    monkeypatch.setattr(features, 'folded', folded)
+    train(market, tmp_path / 'run', 'workers = 1', 'total_steps = 1', 'evaluate.batch_size = 2')
+    monkeypatch.undo()
+    assert any(message.startswith('worker death number 1, before batch') for message in caplog.messages)
+
+
+@pytest.mark.parametrize('told, workers, dead', [
+    ('DataLoader worker (pid 3) is killed by signal: Killed. ', 1, True), ('DataLoader worker (pid(s) 3) exited unexpectedly', 2, True),
+    ('Pin memory thread exited unexpectedly', 1, True), ('Caught RuntimeError in DataLoader worker process 0.\nOriginal …', 1, False),
+    ('CUDA error', 1, False), ('DataLoader worker (pid 3) is killed', 0, False)])
+def test_only_deaths_are_deaths(told, workers, dead):
+    assert bool(died(RuntimeError(told), workers)) == dead and died(ConnectionResetError(), 1)
