@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_market
+from forks import run_program
 from outcomes import assert_same
 from test_binaries import RECIPE, environment, metrics
 from together import torchrun
@@ -150,13 +151,15 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize('bindings, message', [MISTAKES[0], *(pytest.param(*mistake, marks=pytest.mark.long) for mistake in MISTAKES[1:])])
+@pytest.mark.long
+@pytest.mark.parametrize('bindings, message', MISTAKES)
 def test_a_mistake_of_all_is_told_once(home, bindings, message):
     run = thin_train(home, 3, 'mistaken', *bindings)  # which of them comes first is left to chance
     assert run.returncode != 0
     assert len(re.findall('error: ', run.stderr)) == 1 and re.search(message, run.stderr, re.DOTALL)
 
 
+@pytest.mark.long
 def test_what_one_process_alone_meets_is_told_once(home, tmp_path):
     """Images of one identity that cannot be read are in the part of one process."""
     write_market(tmp_path / 'data', identities=6)
@@ -173,11 +176,12 @@ def evaluate(folder, weights, *bindings, processes=1, module='mgn.eval'):
     if processes > 1:
         run = torchrun(processes, '-m', module, *flags, cwd=folder)
     else:
-        run = subprocess.run([sys.executable, '-m', module, *flags], cwd=folder, env=environment(), text=True, capture_output=True)
+        run = run_program(ALONE, module, *flags, cwd=folder)
     assert run.returncode == 0, run.stderr
     return run, json.loads((folder / 'eval.json').read_text()) if module == 'mgn.eval' else None
 
 
+ALONE = "import runpy, sys; sys.argv[:] = sys.argv[1:]; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
 NAMES = ('rank1', 'rank5', 'rank10', 'mAP', 'mAP_trapezoid', 'mINP')
 
 
@@ -185,13 +189,13 @@ NAMES = ('rank1', 'rank5', 'rank10', 'mAP', 'mAP_trapezoid', 'mINP')
 def weights(home):
     """Of a model that the binaries build, with no patch: a checkpoint before the first step."""
     flags = ["--gin_bindings=output_dir = 'plain'", '--gin_bindings=total_steps = 1', '--gin_bindings=P = 2']
-    run = subprocess.run([sys.executable, '-m', 'mgn.train', '--gin_file=my.gin', *flags], cwd=home, env=environment(), text=True,
-                         capture_output=True)
+    run = run_program(ALONE, 'mgn.train', '--gin_file=my.gin', *flags, cwd=home)
     assert run.returncode == 0, run.stderr
     return home / 'plain' / 'last.pth'
 
 
-def test_features_are_extracted_by_several_processes_and_evaluated_by_any_number(weights, tmp_path):
+@pytest.mark.parametrize('readers', [1, pytest.param(2, marks=pytest.mark.long)])
+def test_features_are_extracted_by_several_processes_and_evaluated_by_any_number(weights, tmp_path, readers):
     more = 'query_expansion = 2', 'rerank = True', 'evaluate.k1 = 3'
     _, alone = evaluate(tmp_path / 'alone', weights, *more)
     features = tmp_path / 'features'
@@ -201,12 +205,12 @@ def test_features_are_extracted_by_several_processes_and_evaluated_by_any_number
     run, sharded = evaluate(tmp_path / 'sharded', weights, *more, processes=3)
     assert len(re.findall('re-ranking run in process 0', run.stdout)) == 1
     assert len(re.findall('rank10', run.stdout)) == 1
-    _, stored = evaluate(tmp_path / 'stored', weights, *more, f"features_dir = '{features}'", processes=2)
+    _, stored = evaluate(tmp_path / 'stored', weights, *more, f"features_dir = '{features}'", processes=readers)
     for results in (sharded, stored):
         for stage in (None, 'query_expansion', 'rerank'):
             one, other = (figures[stage] if stage else figures for figures in (alone, results))
             assert {name: one[name] for name in NAMES} == pytest.approx({name: other[name] for name in NAMES}, abs=1e-4)
-    assert (alone['processes'], sharded['processes'], stored['processes']) == (1, 3, 2)
+    assert (alone['processes'], sharded['processes'], stored['processes']) == (1, 3, readers)
     assert stored['features_dir'] == str(features)
 
 
