@@ -70,7 +70,7 @@ def test_near_duplicates_far_from_the_origin_keep_their_distances(implementation
     assert_mined(batch_hard(anchors, labels), anchors, labels)
 
 
-@pytest.mark.parametrize('width', [2048, 4096, 50_000])
+@pytest.mark.parametrize('width', [2048, 4096, pytest.param(50_000, marks=pytest.mark.long)])
 def test_the_error_of_long_sums_stays_within_1e_5(implementation, device, width):
     """Equal terms, so that roundings of a running sum would add up instead of cancelling."""
     if device != 'cpu':

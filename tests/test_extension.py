@@ -181,6 +181,7 @@ def test_an_install_without_a_compiler_says_so_in_one_line():
         'mgn: no C++ compiler /nowhere/c++ for the extension: operations run their slower PyTorch references']
 
 
+@pytest.mark.long  # compiles the whole module
 def test_built_beside_a_toolkit_of_another_major_the_module_remembers_why(tmp_path):
     """A whole build: CPU only, and it succeeds. Without optimisation, which would take most of the time."""
     compiler = tmp_path / 'c++'

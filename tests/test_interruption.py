@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 from forks import ROOT, run_program
 from outcomes import assert_same, outcome
-from thin import ThinResNet, thin, train  # noqa: F401 (a fixture)
+from thin import thin, train  # noqa: F401 (a fixture)
 
 from mgn import checkpoint, interruption, training
 
@@ -17,7 +17,6 @@ pytestmark = pytest.mark.usefixtures('thin')
 KINDS = {'float32': (), 'bfloat16, average, workers': ("train.precision = 'bfloat16'", 'train.ema_decay = 0.9', 'workers = 2')}
 LONG_KINDS = {f'{precision}, {decay}, {workers}': (f"train.precision = '{precision}'", f'train.ema_decay = {decay}', f'workers = {workers}')
               for precision in ('float32', 'bfloat16') for decay in (None, 0.9) for workers in (0, 2)}
-KINDS_AND_LONG = [*KINDS.values(), *(pytest.param(kind, marks=pytest.mark.long) for kind in LONG_KINDS.values())]
 
 
 @pytest.fixture(scope='module')
@@ -48,9 +47,10 @@ def signalled(monkeypatch, name, call, number=signal.SIGTERM):
         yield
 
 
-@pytest.mark.parametrize('kind', KINDS_AND_LONG, ids=[*KINDS, *(f'long {name}' for name in LONG_KINDS)])
-@pytest.mark.parametrize('call, number', [(0, signal.SIGTERM), (4, signal.SIGINT), pytest.param(6, signal.SIGTERM, marks=pytest.mark.long)])
+@pytest.mark.parametrize('call, number, kind', [(0, signal.SIGTERM, 'float32'), (4, signal.SIGINT, 'bfloat16, average, workers'), *(
+    pytest.param(call, signal.SIGTERM, kind, marks=pytest.mark.long) for call in (0, 4, 6) for kind in LONG_KINDS)])
 def test_the_step_is_finished_and_saved_and_the_run_goes_on_bit_for_bit(market, tmp_path, monkeypatch, uninterrupted, capfd, kind, call, number):
+    kind = {**KINDS, **LONG_KINDS}[kind]
     handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     with signalled(monkeypatch, 'train_step', call, number), pytest.raises(SystemExit) as left:
         train(market, tmp_path, *kind)
@@ -167,7 +167,8 @@ config.run(lambda files, bindings: train({data!r}, {folder!r}))
 """
 
 
-@pytest.mark.parametrize('signals, status', [([15], 75), ([2], 75), ([15, 15], 143), ([2, 2], 130), ([15, 2], 130)])
+@pytest.mark.parametrize('signals, status', [([15], 75), ([2, 2], 130), *(pytest.param(*case, marks=pytest.mark.long) for case in (
+    ([2], 75), ([15, 15], 143), ([15, 2], 130)))])
 def test_the_status_tells_an_interrupted_run_and_the_second_signal_ends_it_at_once(market, tmp_path, signals, status):
     program = PROGRAM.format(root=str(ROOT), tests=str(ROOT / 'tests'), signals=signals, data=str(market), folder=str(tmp_path / 'run'))
     ended = run_program(program)

@@ -4,8 +4,6 @@ import multiprocessing
 import os
 import re
 import signal
-import threading
-import time
 
 import pytest
 from conftest import write_market
@@ -30,8 +28,8 @@ def at_step(monkeypatch, call, what):
     monkeypatch.setattr(training, 'train_step', step)
 
 
-@pytest.mark.parametrize('damage', [os.remove, lambda path: os.truncate(path, 200)], ids=['removed', 'cut'])
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers, damage', [(0, os.remove), (2, lambda path: os.truncate(path, 200)),
+                                             pytest.param(2, os.remove, marks=pytest.mark.long)], ids=['removed', 'cut, workers', 'removed, workers'])
 def test_files_that_go_bad_in_the_middle_are_told_and_replaced(tmp_path, monkeypatch, caplog, damage, workers):
     root = write_market(tmp_path / 'data', identities=60, images=4, size=(16, 8))
     bad = sorted((root / 'bounding_box_train').glob('*_000000_*'))[:2]  # of 240: two may be
@@ -74,18 +72,15 @@ def test_a_file_that_kills_every_worker_stops_the_run_and_stands_in_the_list(mar
 
 
 def test_a_worker_process_that_dies_in_an_evaluation_is_replaced(market, tmp_path, monkeypatch, caplog):
-    real, killed = features.folded, []
+    real, calls = features.normalise, []
 
-    def folded(model):
-        if not killed:
-            killed.append(True)
-            threading.Timer(0.2, lambda: [os.kill(child.pid, signal.SIGKILL) for child in multiprocessing.active_children()]).start()
-            monkeypatch.setattr(images, 'decode', lambda path: (time.sleep(0.05), decode(path))[1])
-        return real(model)
-    decode = images.decode
-    monkeypatch.setattr(features, 'folded', folded)
-    train(market, tmp_path / 'run', 'workers = 1', 'total_steps = 1', 'evaluate.batch_size = 2')
-    monkeypatch.undo()
+    def normalise(batch):
+        if not calls:
+            [os.kill(child.pid, signal.SIGKILL) for child in multiprocessing.active_children()]
+        calls.append(0)
+        return real(batch)
+    monkeypatch.setattr(features, 'normalise', normalise)
+    train(market, tmp_path / 'run', 'workers = 1', 'total_steps = 1', 'evaluate.batch_size = 1')
     assert any(message.startswith('worker death number 1, before batch') for message in caplog.messages)
 
 

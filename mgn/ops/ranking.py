@@ -97,7 +97,7 @@ def on_float64_device(query, gallery):
 def keys_in_order(compiled, query, gallery, owners, items, cosine):
     """keys_of_pairs, the gallery's rows taken in their order and asked for ahead, as a file is read best."""
     ascending, keys = np.argsort(items, kind='stable'), np.empty(len(items))
-    parts = [ascending[part] for part in spans(len(items), OPERANDS // max(gallery.shape[1], 1))]
+    parts = [ascending[part] for part in spans(len(items), OPERANDS // 4 // max(gallery.shape[1], 1))]
     for part, ahead in zip(parts, [*parts[1:], None]):
         if ahead is not None:
             read_ahead(gallery, runs_of(items[ahead]))
