@@ -35,6 +35,7 @@ STEPS = {
     'benchmarks.ranking on CUDA': [*PYTHON, '-m', 'benchmarks.ranking', 'subspace', 'large', 'isotropic', 'bfloat16', 'msmt17', '--device=cuda'],
     'benchmarks.ranking': [*PYTHON, '-m', 'benchmarks.ranking'],
     'benchmarks.neighbours': [*PYTHON, '-m', 'benchmarks.neighbours'],
+    'benchmarks.training on CUDA': [*PYTHON, '-m', 'benchmarks.training', '--batch=64', '--precision=bfloat16', '--device=cuda'],
     'benchmarks.loading': [*PYTHON, '-m', 'benchmarks.loading'],
     'benchmarks.small_maps': [*PYTHON, '-m', 'benchmarks.small_maps'],
 }

@@ -55,17 +55,17 @@ def fastreid_evaluate_rank(use_cython=True):
     return lambda *args, max_rank=50: (rank.evaluate_cy if use_cython else rank.evaluate_py)(*args, max_rank, False)
 
 
-def fastreid_mgn(num_classes):
+def fastreid_mgn(num_classes, device='cpu'):
     """fastreid.modeling.meta_arch.mgn.MGN, its optimiser and what this wraps the parameters in, both as its trainer builds them.
 
-    Without pretrained weights, on the CPU; bound as its projects/MGN is. In training the model takes {'images': (B, 3, H, W) float32 in
+    Without pretrained weights; bound as its projects/MGN is. In training the model takes {'images': (B, 3, H, W) float32 in
     0…255, 'targets': (B,)} and returns losses by name, inside an EventStorage; otherwise images, to (B, 2048).
     """
     without_init('fastreid')
     config, modeling, solver = (importlib.import_module(f'fastreid.{name}') for name in ('config', 'modeling', 'solver.build'))
     settings = config.get_cfg()
     settings.merge_from_list([
-        'MODEL.DEVICE', 'cpu', 'MODEL.META_ARCHITECTURE', 'MGN', 'MODEL.BACKBONE.LAST_STRIDE', 2, 'MODEL.HEADS.NUM_CLASSES', num_classes,
+        'MODEL.DEVICE', device, 'MODEL.META_ARCHITECTURE', 'MGN', 'MODEL.BACKBONE.LAST_STRIDE', 2, 'MODEL.HEADS.NUM_CLASSES', num_classes,
         'MODEL.HEADS.EMBEDDING_DIM', 256, 'MODEL.HEADS.WITH_BNNECK', True, 'MODEL.HEADS.NECK_FEAT', 'after',
         'MODEL.HEADS.POOL_LAYER', 'GlobalMaxPool', 'MODEL.LOSSES.NAME', ('CrossEntropyLoss', 'TripletLoss'),
         'MODEL.LOSSES.CE.EPSILON', 0.1, 'MODEL.LOSSES.CE.SCALE', 2.0,  # times the 0.125 of its heads: 0.25

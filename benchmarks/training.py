@@ -1,6 +1,6 @@
-"""A training step and feature extraction on the CPU against fast-reid's MGN, alternating; where their time goes.
+"""A training step and feature extraction against fast-reid's MGN, alternating; where their time goes.
 
-    make peers && python -m benchmarks.training [--batch=64] [--rounds=5] [--precision=bfloat16] [--cpu-time]
+    make peers && python -m benchmarks.training [--batch=64] [--rounds=5] [--precision=bfloat16] [--cpu-time | --device=cuda]
 
 Both sides: ResNet-50 with random weights, 384×128, 751 identities, the same images in memory. fast-reid runs in its default float32 as its
 trainer runs it, with its Adam over one contiguous tensor; its losses weigh two triplet terms more. Before anything is timed, its MGN with our
@@ -37,19 +37,19 @@ from mgn.sampler import IdentitySampler
 IDENTITIES, SIZE, K = 751, (384, 128), 4
 HEADS = ('b1', 'b2', 'b3', 'b21', 'b22', 'b31', 'b32', 'b33')
 ADAM = functools.partial(torch.optim.Adam, lr=3.5e-4, weight_decay=5e-4, fused=True)
-CPU = torch.device('cpu')
 
 
-def our_step(model, optimizer, augmentation, precision, loader):
+def our_step(model, optimizer, augmentation, precision, loader, device):
     """As mgn.training.train_step; yields the name of each phase behind it. `loader` gives TrainBatches."""
     batch = next(loader)
     yield 'waiting for data'
-    images = augmentation(batch.images, Draws(*batch.draws)).contiguous(memory_format=torch.channels_last)
+    images, labels, *draws = (x.to(device, non_blocking=True) for x in (batch.images, batch.labels, *batch.draws))
+    images = augmentation(images, Draws(*draws)).contiguous(memory_format=torch.channels_last)
     yield 'augmentation'
-    with torch.autocast('cpu', DTYPES[precision], enabled=precision != 'float32'):
+    with torch.autocast(device.type, DTYPES[precision], enabled=precision != 'float32'):
         output = model(images)
     yield 'forward'
-    losses = mgn_losses(MGNOutput(tuple(x.float() for x in output.logits), output.embeddings.float(), output.features), batch.labels)
+    losses = mgn_losses(MGNOutput(tuple(x.float() for x in output.logits), output.embeddings.float(), output.features), labels)
     yield 'losses'
     optimizer.zero_grad()
     sum(losses.values()).backward()
@@ -78,7 +78,7 @@ def extraction(features, *args):
 
 @torch.no_grad()
 def our_features(model, precision, images):
-    with torch.autocast('cpu', DTYPES[precision], enabled=precision != 'float32'):
+    with torch.autocast(images.device.type, DTYPES[precision], enabled=precision != 'float32'):
         return F.normalize(model(normalise(images)).features.float())
 
 
@@ -123,8 +123,8 @@ def check(images, labels):
     assert (got - want).norm() < 1e-2 * want.norm(), 'fast-reid finds another gradient'
 
 
-def new_model():
-    return MGN(IDENTITIES, pretrained=False).to(memory_format=torch.channels_last)
+def new_model(device='cpu'):
+    return MGN(IDENTITIES, pretrained=False).to(device, memory_format=torch.channels_last)
 
 
 def alternating(sides, rounds, clock):
@@ -153,17 +153,18 @@ def show(title, seconds, count):
 
 def steps(images, labels, rounds, precisions, clock):
     """fast-reid's training step and ours in each precision, all on the same batch in memory."""
-    peer, model, augmentation = fastreid_mgn(IDENTITIES), new_model().train(), Augmentation()
+    device = images.device
+    peer, model, augmentation = fastreid_mgn(IDENTITIES, device.type), new_model(device).train(), Augmentation()
     optimizer, pixels = make_optimizer(model, ADAM), images.float(memory_format=torch.contiguous_format)
     loader = itertools.repeat(TrainBatch(images, labels, augmentation.draw(0, 0, len(images), SIZE), []))
     return alternating({
         'fast-reid': functools.partial(peer_step, *peer, pixels, labels),
-        **{f'mgn, {precision}': functools.partial(our_step, model, optimizer, augmentation, precision, loader) for precision in precisions},
+        **{f'mgn, {precision}': functools.partial(our_step, model, optimizer, augmentation, precision, loader, device) for precision in precisions},
     }, rounds, clock)
 
 
 def extractions(images, rounds, precisions, clock):
-    peer, model = fastreid_mgn(IDENTITIES)[0].eval(), new_model().eval()
+    peer, model = fastreid_mgn(IDENTITIES, images.device.type)[0].eval(), new_model(images.device).eval()
     small, pixels = folded(model), images.float(memory_format=torch.contiguous_format)
     return alternating({
         'fast-reid': functools.partial(extraction, peer_features, peer, pixels),
@@ -172,9 +173,9 @@ def extractions(images, rounds, precisions, clock):
     }, rounds, clock)
 
 
-def steps_from_files(batch_size, rounds, precision):
+def steps_from_files(batch_size, rounds, precision, device, clock):
     """Our step alone by the wall's clock, its batches loaded from 64×128 JPEGs by one worker beside it."""
-    model, augmentation = new_model().train(), Augmentation()
+    model, augmentation = new_model(device).train(), Augmentation()
     optimizer = make_optimizer(model, ADAM)
     with tempfile.TemporaryDirectory() as folder:
         samples = [Sample(f'{folder}/{i}.jpg', i // K, i % 2) for i in range(2 * batch_size)]
@@ -182,9 +183,15 @@ def steps_from_files(batch_size, rounds, precision):
             write_jpeg(F.interpolate(torch.rand(1, 3, 16, 8), (128, 64), mode='bilinear')[0].mul(255).to(torch.uint8), sample.path)
         labels = [sample.pid for sample in samples]
         sampler = IdentitySampler(labels, [sample.camid for sample in samples], batch_size // K, K, 0)
-        loader = iter(batches(TrainBatches(samples, labels, sampler, augmentation, SIZE), range(1 + rounds), 1, CPU))
-        return alternating({precision: functools.partial(our_step, model, optimizer, augmentation, precision, loader)}, rounds,
-                           time.perf_counter)[precision]
+        loader = batches(TrainBatches(samples, labels, sampler, augmentation, SIZE), range(1 + rounds), 1, device)
+        return alternating({precision: functools.partial(our_step, model, optimizer, augmentation, precision, loader, device)}, rounds,
+                           clock)[precision]
+
+
+def synchronised():
+    """The wall's clock, once the GPU has done what it was told."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def main():
@@ -193,21 +200,24 @@ def main():
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--precision', default='float32', choices=DTYPES)
     parser.add_argument('--cpu-time', action='store_true')
+    parser.add_argument('--device', default='cpu', type=torch.device)
     options = parser.parse_args()
     if options.batch < 2 * K or options.batch % K:
         parser.error(f'want --batch as a multiple of {K}, at least {2 * K}, got {options.batch}')
     torch.manual_seed(0)
     images = torch.randint(0, 256, (options.batch, 3, *SIZE), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     labels = torch.arange(options.batch) // K
-    clock = time.process_time if options.cpu_time else time.perf_counter
+    wall = synchronised if options.device.type == 'cuda' else time.perf_counter
+    clock = time.process_time if options.cpu_time else wall
     precisions = dict.fromkeys(('float32', options.precision))
-    print(f'{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}; batches of {options.batch}, '
+    print(f'{torch.cuda.get_device_name() if options.device.type == "cuda" else cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}; batches of {options.batch}, '
           f'medians of {options.rounds} alternating rounds{", seconds of the processor" if options.cpu_time else ""}', flush=True)
     check(images, labels)
+    images, labels = images.to(options.device), labels.to(options.device)
     show('training step', steps(images, labels, options.rounds, precisions, clock), options.batch)
     show('images → features', extractions(images, options.rounds, precisions, clock), options.batch)
     for precision in precisions:
-        seconds = steps_from_files(options.batch, options.rounds, precision)
+        seconds = steps_from_files(options.batch, options.rounds, precision, options.device, wall)
         print(f'training step of mgn, batches from files by one worker, {precision}')
         for name, spent in seconds.items():
             print(f'  {name:30} {spent:7.3f} s, {spent / seconds["in all"]:6.1%}', flush=True)

@@ -131,7 +131,8 @@ def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=
             while True:
                 if interruption.asked():
                     save_last()
-                    logger.info('%s: ended behind step %d, which last.pth holds; the same command goes on', 'SIGTERM or SIGINT' if interruption.noted is None else interruption.noted.name, step)
+                    logger.info('%s: ended behind step %d, which last.pth holds; the same command goes on',
+                                interruption.noted.name if interruption.noted else 'a signal to another process', step)
                     processes.wait()  # torchrun ends all that are left where one has ended
                     raise SystemExit(STATUS)
                 if is_due(step, evaluate_every, total_steps) and not processes.share(log.evaluated(step)):

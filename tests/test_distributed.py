@@ -106,7 +106,7 @@ def test_a_killed_process_ends_the_others_and_torchrun_starts_all_anew_from_the_
 def test_a_signal_to_one_process_ends_all_behind_the_same_step(trained, home):
     folder, _ = trained
     run = thin_train(home, 2, 'signalled', kill='1:2:15')
-    assert run.returncode != 0 and run.stdout.count('SIGTERM or SIGINT: ended behind step 2, which last.pth holds') == 1, run.stderr
+    assert run.returncode != 0 and run.stdout.count('a signal to another process: ended behind step 2, which last.pth holds') == 1, run.stderr
     assert re.search('exitcode *: 75', run.stderr) and 'Traceback (most recent call last):\n  File "mgn' not in run.stderr
     assert torch.load(home / 'signalled' / 'last.pth')['step'] == 2
     assert thin_train(home, 2, 'signalled').returncode == 0
