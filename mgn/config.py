@@ -17,9 +17,6 @@ import gin
 from absl import app, flags
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-# What follows is imported for its configurables: a recipe may bind what the binary at hand does not use.
-from mgn import augmentation, datasets, evaluation, features, losses, model, optim, processes, training  # noqa: F401
-
 flags.DEFINE_multi_string('gin_file', [], 'Gin file, e.g. gin/market.gin; repeatable, later ones win.')
 flags.DEFINE_multi_string('gin_bindings', [], 'Gin binding, e.g. "data_root=\'datasets\'"; repeatable, later ones win.')
 
@@ -32,6 +29,8 @@ MACRO = 'gin.macro'
 def run(main):
     """Runs a binary's main(gin_files, bindings) under absl; a user's mistake ends it with its message alone, said by one process."""
     def absl_main(argv):
+        from mgn import processes  # and torch, which --help need not wait for
+
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter('%(asctime)s %(levelname).1s %(message)s', '%H:%M:%S'))
         package = logging.getLogger('mgn')
@@ -95,6 +94,9 @@ def default_output_dir(gin_files):
 
 
 def parse(gin_files, bindings, saved=''):
+    # For their configurables: a recipe may bind what the binary at hand does not use.
+    from mgn import augmentation, datasets, evaluation, features, losses, model, optim, training  # noqa: F401
+
     gin.clear_config()
     gin.config._FILE_READERS[:] = [(open_gin_file, lambda path: True)]  # gin's own would look in the working folder first
     try:

@@ -1,9 +1,11 @@
 """Features of query and gallery as files: python -m mgn.extract --gin_bindings="weights='runs/market/best.pth'" --gin_bindings="features_dir='features'" """
 
-from mgn import checkpoint, config, evaluation
+from mgn import config
 
 
 def main(gin_files, bindings):
+    from mgn import checkpoint, evaluation  # and torch, which --help need not wait for
+
     content = checkpoint.load(config.bound_weights(gin_files, bindings))
     config.load(gin_files, bindings, saved=content['config'])
     evaluation.extract_checkpoint(content)

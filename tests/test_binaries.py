@@ -182,7 +182,7 @@ MISTAKES = [
 # The long import is done once; then every mistake is made by a process of its own, as by python -m.
 MAKE_MISTAKES = """
 import json, os, runpy, sys, traceback
-from mgn import config
+from mgn import config, evaluation, training  # once for all
 
 def end(error):
     if isinstance(error, SystemExit):  # as Python ends on it, without the seconds that torch takes to be unloaded

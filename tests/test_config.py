@@ -273,3 +273,8 @@ def test_importing_the_package_and_its_ops_is_light():
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True,
                           env={**os.environ, 'PYTHONPATH': str(PROJECT)})
     assert done.stdout == "[]\n['torch']\n"
+
+
+def test_help_does_not_wait_for_torch():
+    program = "import sys; from mgn import config, train, eval, extract; print(sorted({'torch', 'torchvision'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, '-c', program], cwd=PROJECT, capture_output=True, text=True, check=True).stdout == '[]\n'
