@@ -18,7 +18,7 @@ peers:       # what the benchmarks measure against; without their dependencies, 
 
 bench:       # ratios against named peers, on this machine
 	python -m benchmarks.loading
-	python -m benchmarks.small_maps
+	python -m benchmarks.convolutions
 	python -m benchmarks.triplet
 	python -m benchmarks.ranking
 	python -m benchmarks.neighbours

@@ -37,7 +37,7 @@ STEPS = {
     'benchmarks.neighbours': [*PYTHON, '-m', 'benchmarks.neighbours'],
     'benchmarks.training on CUDA': [*PYTHON, '-m', 'benchmarks.training', '--batch=64', '--precision=bfloat16', '--device=cuda'],
     'benchmarks.loading': [*PYTHON, '-m', 'benchmarks.loading'],
-    'benchmarks.small_maps': [*PYTHON, '-m', 'benchmarks.small_maps'],
+    'benchmarks.convolutions': [*PYTHON, '-m', 'benchmarks.convolutions'],
 }
 
 

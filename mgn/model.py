@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mgn.convolution import ProductConv
+
 BACKBONES = ('resnet18', 'resnet34', 'resnet50', 'resnet101')
 
 
@@ -51,6 +53,9 @@ class MGN(nn.Module):
         if paper_heads and bnneck:
             raise ValueError('the paper has no BNNeck: with MGN.paper_heads = True bind MGN.bnneck = False')
         resnet = make_resnet(backbone, pretrained if fresh else False)
+        for layer in resnet.modules():
+            if isinstance(layer, nn.Conv2d) and layer is not resnet.conv1:
+                layer.__class__ = ProductConv  # the same parameters, another forward
         width = resnet.fc.in_features
         self.parts = tuple(parts)
         self.architecture = {'backbone': backbone, 'parts': list(parts), 'last_strides': list(last_strides), 'embedding_dim': embedding_dim,
@@ -138,35 +143,11 @@ class GeMPool(nn.Module):
 POOLINGS = {'max': MaxPool, 'avg': AvgPool, 'gem': GeMPool}
 
 
-class SmallMapConv(nn.Conv2d):
-    """The 3×3 convolutions of layer4: on a CPU, maps of a few pixels go through one matrix product.
-
-    oneDNN's convolutions reach a fraction of its matrix product's speed there, most of all in the weights' gradient
-    (benchmarks/small_maps.py). Channels-last, a window's pixels are runs of C numbers and the weight is a matrix as it is.
-    """
-
-    def forward(self, x):
-        batch, channels, height, width = x.shape
-        s = self.stride[0]
-        h, w = (height - 1) // s + 1, (width - 1) // s + 1
-        if x.device.type != 'cpu' or h * w > 16:
-            return super().forward(x)
-        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-        windows = torch.cat([padded[:, i:i + s * (h - 1) + 1:s, j:j + s * (w - 1) + 1:s]
-                             for i in range(3) for j in range(3)], dim=3)                 # (B, h, w, 9C)
-        kernel = self.weight.permute(0, 2, 3, 1).flatten(1)                                # (O, 9C)
-        return F.linear(windows, kernel, self.bias).permute(0, 3, 1, 2)
-
-
 def with_stride(layer4, stride):
-    """Sets the stride of a ResNet's layer4, wherever its first block carries it (torchvision builds 2); makes its 3×3
-    convolutions SmallMapConv."""
+    """Sets the stride of a ResNet's layer4, wherever its first block carries it (torchvision builds 2)."""
     for conv in layer4.modules():
-        if isinstance(conv, nn.Conv2d):
-            if conv.stride == (2, 2):
-                conv.stride = (stride, stride)
-            if conv.kernel_size == (3, 3):
-                conv.__class__ = SmallMapConv  # the same parameters, another forward
+        if isinstance(conv, nn.Conv2d) and conv.stride == (2, 2):
+            conv.stride = (stride, stride)
     return layer4
 
 

@@ -28,7 +28,7 @@ def images(count):
 
 @pytest.mark.parametrize('options', [{}, {'parts': (1, 2), 'last_strides': (2, 2), 'pooling': 'avg'}, {'bnneck': False, 'paper_heads': True, 'pooling': 'gem'}])
 def test_features_are_those_of_the_model(options):
-    model = trained(**options)  # maps of 4×2 and 2×1 pixels: SmallMapConv
+    model = trained(**options)  # maps of 4×2 and 2×1 pixels: one product each
     copied = folded(model)
     model.eval()
     with torch.no_grad():

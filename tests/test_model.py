@@ -5,7 +5,7 @@ import torch
 import torchvision
 
 from mgn.losses import mgn_losses
-from mgn.model import MGN, AvgPool, GeMPool, MaxPool, SmallMapConv
+from mgn.model import MGN, AvgPool, GeMPool, MaxPool
 from mgn.optim import make_optimizer
 
 SMALL = dict(backbone='resnet18', pretrained=False)
@@ -194,23 +194,6 @@ def test_every_trainable_parameter_gets_a_gradient(bnneck, paper_heads):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
-
-
-@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize('height, width, stride', [
-    (1, 1, 1), (1, 1, 2), (2, 1, 2), (3, 5, 1), (3, 5, 2), (8, 8, 2), (7, 8, 2), (9, 8, 2), (4, 4, 1), (31, 33, 2)])
-def test_convolutions_of_small_maps_are_convolutions(height, width, stride, memory_format):
-    torch.manual_seed(0)
-    plain = torch.nn.Conv2d(3, 5, 3, stride, 1, bias=False).double()
-    own = SmallMapConv(3, 5, 3, stride, 1, bias=False).double()
-    own.load_state_dict(plain.state_dict())
-    x = torch.randn(2, 3, height, width).double().to(memory_format=memory_format).requires_grad_()
-    want, got = plain(x), own(x)
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-    seed = torch.randn_like(want)
-    for ours, theirs in zip(torch.autograd.grad(got, [x, own.weight], seed),
-                            torch.autograd.grad(want, [x, plain.weight], seed)):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize('height', [1, 2, 5, 6, 7, 12, 31, 33])
