@@ -2,7 +2,8 @@
 
     python -m benchmarks.convolutions
 
-Channels-last, float32; of each setting every shape that ProductConv takes another way than torch, and what a whole step takes.
+Channels-last, float32; of each setting every shape that ProductConv takes another way than torch,
+and the sum of all convolutions of these shapes that a step has.
 """
 
 import collections
@@ -61,7 +62,7 @@ def main():
             totals = [total + count * sum(spent) for total, spent in zip(totals, (peer, own))]
             print(f'  {channels:4} → {out:4}, {k}×{k}, {height:2}×{width:2}, stride {stride}: conv2d {peer[0]:6.1f} + {peer[1]:6.1f}, '
                   f'ours {own[0]:6.1f} + {own[1]:6.1f}, {sum(peer) / sum(own):.2f}× faster{", one product" if small else ""}', flush=True)
-        print(f'  all of a step: conv2d {totals[0]:.0f}, ours {totals[1]:.0f}, {totals[0] / totals[1]:.2f}× faster')
+        print(f'  these in a step: conv2d {totals[0]:.0f}, ours {totals[1]:.0f}, {totals[0] / totals[1]:.2f}× faster')
 
 
 if __name__ == '__main__':
