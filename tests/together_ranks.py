@@ -85,7 +85,7 @@ def check_a_group_of_the_users_own(folder):
 
 
 def check_what_one_process_gets_wrong_is_told_in_all(folder):
-    whole, rng, rank = problem(12, 90, 8), np.random.default_rng(0), dist.get_rank()
+    whole, rng, rank = problem(15, 90, 8), np.random.default_rng(0), dist.get_rank()
 
     def refused(message, alter=lambda mine: mine, **options):
         mine = part_of(whole, rng, 'even')
