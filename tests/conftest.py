@@ -1,5 +1,6 @@
 """Images that the tests make themselves, in the layouts of the data sets; what tests of several operations share."""
 
+import signal
 from contextlib import contextmanager
 
 import numpy as np
@@ -46,6 +47,14 @@ def write_market(root, identities=6, images=4, cameras=2, suffix='.jpg', size=(6
 
 def pytest_addoption(parser):
     parser.addoption('--device', default='cpu', help='what the tests of operations run on: cpu or cuda')
+
+
+@pytest.fixture(scope='session', autouse=True)
+def heard():
+    """SIGINT reaches the tests and their programs, also where pytest runs in the background of a script, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope='session')

@@ -47,14 +47,6 @@ def signalled(monkeypatch, name, call, number=signal.SIGTERM):
         yield
 
 
-@pytest.fixture(autouse=True)
-def heard():
-    """SIGINT reaches the tests and their programs, also where pytest runs in the background of a script, which ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize('call, number, kind', [(0, signal.SIGTERM, 'float32'), (4, signal.SIGINT, 'bfloat16, average, workers'), *(
     pytest.param(call, signal.SIGTERM, kind, marks=pytest.mark.long) for call in (0, 4, 6) for kind in LONG_KINDS)])
 def test_the_step_is_finished_and_saved_and_the_run_goes_on_bit_for_bit(market, tmp_path, monkeypatch, uninterrupted, capfd, kind, call, number):
