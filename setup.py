@@ -64,7 +64,7 @@ def extensions():
         print(f'mgn: building without the CUDA module: {version}', file=sys.stderr)
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    sources = runpy.run_path('mgn/ops/extension.py')['sources']()  # as it will be compared
+    sources = runpy.run_path('mgn/ops/native.py')['sources']()  # as it will be compared
     flags = ['-DTORCH_TARGET_VERSION=0x020a000000000000', f'-DMGN_SOURCES="{sources}"']
     info = f'-DMGN_CUDA_MODULE="{"built" if home else version}"'
     shared = {'py_limited_api': LIMITED, 'depends': [str(header) for header in Path('csrc').rglob('*.*h')]}

@@ -22,8 +22,8 @@ from torchvision.io import ImageReadMode, decode_image, read_file, write_jpeg
 
 from benchmarks.machine import cpu_model
 from benchmarks.peers import fastreid_loader
-from mgn.augmentation import Augmentation
-from mgn.images import decode, to_batch
+from mgn.data.augmentation import Augmentation
+from mgn.data.images import decode, to_batch
 from mgn.ops.augmentation import MEAN, STD, normalise
 
 SIZE, BATCH, IMAGES, BATCHES = (384, 128), 64, 256, 29

@@ -16,7 +16,7 @@ import torch
 from benchmarks.machine import cpu_model
 from benchmarks.peers import torchreid_re_ranking
 from benchmarks.ranking import D, alternate, peak_mb, problem
-from mgn.metrics import retrieval_metrics
+from mgn.ops.metrics import retrieval_metrics
 from mgn.ops import filter, implementation, k_reciprocal_ranks, match_ranks, match_ranks_from_distance, topk, topk_from_distance
 
 MARKET = {'queries': 3_368, 'gallery': 15_913, 'identities': 750, 'cameras': 6}

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from benchmarks.machine import cpu_model
 from benchmarks.peers import fastreid_evaluate_rank, torchreid_evaluate_rank
-from mgn.metrics import query_metrics
+from mgn.ops.metrics import query_metrics
 from mgn.ops import evaluate_rank, filter, implementation, match_ranks
 
 G, D, IDENTITIES, CAMERAS = 82_161, 2048, 3_060, 15  # MSMT17's gallery

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from benchmarks.machine import cpu_model
 from benchmarks.ranking import D, G, alternate, problem
 from mgn.ops import match_ranks, match_ranks_sharded
-from mgn.processes import part as own_part
+from mgn.runs.processes import part as own_part
 
 QUERIES = 512
 

@@ -23,16 +23,16 @@ from torchvision.io import write_jpeg
 
 from benchmarks.machine import cpu_model
 from benchmarks.peers import fastreid_mgn
-from mgn.augmentation import Augmentation, Draws
-from mgn.datasets import Sample
+from mgn.data.augmentation import Augmentation, Draws
+from mgn.data.datasets import Sample
 from mgn.folding import folded
-from mgn.images import TrainBatch, TrainBatches, batches
+from mgn.data.images import TrainBatch, TrainBatches, batches
 from mgn.losses import mgn_losses
 from mgn.model import MGN, MGNOutput
 from mgn.ops.augmentation import normalise
 from mgn.optim import make_optimizer
 from mgn.precision import DTYPES
-from mgn.sampler import IdentitySampler
+from mgn.data.sampler import IdentitySampler
 
 IDENTITIES, SIZE, K = 751, (384, 128), 4
 HEADS = ('b1', 'b2', 'b3', 'b21', 'b22', 'b31', 'b32', 'b33')

@@ -29,7 +29,7 @@ MACRO = 'gin.macro'
 def run(main):
     """Runs a binary's main(gin_files, bindings) under absl; a user's mistake ends it with its message alone, said by one process."""
     def absl_main(argv):
-        from mgn import processes  # and torch, which --help need not wait for
+        from mgn.runs import processes  # and torch, which --help need not wait for
 
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter('%(asctime)s %(levelname).1s %(message)s', '%H:%M:%S'))
@@ -95,7 +95,8 @@ def default_output_dir(gin_files):
 
 def parse(gin_files, bindings, saved=''):
     # For their configurables: a recipe may bind what the binary at hand does not use.
-    from mgn import augmentation, datasets, evaluation, features, losses, model, optim, training  # noqa: F401
+    from mgn import evaluation, features, losses, model, optim, training
+    from mgn.data import augmentation, datasets  # noqa: F401
 
     gin.clear_config()
     gin.config._FILE_READERS[:] = [(open_gin_file, lambda path: True)]  # gin's own would look in the working folder first

@@ -4,7 +4,8 @@ from mgn import config
 
 
 def main(gin_files, bindings):
-    from mgn import checkpoint, evaluation  # and torch, which --help need not wait for
+    from mgn import evaluation
+    from mgn.runs import checkpoint  # and torch, which --help need not wait for
 
     content = checkpoint.load(config.bound_weights(gin_files, bindings))
     config.load(gin_files, bindings, saved=content['config'])

@@ -9,18 +9,18 @@ import time
 import gin
 import torch
 
-from mgn import checkpoint as checkpoints
-from mgn import processes
-from mgn.datasets import check_dataset
-from mgn.expansion import expand_queries, want_alpha
+from mgn.runs import checkpoint as checkpoints
+from mgn.runs import processes
+from mgn.data.datasets import check_dataset
+from mgn.ops.query_expansion import expand_queries, want_alpha
 from mgn.features import check_alike, extract_features, read_features, write_features
-from mgn.metrics import retrieval_metrics
+from mgn.ops.metrics import retrieval_metrics
 from mgn.model import MGN
 from mgn.ops import k_reciprocal_ranks, match_ranks, match_ranks_sharded
 from mgn.ops.nearest import LARGEST_K
 from mgn.ops.reranking import want_parameters
 from mgn.precision import resolve
-from mgn.runlog import write_text
+from mgn.runs.log import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def evaluate(model, dataset, device, input_size=gin.REQUIRED, batch_size=64, wor
             units for it, else float32. What features are averaged, normalised and ranked in is float32, whichever.
         cross_camera: a true match comes from another camera. False for data of one camera or none: then only the
             query's own file, known by its name, is left out.
-        query_expansion: gallery items averaged into each query (`mgn.expansion.expand_queries`), at most 4096; 0: none. alpha: exponent
+        query_expansion: gallery items averaged into each query (`mgn.ops.query_expansion.expand_queries`), at most 4096; 0: none. alpha: exponent
             of their weights.
         rerank: re-rank the features, of expanded queries if there are, by `mgn.ops.k_reciprocal_ranks`, whose k1, k2 and lambda_value are
             given. As published, neighbours are all of the gallery, also what is left out of a query's ranks.

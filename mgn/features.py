@@ -12,14 +12,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mgn import processes
+from mgn.runs import processes
 from mgn.folding import folded
-from mgn.images import TestBatches
-from mgn.interruption import leave_if_nothing_is_lost
+from mgn.data.images import TestBatches
+from mgn.runs.interruption import leave_if_nothing_is_lost
 from mgn.ops.augmentation import normalise
 from mgn.precision import DTYPES, resolve
-from mgn.runlog import progress, write_text
-from mgn.supply import supply
+from mgn.runs.log import progress, write_text
+from mgn.data.supply import supply
 
 logger = logging.getLogger(__name__)
 

@@ -11,25 +11,25 @@ import gin
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from mgn import checkpoint as checkpoints
-from mgn import processes
-from mgn.augmentation import Augmentation, Draws
+from mgn.runs import checkpoint as checkpoints
+from mgn.runs import processes
+from mgn.data.augmentation import Augmentation, Draws
 from mgn.averaging import WeightAverage
-from mgn.datasets import check_dataset, train_labels
+from mgn.data.datasets import check_dataset, train_labels
 from mgn.evaluation import evaluate, find_device, table, write_results
 from mgn.features import check_alike
-from mgn.images import TrainBatches
-from mgn.interruption import STATUS, Interruption
+from mgn.data.images import TrainBatches
+from mgn.runs.interruption import STATUS, Interruption
 from mgn.losses import mgn_losses
-from mgn.meter import Meter, check_finite
+from mgn.runs.meter import Meter, check_finite
 from mgn.model import MGN, MGNOutput
 from mgn.ops import implementation
 from mgn.optim import make_optimizer, multi_step
 from mgn.precision import resolve
-from mgn.runfolder import last_good, locked, newest, save
-from mgn.runlog import RunLog, progress, write_text
-from mgn.sampler import IdentitySampler
-from mgn.supply import count_unreadable, supply
+from mgn.runs.folder import last_good, locked, newest, save
+from mgn.runs.log import RunLog, progress, write_text
+from mgn.data.sampler import IdentitySampler
+from mgn.data.supply import count_unreadable, supply
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from emulation import FLAGS, ROOT, compile_for_emulator, finish, start
 from implementations import IMPLEMENTATIONS, run_as
 from torchvision.io import write_jpeg, write_png
 
-from mgn.images import decode, to_batch
+from mgn.data.images import decode, to_batch
 
 
 def write_image(path, seed, size=(64, 32)):

@@ -5,9 +5,9 @@ import functools
 import pytest
 import torch
 
-from mgn.ops import extension
+from mgn.ops import native
 
-COMPILED = torch.ops.mgn_cpu.instruction_sets().split() if extension.missing('_C') is None else []
+COMPILED = torch.ops.mgn_cpu.instruction_sets().split() if native.missing('_C') is None else []
 IMPLEMENTATIONS = ['compiled', 'reference', *COMPILED[1:]]  # 'compiled' is the first of those
 
 
@@ -31,7 +31,7 @@ def run_as(name, module, monkeypatch, device):
     if name == 'reference':
         monkeypatch.setattr(f'mgn.ops.{module}.kernels', lambda device: None)
     elif name == 'compiled':
-        assert extension.kernels(torch.device(device)) is not None, extension.implementation(device)
+        assert native.kernels(torch.device(device)) is not None, native.implementation(device)
     elif device != 'cpu':
         pytest.skip(f'{name} is of the CPU')
     else:

@@ -21,7 +21,8 @@ from conftest import write_market  # noqa: E402
 from outcomes import assert_same, outcome  # noqa: E402
 from thin import ThinResNet, train  # noqa: E402
 
-from mgn import checkpoint, model, training  # noqa: E402
+from mgn import model, training
+from mgn.runs import checkpoint  # noqa: E402
 
 KINDS = {'float32, workers': ('workers = 2', 'train.keep_last = 2'), 'bfloat16, average': ("train.precision = 'bfloat16'", 'train.ema_decay = 0.9')}
 

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from mgn import checkpoint
+from mgn.runs import checkpoint
 
 TIMINGS = {'images_per_s', 'data_wait', 'features_s', 'ranking_s', 'peak_memory_mb', 'redecided'}
 

@@ -5,7 +5,8 @@ import torch
 from thin import thin, train  # noqa: F401 (a fixture)
 from torch import nn
 
-from mgn import checkpoint, training
+from mgn import training
+from mgn.runs import checkpoint
 from mgn.averaging import WeightAverage
 
 pytestmark = pytest.mark.usefixtures('thin')

@@ -21,7 +21,7 @@ from test_binaries import RECIPE, environment, metrics
 from together import torchrun
 
 import mgn
-from mgn import checkpoint
+from mgn.runs import checkpoint
 
 PROJECT = Path(mgn.__file__).parent.parent
 # mgn.train over a thin ResNet. KILL = 'number:call' or 'number:call:signal' signals to that process at its call of a step, unless torchrun has
@@ -30,7 +30,8 @@ THIN_TRAIN = """
 import os, runpy, signal, sys
 sys.path.insert(0, TESTS)
 from thin import ThinResNet
-from mgn import model, processes, training
+from mgn import model, training
+from mgn.runs import processes
 model.make_resnet = lambda backbone, pretrained: ThinResNet()
 calls, real = [], training.train_step
 number, call, sent = map(int, (os.environ.get('KILL', '-1:0') + ':9').split(':')[:3])

@@ -16,10 +16,11 @@ from rankings import naive_expansion, naive_key
 from thin import thin  # noqa: F401
 from torchvision.io import ImageReadMode, decode_image, read_file, write_png
 
-from mgn import checkpoint, config, evaluation
-from mgn.datasets import market_layout
+from mgn import config, evaluation
+from mgn.runs import checkpoint
+from mgn.data.datasets import market_layout
 from mgn.evaluation import evaluate, extract_features, table
-from mgn.metrics import retrieval_metrics
+from mgn.ops.metrics import retrieval_metrics
 from mgn.model import MGN
 from mgn.ops import match_ranks_from_distance
 from mgn.ops.reranking_reference import final_distances

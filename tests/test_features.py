@@ -9,7 +9,7 @@ import torch
 from conftest import write_market
 from thin import thin  # noqa: F401
 
-from mgn.datasets import market_layout
+from mgn.data.datasets import market_layout
 from mgn.evaluation import evaluate
 from mgn.features import extract_features, read_features, write_features
 from mgn.model import MGN

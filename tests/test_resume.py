@@ -14,7 +14,8 @@ from conftest import write_market
 from outcomes import assert_same, outcome
 from thin import ThinResNet, thin, train  # noqa: F401
 
-from mgn import checkpoint, training
+from mgn import training
+from mgn.runs import checkpoint
 
 pytestmark = pytest.mark.usefixtures('thin')
 

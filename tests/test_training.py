@@ -14,12 +14,14 @@ import torch
 from conftest import write_market
 from thin import thin, train  # noqa: F401 (a fixture)
 
-from mgn import augmentation, checkpoint, config, training
+from mgn import config, training
+from mgn.data import augmentation
+from mgn.runs import checkpoint
 from mgn.evaluation import find_device
-from mgn.images import TrainBatch
-from mgn.meter import Meter
+from mgn.data.images import TrainBatch
+from mgn.runs.meter import Meter
 from mgn.model import MGN, MGNOutput
-from mgn.runlog import RunLog, read_records
+from mgn.runs.log import RunLog, read_records
 
 pytestmark = pytest.mark.usefixtures('thin')
 

@@ -5,10 +5,10 @@ import torch
 from thin import thin  # noqa: F401 (a fixture)
 
 from mgn import training
-from mgn.augmentation import Augmentation
+from mgn.data.augmentation import Augmentation
 from mgn.averaging import WeightAverage
-from mgn.images import TrainBatch
-from mgn.meter import Meter
+from mgn.data.images import TrainBatch
+from mgn.runs.meter import Meter
 from mgn.model import MGN
 
 pytestmark = pytest.mark.usefixtures('gpu', 'thin')

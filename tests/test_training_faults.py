@@ -8,12 +8,14 @@ import torch
 from conftest import read_image, write_market
 from thin import thin, train  # noqa: F401 (a fixture)
 
-from mgn import checkpoint, datasets, training
-from mgn.augmentation import Augmentation
-from mgn.images import TrainBatches
-from mgn.meter import Meter
-from mgn.sampler import IdentitySampler
-from mgn.supply import count_unreadable
+from mgn import training
+from mgn.data import datasets
+from mgn.runs import checkpoint
+from mgn.data.augmentation import Augmentation
+from mgn.data.images import TrainBatches
+from mgn.runs.meter import Meter
+from mgn.data.sampler import IdentitySampler
+from mgn.data.supply import count_unreadable
 
 pytestmark = pytest.mark.usefixtures('thin')
 

@@ -11,16 +11,17 @@ from conftest import write_market
 from thin import ThinResNet
 from torch import nn
 
-from mgn import processes, training
-from mgn.augmentation import Augmentation
-from mgn.datasets import Dataset, Sample, market_layout, train_labels
+from mgn import training
+from mgn.runs import processes
+from mgn.data.augmentation import Augmentation
+from mgn.data.datasets import Dataset, Sample, market_layout, train_labels
 from mgn.features import check_alike, check_shared
-from mgn.images import TrainBatches
-from mgn.interruption import Interruption
+from mgn.data.images import TrainBatches
+from mgn.runs.interruption import Interruption
 from mgn.losses import mgn_losses
-from mgn.meter import Meter
+from mgn.runs.meter import Meter
 from mgn.model import MGN
-from mgn.sampler import IdentitySampler
+from mgn.data.sampler import IdentitySampler
 
 CPU, SIZE, K = torch.device('cpu'), (64, 32), 2
 

@@ -2,7 +2,7 @@
 
 from mgn.ops.distance import pairwise_distance
 from mgn.ops.drop_in import evaluate_rank
-from mgn.ops.extension import implementation
+from mgn.ops.native import implementation
 from mgn.ops.nearest import Nearest, topk, topk_from_distance
 from mgn.ops.ranking import MatchRanks, match_ranks, match_ranks_from_distance
 from mgn.ops.reranking import k_reciprocal_ranks, re_ranking

@@ -2,7 +2,7 @@
 
 import torch
 
-from mgn.ops.extension import implementation, missing
+from mgn.ops.native import implementation, missing
 
 
 def main():

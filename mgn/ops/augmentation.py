@@ -5,7 +5,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from mgn.ops.extension import kernels
+from mgn.ops.native import kernels
 from mgn.ops.tiles import uncompiled
 
 # ImageNet's mean and standard deviation per RGB channel, for pixels in 0…255.
@@ -53,7 +53,7 @@ def normalise(images):
 def _check_images(images):
     if not isinstance(images, torch.Tensor) or images.dim() != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
         got = f'{tuple(images.shape)}, {images.dtype}' if isinstance(images, torch.Tensor) else type(images).__name__
-        raise ValueError(f'want images of shape (B, 3, H, W), torch.uint8, got {got}; mgn.images.to_batch makes them')
+        raise ValueError(f'want images of shape (B, 3, H, W), torch.uint8, got {got}; mgn.data.images.to_batch makes them')
 
 
 torch.library.define('mgn::augment', '(Tensor images, Tensor flip, Tensor top, Tensor left, Tensor erase, int padding) -> Tensor')

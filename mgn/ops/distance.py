@@ -6,7 +6,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 
-from mgn.ops.extension import kernels
+from mgn.ops.native import kernels
 from mgn.ops.triplet import FEATURE_TYPES, wide
 
 METRICS = ('euclidean', 'sqeuclidean', 'cosine')  # as csrc/kernels count them

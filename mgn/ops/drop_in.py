@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mgn.metrics import query_metrics
+from mgn.ops.metrics import query_metrics
 from mgn.ops.ranking import match_ranks_from_distance
 
 

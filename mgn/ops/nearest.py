@@ -7,7 +7,7 @@ import torch
 
 from mgn.ops import filter, ranking_reference
 from mgn.ops.arguments import as_distances, feature_pair
-from mgn.ops.extension import kernels
+from mgn.ops.native import kernels
 from mgn.ops.tiles import blocks_of, denormals, finite_norms, keys_of_pairs, not_a_number, rows, spans, tile_of, uncompiled
 
 LARGEST_K = 4096

@@ -8,7 +8,7 @@ import torch
 
 from mgn.ops import filter, ranking_reference
 from mgn.ops.arguments import all_ids, as_distances, as_junk_pid, feature_pair
-from mgn.ops.extension import kernels
+from mgn.ops.native import kernels
 from mgn.ops.tiles import (OPERANDS, blocks_of, denormals, finite_norms, keys_of_pairs, not_a_number, not_finite, read_ahead, rows, runs_of,
                            spans, tile_of, uncompiled)
 

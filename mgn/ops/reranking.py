@@ -12,7 +12,7 @@ import torch
 
 from mgn.ops import filter, ranking_reference, reranking_reference
 from mgn.ops.arguments import all_ids, as_distances, as_junk_pid, feature_pair
-from mgn.ops.extension import kernels
+from mgn.ops.native import kernels
 from mgn.ops.nearest import nearest
 from mgn.ops.ranking import IDS, MatchRanks, as_ranks, identities, sorted_matches
 from mgn.ops.tiles import denormals, finite_norms, keys_of_pairs, rows, spans, tile_of, uncompiled

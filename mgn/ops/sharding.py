@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from mgn.ops import ranking_reference
 from mgn.ops.arguments import all_ids, as_junk_pid, feature_pair
-from mgn.ops.extension import kernels
+from mgn.ops.native import kernels
 from mgn.ops.ranking import MatchRanks, as_ranks, identities, keys_in_order, on_float64_device, sorted_matches, strangers_between
 from mgn.ops.tiles import finite_norms, uncompiled
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from mgn.ops.extension import kernels
+from mgn.ops.native import kernels
 
 
 class BatchHard(NamedTuple):

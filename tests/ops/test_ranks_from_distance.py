@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from mining import examples
 from rankings import problem
 
-from mgn.metrics import retrieval_metrics
+from mgn.ops.metrics import retrieval_metrics
 from mgn.ops import evaluate_rank, match_ranks, match_ranks_from_distance
 
 

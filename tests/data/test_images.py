@@ -7,11 +7,11 @@ import torch
 from conftest import read_image, write_image
 from PIL import Image
 
-from mgn.augmentation import Augmentation
-from mgn.datasets import Sample
-from mgn.images import TestBatches as EvaluationBatches  # under its own name pytest would collect it
-from mgn.images import TOGETHER, TrainBatches, batches, decode, to_batch
-from mgn.sampler import IdentitySampler
+from mgn.data.augmentation import Augmentation
+from mgn.data.datasets import Sample
+from mgn.data.images import TestBatches as EvaluationBatches  # under its own name pytest would collect it
+from mgn.data.images import TOGETHER, TrainBatches, batches, decode, to_batch
+from mgn.data.sampler import IdentitySampler
 
 CPU = torch.device('cpu')
 SIZE = (16, 8)

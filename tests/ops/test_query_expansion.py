@@ -5,8 +5,8 @@ import pytest
 import torch
 from rankings import extremes, naive_expansion, problem
 
-from mgn import expansion
-from mgn.expansion import expand_queries
+from mgn.ops import query_expansion as expansion
+from mgn.ops.query_expansion import expand_queries
 
 
 def tensors(device, *arrays):

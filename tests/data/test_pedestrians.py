@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from mgn import datasets, pedestrians
+from mgn.data import datasets, pedestrians
 
 
 @pytest.fixture(scope='module')

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import gin
 
-from mgn import pedestrians as drawn_pedestrians
+from mgn.data import pedestrians as drawn_pedestrians
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def market_layout(root):
 
 @gin.configurable
 def pedestrians(root, seed=0):
-    """Drawn pedestrians, written under `root` on first use, then read as any data set (mgn/pedestrians.py)."""
+    """Drawn pedestrians, written under `root` on first use, then read as any data set (mgn/data/pedestrians.py)."""
     root = os.path.expanduser(root)
     drawn_pedestrians.write_pedestrians(root, seed)
     return report(read_market_layout('pedestrians', root, camera_required=True), None)

@@ -158,8 +158,8 @@ def test_raw_operators_refuse_what_would_touch_memory_that_is_not_theirs():
     """In a process of its own: what they must not do is crash."""
     program = '''
 import torch
-from mgn.ops import extension
-assert extension.missing('_C') is None
+from mgn.ops import native
+assert native.missing('_C') is None
 x, labels = torch.ones(1, 8, 4), torch.zeros(8, dtype=torch.int64)
 good = [x, labels, None, None, torch.empty(1, 8), torch.empty(1, 8), labels[None].clone(), labels[None].clone(), None, None, None]
 torch.ops.mgn_cpu.batch_hard(*good)

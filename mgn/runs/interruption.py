@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 
-from mgn import processes
+from mgn.runs import processes
 
 STATUS = 75    # EX_TEMPFAIL of sysexits.h: try again later
 SAME = 0.3     # seconds in which a signal that comes again is the same one

@@ -10,8 +10,10 @@ from conftest import write_market
 from outcomes import assert_same, outcome
 from thin import thin, train  # noqa: F401 (a fixture)
 
-from mgn import checkpoint, features, images, training
-from mgn.supply import died
+from mgn import features, training
+from mgn.data import images
+from mgn.runs import checkpoint
+from mgn.data.supply import died
 
 pytestmark = pytest.mark.usefixtures('thin')
 

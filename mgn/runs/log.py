@@ -7,7 +7,7 @@ import sys
 
 from tqdm import tqdm
 
-from mgn import processes
+from mgn.runs import processes
 
 logger = logging.getLogger(__name__)
 

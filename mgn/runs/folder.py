@@ -9,7 +9,7 @@ import os
 import re
 import socket
 
-from mgn import checkpoint as checkpoints
+from mgn.runs import checkpoint as checkpoints
 
 logger = logging.getLogger(__name__)
 

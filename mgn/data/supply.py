@@ -3,7 +3,7 @@
 import logging
 import re
 
-from mgn.images import batches
+from mgn.data.images import batches
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import gin
 import torch
 
-from mgn import draws
+from mgn.data import draws
 from mgn.ops.augmentation import augment
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from mgn.metrics import retrieval_metrics
+from mgn.ops.metrics import retrieval_metrics
 
 
 def metrics(ranks_per_query, **options):

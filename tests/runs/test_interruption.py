@@ -10,7 +10,8 @@ from forks import ROOT, run_program
 from outcomes import assert_same, outcome
 from thin import thin, train  # noqa: F401 (a fixture)
 
-from mgn import checkpoint, interruption, training
+from mgn import training
+from mgn.runs import checkpoint, interruption
 
 pytestmark = pytest.mark.usefixtures('thin')
 
@@ -127,7 +128,7 @@ def test_a_second_signal_does_not_wait_for_a_long_call_of_the_main_thread(tmp_pa
 import os, sys, threading, time
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-from mgn.interruption import Interruption
+from mgn.runs.interruption import Interruption
 
 def send():
     for _ in range(2):

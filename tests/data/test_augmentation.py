@@ -11,7 +11,7 @@ from implementations import COMPILED, IMPLEMENTATIONS, run_as
 from mining import examples
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mgn.augmentation import Augmentation, Draws
+from mgn.data.augmentation import Augmentation, Draws
 from mgn.ops.augmentation import MEAN, STD, augment, augment_reference, normalise, normalise_reference
 
 MEAN32, STD32 = (np.array(v, np.float32) for v in (MEAN, STD))
@@ -154,7 +154,7 @@ IMAGES, DRAWS = random_images(2, 6, 5), (torch.zeros(2, dtype=torch.bool), *torc
 
 
 @pytest.mark.parametrize('place, wrong, message', [
-    (0, [1], r'want images of shape \(B, 3, H, W\), torch.uint8, got list; mgn.images.to_batch'),
+    (0, [1], r'want images of shape \(B, 3, H, W\), torch.uint8, got list; mgn.data.images.to_batch'),
     (0, IMAGES.float(), 'want images .* got .* torch.float32'),
     (0, IMAGES[:, :2], r'want images .* got \(2, 2, 6, 5\)'),
     (1, DRAWS[1], r'want flip of shape \(2,\), torch.bool, on cpu with the images, got \(2,\), torch.int64 on cpu; pass one draw per image'),

@@ -2,7 +2,7 @@
 
 import logging
 
-from mgn import draws
+from mgn.data import draws
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from emulation import ROOT, need
 from forks import run_program
 
 import mgn
-from mgn.ops import extension, implementation
+from mgn.ops import native, implementation
 
 MODULES = sorted(Path(mgn.__file__).parent.glob('_*.so'))
 PROGRAM = '''
@@ -41,7 +41,7 @@ def run(*command, **options):
 
 def test_the_cpu_module_is_compiled_here():
     need('c++', 'which the CPU module needs')
-    assert extension.missing('_C') is None
+    assert native.missing('_C') is None
     assert implementation('cpu').startswith('compiled for ') and implementation('cpu').split()[-1] in ('avx512', 'avx2', 'baseline')
 
 
@@ -50,19 +50,19 @@ def test_the_cuda_module_is_compiled_wherever_nvcc_fits_and_loads_without_a_gpu(
     need('nvcc', 'which the CUDA module needs')
     reason = torch.ops.mgn_cpu.cuda_module()
     if torch.version.cuda is None or 'majors' in reason or 'MGN_CUDA=0' in reason:
-        assert extension.missing('_cuda') and not os.environ.get('CI')
+        assert native.missing('_cuda') and not os.environ.get('CI')
         return
-    assert reason == 'built' and extension.missing('_cuda') is None
+    assert reason == 'built' and native.missing('_cuda') is None
     assert re.fullmatch(r'CUDA \d+\.\d+, 7\.5;.*\+PTX', torch.ops.mgn_cuda.build()) or 'TORCH_CUDA_ARCH_LIST' in os.environ
 
 
 def test_a_cuda_module_beside_a_torch_of_another_major_is_left_alone(monkeypatch):
     """Even where the other CUDA's libraries are found and it would load."""
-    if extension.missing('_cuda'):
-        pytest.skip(f'no CUDA module here: {extension.missing("_cuda")}')
+    if native.missing('_cuda'):
+        pytest.skip(f'no CUDA module here: {native.missing("_cuda")}')
     monkeypatch.setattr(torch.version, 'cuda', '9.1')
     assert re.match(r'it was compiled for CUDA \d+\.\d+, .*, and torch is of CUDA 9.1; pip install --no-build-isolation',
-                    extension.missing.__wrapped__('_cuda'))
+                    native.missing.__wrapped__('_cuda'))
 
 
 def test_without_a_gpu_cuda_is_told_to_be_missing():

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import pytest
 from thin import thin, train  # noqa: F401 (a fixture)
 
-from mgn import checkpoint, runfolder, training
-from mgn.runfolder import locked
+from mgn import training
+from mgn.runs import checkpoint, folder as runfolder
+from mgn.runs.folder import locked
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from mgn.sampler import IdentitySampler
+from mgn.data.sampler import IdentitySampler
 
 
 def check_identity(chosen, labels, camids, K):

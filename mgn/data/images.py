@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from mgn import draws
-from mgn.augmentation import Draws
+from mgn.data import draws
+from mgn.data.augmentation import Draws
 
 TOGETHER = 8  # images that are resized at a time
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from mgn import checkpoint
+from mgn.runs import checkpoint
 
 CONTENT = {'config': "seed = 3\n# ü", 'step': 12, 'mAP': 0.25, 'resume': None, 'names': ['a', 'b'],
            'model': {'empty': torch.empty(0), 'half': torch.arange(33.).half(), 'count': torch.tensor(7),

@@ -2,8 +2,8 @@
 
 import torch
 
-from mgn import processes
-from mgn.runfolder import last_good
+from mgn.runs import processes
+from mgn.runs.folder import last_good
 
 
 class Meter:

@@ -7,8 +7,8 @@ import re
 import pytest
 from conftest import write_market
 
-from mgn import datasets
-from mgn.datasets import Sample
+from mgn.data import datasets
+from mgn.data.datasets import Sample
 
 PARTS = ('bounding_box_train', 'query', 'bounding_box_test')
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from rankings import METRICS, extremes, near_ties, problem
 
-from mgn.expansion import expand_queries
+from mgn.ops.query_expansion import expand_queries
 from mgn.ops import k_reciprocal_ranks, topk, topk_from_distance
 from mgn.ops.filter import PRECISIONS
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mgn import draws
+from mgn.data import draws
 
 PURPOSES = (draws.IDENTITY_ORDER, draws.IDENTITY_IMAGES, draws.AUGMENTATION, draws.REPLACEMENT)
 
