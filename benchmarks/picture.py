@@ -3,8 +3,8 @@
     python -m mgn.train --gin_file=gin/demo.gin
     python -m benchmarks.picture
 
-All people in it are drawn. Green frame, tick: the identity of the query; red frame, cross: another one. As in evaluation,
-images of the query's own identity and camera are left out. Queries are evenly spaced in the list, not chosen.
+All people in it are drawn. Green frame, tick: the identity of the query; red frame, cross: another one. As in
+evaluation, images of the query's identity and camera are left out. Queries are evenly spaced in the list, not chosen.
 """
 
 import os
