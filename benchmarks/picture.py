@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from mgn import ops
 
-ROWS, COLUMNS = 4, 9
+ROWS, COLUMNS = 4, 7
 WIDTH, HEIGHT, FRAME, GAP, MARK = 64, 128, 4, 6, 16
 STRIDE_X, STRIDE_Y = WIDTH + 2 * FRAME + GAP, HEIGHT + 2 * FRAME + GAP
 GREY, GREEN, RED = '#808080', '#1a9850', '#d73027'
