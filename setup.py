@@ -50,6 +50,10 @@ def architectures(home):
     return ';'.join(known) + '+PTX'
 
 
+def sources_of(pattern):
+    return [str(path) for path in sorted(Path('csrc').rglob(pattern))]
+
+
 def extensions():
     """What can be built here; why not the rest is said once, and remembered by mgn._C for `python -m mgn.ops`."""
     compiler = (os.environ.get('CXX') or sysconfig.get_config_var('CXX') or 'c++').split()[0]
@@ -68,11 +72,11 @@ def extensions():
     flags = ['-DTORCH_TARGET_VERSION=0x020a000000000000', f'-DMGN_SOURCES="{sources}"']
     info = f'-DMGN_CUDA_MODULE="{"built" if home else version}"'
     shared = {'py_limited_api': LIMITED, 'depends': [str(header) for header in Path('csrc').rglob('*.*h')]}
-    built = [CppExtension('mgn._C', ['csrc/bindings_cpu.cpp', *map(str, sorted(Path('csrc/kernels').glob('*.cpp')))], **shared,
+    built = [CppExtension('mgn._C', sources_of('*_cpu.cpp'), **shared,
                           extra_compile_args={'cxx': ['-O3', '-fvisibility=hidden', *flags, info]})]
     if home:
         told = f'-DMGN_CUDA_BUILD="CUDA {version}, {os.environ["TORCH_CUDA_ARCH_LIST"]}"'
-        built.append(CUDAExtension('mgn._cuda', ['csrc/bindings_cuda.cpp', *map(str, sorted(Path('csrc/kernels').glob('*.cu')))], **shared,
+        built.append(CUDAExtension('mgn._cuda', sources_of('*_cuda.cpp') + sources_of('*_cuda.cu'), **shared,
                                    extra_compile_args={'cxx': ['-O3', '-fvisibility=hidden', '-DUSE_CUDA', *flags, told],
                                                        'nvcc': ['-O3', '-DUSE_CUDA', *flags]}))
     return built, {'build_ext': BuildExtension}

@@ -11,8 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "kernels/batch_hard.h"
-#include "kernels/pairwise_distance.h"
+#include "kernels/batch_hard_cuda.h"
+#include "kernels/pairwise_distance_cuda.h"
 #include "kernels/ranking_cuda.h"
 
 using torch::headeronly::ScalarType;
@@ -23,8 +23,8 @@ namespace {
 void* pointer(const Tensor& tensor, const Tensor& beside, ScalarType type, int64_t count) {
   STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == beside.get_device_index() && tensor.is_contiguous() &&
                       tensor.scalar_type() == type && tensor.numel() == count,
-                  "mgn_cuda: want a contiguous tensor of the agreed type on the features' device with ", count, " elements, got ",
-                  tensor.numel(), "; call mgn.ops, which prepares them");
+                  "mgn_cuda: expected a contiguous tensor of ", count, " elements, of the type in the schema, on the features' device, "
+                  "but got ", tensor.numel(), " elements or another type, layout or device; call mgn.ops, which prepares tensors");
   return tensor.data_ptr();
 }
 void* pointer(const std::optional<Tensor>& tensor, const Tensor& beside, ScalarType type, int64_t count) {
@@ -39,7 +39,7 @@ mgn::FeatureType feature_type(ScalarType type) {
     case ScalarType::Float: return mgn::FeatureType::float32;
     case ScalarType::Double: return mgn::FeatureType::float64;
     case ScalarType::Half: return mgn::FeatureType::float16;
-    default: STD_TORCH_CHECK(type == ScalarType::BFloat16, "mgn_cuda: want floating point features"); return mgn::FeatureType::bfloat16;
+    default: STD_TORCH_CHECK(type == ScalarType::BFloat16, "mgn_cuda: expected features of float16, bfloat16, float32 or float64"); return mgn::FeatureType::bfloat16;
   }
 }
 ScalarType wide(const Tensor& features) {
@@ -49,7 +49,7 @@ ScalarType wide(const Tensor& features) {
 mgn::BatchHard mining(const Tensor& anchors, const std::optional<Tensor>& others, const Tensor& dist_ap, const Tensor& dist_an,
                       const Tensor& pos_idx, const Tensor& neg_idx) {
   const Tensor& candidates = others ? *others : anchors;
-  STD_TORCH_CHECK(anchors.dim() == 3 && candidates.dim() == 3, "mgn_cuda: want features of shape (heads, rows, D)");
+  STD_TORCH_CHECK(anchors.dim() == 3 && candidates.dim() == 3, "mgn_cuda: expected features of shape (heads, rows, D), but got ", anchors.dim(), " and ", candidates.dim(), " dimensions");
   const int64_t heads = anchors.size(0), n = anchors.size(1), m = candidates.size(1), d = anchors.size(2), count = heads * n;
   const ScalarType type = anchors.scalar_type();
   return {feature_type(type), heads, n, m, d, !others, pointer(anchors, anchors, type, count * d),
@@ -64,7 +64,7 @@ cudaStream_t current_stream(const Tensor& tensor) {
 }
 
 void check(cudaError_t error) {
-  if (error != cudaSuccess) cudaGetLastError();  // told here, so no later launch is to be blamed for it
+  if (error != cudaSuccess) cudaGetLastError();  // reported here, so that no later launch is blamed for it
   STD_TORCH_CHECK(error == cudaSuccess, "mgn_cuda: ", cudaGetErrorString(error));
 }
 
@@ -72,7 +72,7 @@ bool batch_hard(Tensor anchors, Tensor labels, std::optional<Tensor> candidates,
                 Tensor dist_ap, Tensor dist_an, Tensor pos_idx, Tensor neg_idx, std::optional<Tensor> loss,
                 std::optional<Tensor> slope, std::optional<double> margin) {
   const torch::stable::accelerator::DeviceGuard guard(anchors.get_device_index());
-  STD_TORCH_CHECK(!loss == !slope && !candidates == !candidate_labels, "mgn_cuda: want both of a pair of arguments, or neither");
+  STD_TORCH_CHECK(!loss == !slope && !candidates == !candidate_labels, "mgn_cuda: pass loss and slope together, and candidates and candidate_labels together");
   const auto x = mining(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx);
   const Tensor finished = torch::stable::new_empty(anchors, {loss ? x.heads : 0}, ScalarType::Int);
   const mgn::TripletLoss triplet = {pointer(loss, anchors, wide(anchors), x.heads), pointer(slope, anchors, wide(anchors), x.heads * x.n),
@@ -87,8 +87,8 @@ void batch_hard_backward(Tensor anchors, std::optional<Tensor> candidates, Tenso
                          std::optional<Tensor> offsets, Tensor grad_anchors, Tensor grad_candidates) {
   const torch::stable::accelerator::DeviceGuard guard(anchors.get_device_index());
   const auto x = mining(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx);
-  STD_TORCH_CHECK(slope || grad_an, "mgn_cuda: want grad_an or a slope");
-  STD_TORCH_CHECK(!entries == !offsets, "mgn_cuda: want entries and offsets, or neither");
+  STD_TORCH_CHECK(slope || grad_an, "mgn_cuda: pass grad_an or slope");
+  STD_TORCH_CHECK(!entries == !offsets, "mgn_cuda: pass entries and offsets together");
   const ScalarType type = anchors.scalar_type(), arithmetic = wide(anchors);
   const int64_t count = x.heads * x.n;
   const mgn::MinedGradient gradient = {
@@ -105,7 +105,7 @@ void batch_hard_backward(Tensor anchors, std::optional<Tensor> candidates, Tenso
 mgn::Rows rows(const Tensor& features, const Tensor& beside) {
   STD_TORCH_CHECK(features.is_cuda() && features.get_device_index() == beside.get_device_index() && features.dim() == 2 &&
                       features.scalar_type() == ScalarType::Float && (features.size(1) <= 1 || features.stride(1) == 1),
-                  "mgn_cuda: want features (n, D) of float32 on one device, contiguous along D; call mgn.ops, which prepares them");
+                  "mgn_cuda: expected features (n, D) of float32 on one device, contiguous along D; call mgn.ops, which prepares them");
   return {static_cast<const float*>(features.data_ptr()), features.size(0), features.size(1), features.stride(0)};
 }
 double* doubles(const Tensor& tensor, const Tensor& beside, int64_t count) {
@@ -139,7 +139,7 @@ void count_nonmatches(Tensors tile, bool cosine, int64_t first, Tensors filter_t
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   const auto q = rows(query, query), g = rows(tile[1], query);
   const int64_t m = matches[1].numel(), products = q.count * g.count;
-  STD_TORCH_CHECK(q.d == g.d && products < int64_t(1) << 31, "mgn_cuda: want query and gallery of one width, and fewer than 2^31 pairs");
+  STD_TORCH_CHECK(q.d == g.d && products < int64_t(1) << 31, "mgn_cuda: expected query and gallery of the same width D and fewer than 2^31 pairs, but got widths ", q.d, " and ", g.d, " and ", products, " pairs");
   const auto integers = [&](const Tensor& tensor, int64_t count) { return indices(tensor, query, count); };
   const auto of_items = [&](int i) { return floats(filter_terms[i], query, g.count); };
   const auto of_queries = [&](int i) { return doubles(filter_terms[i], query, q.count); };
@@ -157,7 +157,7 @@ void count_nonmatches(Tensors tile, bool cosine, int64_t first, Tensors filter_t
 
 void pairwise_distance(Tensor x, Tensor y, int64_t metric, Tensor out) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2, "mgn_cuda: want rows of shape (rows, D)");
+  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2, "mgn_cuda: expected x and y of shape (rows, D), but got ", x.dim(), " and ", y.dim(), " dimensions");
   const int64_t n = x.size(0), m = y.size(0), d = x.size(1);
   const bool cosine = mgn::Metric(metric) == mgn::Metric::cosine;
   const Tensor scratch = torch::stable::new_empty(x, {cosine ? 2 * (n + m) : 0}, ScalarType::Double);
@@ -172,9 +172,9 @@ std::string unusable(int64_t device) {
   const torch::stable::accelerator::DeviceGuard guard{static_cast<int32_t>(device)};
   const cudaError_t error = mgn::batch_hard_loads();
   if (error == cudaSuccess) return "";
-  cudaGetLastError();  // told, so forgotten
+  cudaGetLastError();  // reported, so it is reset
   return std::string(cudaGetErrorString(error)) + "; mgn._cuda was compiled for " MGN_CUDA_BUILD
-         ", TORCH_CUDA_ARCH_LIST with pip install --no-build-isolation -e . changes that";
+         "; set TORCH_CUDA_ARCH_LIST and run pip install --no-build-isolation -e . to compile for this GPU";
 }
 
 std::string build() { return MGN_CUDA_BUILD; }

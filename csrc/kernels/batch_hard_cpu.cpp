@@ -1,4 +1,4 @@
-// Batch-hard mining on the CPU: squared distances in tiles (squares.h), each tile mined while it is in the first cache.
+// Batch-hard mining on the CPU: squared distances in tiles (squares_cpu.h), each tile mined while it is in the first cache.
 //
 // A task is a block of anchors: it visits the panels of candidates, sums a tile of squared distances, and offers them to the
 // best pairs so far. Where the anchors are their own candidates each pair is computed once and offered to both its ends.
@@ -8,7 +8,7 @@
 #include <cstring>
 #include <mutex>
 
-#include "squares.h"
+#include "squares_cpu.h"
 
 namespace mgn {
 namespace {
@@ -25,8 +25,8 @@ struct Loops {
 }  // namespace mgn
 
 #undef LOOPS
-#define LOOPS "batch_hard_tile.h"
-#include "each_instruction_set.h"
+#define LOOPS "batch_hard_loops.h"
+#include "each_instruction_set_cpu.h"
 
 namespace mgn {
 namespace {

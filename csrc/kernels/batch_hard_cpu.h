@@ -1,6 +1,6 @@
 // Batch-hard mining on the CPU. No torch header: plain pointers, and the caller brings the threads.
 #pragma once
-#include "cpu.h"
+#include "basics_cpu.h"
 
 namespace mgn {
 

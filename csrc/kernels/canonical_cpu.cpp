@@ -14,7 +14,7 @@ enum class Term { product, squared_difference, square };
 }  // namespace mgn
 
 #define LOOPS "canonical_loops.h"
-#include "each_instruction_set.h"
+#include "each_instruction_set_cpu.h"
 
 namespace mgn {
 

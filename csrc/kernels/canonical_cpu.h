@@ -2,9 +2,8 @@
 #pragma once
 #include <vector>
 
-#include "cpu.h"
+#include "basics_cpu.h"
 #include "ranking.h"
-#include "vectors.h"
 
 namespace mgn {
 

@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "canonical_cpu.h"
-#include "vectors.h"
 
 namespace mgn {
 namespace {
@@ -25,7 +24,7 @@ struct SelectLoops {
 }  // namespace mgn
 
 #define LOOPS "nearest_loops.h"
-#include "each_instruction_set.h"
+#include "each_instruction_set_cpu.h"
 
 namespace mgn {
 namespace {

@@ -1,6 +1,6 @@
 // The smallest values of rows on the CPU: nearest neighbours, from products tile by tile or from distances.
 #pragma once
-#include "cpu.h"
+#include "basics_cpu.h"
 #include "ranking.h"
 
 namespace mgn {

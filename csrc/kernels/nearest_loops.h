@@ -1,4 +1,4 @@
-// The inner loop of selection, compiled once for each instruction set by each_instruction_set.h: no include guard.
+// The inner loop of selection, compiled once for each instruction set by each_instruction_set_cpu.h: no include guard.
 namespace mgn {
 namespace SET {
 

@@ -1,11 +1,11 @@
-// Distances of all pairs on the CPU: tiles of squared distances (squares.h) of the rows, or of their unit vectors, rounded to T.
+// Distances of all pairs on the CPU: tiles of squared distances (squares_cpu.h) of the rows, or of their unit vectors, rounded to T.
 //
 // Sums that say too little are measured anew in double: those that may have left T's range, and for the cosine in float those
 // below 1/64. A unit vector rounded to float is off by up to 2⁻²⁴, the difference of two by 2⁻²³, a squared distance s by a relative
-// 2 · 2⁻²³ / √s: 2e-6 at 1/64, which leaves 8e-6 to the rounding of the sum (squares.h: enough for D up to 16384).
+// 2 · 2⁻²³ / √s: 2e-6 at 1/64, which leaves 8e-6 to the rounding of the sum (squares_cpu.h: enough for D up to 16384).
 #include "pairwise_distance_cpu.h"
 
-#include "squares.h"
+#include "squares_cpu.h"
 
 namespace mgn {
 namespace {

@@ -1,7 +1,7 @@
 // Distances of all pairs on the CPU. No torch header: plain pointers, and the caller brings the threads.
 #pragma once
-#include "cpu.h"
-#include "metric.h"
+#include "basics_cpu.h"
+#include "pairwise_distance.h"
 
 namespace mgn {
 

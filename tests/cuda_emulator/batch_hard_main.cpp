@@ -1,5 +1,5 @@
-// Cases from standard input through the launchers of batch_hard.h, results to standard output; both raw, in the order below.
-#include "batch_hard.h"
+// Cases from standard input through the launchers of batch_hard_cuda.h, results to standard output; both raw, in the order below.
+#include "batch_hard_cuda.h"
 #include "bytes.h"
 
 namespace {

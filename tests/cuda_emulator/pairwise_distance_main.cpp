@@ -1,6 +1,6 @@
-// Cases from standard input through the launcher of pairwise_distance.h, results to standard output; both raw, in the order below.
+// Cases from standard input through the launcher of pairwise_distance_cuda.h, results to standard output; both raw, in the order below.
 #include "bytes.h"
-#include "pairwise_distance.h"
+#include "pairwise_distance_cuda.h"
 
 struct Case {
   int64_t type, metric, n, m, d;

@@ -5,7 +5,9 @@
 // duplicates and nothing has to be measured again. Then it mines the tile in registers; the distances never reach memory. At
 // the end each warp settles anchors: it measures the selected pairs in double, and selects anew in double where squares left
 // the range of their type. The last block of a head to finish sums that head's loss in a fixed order.
-#include "squares.cuh"
+#include "batch_hard_cuda.h"
+
+#include "squares_cuda.cuh"
 
 namespace mgn {
 namespace {

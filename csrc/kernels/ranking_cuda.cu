@@ -3,7 +3,7 @@
 // Canonical sums: sixteen lanes take a pair, a partial sum each. Counting: a block takes a query and reads its row of products
 // once. What lies above a level by more than the filter errs is counted in shared memory; what lies within goes on a list, which a
 // second kernel works off by keys.
-#include "batch_hard_types.cuh"
+#include "basics_cuda.cuh"
 #include "ranking_cuda.h"
 
 namespace mgn {

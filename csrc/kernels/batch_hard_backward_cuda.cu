@@ -2,7 +2,8 @@
 //
 // A warp owns 128 columns of one row of a gradient and gathers, in a fixed order, the mined pairs that the row is part of. No
 // atomics on floating point: the same input gives the same bits.
-#include "batch_hard_types.cuh"
+#include "basics_cuda.cuh"
+#include "batch_hard_cuda.h"
 
 namespace mgn {
 namespace {

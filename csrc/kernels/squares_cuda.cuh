@@ -1,6 +1,6 @@
 // Tiles of squared distances on CUDA, and exact distances by a warp: what batch-hard mining and pairwise distances share.
 #pragma once
-#include "batch_hard_types.cuh"
+#include "basics_cuda.cuh"
 
 namespace mgn {
 namespace {

@@ -1,11 +1,11 @@
-#include "cpu.h"
+#include "basics_cpu.h"
 
 #include <vector>
 
 namespace mgn {
 namespace {
 
-// In the order of each_instruction_set.h.
+// In the order of each_instruction_set_cpu.h.
 #if defined(__x86_64__)
 constexpr const char* kCompiled[] = {"avx512", "avx2", "baseline"};
 bool runs(int compiled) {

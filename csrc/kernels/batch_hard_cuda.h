@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace mgn {
+#include "feature_type_cuda.h"
 
-enum class FeatureType { float32, float64, float16, bfloat16 };  // half types are mined, and their distances and loss kept, in float32
+namespace mgn {
 
 struct BatchHard {  // every pointer is on the device; all is contiguous
   FeatureType type;

@@ -1,11 +1,11 @@
-// Distances of all pairs on CUDA: a block sums one tile of squared distances (squares.cuh), of the rows or of their unit vectors.
+// Distances of all pairs on CUDA: a block sums one tile of squared distances (squares_cuda.cuh), of the rows or of their unit vectors.
 //
 // Sums that say too little are measured anew in double, by the warp that has them: those that may have left the type's range, and
 // for the cosine in float those below 1/64. There the rounding of unit vectors to float is a relative 2e-6, as
 // pairwise_distance_cpu.cpp works out; their length may be off as well, which all but cancels: (1 + ε) u − (1 + ε') v has a length
 // of ‖u − v‖ up to a relative ε, and ε − ε' squared. With D/32 + 34 roundings of the sum, 1e-5 holds up to D = 3072.
-#include "pairwise_distance.h"
-#include "squares.cuh"
+#include "pairwise_distance_cuda.h"
+#include "squares_cuda.cuh"
 
 namespace mgn {
 namespace {

@@ -11,7 +11,7 @@
 #include <new>
 #include <vector>
 
-#include "cpu.h"
+#include "basics_cpu.h"
 
 namespace mgn {
 
@@ -32,8 +32,8 @@ struct Squares {
 
 }  // namespace mgn
 
-#define LOOPS "squares_tile.h"
-#include "each_instruction_set.h"
+#define LOOPS "squares_loops.h"
+#include "each_instruction_set_cpu.h"
 
 namespace mgn {
 

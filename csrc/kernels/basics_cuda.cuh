@@ -1,9 +1,12 @@
-// What the forward and the backward kernel of batch-hard mining share. For .cu files.
+// What all CUDA kernels use: the types of features, sums over a warp, and launching.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime.h>
 
-#include "batch_hard.h"
+#include <cstdint>
+
+#include "feature_type_cuda.h"
 
 namespace mgn {
 namespace {
