@@ -1,9 +1,9 @@
 // The module mgn._C: what torch needs to reach the CPU kernels. Here: mining and distances, and the module itself.
 // Callers validate (mgn/ops), outputs come allocated.
 //
-// Files go by one rule. <op>_cpu.* and <op>_cuda.* belong to one device. <op>_loops.h holds the inner loops of <op>_cpu.cpp, compiled
-// once for each instruction set. A name without such an ending (<op>.h) is shared by both devices. What several operations use is
-// named by its subject: basics, canonical (sums), squares.
+// Files go by one rule. <op>_cpu.* and <op>_cuda.* belong to one device. <op>_loops.h holds the inner loops of
+// <op>_cpu.cpp, compiled once for each instruction set. A name without such an ending (<op>.h) is shared by both
+// devices. What several operations use is named by its subject: basics, canonical (sums), squares.
 #include "bindings_cpu.h"
 
 #include <Python.h>
@@ -16,79 +16,69 @@
 
 namespace {
 
-template <typename T>
-mgn::Features<T> features(const Tensor& anchors, const std::optional<Tensor>& others) {
+template <typename T> mgn::Features<T> features(const Tensor& anchors, const std::optional<Tensor>& others) {
   const Tensor& candidates = others ? *others : anchors;
-  STD_TORCH_CHECK(anchors.dim() == 3 && candidates.dim() == 3, "mgn_cpu: expected features of shape (heads, rows, D), but got ", anchors.dim(), " and ", candidates.dim(), " dimensions");
+  STD_TORCH_CHECK(anchors.dim() == 3 && candidates.dim() == 3,
+                  "mgn_cpu: expected features of shape (heads, rows, D), but got ", anchors.dim(), " and ",
+                  candidates.dim(), " dimensions");
   const int64_t heads = anchors.size(0), n = anchors.size(1), m = candidates.size(1), d = anchors.size(2);
-  return {heads, n, m, d, !others, pointer<T>(anchors, kType<T>, heads * n * d), pointer<T>(candidates, kType<T>, heads * m * d)};
+  return {heads, n, m, d, !others, pointer<T>(anchors, heads * n * d), pointer<T>(candidates, heads * m * d)};
 }
 
 template <typename T>
-mgn::Mined<T> mined(const Tensor& dist_ap, const Tensor& dist_an, const Tensor& pos_idx, const Tensor& neg_idx, int64_t count) {
-  return {pointer<T>(dist_ap, kType<T>, count), pointer<T>(dist_an, kType<T>, count),
-          pointer<int64_t>(pos_idx, ScalarType::Long, count), pointer<int64_t>(neg_idx, ScalarType::Long, count)};
-}
-
-template <typename T>
-bool forward(const Tensor& anchors, const Tensor& labels, const std::optional<Tensor>& candidates,
-             const std::optional<Tensor>& candidate_labels, const Tensor& dist_ap, const Tensor& dist_an, const Tensor& pos_idx,
-             const Tensor& neg_idx, const std::optional<Tensor>& loss, const std::optional<Tensor>& slope, std::optional<double> margin, int64_t set) {
-  STD_TORCH_CHECK(!loss == !slope && !candidates == !candidate_labels, "mgn_cpu: pass loss and slope together, and candidates and candidate_labels together");
-  const auto x = features<T>(anchors, candidates);
-  const auto out = mined<T>(dist_ap, dist_an, pos_idx, neg_idx, x.heads * x.n);
-  const Tensor& of_candidates = candidate_labels ? *candidate_labels : labels;
-  const bool finite = mgn::batch_hard(x, pointer<int64_t>(labels, ScalarType::Long, x.n),
-                                      pointer<int64_t>(of_candidates, ScalarType::Long, x.m), out, checked_set(set), parallel);
-  if (finite && loss)
-    mgn::triplet_loss(x.heads, x.n, out, margin ? &*margin : nullptr, pointer<T>(*loss, kType<T>, x.heads),
-                      pointer<T>(*slope, kType<T>, x.heads * x.n));
-  return finite;
+mgn::Mined<T> mined(const Tensor& dist_ap, const Tensor& dist_an, const Tensor& pos_idx, const Tensor& neg_idx,
+                    int64_t count) {
+  return {pointer<T>(dist_ap, count), pointer<T>(dist_an, count), pointer<int64_t>(pos_idx, count),
+          pointer<int64_t>(neg_idx, count)};
 }
 
 bool batch_hard(Tensor anchors, Tensor labels, std::optional<Tensor> candidates, std::optional<Tensor> candidate_labels,
                 Tensor dist_ap, Tensor dist_an, Tensor pos_idx, Tensor neg_idx, std::optional<Tensor> loss,
                 std::optional<Tensor> slope, std::optional<double> margin, int64_t set) {
-  const auto run = anchors.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
-  return run(anchors, labels, candidates, candidate_labels, dist_ap, dist_an, pos_idx, neg_idx, loss, slope, margin, set);
+  STD_TORCH_CHECK(!loss == !slope && !candidates == !candidate_labels,
+                  "mgn_cpu: pass loss and slope together, and candidates and candidate_labels together");
+  return with_type(anchors, [&](auto element) {
+    using T = decltype(element);
+    const auto x = features<T>(anchors, candidates);
+    const auto out = mined<T>(dist_ap, dist_an, pos_idx, neg_idx, x.heads * x.n);
+    const auto* all_labels = pointer<int64_t>(candidate_labels ? *candidate_labels : labels, x.m);
+    const bool finite = mgn::batch_hard(x, pointer<int64_t>(labels, x.n), all_labels, out, checked_set(set), parallel);
+    if (finite && loss)
+      mgn::triplet_loss(x.heads, x.n, out, margin ? &*margin : nullptr, pointer<T>(*loss, x.heads),
+                        pointer<T>(*slope, x.heads * x.n));
+    return finite;
+  });
 }
 
-template <typename T>
-void backward(const Tensor& anchors, const std::optional<Tensor>& candidates, const Tensor& dist_ap, const Tensor& dist_an, const Tensor& pos_idx,
-              const Tensor& neg_idx, const Tensor& grad_ap, const std::optional<Tensor>& grad_an, const std::optional<Tensor>& slope,
-              const Tensor& grad_anchors, const Tensor& grad_candidates) {
+void batch_hard_backward(Tensor anchors, std::optional<Tensor> candidates, Tensor dist_ap, Tensor dist_an,
+                         Tensor pos_idx, Tensor neg_idx, Tensor grad_ap, std::optional<Tensor> grad_an,
+                         std::optional<Tensor> slope, Tensor grad_anchors, Tensor grad_candidates) {
   STD_TORCH_CHECK(slope || grad_an, "mgn_cpu: pass grad_an or slope");
-  const auto x = features<T>(anchors, candidates);
-  const int64_t count = x.heads * x.n;
-  const auto pairs = mined<T>(dist_ap, dist_an, pos_idx, neg_idx, count);
-  for (const int64_t* idx : {pairs.pos_idx, pairs.neg_idx})
-    STD_TORCH_CHECK(std::all_of(idx, idx + count, [&](int64_t j) { return j < x.m; }), "expected mined indices below ", x.m,
-                    ", the number of candidates, but they were changed in place after mining; change a clone instead");
-  mgn::batch_hard_backward(x, pairs,
-                           pointer<T>(grad_ap, kType<T>, slope ? x.heads : count),
-                           slope ? nullptr : pointer<T>(*grad_an, kType<T>, count),
-                           slope ? pointer<T>(*slope, kType<T>, count) : nullptr,
-                           pointer<T>(grad_anchors, kType<T>, count * x.d),
-                           pointer<T>(grad_candidates, kType<T>, x.heads * x.m * x.d), parallel);
-}
-
-void batch_hard_backward(Tensor anchors, std::optional<Tensor> candidates, Tensor dist_ap, Tensor dist_an, Tensor pos_idx, Tensor neg_idx,
-                         Tensor grad_ap, std::optional<Tensor> grad_an, std::optional<Tensor> slope, Tensor grad_anchors,
-                         Tensor grad_candidates) {
-  const auto run = anchors.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
-  run(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx, grad_ap, grad_an, slope, grad_anchors, grad_candidates);
-}
-
-template <typename T>
-void pairs(const Tensor& x, const Tensor& y, int64_t metric, const Tensor& out, int64_t set) {
-  const int64_t n = x.size(0), m = y.size(0), d = x.size(1);
-  mgn::pairwise_distance(pointer<T>(x, kType<T>, n * d), pointer<T>(y, kType<T>, m * d), n, m, d, mgn::Metric(metric),
-                         pointer<T>(out, kType<T>, n * m), checked_set(set), parallel);
+  with_type(anchors, [&](auto element) {
+    using T = decltype(element);
+    const auto x = features<T>(anchors, candidates);
+    const int64_t count = x.heads * x.n;
+    const auto pairs = mined<T>(dist_ap, dist_an, pos_idx, neg_idx, count);
+    for (const int64_t* idx : {pairs.pos_idx, pairs.neg_idx})
+      STD_TORCH_CHECK(
+          std::all_of(idx, idx + count, [&](int64_t j) { return j < x.m; }), "expected mined indices below ", x.m,
+          ", the number of candidates, but they were changed in place after mining; change a clone instead");
+    mgn::batch_hard_backward(x, pairs, pointer<T>(grad_ap, slope ? x.heads : count),
+                             slope ? nullptr : pointer<T>(*grad_an, count), slope ? pointer<T>(*slope, count) : nullptr,
+                             pointer<T>(grad_anchors, count * x.d), pointer<T>(grad_candidates, x.heads * x.m * x.d),
+                             parallel);
+  });
 }
 
 void pairwise_distance(Tensor x, Tensor y, int64_t metric, Tensor out, int64_t set) {
-  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2, "mgn_cpu: expected x and y of shape (rows, D), but got ", x.dim(), " and ", y.dim(), " dimensions");
-  (x.scalar_type() == ScalarType::Double ? pairs<double> : pairs<float>)(x, y, metric, out, set);
+  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2, "mgn_cpu: expected x and y of shape (rows, D), but got ", x.dim(),
+                  " and ", y.dim(), " dimensions");
+  const int64_t n = x.size(0), m = y.size(0), d = x.size(1);
+  with_type(x, [&](auto element) {
+    using T = decltype(element);
+    mgn::pairwise_distance(pointer<T>(x, n * d), pointer<T>(y, m * d), n, m, d, mgn::Metric(metric),
+                           pointer<T>(out, n * m), checked_set(set), parallel);
+  });
 }
 
 std::string instruction_sets() {
@@ -108,8 +98,9 @@ STABLE_TORCH_LIBRARY(mgn_cpu, m) {
       "Tensor(b!) dist_an, Tensor(c!) pos_idx, Tensor(d!) neg_idx, Tensor(e!)? loss, Tensor(f!)? slope, float? margin, "
       "int instruction_set=0) -> bool");
   m.def(
-      "batch_hard_backward(Tensor anchors, Tensor? candidates, Tensor dist_ap, Tensor dist_an, Tensor pos_idx, Tensor neg_idx, "
-      "Tensor grad_ap, Tensor? grad_an, Tensor? slope, Tensor(a!) grad_anchors, Tensor(b!) grad_candidates) -> ()");
+      "batch_hard_backward(Tensor anchors, Tensor? candidates, Tensor dist_ap, Tensor dist_an, Tensor pos_idx, "
+      "Tensor neg_idx, Tensor grad_ap, Tensor? grad_an, Tensor? slope, Tensor(a!) grad_anchors, "
+      "Tensor(b!) grad_candidates) -> ()");
   m.def("pairwise_distance(Tensor x, Tensor y, int metric, Tensor(a!) out, int instruction_set=0) -> ()");
   m.def("instruction_sets() -> str");
   m.def("cuda_module() -> str");

@@ -1,4 +1,4 @@
-// What the bindings of the CPU kernels have in common: checks that keep a wrong call from touching memory that is not its own.
+// What the bindings of the CPU kernels share: checks that keep a wrong call from touching foreign memory.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -23,15 +23,21 @@ inline int checked_set(int64_t set) {
   return int(set);
 }
 
-template <typename T>
-T* pointer(const Tensor& tensor, ScalarType type, int64_t count) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == type && tensor.numel() == count,
-                  "mgn_cpu: expected a contiguous CPU tensor of ", count, " elements of the type in the schema, but got ",
-                  tensor.numel(), " elements or another type, layout or device; call mgn.ops, which prepares tensors");
+template <typename T> constexpr ScalarType kType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+template <> constexpr ScalarType kType<int64_t> = ScalarType::Long;
+template <> constexpr ScalarType kType<int32_t> = ScalarType::Int;
+
+template <typename T> T* pointer(const Tensor& tensor, int64_t count) {
+  STD_TORCH_CHECK(
+      tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == kType<T> && tensor.numel() == count,
+      "mgn_cpu: expected a contiguous CPU tensor of ", count, " elements of the right type, but got ", tensor.numel(),
+      " elements or another type, layout or device; call mgn.ops, which prepares tensors");
   return static_cast<T*>(tensor.data_ptr());
 }
 
-template <typename T>
-constexpr ScalarType kType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+// run(float()) or run(double()), as the tensor's elements are.
+template <typename Run> auto with_type(const Tensor& tensor, const Run& run) {
+  return tensor.scalar_type() == ScalarType::Double ? run(double()) : run(float());
+}
 
 }  // namespace

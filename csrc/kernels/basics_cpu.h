@@ -1,5 +1,6 @@
-// What all CPU kernels use: threads, which the caller brings, the instruction sets of this CPU, and a little vector arithmetic.
+// What all CPU kernels use: threads, which the caller brings, the instruction sets of this CPU, vector arithmetic.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -8,7 +9,7 @@
 #include <immintrin.h>
 #endif
 
-// Keeps the compiler from fusing the operation that made the value with the one that takes it: the value is rounded here.
+// Rounds the value here: the compiler cannot fuse the operation that made it with the one that uses it.
 #if defined(__x86_64__)
 #define KEEP_ROUNDED(value) asm("" : "+v"(value))
 #elif defined(__aarch64__)
@@ -19,8 +20,13 @@
 
 namespace mgn {
 
-// Calls work(begin, end) on disjoint ranges that cover 0 … count, each of at least `grain` items if there are that many.
+// Calls work(begin, end) on disjoint ranges that cover 0 … count, each of at least `grain` items if possible.
 using Parallel = std::function<void(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& work)>;
+
+// How many items of `size` make up `total`; at least one.
+inline int64_t grain_of(int64_t total, int64_t size) {
+  return std::max<int64_t>(1, total / std::max<int64_t>(size, 1));
+}
 
 // Instruction sets that this build has code for and this CPU runs, fastest first; the last is the compiler's baseline.
 int instruction_sets();
@@ -29,8 +35,7 @@ const char* instruction_set_name(int index);
 // The place of the index-th of them in OF_EACH_INSTRUCTION_SET.
 int compiled_instruction_set(int index);
 
-template <typename Mask>
-inline __attribute__((always_inline)) bool all_set(const Mask& mask) {
+template <typename Mask> inline __attribute__((always_inline)) bool all_set(const Mask& mask) {
   uint64_t words[sizeof(Mask) / 8], all = ~uint64_t(0);
   std::memcpy(words, &mask, sizeof mask);
   for (const uint64_t word : words) all &= word;

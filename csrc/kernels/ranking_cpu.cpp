@@ -1,8 +1,9 @@
 // Retrieval ranks on the CPU: counting the non-matches that lie nearer than a match.
 //
-// A query's matches are levels of similarity, each with the margin by which the filter may err. A row of similarities is taken
-// in chunks that stay in the first cache. What is farther than the farthest match is dropped at once; the rest is compared with
-// the levels from the farthest to the nearest, and dropped further on the way. What lies within a margin goes by its key.
+// A query's matches are levels of similarity, each with the margin by which the filter may err. A row of similarities
+// is taken in chunks that stay in the first-level cache. Items farther than the farthest match are dropped at once. The
+// rest is compared with the levels, from the farthest to the nearest, and thinned out on the way. Items within a margin
+// are decided by their keys.
 #include "ranking_cpu.h"
 
 #include <algorithm>
@@ -18,12 +19,11 @@
 namespace mgn {
 namespace {
 
-constexpr int kChunk = 2048;  // similarities at a time
-constexpr int kMany = 256;    // matches from which on searching among them is faster than comparing with each
+constexpr int kChunk = 2048;         // similarities at a time
+constexpr int kMany = 256;           // matches from which on searching among them is faster than comparing with each
 constexpr int64_t kGrain = 1 << 16;  // elements worth a thread
 
-template <typename T>
-struct CountLoops {
+template <typename T> struct CountLoops {
   void (*negate)(const T* distances, int n, T* similarity);
   int (*keep)(const T* values, int n, T low, T* kept);
   int (*keep_negated)(const T* values, int n, T low, T* kept);
@@ -31,13 +31,13 @@ struct CountLoops {
   int (*find_open)(const T* values, int n, T low, T high, int* positions);
 };
 
-// For each mask of eight, the positions of its bits, then any.
+// For each mask of eight bits, the positions of its ones, then anything.
 struct Front {
-  uint8_t of[256][8] = {};
+  uint8_t positions[256][8] = {};
   constexpr Front() {
     for (int mask = 0; mask < 256; ++mask)
       for (int bit = 0, count = 0; bit < 8; ++bit)
-        if (mask >> bit & 1) of[mask][count++] = uint8_t(bit);
+        if (mask >> bit & 1) positions[mask][count++] = uint8_t(bit);
   }
 };
 constexpr Front kFront;
@@ -51,17 +51,16 @@ constexpr Front kFront;
 namespace mgn {
 namespace {
 
-template <typename T>
-const CountLoops<T>& count_loops(int instruction_set) {
+template <typename T> const CountLoops<T>& count_loops(int instruction_set) {
   static constexpr const CountLoops<T>* kAll[] = {OF_EACH_INSTRUCTION_SET(kCountLoops<T>)};
   return *kAll[compiled_instruction_set(instruction_set)];
 }
 
-// Calls what(item) for every excluded item of first … end.
-template <typename What>
-void for_excluded(const Excluded& excluded, int64_t q, int64_t first, int64_t end, const What& what) {
+// Calls visit(item) for every excluded item of first … end.
+template <typename Visit>
+void for_excluded(const Excluded& excluded, int64_t q, int64_t first, int64_t end, const Visit& visit) {
   const auto all = [&](const int64_t* from, const int64_t* to) {
-    for (const int64_t* item = std::lower_bound(from, to, first); item < to && *item < end; ++item) what(*item);
+    for (const int64_t* item = std::lower_bound(from, to, first); item < to && *item < end; ++item) visit(*item);
   };
   all(excluded.order + excluded.begin[q], excluded.order + excluded.end[q]);
   all(excluded.junk, excluded.junk + excluded.junk_count);
@@ -73,23 +72,25 @@ float round_down(double value) {
 }
 
 // Counts along one row of similarities, from chunk to chunk.
-template <typename T>
-struct Counting {
+template <typename T> struct Counting {
   const CountLoops<T>& loops;
   alignas(64) T similarity[kChunk + 16], kept[kChunk + 16];
-  std::vector<T> low, high;  // of each match, from the nearest to the farthest: descending
-  std::vector<std::pair<double, double>> levels;  // the same before rounding, and without the filter's error
-  std::vector<int> excluded_open;  // how many excluded items lie between the ends of each match's level; of up to kMany matches
+  // Of each match, from the nearest to the farthest: between which similarities the filter leaves a pair open (descending),
+  // the same without the filter's error, and how many excluded items lie there (counted for up to kMany matches).
+  std::vector<T> low, high;
+  std::vector<std::pair<double, double>> levels;
+  std::vector<int> excluded_open;
   std::vector<int> positions;
   std::vector<double> keys;
   bool excluded[kChunk] = {};  // of the chunk's items
 
   explicit Counting(const CountLoops<T>& loops) : loops(loops), positions(kChunk), keys(kChunk + 1) {}
 
-  // The chunk's n items first, first + 1, …; `left` of them are kept, those that are not below the farthest match. On demand
-  // fill() writes all similarities and keys_of(positions, count, keys) finds keys.
+  // Counts the chunk's n items first, first + 1, …, of which `left` are in `kept`: those not below the farthest match.
+  // On demand fill() writes all similarities and keys_of(positions, count, keys) finds keys.
   template <typename Fill, typename KeysOf>
-  int64_t count(const Matches& matches, int64_t q, int64_t first, int n, int left, const Fill& fill, const KeysOf& keys_of) {
+  int64_t count(const Matches& matches, int64_t q, int64_t first, int n, int left, const Fill& fill,
+                const KeysOf& keys_of) {
     const int64_t begin = matches.offsets[q], m = matches.offsets[q + 1] - begin;
     if (m > kMany) {
       int open = 0;
@@ -108,7 +109,8 @@ struct Counting {
       const int64_t from = std::max<int64_t>(end - 4, 0);
       const int group = int(end - from);
       T lows[4], highs[4];
-      for (int i = 0; i < 4; ++i) lows[i] = low[from + std::min(i, group - 1)], highs[i] = high[from + std::min(i, group - 1)];
+      for (int i = 0; i < 4; ++i)
+        lows[i] = low[from + std::min(i, group - 1)], highs[i] = high[from + std::min(i, group - 1)];
       std::fill(kept + left, kept + left + 16, -std::numeric_limits<T>::infinity());
       int above[4];
       int open[4];
@@ -120,8 +122,11 @@ struct Counting {
         if (open[i] == excluded_open[level]) continue;
         if (!filled) fill(), filled = true;
         const int within = loops.find_open(similarity, n, low[level], high[level], positions.data());
-        const auto decided = [&](int j) { return level > 0 && !(similarity[j] < low[level - 1]) && !(similarity[j] > high[level - 1]); };
-        const auto rest = std::remove_if(positions.begin(), positions.begin() + within, decided);  // with the level before
+        const auto decided = [&](int j) {
+          return level > 0 && !(similarity[j] < low[level - 1]) && !(similarity[j] > high[level - 1]);
+        };
+        const auto rest = std::remove_if(positions.begin(), positions.begin() + within,
+                                         decided);  // those were decided with the level before
         by_key += decide(matches, q, first, int(rest - positions.begin()), keys_of);
       }
       if (from > 0 && above[0] < left / 2) left = loops.keep(kept, left, low[from - 1], kept);
@@ -129,7 +134,7 @@ struct Counting {
     return by_key;
   }
 
-  // An open item was counted from the first level that it is above, and belongs to one before it, maybe.
+  // An open item was counted from the first level that it is above. Its key may move it to an earlier level.
   template <typename KeysOf>
   int64_t decide(const Matches& matches, int64_t q, int64_t first, int open, const KeysOf& keys_of) {
     const int64_t begin = matches.offsets[q], m = matches.offsets[q + 1] - begin;
@@ -158,7 +163,7 @@ struct TileCounting {
   const SumLoops& sums;
   Counting<float> counting;
   Keys keys_of;
-  int64_t by_key = 0;  // how many items went by key
+  int64_t by_key = 0;  // how many items were decided by their keys
 
   // Of the query at hand:
   int64_t q = 0, m = 0;  // m matches
@@ -207,7 +212,8 @@ struct TileCounting {
 
   // The n items j, j + 1, … of the tile.
   void count_chunk(int64_t j, int n) {
-    sums.affine(filter.dots + q * filter.stride + j, filter.item_scale + j, filter.item_shift + j, n, counting.similarity);
+    sums.affine(filter.dots + q * filter.stride + j, filter.item_scale + j, filter.item_shift + j, n,
+                counting.similarity);
     const int64_t first = tile.first + j;
     const auto exclude = [&](int64_t item) {
       counting.similarity[item - first] = -std::numeric_limits<float>::infinity();
@@ -220,10 +226,12 @@ struct TileCounting {
         exclude(item);
       });
     const int left = counting.loops.keep(counting.similarity, n, counting.low[m - 1], counting.kept);
-    by_key += counting.count(matches, q, first, n, left, [] {}, [&](const int* positions, int count, double* keys) {
-      measure_keys(j, positions, count, keys);
-      for (int p = 0; p < count && reranked; ++p) keys[p] = final_distance(*reranked, q, tile.cosine, keys[p], 1);
-    });
+    by_key += counting.count(
+        matches, q, first, n, left, [] {},
+        [&](const int* positions, int count, double* keys) {
+          measure_keys(j, positions, count, keys);
+          for (int p = 0; p < count && reranked; ++p) keys[p] = final_distance(*reranked, q, tile.cosine, keys[p], 1);
+        });
     std::fill(counting.excluded, counting.excluded + n, false);
   }
 
@@ -241,7 +249,7 @@ struct TileCounting {
     }
   }
 
-  // An item whose encoding overlaps the query's: its similarity bounds its final distance, which is compared with the matches'.
+  // Counts an item whose encoding overlaps the query's: its similarity bounds its final distance.
   void count_overlap(int64_t j, int position, double jaccard) {
     if (counting.excluded[position]) return;
     const double scale = filter.level_scale[q], key = (counting.similarity[position] - filter.level_shift[q]) / scale;
@@ -271,8 +279,8 @@ int64_t count_nonmatches(const Tile& tile, const Filter& filter, const Matches& 
   std::atomic<int64_t> by_key = 0;
   parallel(tile.query.count, 1, [&](int64_t begin, int64_t end) {
     const Denormals denormals;
-    TileCounting counting{tile, filter, matches, excluded, reranked, sums, Counting<float>(count_loops<float>(instruction_set)),
-                          Keys(sums, tile.cosine, tile.query.d)};
+    TileCounting counting{tile, filter, matches, excluded, reranked, sums,
+                          Counting<float>(count_loops<float>(instruction_set)), Keys(sums, tile.cosine, tile.query.d)};
     for (int64_t q = begin; q < end; ++q) counting.count_query(q);
     by_key += counting.by_key;
   });
@@ -283,8 +291,8 @@ template <typename T>
 int64_t count_in_distances(const T* distances, int64_t queries, int64_t items, int64_t stride, const Matches& matches,
                            const Excluded& excluded, int instruction_set, const Parallel& parallel) {
   const CountLoops<T>& loops = count_loops<T>(instruction_set);
-  std::atomic<int64_t> odd = -1;
-  parallel(queries, std::max<int64_t>(1, kGrain / std::max<int64_t>(items, 1)), [&](int64_t begin, int64_t end) {
+  std::atomic<int64_t> nan_query = -1;
+  parallel(queries, grain_of(kGrain, items), [&](int64_t begin, int64_t end) {
     const Denormals denormals;
     Counting<T> counting(loops);
     for (int64_t q = begin; q < end; ++q) {
@@ -295,31 +303,37 @@ int64_t count_in_distances(const T* distances, int64_t queries, int64_t items, i
       for (int64_t j = 0; j < items; j += kChunk) {
         const int n = int(std::min<int64_t>(kChunk, items - j));
         const T* row = distances + q * stride + j;
-        const int left = loops.keep_negated(row, n, m > 0 ? counting.low[m - 1] : std::numeric_limits<T>::infinity(), counting.kept);
-        bool is_odd = false;
-        for (int k = 0; k < left; ++k) is_odd |= counting.kept[k] != counting.kept[k];
-        if (is_odd) odd = q;
+        const int left =
+            loops.keep_negated(row, n, m > 0 ? counting.low[m - 1] : std::numeric_limits<T>::infinity(), counting.kept);
+        bool has_nan = false;
+        for (int k = 0; k < left; ++k) has_nan |= counting.kept[k] != counting.kept[k];
+        if (has_nan) nan_query = q;
         if (m == 0) continue;
         counting.excluded_open.assign(std::min<int64_t>(m, kMany), 0);
-        for_excluded(excluded, q, j, j + n, [&](int64_t item) {  // not to be counted: takes back what will be
-          counting.excluded[item - j] = true;
-          const T value = -row[item - j];
-          const int64_t above = first_below(counting.high.data(), m, value);
-          if (above < m) --matches.steps[offset + above];
-          for (int64_t i = first_reached(counting.low.data(), m, value); i < above && m <= kMany; ++i) ++counting.excluded_open[i];
-        });
-        counting.count(matches, q, j, n, left, [&] { loops.negate(row, n, counting.similarity); },
-                       [&](const int* positions, int count, double* keys) {
-                         for (int p = 0; p < count; ++p) keys[p] = row[positions[p]];
-                       });
+        for_excluded(excluded, q, j, j + n,
+                     [&](int64_t item) {  // takes back in advance visit will be counted for this item
+                       counting.excluded[item - j] = true;
+                       const T value = -row[item - j];
+                       const int64_t above = first_below(counting.high.data(), m, value);
+                       if (above < m) --matches.steps[offset + above];
+                       for (int64_t i = first_reached(counting.low.data(), m, value); i < above && m <= kMany; ++i)
+                         ++counting.excluded_open[i];
+                     });
+        counting.count(
+            matches, q, j, n, left, [&] { loops.negate(row, n, counting.similarity); },
+            [&](const int* positions, int count, double* keys) {
+              for (int p = 0; p < count; ++p) keys[p] = row[positions[p]];
+            });
         std::fill(counting.excluded, counting.excluded + n, false);
       }
     }
   });
-  return odd;
+  return nan_query;
 }
 
-template int64_t count_in_distances(const float*, int64_t, int64_t, int64_t, const Matches&, const Excluded&, int, const Parallel&);
-template int64_t count_in_distances(const double*, int64_t, int64_t, int64_t, const Matches&, const Excluded&, int, const Parallel&);
+template int64_t count_in_distances(const float*, int64_t, int64_t, int64_t, const Matches&, const Excluded&, int,
+                                    const Parallel&);
+template int64_t count_in_distances(const double*, int64_t, int64_t, int64_t, const Matches&, const Excluded&, int,
+                                    const Parallel&);
 
 }  // namespace mgn
