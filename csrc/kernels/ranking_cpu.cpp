@@ -75,8 +75,8 @@ float round_down(double value) {
 template <typename T> struct Counting {
   const CountLoops<T>& loops;
   alignas(64) T similarity[kChunk + 16], kept[kChunk + 16];
-  // Of each match, from the nearest to the farthest: between which similarities the filter leaves a pair open (descending),
-  // the same without the filter's error, and how many excluded items lie there (counted for up to kMany matches).
+  // Of each match, from the nearest to the farthest: between which similarities the filter leaves a pair open, the same
+  // without the filter's error, and how many excluded items lie between them (counted for up to kMany matches).
   std::vector<T> low, high;
   std::vector<std::pair<double, double>> levels;
   std::vector<int> excluded_open;

@@ -1,4 +1,5 @@
-// Cases from standard input through the launchers of batch_hard_cuda.h, results to standard output; both raw, in the order below.
+// Cases from standard input through the launchers of batch_hard_cuda.h, results to standard output; both raw, in the
+// order below.
 #include "batch_hard_cuda.h"
 #include "bytes.h"
 
@@ -17,18 +18,10 @@ void run(const Case& c) {
   const Bytes dist_ap = poisoned(rows * wide), dist_an = poisoned(rows * wide), pos_idx = poisoned(rows * 8),
               neg_idx = poisoned(rows * 8);
   const Bytes loss = poisoned(c.heads * wide), slope = poisoned(rows * wide), finished = poisoned(c.heads * 4);
-  const mgn::BatchHard mining = {mgn::FeatureType(c.type),
-                                 c.heads,
-                                 c.n,
-                                 c.m,
-                                 c.d,
-                                 bool(c.own),
-                                 anchors.get(),
-                                 c.own ? anchors.get() : candidates.get(),
-                                 dist_ap.get(),
-                                 dist_an.get(),
-                                 as<int64_t>(pos_idx),
-                                 as<int64_t>(neg_idx)};
+  const mgn::BatchHard mining = {
+      mgn::FeatureType(c.type), c.heads, c.n, c.m, c.d, bool(c.own), anchors.get(),
+      c.own ? anchors.get() : candidates.get(), dist_ap.get(), dist_an.get(), as<int64_t>(pos_idx),
+      as<int64_t>(neg_idx)};
   const mgn::TripletLoss triplet = {c.with_loss ? loss.get() : nullptr, slope.get(), as<int>(finished), bool(c.soft),
                                     c.margin};
   mgn::batch_hard_forward(mining, as<int64_t>(labels), as<int64_t>(c.own ? labels : candidate_labels), triplet,

@@ -1,13 +1,14 @@
-// Runs CUDA kernels on the host: put this folder on the include path and compile the .cu with g++ -x c++ -U_FORTIFY_SOURCE.
+// Runs CUDA kernels on the host: put this folder on the include path and compile the .cu files with
+// g++ -x c++ -U_FORTIFY_SOURCE.
 //
-// A CUDA thread is a fiber; the threads of a block take turns on one host thread, switching where they wait for each other;
-// blocks run one after another. EMULATOR_ORDER is forward, reverse or a seed: the order of blocks, and of threads between two
-// waits. A missing barrier shows in some order, and under ThreadSanitizer in every one. Shared memory starts each block as
-// 0xAB bytes. The program aborts, naming what and where, at a barrier that not all threads reach, a warp intrinsic whose mask
-// does not fit who calls it, and a deadlock.
+// A CUDA thread is a fiber. The threads of a block take turns on one host thread and switch where they wait for each
+// other; blocks run one after another. EMULATOR_ORDER is forward, reverse or a seed: the order of blocks, and of
+// threads between two waits. A missing barrier shows in at least one order, and under ThreadSanitizer in every order.
+// Shared memory starts each block as 0xAB bytes. The program aborts, naming reason and place, at a barrier that not all
+// threads reach, at a warp intrinsic whose mask does not match its callers, and at a deadlock.
 //
-// Not covered: blocks that run at the same time, weak memory order, dynamic shared memory, inline PTX, tensor cores, speed.
-// It has the intrinsics that the project's kernels use; a new one goes to the end of this file.
+// Not covered: blocks that run at the same time, weak memory order, dynamic shared memory, inline PTX, tensor cores,
+// speed. It has the intrinsics that the project's kernels use; a new one goes to the end of this file.
 #pragma once
 #include <setjmp.h>
 #include <sys/mman.h>

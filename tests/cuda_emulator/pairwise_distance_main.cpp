@@ -1,4 +1,5 @@
-// Cases from standard input through the launcher of pairwise_distance_cuda.h, results to standard output; both raw, in the order below.
+// Cases from standard input through the launcher of pairwise_distance_cuda.h, results to standard output; both raw, in
+// the order below.
 #include "bytes.h"
 #include "pairwise_distance_cuda.h"
 

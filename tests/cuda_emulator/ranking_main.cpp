@@ -1,5 +1,5 @@
-// Calls from standard input to the launchers of ranking_cuda.h, results to standard output. A call: its number, how many integers
-// and arrays, the integers, each array's size in bytes and content. The answer: the arrays that it may have changed.
+// Calls from standard input to the launchers of ranking_cuda.h, results to standard output. A call: its number, how
+// many integers and arrays, the integers, each array's size in bytes and content. The answer: the arrays it may change.
 #include "bytes.h"
 #include "ranking_cuda.h"
 
