@@ -1,6 +1,6 @@
-"""Builds the extension: mgn._C (CPU) wherever there is a C++ compiler, mgn._cuda wherever nvcc and torch share a CUDA major.
+"""Builds the extension: mgn._C (CPU) with any C++ compiler, mgn._cuda if nvcc and torch share a CUDA major version.
 
-Both use LibTorch's stable ABI and Python's limited API, so one build serves torch 2.10 and later on Python 3.10 and later.
+Both use LibTorch's stable ABI and Python's limited API: one build serves torch 2.10 and later, Python 3.10 and later.
 No GPU is needed. Environment variables: CUDA_HOME, TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), MGN_CUDA=0 (CPU module only).
 """
 
@@ -30,16 +30,19 @@ def cuda_toolkit():
     nvcc = f'{home}/bin/nvcc' if home else shutil.which('nvcc') or '/usr/local/cuda/bin/nvcc'
     if not os.path.exists(nvcc):
         return None, f'no nvcc at {nvcc}; install the CUDA {torch.version.cuda.split(".")[0]} toolkit, then mgn again'
-    # What nvcc says of itself: the one found first on PATH may be a script in a folder that is no toolkit.
-    told = subprocess.run([nvcc, '--dryrun', '-x', 'cu', os.devnull], capture_output=True, text=True)
-    top = re.search(r'TOP=(.+)', told.stdout + told.stderr)
+    # nvcc itself says where its toolkit is: the one on PATH may be a script in a folder that is no toolkit.
+    dryrun = subprocess.run([nvcc, '--dryrun', '-x', 'cu', os.devnull], capture_output=True, text=True)
+    top = re.search(r'TOP=(.+)', dryrun.stdout + dryrun.stderr)
     home = os.path.realpath(top[1].strip()) if top else os.path.dirname(os.path.dirname(os.path.realpath(nvcc)))
     if not any(Path(home).glob('lib*/libcudart.so*')) and not any(Path(home).glob('targets/*/lib/libcudart.so*')):
-        return None, f'{nvcc} belongs to {home}, which has no libcudart; install the toolkit whole or name another in CUDA_HOME'
-    release = re.search(r'release (\d+)\.(\d+)', subprocess.run([nvcc, '--version'], capture_output=True, text=True).stdout)
+        return None, (f'{nvcc} belongs to {home}, which has no libcudart; '
+                      'install the toolkit whole or name another in CUDA_HOME')
+    version = subprocess.run([nvcc, '--version'], capture_output=True, text=True).stdout
+    release = re.search(r'release (\d+)\.(\d+)', version)
     if release is None or release[1] != torch.version.cuda.split('.')[0]:
-        return None, (f'nvcc is of CUDA {release[1] + "." + release[2] if release else "?"}, torch of CUDA {torch.version.cuda}, '
-                      'and the majors must agree; pip install --no-build-isolation . beside the torch in use')
+        return None, (f'nvcc is of CUDA {release[1] + "." + release[2] if release else "?"}, '
+                      f'torch of CUDA {torch.version.cuda}, and the majors must agree; '
+                      'pip install --no-build-isolation . beside the torch in use')
     return home, release[1] + '.' + release[2]
 
 
@@ -50,11 +53,16 @@ def architectures(home):
     return ';'.join(known) + '+PTX'
 
 
+def sources_of(pattern):
+    return [str(path) for path in sorted(Path('csrc').rglob(pattern))]
+
+
 def extensions():
     """What can be built here; why not the rest is said once, and remembered by mgn._C for `python -m mgn.ops`."""
     compiler = (os.environ.get('CXX') or sysconfig.get_config_var('CXX') or 'c++').split()[0]
     if sys.platform == 'win32' or not shutil.which(compiler):
-        print(f'mgn: no C++ compiler {compiler} for the extension: operations run their slower PyTorch references', file=sys.stderr)
+        print(f'mgn: no C++ compiler {compiler} for the extension: operations run their slower PyTorch references',
+              file=sys.stderr)
         return [], {}
     home, version = cuda_toolkit()
     if home:
@@ -68,15 +76,17 @@ def extensions():
     flags = ['-DTORCH_TARGET_VERSION=0x020a000000000000', f'-DMGN_SOURCES="{sources}"']
     info = f'-DMGN_CUDA_MODULE="{"built" if home else version}"'
     shared = {'py_limited_api': LIMITED, 'depends': [str(header) for header in Path('csrc').rglob('*.*h')]}
-    built = [CppExtension('mgn._C', ['csrc/bindings_cpu.cpp', *map(str, sorted(Path('csrc/kernels').glob('*.cpp')))], **shared,
+    built = [CppExtension('mgn._C', sources_of('*_cpu.cpp'), **shared,
                           extra_compile_args={'cxx': ['-O3', '-fvisibility=hidden', *flags, info]})]
     if home:
-        told = f'-DMGN_CUDA_BUILD="CUDA {version}, {os.environ["TORCH_CUDA_ARCH_LIST"]}"'
-        built.append(CUDAExtension('mgn._cuda', ['csrc/bindings_cuda.cpp', *map(str, sorted(Path('csrc/kernels').glob('*.cu')))], **shared,
-                                   extra_compile_args={'cxx': ['-O3', '-fvisibility=hidden', '-DUSE_CUDA', *flags, told],
-                                                       'nvcc': ['-O3', '-DUSE_CUDA', *flags]}))
+        build = f'-DMGN_CUDA_BUILD="CUDA {version}, {os.environ["TORCH_CUDA_ARCH_LIST"]}"'
+        built.append(CUDAExtension('mgn._cuda', sources_of('*_cuda.cpp') + sources_of('*_cuda.cu'), **shared,
+                                   extra_compile_args={'nvcc': ['-O3', '-DUSE_CUDA', *flags],
+                                                       'cxx': ['-O3', '-fvisibility=hidden', '-DUSE_CUDA', *flags,
+                                                               build]}))
     return built, {'build_ext': BuildExtension}
 
 
 modules, commands = extensions()
-setup(ext_modules=modules, cmdclass=commands, options={'bdist_wheel': {'py_limited_api': 'cp310'}} if modules and LIMITED else {})
+options = {'bdist_wheel': {'py_limited_api': 'cp310'}} if modules and LIMITED else {}
+setup(ext_modules=modules, cmdclass=commands, options=options)

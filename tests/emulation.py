@@ -20,7 +20,8 @@ FLAGS = {
     'plain': ['-O1'],
     'coverage': ['-O0', '--coverage'],
     # Variables in a section of their own are watched only when the section is named.
-    'address': ['-O1', '-g1', '-fsanitize=address,undefined', '-fno-sanitize-recover=undefined', '-fsanitize-sections=cuda_shared'],
+    'address': ['-O1', '-g1', '-fsanitize=address,undefined', '-fno-sanitize-recover=undefined',
+                '-fsanitize-sections=cuda_shared'],
     'thread': ['-O1', '-g1', '-fsanitize=thread'],
 }
 ORDERS = ['forward', 'reverse', '1', '2', '3']
@@ -38,12 +39,13 @@ def need(tool, why):
 def compile_for_emulator(folder, name, sources, flags):
     """g++ under the emulator's headers → the executable; skips where g++ or the sanitizer is missing."""
     compiler = need('g++', 'which compiles kernels for the emulator')
-    command = [compiler, '-std=c++17', '-U_FORTIFY_SOURCE', '-w', *flags, '-I', ROOT / 'tests/cuda_emulator', '-I', ROOT / 'csrc/kernels']
+    command = [compiler, '-std=c++17', '-U_FORTIFY_SOURCE', '-w', *flags, '-I', ROOT / 'tests/cuda_emulator',
+               '-I', ROOT / 'csrc/kernels']
     objects = [f'{name}-{Path(source).stem}.o' for source in sources]
-    compiling = [subprocess.Popen([*command, '-c', '-o', out, '-x', 'c++', source], cwd=folder, stderr=subprocess.PIPE, text=True)
-                 for source, out in zip(sources, objects)]
-    said = [process.communicate()[1] for process in compiling]
-    assert all(process.returncode == 0 for process in compiling), '\n'.join(said)
+    compiling = [subprocess.Popen([*command, '-c', '-o', out, '-x', 'c++', source], cwd=folder, stderr=subprocess.PIPE,
+                                  text=True) for source, out in zip(sources, objects)]
+    errors = [process.communicate()[1] for process in compiling]
+    assert all(process.returncode == 0 for process in compiling), '\n'.join(errors)
     done = subprocess.run([*command, '-o', name, *objects], cwd=folder, capture_output=True, text=True)
     if done.returncode and 'cannot find' in done.stderr and 'san' in done.stderr and not os.environ.get('CI'):
         pytest.skip(f'no library for {flags} here: {done.stderr.splitlines()[-2]}')
@@ -52,9 +54,10 @@ def compile_for_emulator(folder, name, sources, flags):
 
 
 def start(executable, *arguments, order='forward'):
-    """The executable with pipes. Its address space is not randomised: ThreadSanitizer's shadow wants the usual layout."""
+    """The executable with pipes. Its address space is not randomised: ThreadSanitizer needs the usual layout."""
     plain = [shutil.which('setarch'), '-R'] if shutil.which('setarch') else []
-    return subprocess.Popen([*plain, executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    return subprocess.Popen([*plain, executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE,
                             env={**os.environ, 'EMULATOR_ORDER': order, 'TSAN_OPTIONS': 'atexit_sleep_ms=0'})
 
 
@@ -69,19 +72,24 @@ def receive(process, dtype, *shape):
     data = process.stdout.read(count)
     if len(data) < count:
         raise AssertionError(f'the kernels stopped: {process.communicate()[1].decode()}')
-    return torch.frombuffer(bytearray(data), dtype=raw).view(dtype).view(shape) if count else torch.empty(shape, dtype=dtype)
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(data), dtype=raw).view(dtype).view(shape)
 
 
-def batch_hard(process, anchors, labels, candidates=None, candidate_labels=None, margin=0.3, with_loss=True, entries=None, tile=0):
-    """(heads, N, D) through forward and backward → (BatchHard, loss, slope, gradients), of upstream gradients 1, 2, … per head.
+def batch_hard(process, anchors, labels, candidates=None, candidate_labels=None, margin=0.3, with_loss=True,
+               entries=None, tile=0):
+    """(heads, N, D) through forward and backward → (BatchHard, loss, slope, gradients).
 
-    entries: pairs_by_candidate where the backward kernel is to read sorted pairs. tile: anchors of a block, 0 for the usual choice.
+    The upstream gradients are 1, 2, … per head.
+    entries: pairs_by_candidate if the backward kernel shall read sorted pairs.
+    tile: anchors of a block, 0 for the usual choice.
     """
     heads, n, d = anchors.shape
     m = n if candidates is None else candidates.shape[1]
     wide = torch.float64 if anchors.dtype == torch.float64 else torch.float32
-    process.stdin.write(struct.pack('10qd', TYPES.index(anchors.dtype), heads, n, m, d, candidates is None, with_loss, margin is None,
-                                    entries is not None, tile, margin or 0))
+    process.stdin.write(struct.pack('10qd', TYPES.index(anchors.dtype), heads, n, m, d, candidates is None, with_loss,
+                                    margin is None, entries is not None, tile, margin or 0))
     given = [anchors, labels] if candidates is None else [anchors, candidates, labels, candidate_labels]
     process.stdin.write(b''.join(map(to_bytes, given)))
     process.stdin.flush()
@@ -89,7 +97,8 @@ def batch_hard(process, anchors, labels, candidates=None, candidate_labels=None,
     loss = receive(process, wide, heads) if with_loss else None
     slope = receive(process, wide, heads, n) if with_loss else None
     upstream = torch.arange(1, heads + 1, dtype=wide)
-    grads = (upstream,) if with_loss else (upstream[:, None].expand(heads, n), -0.5 * upstream[:, None].expand(heads, n))
+    of_anchors = upstream[:, None].expand(heads, n)
+    grads = (upstream,) if with_loss else (of_anchors, -0.5 * of_anchors)
     sorted_pairs = entries(mined.pos_idx, mined.neg_idx, m) if entries else ()
     process.stdin.write(b''.join(map(to_bytes, [*grads, *sorted_pairs])))
     process.stdin.flush()
@@ -101,7 +110,8 @@ def batch_hard(process, anchors, labels, candidates=None, candidate_labels=None,
 
 def pairwise_distance(process, x, y, metric):
     """(N, D), (M, D) through the kernel → (N, M)."""
-    process.stdin.write(struct.pack('5q', TYPES.index(x.dtype), METRICS.index(metric), len(x), len(y), x.shape[1]) + to_bytes(x) + to_bytes(y))
+    process.stdin.write(struct.pack('5q', TYPES.index(x.dtype), METRICS.index(metric), len(x), len(y), x.shape[1]))
+    process.stdin.write(to_bytes(x) + to_bytes(y))
     process.stdin.flush()
     return receive(process, torch.float64 if x.dtype == torch.float64 else torch.float32, len(x), len(y))
 
@@ -109,7 +119,8 @@ def pairwise_distance(process, x, y, metric):
 def ranking_kernels(process):
     """The kernels of ranking, with the arguments that mgn.ops.ranking passes to those of a device."""
     def call(number, integers, arrays, changed):
-        process.stdin.write(struct.pack(f'{3 + len(integers)}q', number, len(integers), len(arrays), *map(int, integers)))
+        head = number, len(integers), len(arrays), *map(int, integers)
+        process.stdin.write(struct.pack(f'{len(head)}q', *head))
         for tensor in arrays:
             data = to_bytes(tensor)
             process.stdin.write(struct.pack('q', len(data)) + data)
@@ -133,17 +144,20 @@ def ranking_kernels(process):
     def count_nonmatches(tile, cosine, first, filter_terms, matches, excluded, steps, redecided):
         (of_query, query), (of_gallery, gallery) = rows(tile.query), rows(tile.gallery)
         call(2, [*of_query, *of_gallery, cosine, first, len(excluded.junk), len(matches.keys)],
-             [query, gallery, tile.query_norms, tile.gallery_norms, *filter_terms, *matches, steps, *excluded, redecided], [steps, redecided])
+             [query, gallery, tile.query_norms, tile.gallery_norms, *filter_terms, *matches, steps, *excluded,
+              redecided], [steps, redecided])
 
-    return SimpleNamespace(canonical_norms=canonical_norms, canonical_keys=canonical_keys, count_nonmatches=count_nonmatches)
+    return SimpleNamespace(canonical_norms=canonical_norms, canonical_keys=canonical_keys,
+                           count_nonmatches=count_nonmatches)
 
 
 def missed_lines(folder, names):
     """By gcov: the lines of the .cu and .cuh files whose names start so that compile to anything and were never run."""
-    done = subprocess.run(['gcov', '--json-format', '--stdout', *folder.glob('*.gcda')], capture_output=True, text=True, cwd=folder)
+    done = subprocess.run(['gcov', '--json-format', '--stdout', *folder.glob('*.gcda')], capture_output=True, text=True,
+                          cwd=folder)
     runs = {}
-    for said in done.stdout.splitlines():
-        for file in json.loads(said)['files']:
+    for report in done.stdout.splitlines():
+        for file in json.loads(report)['files']:
             path = Path(file['file'])
             if path.suffix in ('.cu', '.cuh') and path.name.startswith(tuple(names)):
                 for line in file['lines']:  # once per instantiation of a template
@@ -151,14 +165,14 @@ def missed_lines(folder, names):
                     runs[place] = runs.get(place, 0) + line['count']
     expected = {path for path in (ROOT / 'csrc/kernels').glob('*.cu') if path.name.startswith(tuple(names))}
     assert {path for path, _ in runs} >= expected and len(runs) > 50
-    return [f'{path.name}:{number}: {path.read_text().splitlines()[number - 1].strip()}' for (path, number), count in sorted(runs.items())
-            if count == 0]
+    return [f'{path.name}:{number}: {path.read_text().splitlines()[number - 1].strip()}'
+            for (path, number), count in sorted(runs.items()) if count == 0]
 
 
 def finish(process):
-    """Ends the executable; fails with what a sanitizer said, if one did."""
+    """Ends the executable; fails with the report of a sanitizer, if there is one."""
     process.stdin.close()
-    said = process.stderr.read().decode()
+    report = process.stderr.read().decode()
     process.stdout.close()
     process.stderr.close()
-    assert process.wait() == 0 and not said, said
+    assert process.wait() == 0 and not report, report

@@ -14,7 +14,7 @@ enum class Term { product, squared_difference, square };
 }  // namespace mgn
 
 #define LOOPS "canonical_loops.h"
-#include "each_instruction_set.h"
+#include "each_instruction_set_cpu.h"
 
 namespace mgn {
 
@@ -24,7 +24,7 @@ const SumLoops& sum_loops(int instruction_set) {
 }
 void canonical_norms(const Rows& rows, double* norms, int instruction_set, const Parallel& parallel) {
   const SumLoops& loops = sum_loops(instruction_set);
-  parallel(rows.count, std::max<int64_t>(2, kGrain / std::max<int64_t>(rows.d, 1)), [&](int64_t begin, int64_t end) {
+  parallel(rows.count, std::max<int64_t>(2, grain_of(kGrain, rows.d)), [&](int64_t begin, int64_t end) {
     const Denormals denormals;
     for (int64_t i = begin; i < end; i += 2) {
       const float* const both[] = {rows[i], rows[std::min(i + 1, end - 1)]};
@@ -35,10 +35,10 @@ void canonical_norms(const Rows& rows, double* norms, int instruction_set, const
   });
 }
 
-void canonical_keys(const Rows& query, const Rows& gallery, const int64_t* queries, const int64_t* items, int64_t pairs, bool cosine,
-                    double* keys, int instruction_set, const Parallel& parallel) {
+void canonical_keys(const Rows& query, const Rows& gallery, const int64_t* queries, const int64_t* items, int64_t pairs,
+                    bool cosine, double* keys, int instruction_set, const Parallel& parallel) {
   const SumLoops& loops = sum_loops(instruction_set);
-  parallel(pairs, std::max<int64_t>(2, kGrain / std::max<int64_t>(query.d, 1)), [&](int64_t begin, int64_t end) {
+  parallel(pairs, std::max<int64_t>(2, grain_of(kGrain, query.d)), [&](int64_t begin, int64_t end) {
     const Denormals denormals;
     Keys keys_of(loops, cosine, query.d);
     for (int64_t p = begin; p < end;) {

@@ -2,9 +2,8 @@
 #pragma once
 #include <vector>
 
-#include "cpu.h"
+#include "basics_cpu.h"
 #include "ranking.h"
-#include "vectors.h"
 
 namespace mgn {
 
@@ -12,8 +11,8 @@ namespace mgn {
 void canonical_norms(const Rows& rows, double* norms, int instruction_set, const Parallel& parallel);
 
 // Keys of the pairs (queries[p], items[p]); pairs of one query stand together.
-void canonical_keys(const Rows& query, const Rows& gallery, const int64_t* queries, const int64_t* items, int64_t pairs, bool cosine,
-                    double* keys, int instruction_set, const Parallel& parallel);
+void canonical_keys(const Rows& query, const Rows& gallery, const int64_t* queries, const int64_t* items, int64_t pairs,
+                    bool cosine, double* keys, int instruction_set, const Parallel& parallel);
 
 // For the kernels that need keys on the way.
 

@@ -1,8 +1,7 @@
-// The inner loops of canonical sums, compiled once for each instruction set by each_instruction_set.h: no include guard.
-namespace mgn {
-namespace SET {
+// The inner loops of canonical sums, included once per instruction set by each_instruction_set_cpu.h: no guard.
+namespace mgn::SET {
 
-// Canonical sums, in double: element i goes to sum i mod 16, in ascending order, then sum j takes j + 8, j + 4, j + 2, j + 1.
+// Canonical sums, in double: element i goes to sum i mod 16, ascending; then sum j takes j + 8, j + 4, j + 2, j + 1.
 typedef double Wide __attribute__((vector_size(VECTOR_BYTES)));
 constexpr int kWideLanes = VECTOR_BYTES / 8, kSums = 16 / kWideLanes;
 typedef float Narrow __attribute__((vector_size(VECTOR_BYTES / 2), aligned(4)));
@@ -27,8 +26,7 @@ TARGET inline void add_sixteen(const double* x, const float* const* y, int64_t k
 }
 
 // Sums of two rows y, each with x: (d) doubles, padded to a multiple of 16 with zeros; not read for Term::square.
-template <Term term>
-TARGET void canonical_sums(const double* x, const float* const* y, int64_t d, double* out) {
+template <Term term> TARGET void canonical_sums(const double* x, const float* const* y, int64_t d, double* out) {
   Wide sums[2][kSums] = {};
   int64_t k = 0;
   for (; k + 16 <= d; k += 16) add_sixteen<term, 2>(x, y, k, sums);
@@ -56,7 +54,7 @@ TARGET void affine(const float* dots, const float* scale, const float* shift, in
   for (int j = 0; j < n; ++j) similarity[j] = dots[j] * scale[j] + shift[j];
 }
 
-constexpr SumLoops kSumLoops{canonical_sums<Term::product>, canonical_sums<Term::squared_difference>, canonical_sums<Term::square>, widen, affine};
+constexpr SumLoops kSumLoops{canonical_sums<Term::product>, canonical_sums<Term::squared_difference>,
+                             canonical_sums<Term::square>, widen, affine};
 
-}  // namespace SET
-}  // namespace mgn
+}  // namespace mgn::SET

@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "canonical_cpu.h"
-#include "vectors.h"
 
 namespace mgn {
 namespace {
@@ -16,8 +15,7 @@ namespace {
 constexpr int kChunk = 2048;         // values at a time
 constexpr int64_t kGrain = 1 << 16;  // values worth a thread
 
-template <typename T>
-struct SelectLoops {
+template <typename T> struct SelectLoops {
   int (*find_below)(const T* values, int n, T limit, int* positions);
 };
 
@@ -25,25 +23,23 @@ struct SelectLoops {
 }  // namespace mgn
 
 #define LOOPS "nearest_loops.h"
-#include "each_instruction_set.h"
+#include "each_instruction_set_cpu.h"
 
 namespace mgn {
 namespace {
 
-template <typename T>
-const SelectLoops<T>& select_loops(int instruction_set) {
+template <typename T> const SelectLoops<T>& select_loops(int instruction_set) {
   static constexpr const SelectLoops<T>* kAll[] = {OF_EACH_INSTRUCTION_SET(kSelectLoops<T>)};
   return *kAll[compiled_instruction_set(instruction_set)];
 }
 
-// A value and its item as one unsigned number, in the order of (value, item); -0 and 0 are one value. Items are below 2^32.
-template <typename T>
-struct Packed {
+// A value and its item as one unsigned number, in the order of (value, item); -0 equals 0. Items are below 2^32.
+template <typename T> struct Packed {
   using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
   using Number = std::conditional_t<sizeof(T) == 4, uint64_t, unsigned __int128>;
   static constexpr Bits kSign = Bits(1) << (8 * sizeof(T) - 1);
 
-  static Number of(T value, int64_t item) {
+  static Number pack(T value, int64_t item) {
     value += T(0);
     Bits bits;
     std::memcpy(&bits, &value, sizeof bits);
@@ -58,13 +54,12 @@ struct Packed {
   static int64_t item(Number packed) { return uint32_t(packed); }
 };
 
-// The `capacity` smallest of a row by (value, item), from chunk to chunk. Up to twice as many are collected before the largest go.
-template <typename T>
-struct Selection {
+// The `capacity` smallest of a row by (value, item). It collects up to twice as many, then drops the largest.
+template <typename T> struct Selection {
   const SelectLoops<T>& loops;
   const size_t capacity;
   std::vector<typename Packed<T>::Number> kept;
-  T limit;  // of what may enter; NaN as long as anything may
+  T limit;  // values at or above it are left out; NaN while there is no limit
   int positions[kChunk];
 
   Selection(const SelectLoops<T>& loops, int64_t capacity) : loops(loops), capacity(capacity) { clear(); }
@@ -75,14 +70,13 @@ struct Selection {
   }
 
   // Calls on_nan() for a NaN, and takes what that returns in its place.
-  template <typename OnNan>
-  void offer(const T* values, int n, int64_t first, const OnNan& on_nan) {
-    const int found = loops.find_below(values, n, limit, positions);
-    for (int p = 0; p < found; ++p) {
+  template <typename OnNan> void offer(const T* values, int n, int64_t first, const OnNan& on_nan) {
+    const int count = loops.find_below(values, n, limit, positions);
+    for (int p = 0; p < count; ++p) {
       T value = values[positions[p]];
       if (value >= limit) continue;
       if (value != value) value = on_nan();
-      kept.push_back(Packed<T>::of(value, first + positions[p]));
+      kept.push_back(Packed<T>::pack(value, first + positions[p]));
       if (kept.size() >= capacity + std::max<size_t>(capacity, 64)) shrink();
     }
   }
@@ -97,16 +91,16 @@ struct Selection {
 
 }  // namespace
 
-void select_nearest(const Filter& filter, int64_t queries, int64_t items, int64_t first, int64_t capacity, float* values, int64_t* numbers,
-                    int instruction_set, const Parallel& parallel) {
+void select_nearest(const Filter& filter, int64_t queries, int64_t items, int64_t first, int64_t capacity,
+                    float* values, int64_t* numbers, int instruction_set, const Parallel& parallel) {
   const auto& affine = sum_loops(instruction_set).affine;
-  parallel(queries, std::max<int64_t>(1, kGrain / std::max<int64_t>(items, 1)), [&](int64_t begin, int64_t end) {
+  parallel(queries, grain_of(kGrain, items), [&](int64_t begin, int64_t end) {
     Selection<float> selection(select_loops<float>(instruction_set), capacity);
     float chunk[kChunk];
     for (int64_t q = begin; q < end; ++q) {
       selection.clear();
       for (int64_t i = q * capacity; i < (q + 1) * capacity; ++i)
-        if (numbers[i] >= 0) selection.kept.push_back(Packed<float>::of(values[i], numbers[i]));
+        if (numbers[i] >= 0) selection.kept.push_back(Packed<float>::pack(values[i], numbers[i]));
       selection.shrink();
       for (int64_t j = 0; j < items; j += kChunk) {
         const int n = int(std::min<int64_t>(kChunk, items - j));
@@ -123,16 +117,17 @@ void select_nearest(const Filter& filter, int64_t queries, int64_t items, int64_
 }
 
 template <typename T>
-int64_t nearest_in_distances(const T* distances, int64_t rows, int64_t columns, int64_t stride, int64_t k, T* values, int64_t* numbers,
-                             int instruction_set, const Parallel& parallel) {
-  std::atomic<int64_t> odd = -1;
-  parallel(rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(columns, 1)), [&](int64_t begin, int64_t end) {
+int64_t nearest_in_distances(const T* distances, int64_t rows, int64_t columns, int64_t stride, int64_t k, T* values,
+                             int64_t* numbers, int instruction_set, const Parallel& parallel) {
+  std::atomic<int64_t> nan_row = -1;
+  parallel(rows, grain_of(kGrain, columns), [&](int64_t begin, int64_t end) {
     const Denormals denormals;
     Selection<T> selection(select_loops<T>(instruction_set), k);
     for (int64_t row = begin; row < end; ++row) {
       selection.clear();
       for (int64_t j = 0; j < columns; j += kChunk)
-        selection.offer(distances + row * stride + j, int(std::min<int64_t>(kChunk, columns - j)), j, [&] { return odd = row, T(0); });
+        selection.offer(distances + row * stride + j, int(std::min<int64_t>(kChunk, columns - j)), j,
+                        [&] { return nan_row = row, T(0); });
       selection.shrink();
       std::sort(selection.kept.begin(), selection.kept.end());
       for (int64_t i = 0; i < k; ++i) {
@@ -141,10 +136,12 @@ int64_t nearest_in_distances(const T* distances, int64_t rows, int64_t columns, 
       }
     }
   });
-  return odd;
+  return nan_row;
 }
 
-template int64_t nearest_in_distances(const float*, int64_t, int64_t, int64_t, int64_t, float*, int64_t*, int, const Parallel&);
-template int64_t nearest_in_distances(const double*, int64_t, int64_t, int64_t, int64_t, double*, int64_t*, int, const Parallel&);
+template int64_t nearest_in_distances(const float*, int64_t, int64_t, int64_t, int64_t, float*, int64_t*, int,
+                                      const Parallel&);
+template int64_t nearest_in_distances(const double*, int64_t, int64_t, int64_t, int64_t, double*, int64_t*, int,
+                                      const Parallel&);
 
 }  // namespace mgn

@@ -1,10 +1,8 @@
-// The inner loop of selection, compiled once for each instruction set by each_instruction_set.h: no include guard.
-namespace mgn {
-namespace SET {
+// The inner loops of selecting, included once per instruction set by each_instruction_set_cpu.h: no guard.
+namespace mgn::SET {
 
 // Positions of the values that are not at or above `limit` (NaN is not; nor is any if `limit` is NaN).
-template <typename T>
-TARGET int find_below(const T* values, int n, T limit, int* positions) {
+template <typename T> TARGET int find_below(const T* values, int n, T limit, int* positions) {
   typedef T Lanes __attribute__((vector_size(VECTOR_BYTES), aligned(alignof(T))));
   constexpr int lanes = VECTOR_BYTES / int(sizeof(T)), step = 4 * lanes;
   int count = 0, j = 0;
@@ -26,8 +24,6 @@ TARGET int find_below(const T* values, int n, T limit, int* positions) {
   return count;
 }
 
-template <typename T>
-constexpr SelectLoops<T> kSelectLoops{find_below<T>};
+template <typename T> constexpr SelectLoops<T> kSelectLoops{find_below<T>};
 
-}  // namespace SET
-}  // namespace mgn
+}  // namespace mgn::SET

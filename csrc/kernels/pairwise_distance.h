@@ -1,20 +1,8 @@
-// Distances of all pairs on CUDA. No torch header: device pointers, sizes and a stream.
 #pragma once
-#include "batch_hard.h"
-#include "metric.h"
 
 namespace mgn {
 
-struct Pairs {  // every pointer is on the device; all is contiguous
-  FeatureType type;
-  Metric metric;
-  int64_t n, m, d;
-  const void *x, *y;  // (n, d), (m, d)
-  void* out;          // (n, m) float32, or float64 for float64 rows
-  double* scratch;    // (2 (n + m)) for the cosine; else not used
-};
-
-// One launch, two for the cosine; returns what they returned.
-cudaError_t pairwise_distance(const Pairs& pairs, cudaStream_t stream);
+// The cosine distance is ½ ‖x/‖x‖ − y/‖y‖‖², where x/‖x‖ of a zero vector is 0.
+enum class Metric { euclidean, sqeuclidean, cosine };
 
 }  // namespace mgn

@@ -24,20 +24,20 @@ struct Matches {
   int64_t* steps;        // in and out: how many non-matches come before the match, but not before the query's last one
 };
 
-// Who is no non-match: the items of the query's own identity, order[begin[q]] … order[end[q]], and junk; both ascending.
+// No non-matches: items of the query's own identity, order[begin[q]] … order[end[q]], and junk; both ascending.
 struct Excluded {
   const int64_t *order, *begin, *end;
   const int64_t* junk;
   int64_t junk_count;
 };
 
-// What tells near from far without the keys. similarity = dots · item_scale + item_shift is within error[q] of
-// level_scale[q] · key + level_shift[q]; a NaN, or an error that is not finite, says nothing.
+// Tells near from far without the keys. similarity = dots · item_scale + item_shift is within error[q] of
+// level_scale[q] · key + level_shift[q]; a NaN, or an error that is not finite, decides nothing.
 struct Filter {
   const float* dots;  // (queries, items) in rows of `stride`
   int64_t stride;
   const float *item_scale, *item_shift;
-  const double *level_scale, *level_shift, *error;
+  const double *level_scale = nullptr, *level_shift = nullptr, *error = nullptr;
 };
 
 // Queries and a tile of the gallery: its items first, first + 1, … of the whole. Norms are read for cosine alone.
@@ -48,9 +48,9 @@ struct Tile {
   int64_t first;
 };
 
-// Levels of similarity descend from a query's nearest match to its farthest. The first of n that value is above (n of NaN), …
-template <typename T>
-MGN_HOST_DEVICE int64_t first_below(const T* levels, int64_t n, T value) {
+// Levels of similarity descend from a query's nearest match to its farthest. Of n levels, the first that value is above
+// (n if none, or if value is NaN) …
+template <typename T> MGN_HOST_DEVICE int64_t first_below(const T* levels, int64_t n, T value) {
   int64_t from = 0;
   for (int64_t to = n; from < to;) {
     const int64_t middle = (from + to) / 2;
@@ -59,8 +59,7 @@ MGN_HOST_DEVICE int64_t first_below(const T* levels, int64_t n, T value) {
   return from;
 }
 // … and the first that it is not below (0 of NaN).
-template <typename T>
-MGN_HOST_DEVICE int64_t first_reached(const T* levels, int64_t n, T value) {
+template <typename T> MGN_HOST_DEVICE int64_t first_reached(const T* levels, int64_t n, T value) {
   int64_t from = 0;
   for (int64_t to = n; from < to;) {
     const int64_t middle = (from + to) / 2;
@@ -70,7 +69,8 @@ MGN_HOST_DEVICE int64_t first_reached(const T* levels, int64_t n, T value) {
 }
 
 // The first match of from … to that a non-match with this key and index comes before; `to` if none.
-MGN_HOST_DEVICE inline int64_t first_behind(const Matches& matches, int64_t from, int64_t to, double key, int64_t item) {
+MGN_HOST_DEVICE inline int64_t first_behind(const Matches& matches, int64_t from, int64_t to, double key,
+                                            int64_t item) {
   while (from < to) {
     const int64_t middle = (from + to) / 2;
     const bool before = key < matches.keys[middle] || (key == matches.keys[middle] && item < matches.items[middle]);

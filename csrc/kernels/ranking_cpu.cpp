@@ -1,8 +1,9 @@
 // Retrieval ranks on the CPU: counting the non-matches that lie nearer than a match.
 //
-// A query's matches are levels of similarity, each with the margin by which the filter may err. A row of similarities is taken
-// in chunks that stay in the first cache. What is farther than the farthest match is dropped at once; the rest is compared with
-// the levels from the farthest to the nearest, and dropped further on the way. What lies within a margin goes by its key.
+// A query's matches are levels of similarity, each with the margin by which the filter may err. A row of similarities
+// is taken in chunks that stay in the first-level cache. Items farther than the farthest match are dropped at once. The
+// rest is compared with the levels, from the farthest to the nearest, and thinned out on the way. Items within a margin
+// are decided by their keys.
 #include "ranking_cpu.h"
 
 #include <algorithm>
@@ -13,17 +14,16 @@
 #include <vector>
 
 #include "canonical_cpu.h"
-#include "vectors.h"
+#include "reranking_cpu.h"
 
 namespace mgn {
 namespace {
 
-constexpr int kChunk = 2048;  // similarities at a time
-constexpr int kMany = 256;    // matches from which on searching among them is faster than comparing with each
+constexpr int kChunk = 2048;         // similarities at a time
+constexpr int kMany = 256;           // matches from which on searching among them is faster than comparing with each
 constexpr int64_t kGrain = 1 << 16;  // elements worth a thread
 
-template <typename T>
-struct CountLoops {
+template <typename T> struct CountLoops {
   void (*negate)(const T* distances, int n, T* similarity);
   int (*keep)(const T* values, int n, T low, T* kept);
   int (*keep_negated)(const T* values, int n, T low, T* kept);
@@ -31,13 +31,13 @@ struct CountLoops {
   int (*find_open)(const T* values, int n, T low, T high, int* positions);
 };
 
-// For each mask of eight, the positions of its bits, then any.
+// For each mask of eight bits, the positions of its ones, then anything.
 struct Front {
-  uint8_t of[256][8] = {};
+  uint8_t positions[256][8] = {};
   constexpr Front() {
     for (int mask = 0; mask < 256; ++mask)
       for (int bit = 0, count = 0; bit < 8; ++bit)
-        if (mask >> bit & 1) of[mask][count++] = uint8_t(bit);
+        if (mask >> bit & 1) positions[mask][count++] = uint8_t(bit);
   }
 };
 constexpr Front kFront;
@@ -46,54 +46,24 @@ constexpr Front kFront;
 }  // namespace mgn
 
 #define LOOPS "ranking_loops.h"
-#include "each_instruction_set.h"
+#include "each_instruction_set_cpu.h"
 
 namespace mgn {
 namespace {
 
-template <typename T>
-const CountLoops<T>& count_loops(int instruction_set) {
+template <typename T> const CountLoops<T>& count_loops(int instruction_set) {
   static constexpr const CountLoops<T>* kAll[] = {OF_EACH_INSTRUCTION_SET(kCountLoops<T>)};
   return *kAll[compiled_instruction_set(instruction_set)];
 }
 
-// Calls what(item) for every excluded item of first … end.
-template <typename What>
-void for_excluded(const Excluded& excluded, int64_t q, int64_t first, int64_t end, const What& what) {
+// Calls visit(item) for every excluded item of first … end.
+template <typename Visit>
+void for_excluded(const Excluded& excluded, int64_t q, int64_t first, int64_t end, const Visit& visit) {
   const auto all = [&](const int64_t* from, const int64_t* to) {
-    for (const int64_t* item = std::lower_bound(from, to, first); item < to && *item < end; ++item) what(*item);
+    for (const int64_t* item = std::lower_bound(from, to, first); item < to && *item < end; ++item) visit(*item);
   };
   all(excluded.order + excluded.begin[q], excluded.order + excluded.end[q]);
   all(excluded.junk, excluded.junk + excluded.junk_count);
-}
-
-// Calls what(item, jaccard) for every overlap of the query with an item of first … end.
-template <typename What>
-void for_overlaps(const Reranked& reranked, int64_t q, int64_t first, int64_t end, const What& what) {
-  const int32_t *from = reranked.items + reranked.offsets[q], *to = reranked.items + reranked.offsets[q + 1];
-  for (const int32_t* item = std::lower_bound(from, to, first); item < to && *item < end; ++item)
-    what(*item, reranked.jaccard[item - reranked.items]);
-}
-
-double final_distance(const Reranked& reranked, int64_t q, bool cosine, double key, double jaccard) {
-  const double root = std::max(1 + key, 0.0), square = cosine ? root * root : key;
-  double of_jaccard = (1 - reranked.lambda) * jaccard;
-  double of_distance = reranked.lambda * (reranked.maxima[q] > 0 ? square / reranked.maxima[q] : 0);
-  KEEP_ROUNDED(of_jaccard);
-  KEEP_ROUNDED(of_distance);
-  return of_jaccard + of_distance;
-}
-
-// From where to where the key of a pair without overlap may lie if this is its final distance.
-std::pair<double, double> keys_of_final(const Reranked& reranked, int64_t q, bool cosine, double final) {
-  constexpr double infinity = std::numeric_limits<double>::infinity();
-  const double flat = 1 - reranked.lambda, unit = reranked.maxima[q] / reranked.lambda;
-  if (reranked.lambda == 0 || reranked.maxima[q] == 0)  // all have one
-    return {final < flat ? -infinity : final > flat ? infinity : -infinity, final < flat ? -infinity : infinity};
-  if (!(unit < 1e300)) return {-infinity, infinity};
-  const double low = (final - flat) * unit - unit * 0x1p-48, high = (final - flat) * unit + unit * 0x1p-48;
-  if (high < 0) return {-infinity, -infinity};
-  return {cosine ? std::sqrt(std::max(low, 0.0)) - 1 - 0x1p-50 : low, cosine ? std::sqrt(high) - 1 + 0x1p-50 : high};
 }
 
 float round_down(double value) {
@@ -102,22 +72,25 @@ float round_down(double value) {
 }
 
 // Counts along one row of similarities, from chunk to chunk.
-template <typename T>
-struct Counting {
+template <typename T> struct Counting {
   const CountLoops<T>& loops;
   alignas(64) T similarity[kChunk + 16], kept[kChunk + 16];
-  std::vector<T> low, high;  // of each match, from the nearest to the farthest: descending
-  std::vector<int> of_excluded;  // how many excluded items lie between the ends of each match's level, of up to kMany
+  // Of each match, from the nearest to the farthest: between which similarities the filter leaves a pair open, the same
+  // without the filter's error, and how many excluded items lie between them (counted for up to kMany matches).
+  std::vector<T> low, high;
+  std::vector<std::pair<double, double>> levels;
+  std::vector<int> excluded_open;
   std::vector<int> positions;
   std::vector<double> keys;
   bool excluded[kChunk] = {};  // of the chunk's items
 
   explicit Counting(const CountLoops<T>& loops) : loops(loops), positions(kChunk), keys(kChunk + 1) {}
 
-  // The chunk's n items first, first + 1, …; `left` of them are kept, those that are not below the farthest match. On demand
-  // fill() writes all similarities and keys_of(positions, count, keys) finds keys.
+  // Counts the chunk's n items first, first + 1, …, of which `left` are in `kept`: those not below the farthest match.
+  // On demand fill() writes all similarities and keys_of(positions, count, keys) finds keys.
   template <typename Fill, typename KeysOf>
-  int64_t count(const Matches& matches, int64_t q, int64_t first, int n, int left, const Fill& fill, const KeysOf& keys_of) {
+  int64_t count(const Matches& matches, int64_t q, int64_t first, int n, int left, const Fill& fill,
+                const KeysOf& keys_of) {
     const int64_t begin = matches.offsets[q], m = matches.offsets[q + 1] - begin;
     if (m > kMany) {
       int open = 0;
@@ -136,7 +109,8 @@ struct Counting {
       const int64_t from = std::max<int64_t>(end - 4, 0);
       const int group = int(end - from);
       T lows[4], highs[4];
-      for (int i = 0; i < 4; ++i) lows[i] = low[from + std::min(i, group - 1)], highs[i] = high[from + std::min(i, group - 1)];
+      for (int i = 0; i < 4; ++i)
+        lows[i] = low[from + std::min(i, group - 1)], highs[i] = high[from + std::min(i, group - 1)];
       std::fill(kept + left, kept + left + 16, -std::numeric_limits<T>::infinity());
       int above[4];
       int open[4];
@@ -145,11 +119,14 @@ struct Counting {
         const int64_t level = from + i;
         matches.steps[begin + level] += above[i];
         if (level + 1 < m) matches.steps[begin + level + 1] -= above[i];
-        if (open[i] == of_excluded[level]) continue;
+        if (open[i] == excluded_open[level]) continue;
         if (!filled) fill(), filled = true;
         const int within = loops.find_open(similarity, n, low[level], high[level], positions.data());
-        const auto decided = [&](int j) { return level > 0 && !(similarity[j] < low[level - 1]) && !(similarity[j] > high[level - 1]); };
-        const auto rest = std::remove_if(positions.begin(), positions.begin() + within, decided);  // with the level before
+        const auto decided = [&](int j) {
+          return level > 0 && !(similarity[j] < low[level - 1]) && !(similarity[j] > high[level - 1]);
+        };
+        const auto rest = std::remove_if(positions.begin(), positions.begin() + within,
+                                         decided);  // those were decided with the level before
         by_key += decide(matches, q, first, int(rest - positions.begin()), keys_of);
       }
       if (from > 0 && above[0] < left / 2) left = loops.keep(kept, left, low[from - 1], kept);
@@ -157,7 +134,7 @@ struct Counting {
     return by_key;
   }
 
-  // An open item was counted from the first level that it is above, and belongs to one before it, maybe.
+  // An open item was counted from the first level that it is above. Its key may move it to an earlier level.
   template <typename KeysOf>
   int64_t decide(const Matches& matches, int64_t q, int64_t first, int open, const KeysOf& keys_of) {
     const int64_t begin = matches.offsets[q], m = matches.offsets[q + 1] - begin;
@@ -176,94 +153,136 @@ struct Counting {
   }
 };
 
+// Counts the non-matches of a tile, query by query. One per thread.
+struct TileCounting {
+  const Tile& tile;
+  const Filter& filter;
+  const Matches& matches;
+  const Excluded& excluded;
+  const Reranked* const reranked;
+  const SumLoops& sums;
+  Counting<float> counting;
+  Keys keys_of;
+  int64_t by_key = 0;  // how many items were decided by their keys
+
+  // Of the query at hand:
+  int64_t q = 0, m = 0;  // m matches
+  const double* match_keys = nullptr;
+  bool known = false;     // whether the filter says anything
+  bool prepared = false;  // whether keys_of holds the query
+
+  void count_query(int64_t query) {
+    q = query;
+    m = matches.offsets[q + 1] - matches.offsets[q];
+    if (m == 0) return;
+    match_keys = matches.keys + matches.offsets[q];
+    known = std::isfinite(filter.error[q]);
+    prepared = false;
+    set_levels();
+    for (int64_t j = 0; j < tile.gallery.count; j += kChunk)
+      count_chunk(j, int(std::min<int64_t>(kChunk, tile.gallery.count - j)));
+  }
+
+ private:
+  // Between which similarities a pair that ties with a match may lie.
+  void set_levels() {
+    const double scale = filter.level_scale[q], shift = filter.level_shift[q];
+    std::vector<std::pair<double, double>>& levels = counting.levels;
+    double margin = 0;
+    levels.resize(m);
+    for (int64_t i = 0; i < m; ++i) {
+      const double key = match_keys[i];
+      const auto [near, far] = reranked ? keys_of_final(*reranked, q, tile.cosine, key) : std::make_pair(key, key);
+      levels[i] = {scale * far + shift, scale * near + shift};
+      for (const double level : {levels[i].first, levels[i].second})
+        if (std::isfinite(level)) margin = std::max(margin, std::abs(level));
+    }
+    // The levels' own rounding is added. One margin serves all levels, so that their ends descend as they do.
+    margin = filter.error[q] + margin * 0x1p-50;
+    counting.low.resize(m);
+    counting.high.resize(m);
+    for (int64_t i = 0; i < m; ++i) {
+      const float infinity = std::numeric_limits<float>::infinity();
+      counting.low[i] = known ? round_down(levels[i].first - margin) : -infinity;
+      counting.high[i] = known ? -round_down(-(levels[i].second + margin)) : infinity;
+    }
+    // Excluded items are set below every level, unless a level reaches there.
+    counting.excluded_open.assign(std::min<int64_t>(m, kMany), 0);
+  }
+
+  // The n items j, j + 1, … of the tile.
+  void count_chunk(int64_t j, int n) {
+    sums.affine(filter.dots + q * filter.stride + j, filter.item_scale + j, filter.item_shift + j, n,
+                counting.similarity);
+    const int64_t first = tile.first + j;
+    const auto exclude = [&](int64_t item) {
+      counting.similarity[item - first] = -std::numeric_limits<float>::infinity();
+      counting.excluded[item - first] = true;
+    };
+    for_excluded(excluded, q, first, first + n, exclude);
+    if (reranked)
+      for_overlaps(*reranked, q, first, first + n, [&](int64_t item, double jaccard) {
+        count_overlap(j, int(item - first), jaccard);
+        exclude(item);
+      });
+    const int left = counting.loops.keep(counting.similarity, n, counting.low[m - 1], counting.kept);
+    by_key += counting.count(
+        matches, q, first, n, left, [] {},
+        [&](const int* positions, int count, double* keys) {
+          measure_keys(j, positions, count, keys);
+          for (int p = 0; p < count && reranked; ++p) keys[p] = final_distance(*reranked, q, tile.cosine, keys[p], 1);
+        });
+    std::fill(counting.excluded, counting.excluded + n, false);
+  }
+
+  void measure_keys(int64_t j, const int* positions, int count, double* keys) {
+    if (!prepared && count) {
+      sums.widen(tile.query[q], tile.query.d, keys_of.query.data());
+      keys_of.norm = tile.query_norms[q];
+      prepared = true;
+    }
+    for (int p = 0; p < count; p += 2) {
+      const int64_t a = j + positions[p], b = j + positions[std::min(p + 1, count - 1)];
+      const float* const y[] = {tile.gallery[a], tile.gallery[b]};
+      const double norms[] = {tile.gallery_norms[a], tile.gallery_norms[b]};
+      keys_of(y, norms, keys + p);
+    }
+  }
+
+  // Counts an item whose encoding overlaps the query's: its similarity bounds its final distance.
+  void count_overlap(int64_t j, int position, double jaccard) {
+    if (counting.excluded[position]) return;
+    const double scale = filter.level_scale[q], key = (counting.similarity[position] - filter.level_shift[q]) / scale;
+    const double apart = filter.error[q] / std::abs(scale) + (tile.cosine ? 0x1p-48 : 0);
+    const double low = final_distance(*reranked, q, tile.cosine, key - apart, jaccard) - 0x1p-48;
+    const double high = final_distance(*reranked, q, tile.cosine, key + apart, jaccard) + 0x1p-48;
+    const bool bounded = known && low <= high;
+    const int64_t from = bounded ? std::lower_bound(match_keys, match_keys + m, low) - match_keys : 0;
+    const int64_t to = bounded ? std::upper_bound(match_keys, match_keys + m, high) - match_keys : m;
+    int64_t level = matches.offsets[q] + from;
+    if (from < to) {
+      double keys[2];
+      measure_keys(j, &position, 1, keys);
+      const double distance = final_distance(*reranked, q, tile.cosine, keys[0], jaccard);
+      level = first_behind(matches, level, matches.offsets[q] + to, distance, tile.first + j + position);
+      ++by_key;
+    }
+    if (level < matches.offsets[q + 1]) ++matches.steps[level];
+  }
+};
+
 }  // namespace
 
-int64_t count_nonmatches(const Tile& tile, const Filter& filter, const Matches& matches, const Excluded& excluded, const Reranked* reranked,
-                        int instruction_set, const Parallel& parallel) {
-  const SumLoops& loops = sum_loops(instruction_set);
+int64_t count_nonmatches(const Tile& tile, const Filter& filter, const Matches& matches, const Excluded& excluded,
+                         const Reranked* reranked, int instruction_set, const Parallel& parallel) {
+  const SumLoops& sums = sum_loops(instruction_set);
   std::atomic<int64_t> by_key = 0;
   parallel(tile.query.count, 1, [&](int64_t begin, int64_t end) {
     const Denormals denormals;
-    Counting<float> counting(count_loops<float>(instruction_set));
-    Keys keys_of(loops, tile.cosine, tile.query.d);
-    std::vector<std::pair<double, double>> levels;  // from where to where the key of a pair that ties with a match may lie, as similarity
-    for (int64_t q = begin; q < end; ++q) {
-      const int64_t m = matches.offsets[q + 1] - matches.offsets[q];
-      if (m == 0) continue;
-      const double* match_keys = matches.keys + matches.offsets[q];
-      const double level_scale = filter.level_scale[q], level_shift = filter.level_shift[q], error = filter.error[q];
-      const bool known = std::isfinite(error);
-      double margin = 0;
-      levels.resize(m);
-      for (int64_t i = 0; i < m; ++i) {
-        const auto [near, far] = reranked ? keys_of_final(*reranked, q, tile.cosine, match_keys[i]) : std::make_pair(match_keys[i], match_keys[i]);
-        levels[i] = {level_scale * far + level_shift, level_scale * near + level_shift};
-        for (const double level : {levels[i].first, levels[i].second})
-          if (std::isfinite(level)) margin = std::max(margin, std::abs(level));
-      }
-      margin = error + margin * 0x1p-50;  // of the levels' own rounding, too: one margin for all, so that their ends descend as they do
-      counting.low.resize(m);
-      counting.high.resize(m);
-      for (int64_t i = 0; i < m; ++i) {
-        const float infinity = std::numeric_limits<float>::infinity();
-        counting.low[i] = known ? round_down(levels[i].first - margin) : -infinity;
-        counting.high[i] = known ? -round_down(-(levels[i].second + margin)) : infinity;
-      }
-      counting.of_excluded.assign(std::min<int64_t>(m, kMany), 0);  // they are set below every level, unless one reaches there
-      bool prepared = false;
-      for (int64_t j = 0; j < tile.gallery.count; j += kChunk) {
-        const int n = int(std::min<int64_t>(kChunk, tile.gallery.count - j));
-        loops.affine(filter.dots + q * filter.stride + j, filter.item_scale + j, filter.item_shift + j, n, counting.similarity);
-        const int64_t first = tile.first + j;
-        const auto exclude = [&](int64_t item) {
-          counting.similarity[item - first] = -std::numeric_limits<float>::infinity();
-          counting.excluded[item - first] = true;
-        };
-        const auto keys_of_items = [&](const int* positions, int count, double* keys) {
-          if (!prepared && count) {
-            loops.widen(tile.query[q], tile.query.d, keys_of.query.data());
-            keys_of.norm = tile.query_norms[q];
-            prepared = true;
-          }
-          for (int p = 0; p < count; p += 2) {
-            const int64_t a = j + positions[p], b = j + positions[std::min(p + 1, count - 1)];
-            const float* const y[] = {tile.gallery[a], tile.gallery[b]};
-            const double norms[] = {tile.gallery_norms[a], tile.gallery_norms[b]};
-            keys_of(y, norms, keys + p);
-          }
-        };
-        for_excluded(excluded, q, first, first + n, exclude);
-        const auto without_overlap = [&](const int* positions, int count, double* keys) {
-          keys_of_items(positions, count, keys);
-          for (int p = 0; p < count && reranked; ++p) keys[p] = final_distance(*reranked, q, tile.cosine, keys[p], 1);
-        };
-        if (reranked) {
-          const auto place = [&](int64_t item, double jaccard) {
-            const int position = int(item - first);
-            if (counting.excluded[position]) return;
-            const double key = (counting.similarity[position] - level_shift) / level_scale;
-            const double apart = error / std::abs(level_scale) + (tile.cosine ? 0x1p-48 : 0);
-            const double low = final_distance(*reranked, q, tile.cosine, key - apart, jaccard) - 0x1p-48;
-            const double high = final_distance(*reranked, q, tile.cosine, key + apart, jaccard) + 0x1p-48;
-            const bool bounded = known && low <= high;
-            const int64_t from = bounded ? std::lower_bound(match_keys, match_keys + m, low) - match_keys : 0;
-            const int64_t to = bounded ? std::upper_bound(match_keys, match_keys + m, high) - match_keys : m;
-            int64_t level = matches.offsets[q] + from;
-            if (from < to) {
-              double keys[2];
-              keys_of_items(&position, 1, keys);
-              level = first_behind(matches, level, matches.offsets[q] + to, final_distance(*reranked, q, tile.cosine, keys[0], jaccard), item);
-              ++by_key;
-            }
-            if (level < matches.offsets[q + 1]) ++matches.steps[level];
-          };
-          for_overlaps(*reranked, q, first, first + n, [&](int64_t item, double jaccard) { place(item, jaccard), exclude(item); });
-        }
-        const int left = counting.loops.keep(counting.similarity, n, counting.low[m - 1], counting.kept);
-        by_key += counting.count(matches, q, first, n, left, [] {}, without_overlap);
-        std::fill(counting.excluded, counting.excluded + n, false);
-      }
-    }
+    TileCounting counting{tile, filter, matches, excluded, reranked, sums,
+                          Counting<float>(count_loops<float>(instruction_set)), Keys(sums, tile.cosine, tile.query.d)};
+    for (int64_t q = begin; q < end; ++q) counting.count_query(q);
+    by_key += counting.by_key;
   });
   return by_key;
 }
@@ -272,8 +291,8 @@ template <typename T>
 int64_t count_in_distances(const T* distances, int64_t queries, int64_t items, int64_t stride, const Matches& matches,
                            const Excluded& excluded, int instruction_set, const Parallel& parallel) {
   const CountLoops<T>& loops = count_loops<T>(instruction_set);
-  std::atomic<int64_t> odd = -1;
-  parallel(queries, std::max<int64_t>(1, kGrain / std::max<int64_t>(items, 1)), [&](int64_t begin, int64_t end) {
+  std::atomic<int64_t> nan_query = -1;
+  parallel(queries, grain_of(kGrain, items), [&](int64_t begin, int64_t end) {
     const Denormals denormals;
     Counting<T> counting(loops);
     for (int64_t q = begin; q < end; ++q) {
@@ -284,31 +303,37 @@ int64_t count_in_distances(const T* distances, int64_t queries, int64_t items, i
       for (int64_t j = 0; j < items; j += kChunk) {
         const int n = int(std::min<int64_t>(kChunk, items - j));
         const T* row = distances + q * stride + j;
-        const int left = loops.keep_negated(row, n, m > 0 ? counting.low[m - 1] : std::numeric_limits<T>::infinity(), counting.kept);
-        bool is_odd = false;
-        for (int k = 0; k < left; ++k) is_odd |= counting.kept[k] != counting.kept[k];
-        if (is_odd) odd = q;
+        const int left =
+            loops.keep_negated(row, n, m > 0 ? counting.low[m - 1] : std::numeric_limits<T>::infinity(), counting.kept);
+        bool has_nan = false;
+        for (int k = 0; k < left; ++k) has_nan |= counting.kept[k] != counting.kept[k];
+        if (has_nan) nan_query = q;
         if (m == 0) continue;
-        counting.of_excluded.assign(std::min<int64_t>(m, kMany), 0);
-        for_excluded(excluded, q, j, j + n, [&](int64_t item) {  // not to be counted: takes back what will be
-          counting.excluded[item - j] = true;
-          const T value = -row[item - j];
-          const int64_t above = first_below(counting.high.data(), m, value);
-          if (above < m) --matches.steps[offset + above];
-          for (int64_t i = first_reached(counting.low.data(), m, value); i < above && m <= kMany; ++i) ++counting.of_excluded[i];
-        });
-        counting.count(matches, q, j, n, left, [&] { loops.negate(row, n, counting.similarity); },
-                       [&](const int* positions, int count, double* keys) {
-                         for (int p = 0; p < count; ++p) keys[p] = row[positions[p]];
-                       });
+        counting.excluded_open.assign(std::min<int64_t>(m, kMany), 0);
+        for_excluded(excluded, q, j, j + n,
+                     [&](int64_t item) {  // takes back in advance visit will be counted for this item
+                       counting.excluded[item - j] = true;
+                       const T value = -row[item - j];
+                       const int64_t above = first_below(counting.high.data(), m, value);
+                       if (above < m) --matches.steps[offset + above];
+                       for (int64_t i = first_reached(counting.low.data(), m, value); i < above && m <= kMany; ++i)
+                         ++counting.excluded_open[i];
+                     });
+        counting.count(
+            matches, q, j, n, left, [&] { loops.negate(row, n, counting.similarity); },
+            [&](const int* positions, int count, double* keys) {
+              for (int p = 0; p < count; ++p) keys[p] = row[positions[p]];
+            });
         std::fill(counting.excluded, counting.excluded + n, false);
       }
     }
   });
-  return odd;
+  return nan_query;
 }
 
-template int64_t count_in_distances(const float*, int64_t, int64_t, int64_t, const Matches&, const Excluded&, int, const Parallel&);
-template int64_t count_in_distances(const double*, int64_t, int64_t, int64_t, const Matches&, const Excluded&, int, const Parallel&);
+template int64_t count_in_distances(const float*, int64_t, int64_t, int64_t, const Matches&, const Excluded&, int,
+                                    const Parallel&);
+template int64_t count_in_distances(const double*, int64_t, int64_t, int64_t, const Matches&, const Excluded&, int,
+                                    const Parallel&);
 
 }  // namespace mgn

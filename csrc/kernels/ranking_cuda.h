@@ -10,8 +10,8 @@ namespace mgn {
 cudaError_t canonical_norms(const Rows& rows, double* norms, cudaStream_t stream);
 
 // Keys of the pairs (queries[p], items[p]).
-cudaError_t canonical_keys(const Rows& query, const Rows& gallery, const int64_t* queries, const int64_t* items, int64_t pairs, bool cosine,
-                           double* keys, cudaStream_t stream);
+cudaError_t canonical_keys(const Rows& query, const Rows& gallery, const int64_t* queries, const int64_t* items,
+                           int64_t pairs, bool cosine, double* keys, cudaStream_t stream);
 
 struct Scratch {
   float *low, *high;  // one for each match
@@ -19,8 +19,8 @@ struct Scratch {
   int* open_count;
 };
 
-// Counts the non-matches of the tile; *redecided grows by how many of them went by key.
-cudaError_t count_nonmatches(const Tile& tile, const Filter& filter, const Matches& matches, const Excluded& excluded, const Scratch& scratch,
-                            int64_t* redecided, cudaStream_t stream);
+// Counts the non-matches of the tile; *redecided grows by how many of them were decided by their keys.
+cudaError_t count_nonmatches(const Tile& tile, const Filter& filter, const Matches& matches, const Excluded& excluded,
+                             const Scratch& scratch, int64_t* redecided, cudaStream_t stream);
 
 }  // namespace mgn

@@ -1,15 +1,12 @@
-// The inner loops of counting, compiled once for each instruction set by each_instruction_set.h: no include guard.
-namespace mgn {
-namespace SET {
+// The inner loops of counting, included once per instruction set by each_instruction_set_cpu.h: no guard.
+namespace mgn::SET {
 
-template <typename T>
-TARGET void negate(const T* distances, int n, T* similarity) {
+template <typename T> TARGET void negate(const T* distances, int n, T* similarity) {
   for (int j = 0; j < n; ++j) similarity[j] = -distances[j];
 }
 
 // Stores what is not below `low` (NaN is not), then anything up to a register's end, and returns how many that were.
-template <typename T, typename Lanes>
-TARGET inline int compress(const Lanes& values, T low, T* kept) {
+template <typename T, typename Lanes> TARGET inline int compress(const Lanes& values, T low, T* kept) {
 #if VECTOR_BYTES == 64
   if constexpr (sizeof(T) == 4) {
     const __mmask16 mask = _mm512_cmp_ps_mask(__m512(values), _mm512_set1_ps(low), _CMP_NLT_UQ);
@@ -19,7 +16,8 @@ TARGET inline int compress(const Lanes& values, T low, T* kept) {
 #elif VECTOR_BYTES == 32
   if constexpr (sizeof(T) == 4) {
     const int mask = _mm256_movemask_ps(_mm256_cmp_ps(__m256(values), _mm256_set1_ps(low), _CMP_NLT_UQ));
-    const __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kFront.of[mask])));
+    const __m256i order =
+        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kFront.positions[mask])));
     _mm256_storeu_ps(kept, _mm256_permutevar8x32_ps(__m256(values), order));
     return __builtin_popcount(mask);
   }
@@ -33,13 +31,13 @@ TARGET inline int compress(const Lanes& values, T low, T* kept) {
 }
 
 // Copies what is not below `low` (NaN is not) to the front of `kept`, which may be `values` and has 16 places more.
-template <typename T, bool negated>
-TARGET int keep(const T* values, int n, T low, T* kept) {
+template <typename T, bool negated> TARGET int keep(const T* values, int n, T low, T* kept) {
   typedef T Lanes __attribute__((vector_size(VECTOR_BYTES), aligned(alignof(T))));
   constexpr int lanes = VECTOR_BYTES / int(sizeof(T));
   int count = 0, j = 0;
   for (; j + 2 * lanes <= n; j += 2 * lanes) {
-    Lanes first = *reinterpret_cast<const Lanes*>(values + j), second = *reinterpret_cast<const Lanes*>(values + j + lanes);
+    Lanes first = *reinterpret_cast<const Lanes*>(values + j),
+          second = *reinterpret_cast<const Lanes*>(values + j + lanes);
     if (negated) first = -first, second = -second;
     if (all_set((first < low) & (second < low))) continue;
     count += compress(first, low, kept + count);
@@ -76,8 +74,7 @@ TARGET void count_levels(const T* values, int n, const T* low, const T* high, in
 }
 
 // Positions of the values between low and high, NaN among them.
-template <typename T>
-TARGET int find_open(const T* values, int n, T low, T high, int* positions) {
+template <typename T> TARGET int find_open(const T* values, int n, T low, T high, int* positions) {
   typedef T Lanes __attribute__((vector_size(VECTOR_BYTES), aligned(alignof(T))));
   constexpr int lanes = VECTOR_BYTES / int(sizeof(T));
   int count = 0;
@@ -93,5 +90,4 @@ TARGET int find_open(const T* values, int n, T low, T high, int* positions) {
 template <typename T>
 constexpr CountLoops<T> kCountLoops{negate<T>, keep<T, false>, keep<T, true>, count_levels<T>, find_open<T>};
 
-}  // namespace SET
-}  // namespace mgn
+}  // namespace mgn::SET

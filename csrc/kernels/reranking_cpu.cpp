@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kGrain = 64;  // rows worth a thread
 
-// A dense row that knows what was added to it.
+// A dense row that knows visit was added to it.
 struct Sum {
   std::vector<double> dense;
   std::vector<char> seen;
@@ -21,12 +21,11 @@ struct Sum {
     dense[column] += value;
   }
 
-  // Calls what(column, sum), ascending, and clears.
-  template <typename What>
-  void drain(const What& what) {
+  // Calls visit(column, sum), ascending, and clears.
+  template <typename Visit> void drain(const Visit& visit) {
     std::sort(touched.begin(), touched.end());
     for (const int32_t column : touched) {
-      what(column, dense[column]);
+      visit(column, dense[column]);
       dense[column] = 0;
       seen[column] = false;
     }
@@ -35,8 +34,7 @@ struct Sum {
 };
 
 // Rows that several threads make, one after the other: make(row, columns, values) appends.
-template <typename Maker>
-SparseRows gather(int64_t n, const Parallel& parallel, const Maker& maker) {
+template <typename Maker> SparseRows gather(int64_t n, const Parallel& parallel, const Maker& maker) {
   std::vector<std::vector<int32_t>> columns(n);
   std::vector<std::vector<double>> values(n);
   parallel(n, kGrain, [&](int64_t begin, int64_t end) {
@@ -76,7 +74,8 @@ SparseRows reciprocal(const int64_t* items, int64_t n, int64_t k, int64_t half, 
       const int32_t *begin = own.columns.data() + own.offsets[i], *end = own.columns.data() + own.offsets[i + 1];
       columns.assign(begin, end);
       for (const int32_t* j = begin; j < end; ++j) {
-        const int32_t *first = of_others.columns.data() + of_others.offsets[*j], *last = of_others.columns.data() + of_others.offsets[*j + 1];
+        const int32_t *first = of_others.columns.data() + of_others.offsets[*j],
+                      *last = of_others.columns.data() + of_others.offsets[*j + 1];
         const auto shared = std::count_if(first, last, [&](int32_t c) { return std::binary_search(begin, end, c); });
         if (3 * shared > 2 * (last - first)) columns.insert(columns.end(), first, last);
       }
@@ -86,11 +85,13 @@ SparseRows reciprocal(const int64_t* items, int64_t n, int64_t k, int64_t half, 
   });
 }
 
-SparseRows mean_rows(const Sparse& rows, int64_t width, const int64_t* items, int64_t n, int64_t k, const Parallel& parallel) {
+SparseRows mean_rows(const Sparse& rows, int64_t width, const int64_t* items, int64_t n, int64_t k,
+                     const Parallel& parallel) {
   return gather(n, parallel, [&] {
     return [&, sum = Sum(width)](int64_t i, auto& columns, auto& values) mutable {
       for (int64_t p = i * k; p < (i + 1) * k; ++p)
-        for (int64_t e = rows.offsets[items[p]]; e < rows.offsets[items[p] + 1]; ++e) sum.add(rows.columns[e], rows.values[e]);
+        for (int64_t e = rows.offsets[items[p]]; e < rows.offsets[items[p] + 1]; ++e)
+          sum.add(rows.columns[e], rows.values[e]);
       sum.drain([&](int32_t column, double total) { columns.push_back(column), values.push_back(total / double(k)); });
     };
   });
@@ -113,11 +114,13 @@ SparseRows transpose(const Sparse& rows, int64_t n, int64_t width) {
 
 SparseRows overlap(const Sparse& rows, int64_t n, const Sparse& columns, int64_t items, const Parallel& parallel) {
   return gather(n, parallel, [&] {
-    return [&, sum = Sum(items)](int64_t row, auto& found, auto& values) mutable {
+    return [&, sum = Sum(items)](int64_t row, auto& overlapping, auto& values) mutable {
       for (int64_t e = rows.offsets[row]; e < rows.offsets[row + 1]; ++e)
         for (int64_t o = columns.offsets[rows.columns[e]]; o < columns.offsets[rows.columns[e] + 1]; ++o)
           sum.add(columns.columns[o], std::min(rows.values[e], columns.values[o]));
-      sum.drain([&](int32_t item, double smallest) { found.push_back(item), values.push_back(1 - smallest / (2 - smallest)); });
+      sum.drain([&](int32_t item, double smallest) {
+        overlapping.push_back(item), values.push_back(1 - smallest / (2 - smallest));
+      });
     };
   });
 }

@@ -1,5 +1,6 @@
-// Cases from standard input through the launchers of batch_hard.h, results to standard output; both raw, in the order below.
-#include "batch_hard.h"
+// Cases from standard input through the launchers of batch_hard_cuda.h, results to standard output; both raw, in the
+// order below.
+#include "batch_hard_cuda.h"
 #include "bytes.h"
 
 namespace {
@@ -14,13 +15,17 @@ void run(const Case& c) {
   const size_t rows = c.heads * c.n, anchor_bytes = rows * c.d * size, candidate_bytes = c.heads * c.m * c.d * size;
   const Bytes anchors = read(anchor_bytes), candidates = read(c.own ? 0 : candidate_bytes);
   const Bytes labels = read(c.n * 8), candidate_labels = read(c.own ? 0 : c.m * 8);
-  const Bytes dist_ap = poisoned(rows * wide), dist_an = poisoned(rows * wide), pos_idx = poisoned(rows * 8), neg_idx = poisoned(rows * 8);
+  const Bytes dist_ap = poisoned(rows * wide), dist_an = poisoned(rows * wide), pos_idx = poisoned(rows * 8),
+              neg_idx = poisoned(rows * 8);
   const Bytes loss = poisoned(c.heads * wide), slope = poisoned(rows * wide), finished = poisoned(c.heads * 4);
-  const mgn::BatchHard mining = {mgn::FeatureType(c.type), c.heads, c.n, c.m, c.d, bool(c.own), anchors.get(), c.own ? anchors.get() : candidates.get(),
-                                 dist_ap.get(), dist_an.get(), as<int64_t>(pos_idx), as<int64_t>(neg_idx)};
-  const mgn::TripletLoss triplet = {c.with_loss ? loss.get() : nullptr, slope.get(), as<int>(finished), bool(c.soft), c.margin};
-  mgn::batch_hard_forward(mining, as<int64_t>(labels), as<int64_t>(c.own ? labels : candidate_labels), triplet, int(c.anchors_per_block),
-                          nullptr);
+  const mgn::BatchHard mining = {
+      mgn::FeatureType(c.type), c.heads, c.n, c.m, c.d, bool(c.own), anchors.get(),
+      c.own ? anchors.get() : candidates.get(), dist_ap.get(), dist_an.get(), as<int64_t>(pos_idx),
+      as<int64_t>(neg_idx)};
+  const mgn::TripletLoss triplet = {c.with_loss ? loss.get() : nullptr, slope.get(), as<int>(finished), bool(c.soft),
+                                    c.margin};
+  mgn::batch_hard_forward(mining, as<int64_t>(labels), as<int64_t>(c.own ? labels : candidate_labels), triplet,
+                          int(c.anchors_per_block), nullptr);
   write(dist_ap, rows * wide);
   write(dist_an, rows * wide);
   write(pos_idx, rows * 8);
@@ -32,12 +37,13 @@ void run(const Case& c) {
 
   std::fflush(stdout);  // the caller sorts the pairs by candidate, if it wants them sorted
   const Bytes grad_ap = read((c.with_loss ? c.heads : rows) * wide), grad_an = read(c.with_loss ? 0 : rows * wide);
-  const Bytes entries = read(c.with_entries ? 2 * rows * 8 : 0), offsets = read(c.with_entries ? c.heads * (c.m + 1) * 8 : 0);
+  const Bytes entries = read(c.with_entries ? 2 * rows * 8 : 0),
+              offsets = read(c.with_entries ? c.heads * (c.m + 1) * 8 : 0);
   const Bytes grad_anchors = poisoned(anchor_bytes), grad_candidates = poisoned(candidate_bytes);
   mgn::batch_hard_backward(mining,
                            {grad_ap.get(), c.with_loss ? nullptr : grad_an.get(), c.with_loss ? slope.get() : nullptr,
-                            c.with_entries ? as<int64_t>(entries) : nullptr, c.with_entries ? as<int64_t>(offsets) : nullptr,
-                            grad_anchors.get(), grad_candidates.get()},
+                            c.with_entries ? as<int64_t>(entries) : nullptr,
+                            c.with_entries ? as<int64_t>(offsets) : nullptr, grad_anchors.get(), grad_candidates.get()},
                            nullptr);
   write(grad_anchors, anchor_bytes);
   if (!c.own) write(grad_candidates, candidate_bytes);

@@ -1,5 +1,5 @@
-// Arrays of the drivers, raw from standard input and to standard output. Each is an allocation of its own, so that AddressSanitizer
-// sees its ends, and results start as 0xAB bytes.
+// Arrays of the drivers, raw from standard input and to standard output. Each is an allocation of its own, so that
+// AddressSanitizer sees its ends, and results start as 0xAB bytes.
 #pragma once
 #include <cstdio>
 #include <cstdlib>

@@ -22,7 +22,8 @@ inline __half __float2half_rn(float x) {
   std::frexp(x, &exponent);
   // The unit of the last place: 2⁻²⁴ below the smallest normal number, 2^(e−11) above. nearbyint rounds half to even.
   const int unit = exponent - 11 < -24 ? -24 : exponent - 11;
-  const float magnitude = std::fabs(x) >= 65520.f ? INFINITY : std::ldexp(std::nearbyint(std::ldexp(std::fabs(x), -unit)), unit);
+  const float magnitude =
+      std::fabs(x) >= 65520.f ? INFINITY : std::ldexp(std::nearbyint(std::ldexp(std::fabs(x), -unit)), unit);
   if (std::isinf(magnitude)) return {uint16_t(sign | 0x7c00)};
   if (magnitude < 0x1p-14f) return {uint16_t(sign | int(std::ldexp(magnitude, 24)))};
   std::frexp(magnitude, &exponent);

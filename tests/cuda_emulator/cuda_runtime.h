@@ -1,13 +1,14 @@
-// Runs CUDA kernels on the host: put this folder on the include path and compile the .cu with g++ -x c++ -U_FORTIFY_SOURCE.
+// Runs CUDA kernels on the host: put this folder on the include path and compile the .cu files with
+// g++ -x c++ -U_FORTIFY_SOURCE.
 //
-// A CUDA thread is a fiber; the threads of a block take turns on one host thread, switching where they wait for each other;
-// blocks run one after another. EMULATOR_ORDER is forward, reverse or a seed: the order of blocks, and of threads between two
-// waits. A missing barrier shows in some order, and under ThreadSanitizer in every one. Shared memory starts each block as
-// 0xAB bytes. The program aborts, naming what and where, at a barrier that not all threads reach, a warp intrinsic whose mask
-// does not fit who calls it, and a deadlock.
+// A CUDA thread is a fiber. The threads of a block take turns on one host thread and switch where they wait for each
+// other; blocks run one after another. EMULATOR_ORDER is forward, reverse or a seed: the order of blocks, and of
+// threads between two waits. A missing barrier shows in at least one order, and under ThreadSanitizer in every order.
+// Shared memory starts each block as 0xAB bytes. The program aborts, naming reason and place, at a barrier that not all
+// threads reach, at a warp intrinsic whose mask does not match its callers, and at a deadlock.
 //
-// Not covered: blocks that run at the same time, weak memory order, dynamic shared memory, inline PTX, tensor cores, speed.
-// It has the intrinsics that the project's kernels use; a new one goes to the end of this file.
+// Not covered: blocks that run at the same time, weak memory order, dynamic shared memory, inline PTX, tensor cores,
+// speed. It has the intrinsics that the project's kernels use; a new one goes to the end of this file.
 #pragma once
 #include <setjmp.h>
 #include <sys/mman.h>
@@ -82,7 +83,7 @@ struct Thread {
 
 struct Warp {
   uint64_t given[kWarpSize], taken[kWarpSize];  // what each lane brought to the intrinsic, and a copy once all have
-  char order;                                   // ThreadSanitizer: everything before the meeting happens before all after it
+  char order;  // ThreadSanitizer: everything before the meeting happens before all after it
 };
 
 struct Machine {
@@ -116,7 +117,8 @@ EMULATOR_UNWATCHED inline const dim3& thread_index() { return machine.current->i
     const Thread& t = machine.threads[i];
     if (last && last->state == t.state && last->place == t.place && last->mask == t.mask) continue;
     const char* const states[] = {"ready", "waits in a warp", "waits at a barrier", "has returned"};
-    std::fprintf(stderr, "  from thread %u: %s, mask %08x, %s\n", i, states[int(t.state)], t.mask, t.place ? t.place : "at its start");
+    std::fprintf(stderr, "  from thread %u: %s, mask %08x, %s\n", i, states[int(t.state)], t.mask,
+                 t.place ? t.place : "at its start");
     last = &t;
   }
   std::abort();
@@ -141,7 +143,8 @@ EMULATOR_UNWATCHED inline void to_scheduler() {
   __tsan_switch_to_fiber(machine.main_fiber, __tsan_switch_to_fiber_no_sync);
 #endif
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(self->state == State::done ? nullptr : &self->fake_stack, machine.main_stack, machine.main_stack_size);
+  __sanitizer_start_switch_fiber(self->state == State::done ? nullptr : &self->fake_stack, machine.main_stack,
+                                 machine.main_stack_size);
 #endif
   if (_setjmp(self->context) == 0) _longjmp(machine.scheduler, 1);
 #if defined(__SANITIZE_ADDRESS__)
@@ -191,7 +194,8 @@ EMULATOR_UNWATCHED inline void wait(State state, unsigned mask, const char* plac
 EMULATOR_UNWATCHED inline void barrier(const char* place) { wait(State::at_barrier, 0, place, &machine.order); }
 
 EMULATOR_UNWATCHED inline void meet_warp(unsigned mask, const char* place) {
-  if (!(mask >> lane() & 1)) machine.current->mask = mask, machine.current->place = place, fail("a lane outside its own mask");
+  if (!(mask >> lane() & 1))
+    machine.current->mask = mask, machine.current->place = place, fail("a lane outside its own mask");
   wait(State::at_warp, mask, place, &warp().order);
 }
 
@@ -210,7 +214,8 @@ EMULATOR_UNWATCHED inline bool release_warp(unsigned first) {
       const Thread& other = machine.threads[first + k];
       if (other.state == State::done) fail("a mask names a lane that has returned");
       if (other.state == State::at_barrier) fail("a mask names a lane that waits at a barrier");
-      if (other.state == State::at_warp && (other.place != thread.place || other.mask != mask)) fail("lanes of a mask meet at different calls");
+      if (other.state == State::at_warp && (other.place != thread.place || other.mask != mask))
+        fail("lanes of a mask meet at different calls");
       met &= other.state == State::at_warp;
     }
     if (!met) continue;
@@ -233,7 +238,8 @@ EMULATOR_UNWATCHED inline void release_barrier() {
   for (unsigned i = 0; i < machine.count; ++i) machine.threads[i].state = State::ready;
 }
 
-EMULATOR_UNWATCHED inline void run_block(unsigned block, std::vector<unsigned>& turns, bool shuffle, std::mt19937& random) {
+EMULATOR_UNWATCHED inline void run_block(unsigned block, std::vector<unsigned>& turns, bool shuffle,
+                                         std::mt19937& random) {
   blockIdx.x = block;
   for (volatile char* byte = __start_cuda_shared; byte != __stop_cuda_shared; ++byte) *byte = char(0xAB);
   for (unsigned i = 0; i < machine.count; ++i) {
@@ -268,8 +274,10 @@ void launch(const cudaLaunchConfig_t& config, void (*kernel)(Parameters...), Arg
   blockDim = config.blockDim;
   gridDim = config.gridDim;
   machine.count = config.blockDim.x * config.blockDim.y * config.blockDim.z;
-  if (machine.count == 0 || machine.count > kMostThreads || blocks == 0 || blocks > 0x7fffffffu) fail("a launch that CUDA refuses");
-  if (config.gridDim.y * config.gridDim.z != 1 || config.dynamicSmemBytes != 0) fail("a launch that the emulator has not learnt");
+  if (machine.count == 0 || machine.count > kMostThreads || blocks == 0 || blocks > 0x7fffffffu)
+    fail("a launch that CUDA refuses");
+  if (config.gridDim.y * config.gridDim.z != 1 || config.dynamicSmemBytes != 0)
+    fail("a launch that the emulator has not learnt");
   std::function<void()> call = [=] { kernel(Parameters(arguments)...); };
   machine.kernel = &call;
 #if defined(__SANITIZE_THREAD__)
@@ -278,7 +286,8 @@ void launch(const cudaLaunchConfig_t& config, void (*kernel)(Parameters...), Arg
   for (unsigned i = 0; i < machine.count; ++i) {
     Thread& thread = machine.threads[i];
     if (thread.stack) continue;
-    thread.stack = static_cast<char*>(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    thread.stack = static_cast<char*>(
+        mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (thread.stack == MAP_FAILED) fail("no memory for a stack");
 #if defined(__SANITIZE_THREAD__)
     thread.fiber = __tsan_create_fiber(0);
@@ -326,7 +335,8 @@ EMULATOR_UNWATCHED inline unsigned ballot(unsigned mask, bool vote, const char* 
 #define EMULATOR_TEXT(x) EMULATOR_TEXT_OF(x)
 #define EMULATOR_PLACE __FILE__ ":" EMULATOR_TEXT(__LINE__)
 #define __syncthreads() emulator::barrier([] { static const char place[] = EMULATOR_PLACE; return place; }())
-#define __shfl_xor_sync(mask, value, flip) emulator::exchange(mask, value, emulator::lane() ^ unsigned(flip), EMULATOR_PLACE)
+#define __shfl_xor_sync(mask, value, flip) \
+  emulator::exchange(mask, value, emulator::lane() ^ unsigned(flip), EMULATOR_PLACE)
 #define __ballot_sync(mask, vote) emulator::ballot(mask, vote, EMULATOR_PLACE)
 #define __all_sync(mask, vote) (emulator::ballot(mask, vote, EMULATOR_PLACE) == (mask))
 
@@ -352,7 +362,8 @@ using std::isfinite;
 using std::isnan;
 
 template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
   emulator::launch(*config, kernel, std::forward<Arguments>(arguments)...);
   return cudaSuccess;
 }

@@ -8,14 +8,14 @@
 #include <vector>
 
 enum Fault {
-  none, missing_barrier, read_beyond_global, write_beyond_global, read_beyond_shared, divergent_barrier, early_return, lane_outside_mask,
-  lane_has_returned, lane_at_barrier, read_outside_mask, different_intrinsics, unwritten_output, unwritten_shared, signed_overflow,
-  misaligned, faults
+  none, missing_barrier, read_beyond_global, write_beyond_global, read_beyond_shared, divergent_barrier, early_return,
+  lane_outside_mask, lane_has_returned, lane_at_barrier, read_outside_mask, different_intrinsics, unwritten_output,
+  unwritten_shared, signed_overflow, misaligned, faults
 };
 const char* const kNames[] = {
-    "none", "missing_barrier", "read_beyond_global", "write_beyond_global", "read_beyond_shared", "divergent_barrier", "early_return",
-    "lane_outside_mask", "lane_has_returned", "lane_at_barrier", "read_outside_mask", "different_intrinsics", "unwritten_output",
-    "unwritten_shared", "signed_overflow", "misaligned"};
+    "none", "missing_barrier", "read_beyond_global", "write_beyond_global", "read_beyond_shared", "divergent_barrier",
+    "early_return", "lane_outside_mask", "lane_has_returned", "lane_at_barrier", "read_outside_mask",
+    "different_intrinsics", "unwritten_output", "unwritten_shared", "signed_overflow", "misaligned"};
 
 constexpr int kThreads = 64;
 

@@ -1,5 +1,5 @@
-// Calls from standard input to the launchers of ranking_cuda.h, results to standard output. A call: its number, how many integers
-// and arrays, the integers, each array's size in bytes and content. The answer: the arrays that it may have changed.
+// Calls from standard input to the launchers of ranking_cuda.h, results to standard output. A call: its number, how
+// many integers and arrays, the integers, each array's size in bytes and content. The answer: the arrays it may change.
 #include "bytes.h"
 #include "ranking_cuda.h"
 
@@ -50,10 +50,12 @@ void count(Call& c) {
   const auto* of_matches = c.next<double>();
   const auto* items = c.next<int64_t>();
   auto* steps = c.next<int64_t>();
-  const auto *order = c.next<int64_t>(), *begin = c.next<int64_t>(), *end = c.next<int64_t>(), *junk = c.next<int64_t>();
+  const auto *order = c.next<int64_t>(), *begin = c.next<int64_t>(), *end = c.next<int64_t>(),
+             *junk = c.next<int64_t>();
   auto* redecided = c.next<int64_t>();
   const int64_t junk_count = c.next_integer(), matches = c.next_integer();
-  const Bytes low = poisoned(4 * matches), high = poisoned(4 * matches), open = poisoned(8 * query.count * gallery.count), open_count = poisoned(4);
+  const Bytes low = poisoned(4 * matches), high = poisoned(4 * matches),
+              open = poisoned(8 * query.count * gallery.count), open_count = poisoned(4);
   mgn::count_nonmatches(tile, {dots, gallery.count, item_scale, item_shift, level_scale, level_shift, error},
                         {offsets, of_matches, items, steps}, {order, begin, end, junk, junk_count},
                         {as<float>(low), as<float>(high), as<int64_t>(open), as<int>(open_count)}, redecided, nullptr);

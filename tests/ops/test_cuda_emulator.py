@@ -63,7 +63,8 @@ def test_thread_sanitizer_names_both_sides_of_a_race_in_every_order(run, order):
 
 @pytest.mark.parametrize('fault, message', [
     ('read_beyond_global', 'heap-buffer-overflow'), ('write_beyond_global', 'heap-buffer-overflow'),
-    ('read_beyond_shared', 'global-buffer-overflow|insufficient space for an object'), ('signed_overflow', 'signed integer overflow'), ('misaligned', 'misaligned address'),
+    ('read_beyond_shared', 'global-buffer-overflow|insufficient space for an object'),
+    ('signed_overflow', 'signed integer overflow'), ('misaligned', 'misaligned address'),
 ])
 def test_address_and_undefined_behaviour_sanitizers_name_the_line(run, fault, message):
     status, _, said = run('address', fault)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from emulation import ORDERS, TYPES, batch_hard, missed_lines, need, pairwise_distance
 from hypothesis import HealthCheck, given, settings
-from mining import RELATIVE_ERROR, assert_mined, cases, examples, naive, naive_loss, random_candidates, random_features, random_labels
+from mining import (RELATIVE_ERROR, assert_mined, cases, examples, naive, naive_loss, random_candidates,
+                    random_features, random_labels)
 
 from mgn.ops.distance import METRICS, pairwise_distance_reference
 from mgn.ops.triplet import backward_reference, batch_hard_reference, pairs_by_candidate, triplet_loss_reference
@@ -18,8 +19,8 @@ def sorted_always(pos_idx, neg_idx, m):
 
 def check(process, anchors, labels, candidates=(), margin=0.3, with_loss=True, entries=None, tile=0):
     """Forward and backward of one case are right."""
-    mined, loss, slope, gradients = batch_hard(process, anchors, labels, *candidates, margin=margin, with_loss=with_loss, entries=entries,
-                                              tile=tile)
+    mined, loss, slope, gradients = batch_hard(process, anchors, labels, *candidates, margin=margin,
+                                               with_loss=with_loss, entries=entries, tile=tile)
     assert_mined(mined, anchors, labels, *candidates)
     wide = mined.dist_ap.dtype
     upstream = torch.arange(1, len(anchors) + 1, dtype=wide)
@@ -37,22 +38,25 @@ def check(process, anchors, labels, candidates=(), margin=0.3, with_loss=True, e
     expected = list(expected) if candidates else [sum(expected)]
     coarse = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[anchors.dtype]
     assert len(gradients) == len(expected)
-    for got, want in zip(gradients, expected):
-        torch.testing.assert_close(got.double(), want, rtol=coarse, atol=coarse)
+    for gradient, correct in zip(gradients, expected):
+        torch.testing.assert_close(gradient.double(), correct, rtol=coarse, atol=coarse)
 
 
 def features_of(n, m, width, dtype, heads=2, classes=4):
     """Anchors, labels and (candidates, their labels), or () for m None."""
-    return random_features(heads, n, width, dtype=dtype), random_labels(n, classes), random_candidates((heads,), m, width, dtype, classes)
+    candidates = random_candidates((heads,), m, width, dtype, classes)
+    return random_features(heads, n, width, dtype=dtype), random_labels(n, classes), candidates
 
 
 LONG_RACES = pytest.param('thread', 'forward', marks=pytest.mark.long)
-# anchors, candidates, dimensions: around the sizes of tiles (16 or 64 anchors, 64 candidates, 32 dimensions, 128 columns a warp)
+# Anchors, candidates, dimensions: around the sizes of tiles (16 or 64 anchors, 64 candidates, 32 dimensions, 128
+# columns of a warp).
 SIZES = [(1, None, 1), (16, 65, 33), (33, None, 31), (64, 1, 32), (17, 64, 129)]
 SHORT = [(*size, dtype, tile, 0.3 if number % 2 else None, number % 3 > 0, number % 4 < 2)
          for number, (size, dtype, tile) in enumerate(itertools.product(SIZES, TYPES, [16, 64]))]
-FULL = list(itertools.product([1, 15, 17, 33, 64, 65], [None, 1, 63, 65, 130], [1, 31, 33, 129, 256], TYPES, [16, 64], [0.3, None],
-                              [True, False], [True, False]))
+FULL = list(itertools.product([1, 15, 17, 33, 64, 65], [None, 1, 63, 65, 130], [1, 31, 33, 129, 256], TYPES, [16, 64],
+                              [0.3, None], [True, False], [True, False]))
+KINDS = [*itertools.product(['plain'], ORDERS), ('address', 'forward'), ('thread', '1')]
 
 
 def run_all(process, table):
@@ -61,7 +65,7 @@ def run_all(process, table):
         check(process, anchors, labels, candidates, margin, with_loss, sorted_always if is_sorted else None, tile)
 
 
-@pytest.mark.parametrize('kind, order', [*itertools.product(['plain'], ORDERS), ('address', 'forward'), ('thread', '1'), LONG_RACES])
+@pytest.mark.parametrize('kind, order', [*KINDS, LONG_RACES])
 def test_sizes_and_types(kernels, kind, order):
     with kernels(kind, order) as process:
         run_all(process, SHORT)
@@ -78,7 +82,7 @@ def test_all_sizes_and_types(kernels, kind, order):
 
 
 def test_many_anchors_take_the_large_tiles(kernels):
-    """From 8192 anchors in all heads a block owns 64 of them, unless told otherwise."""
+    """From 8192 anchors in all heads a block owns 64 of them, unless the caller sets another number."""
     anchors, labels, candidates = features_of(1025, 70, 5, torch.float32, heads=8, classes=9)
     with kernels('plain') as process:
         results = [batch_hard(process, anchors, labels, *candidates, tile=tile) for tile in (0, 64, 16)]
@@ -86,7 +90,8 @@ def test_many_anchors_take_the_large_tiles(kernels):
     for mined, loss, _, (to_anchors, to_candidates) in results:
         assert torch.equal(mined.pos_idx, expected[2]) and torch.equal(mined.neg_idx, expected[3])
         torch.testing.assert_close(loss, triplet_loss_reference(*expected, 0.3)[0], rtol=1e-5, atol=0)
-        assert all(torch.equal(*pair) for pair in zip((*mined, to_anchors, to_candidates), (*results[0][0], *results[0][3])))
+        first = *results[0][0], *results[0][3]
+        assert all(torch.equal(*pair) for pair in zip((*mined, to_anchors, to_candidates), first))
 
 
 @settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
@@ -100,7 +105,10 @@ def test_random_cases(kernels, case):
         check(process, anchors, labels, () if candidates is None else (candidates, candidate_labels), margin)
 
 
-@pytest.mark.parametrize('heads, n, m, width', [(2, 0, None, 3), (2, 0, 5, 3), (2, 5, 0, 3), (2, 5, None, 0), (0, 5, None, 3)])
+EMPTY = [(2, 0, None, 3), (2, 0, 5, 3), (2, 5, 0, 3), (2, 5, None, 0), (0, 5, None, 3)]
+
+
+@pytest.mark.parametrize('heads, n, m, width', EMPTY)
 def test_empty_batches(kernels, heads, n, m, width):
     for kind in ('plain', 'address'):
         with kernels(kind) as process:
@@ -143,8 +151,10 @@ def test_an_odd_candidate_makes_the_loss_nan_where_it_is_all_there_is(kernels, l
     """Its own pair is NaN, and of the other kind there is none."""
     anchors, labels = random_features(1, 5, 9), torch.zeros(5, dtype=torch.int64)
     with kernels('plain') as process:
-        mined, loss, _, (gradient, _) = batch_hard(process, anchors, labels, torch.full((1, 1, 9), torch.nan), torch.tensor([label]))
-    assert loss.isnan().all() and gradient.isnan().all() and mined[label].isnan().all() and mined[1 - label].isinf().all()
+        mined, loss, _, (gradient, _) = batch_hard(process, anchors, labels, torch.full((1, 1, 9), torch.nan),
+                                                   torch.tensor([label]))
+    assert loss.isnan().all() and gradient.isnan().all()
+    assert mined[label].isnan().all() and mined[1 - label].isinf().all()
 
 
 @pytest.mark.parametrize('kind', ['plain', pytest.param('address', marks=pytest.mark.long)])
@@ -154,7 +164,8 @@ def test_squares_beyond_the_range_of_their_type(kernels, kind):
         for dtype, exponent in ((torch.float32, 25), (torch.float64, 200)):
             for scale in (10.0 ** exponent, 10.0 ** -exponent):
                 anchors, labels, candidates = features_of(20, 70, 9, torch.float64)
-                check(process, (scale * anchors).to(dtype), labels, ((scale * candidates[0]).to(dtype), candidates[1]), with_loss=False)
+                scaled = (scale * candidates[0]).to(dtype), candidates[1]
+                check(process, (scale * anchors).to(dtype), labels, scaled, with_loss=False)
 
 
 def check_distances(process, x, y, metric):
@@ -168,7 +179,7 @@ DISTANCES = list(itertools.product([(1, 70, 33), (65, 3, 1), (64, 64, 32), (5, 6
 
 
 def odd_rows(dtype):
-    """Near duplicates far from the origin, duplicates, a zero vector, and what leaves the range of squares or of numbers."""
+    """Near duplicates far from the origin, duplicates, zeros, values whose squares overflow, NaN and infinity."""
     x, y = (1e2 + random_features(rows, 9, dtype=torch.float64, seed=rows) for rows in (20, 70))
     y[:20] = x + 1e-3 * y[:20]
     y[20:30], y[30] = x[:10], 0
@@ -180,11 +191,12 @@ def odd_rows(dtype):
     return x.to(dtype), y.to(dtype)
 
 
-@pytest.mark.parametrize('kind, order', [('plain', 'forward'), ('plain', 'reverse'), ('plain', '1'), ('address', 'forward'), ('thread', '1')])
+@pytest.mark.parametrize('kind, order', [('plain', 'forward'), ('plain', 'reverse'), ('plain', '1'), *KINDS[-2:]])
 def test_distances(kernels, kind, order):
     with kernels(kind, order, 'pairwise_distance') as process:
         for (n, m, width), dtype, metric in DISTANCES[::1 if kind == 'plain' else 5]:
-            check_distances(process, random_features(n, width, dtype=dtype), random_features(m, width, dtype=dtype, seed=1), metric)
+            x, y = random_features(n, width, dtype=dtype), random_features(m, width, dtype=dtype, seed=1)
+            check_distances(process, x, y, metric)
         for dtype, metric in itertools.product(TYPES, METRICS):
             check_distances(process, *odd_rows(dtype), metric)
         for n, m, width in ((0, 3, 2), (3, 0, 2), (3, 4, 0)):

@@ -114,7 +114,7 @@ def test_modules_compiled_from_other_sources_are_left_alone(tmp_path):
     shutil.copytree(ROOT / 'csrc', tmp_path / 'csrc')
     done = run_program(COPY_ALONE + PROGRAM, cwd=tmp_path)
     assert '] compiled for' in done.stdout, done.stdout + done.stderr
-    with open(tmp_path / 'csrc/kernels/batch_hard_tile.h', 'a') as file:
+    with open(tmp_path / 'csrc/kernels/batch_hard_loops.h', 'a') as file:
         file.write('// an edit\n')
     done = run_program(COPY_ALONE + PROGRAM, cwd=tmp_path)
     assert '] reference: csrc/ has changed since it was compiled; pip install --no-build-isolation' in done.stdout

@@ -11,9 +11,10 @@ from rankings import METRICS, extremes, naive_ranks, near_ties, problem, ranks_o
 
 from mgn.ops import match_ranks, nearest, ranking, topk
 
-# queries, gallery, dimensions: around sixteen lanes a pair, sixteen pairs a block, 256 threads, and tiles of 7 queries and 300 items
+# Queries, gallery, dimensions: around 16 lanes a pair, 16 pairs a block, 256 threads, tiles of 7 queries and 300 items.
 SIZES = [(1, 1, 1), (3, 17, 16), (8, 40, 15), (2, 301, 33), (5, 570, 3)]
-KINDS = [('plain', order) for order in ORDERS] + [('address', 'forward'), ('thread', '1'), pytest.param('thread', 'forward', marks=pytest.mark.long)]
+KINDS = [*(('plain', order) for order in ORDERS), ('address', 'forward'), ('thread', '1'),
+         pytest.param('thread', 'forward', marks=pytest.mark.long)]
 
 
 @pytest.fixture
@@ -88,8 +89,9 @@ def test_features_that_are_not_finite_are_named(emulated):
 
 
 @settings(max_examples=examples(40), deadline=None, suppress_health_check=list(HealthCheck))
-@given(seed=st.integers(0, 2 ** 32 - 1), Q=st.integers(0, 9), G=st.integers(0, 40), D=st.integers(1, 40), pids=st.integers(1, 9),
-       levels=st.sampled_from([None, 1, 2]), metric=st.sampled_from(METRICS), items=st.integers(1, 50), order=st.sampled_from(ORDERS))
+@given(seed=st.integers(0, 2 ** 32 - 1), Q=st.integers(0, 9), G=st.integers(0, 40), D=st.integers(1, 40),
+       pids=st.integers(1, 9), levels=st.sampled_from([None, 1, 2]), metric=st.sampled_from(METRICS),
+       items=st.integers(1, 50), order=st.sampled_from(ORDERS))
 def test_random_cases(emulated, seed, Q, G, D, pids, levels, metric, items, order):
     with emulated('plain', order, items, 4):
         check(*problem(Q, G, D, pids, seed=seed, levels=levels), metric=metric, junk_pid=0)

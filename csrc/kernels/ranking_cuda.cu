@@ -1,24 +1,23 @@
 // Retrieval ranks on CUDA.
 //
-// Canonical sums: sixteen lanes take a pair, a partial sum each. Counting: a block takes a query and reads its row of products
-// once. What lies above a level by more than the filter errs is counted in shared memory; what lies within goes on a list, which a
-// second kernel works off by keys.
-#include "batch_hard_types.cuh"
+// Canonical sums: sixteen lanes take a pair, a partial sum each. Counting: a block takes a query and reads its row of
+// products once. Items above a level by more than the filter may err are counted in shared memory. Items within that
+// margin go on a list, and a second kernel decides them by their keys.
+#include "basics_cuda.cuh"
 #include "ranking_cuda.h"
 
 namespace mgn {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kSpan = 2048;    // products of a row at a time
-constexpr int kLevels = 1024;  // of a query, counted in shared memory; those of more matches in global memory
+constexpr int kSpan = 2048;            // products of a row at a time
+constexpr int kLevels = 1024;          // of a query, counted in shared memory; those of more matches in global memory
 constexpr int kPairs = kThreads / 16;  // of a block
 
 enum class Term { product, squared_difference };
 
-// Element i goes to sum i mod 16, in ascending order, then sum j takes j + 8, j + 4, j + 2, j + 1. On every lane of the sixteen.
-template <Term term>
-__device__ double canonical_sum(const float* x, const float* y, int64_t d) {
+// Element i goes to sum i mod 16, ascending; then sum j takes j + 8, j + 4, j + 2, j + 1. All 16 lanes get the sum.
+template <Term term> __device__ double canonical_sum(const float* x, const float* y, int64_t d) {
   double sum = 0;
   for (int64_t k = threadIdx.x % 16; k < d; k += 16) {
     const double a = x[k], b = y[k];
@@ -59,7 +58,8 @@ __global__ void __launch_bounds__(kThreads) measure_keys(Pairs p) {
   const int64_t i = int64_t(blockIdx.x) * kPairs + threadIdx.x / 16, at = i < p.count ? i : p.count - 1, d = p.query.d;
   const float *x = p.query[p.queries[at]], *y = p.gallery[p.items[at]];
   double norm_x = 0, norm_y = 0;
-  if (p.cosine) norm_x = sqrt(canonical_sum<Term::product>(x, x, d)), norm_y = sqrt(canonical_sum<Term::product>(y, y, d));
+  if (p.cosine)
+    norm_x = sqrt(canonical_sum<Term::product>(x, x, d)), norm_y = sqrt(canonical_sum<Term::product>(y, y, d));
   const double key = key_of(x, y, d, p.cosine, norm_x, norm_y);
   if (i < p.count && threadIdx.x % 16 == 0) p.keys[i] = key;
 }
@@ -95,11 +95,14 @@ __device__ int64_t lower_bound(const int64_t* from, int64_t n, int64_t value) {
 __global__ void __launch_bounds__(kThreads) count(Count c) {
   __shared__ bool skipped[kSpan];
   __shared__ int steps[kLevels];
-  const int64_t q = blockIdx.x, begin = c.matches.offsets[q], m = c.matches.offsets[q + 1] - begin, items = c.tile.gallery.count;
+  const int64_t q = blockIdx.x, begin = c.matches.offsets[q], m = c.matches.offsets[q + 1] - begin,
+                items = c.tile.gallery.count;
   if (m == 0) return;
   float *low = c.scratch.low + begin, *high = c.scratch.high + begin;
-  const auto level = [&](int64_t i) { return c.filter.level_scale[q] * c.matches.keys[begin + i] + c.filter.level_shift[q]; };
-  // And what rounds the levels themselves: one margin for all, so that their ends descend as they do.
+  const auto level = [&](int64_t i) {
+    return c.filter.level_scale[q] * c.matches.keys[begin + i] + c.filter.level_shift[q];
+  };
+  // The levels' own rounding is added. One margin serves all levels, so that their ends descend as they do.
   const double margin = c.filter.error[q] + fmax(fabs(level(0)), fabs(level(m - 1))) * 0x1p-50;
   for (int64_t i = threadIdx.x; i < m; i += kThreads) {
     low[i] = isfinite(margin) ? __double2float_rd(level(i) - margin) : -infinity<float>();
@@ -125,7 +128,8 @@ __global__ void __launch_bounds__(kThreads) count(Count c) {
       const int64_t above = first_below(high, m, similarity);
       if (above < m && m <= kLevels) atomicAdd(steps + above, 1);
       if (above < m && m > kLevels) c.add(begin + above, 1);
-      if (first_reached(low, m, similarity) < above) c.scratch.open[atomicAdd(c.scratch.open_count, 1)] = q * items + from + j;
+      if (first_reached(low, m, similarity) < above)
+        c.scratch.open[atomicAdd(c.scratch.open_count, 1)] = q * items + from + j;
     }
   }
   __syncthreads();
@@ -133,14 +137,16 @@ __global__ void __launch_bounds__(kThreads) count(Count c) {
     if (steps[i]) c.add(begin + i, steps[i]);
 }
 
-// Works the list off: an open item was counted from the first level that it is above, and belongs to one before it, maybe.
+// Works the list off. An open item was counted from the first level that it is above; its key may move it earlier.
 __global__ void __launch_bounds__(kThreads) decide(Count c) {
   const int64_t open = *c.scratch.open_count, items = c.tile.gallery.count;
   if (blockIdx.x == 0 && threadIdx.x == 0) *c.redecided += open;
   for (int64_t from = int64_t(blockIdx.x) * kPairs; from < open; from += int64_t(gridDim.x) * kPairs) {
     const int64_t i = from + threadIdx.x / 16, entry = c.scratch.open[i < open ? i : open - 1];
-    const int64_t q = entry / items, j = entry % items, begin = c.matches.offsets[q], m = c.matches.offsets[q + 1] - begin;
-    const double norm_x = c.tile.cosine ? c.tile.query_norms[q] : 0, norm_y = c.tile.cosine ? c.tile.gallery_norms[j] : 0;
+    const int64_t q = entry / items, j = entry % items, begin = c.matches.offsets[q],
+                  m = c.matches.offsets[q + 1] - begin;
+    const double norm_x = c.tile.cosine ? c.tile.query_norms[q] : 0,
+                 norm_y = c.tile.cosine ? c.tile.gallery_norms[j] : 0;
     const double key = key_of(c.tile.query[q], c.tile.gallery[j], c.tile.query.d, c.tile.cosine, norm_x, norm_y);
     if (i >= open || threadIdx.x % 16) continue;
     const float similarity = c.similarity(q, j);
@@ -159,18 +165,19 @@ cudaError_t canonical_norms(const Rows& rows, double* norms, cudaStream_t stream
   return launch<Norms>(measure_norms, (rows.count + kPairs - 1) / kPairs, kThreads, stream, {rows, norms});
 }
 
-cudaError_t canonical_keys(const Rows& query, const Rows& gallery, const int64_t* queries, const int64_t* items, int64_t pairs, bool cosine,
-                           double* keys, cudaStream_t stream) {
-  return launch<Pairs>(measure_keys, (pairs + kPairs - 1) / kPairs, kThreads, stream, {query, gallery, queries, items, pairs, cosine, keys});
+cudaError_t canonical_keys(const Rows& query, const Rows& gallery, const int64_t* queries, const int64_t* items,
+                           int64_t pairs, bool cosine, double* keys, cudaStream_t stream) {
+  return launch<Pairs>(measure_keys, (pairs + kPairs - 1) / kPairs, kThreads, stream,
+                       {query, gallery, queries, items, pairs, cosine, keys});
 }
 
-cudaError_t count_nonmatches(const Tile& tile, const Filter& filter, const Matches& matches, const Excluded& excluded, const Scratch& scratch,
-                            int64_t* redecided, cudaStream_t stream) {
+cudaError_t count_nonmatches(const Tile& tile, const Filter& filter, const Matches& matches, const Excluded& excluded,
+                             const Scratch& scratch, int64_t* redecided, cudaStream_t stream) {
   const Count c = {tile, filter, matches, excluded, scratch, redecided};
   if (tile.query.count == 0 || tile.gallery.count == 0) return cudaSuccess;
   if (const cudaError_t error = cudaMemsetAsync(scratch.open_count, 0, sizeof(int), stream)) return error;
   if (const cudaError_t error = launch<Count>(count, tile.query.count, kThreads, stream, c)) return error;
-  constexpr int64_t kMost = 2048;  // blocks: they come back for more
+  constexpr int64_t kMost = 2048;  // blocks; each takes more pairs when it is done
   const int64_t blocks = (tile.query.count * tile.gallery.count + kPairs - 1) / kPairs;
   return launch<Count>(decide, blocks < kMost ? blocks : kMost, kThreads, stream, c);
 }

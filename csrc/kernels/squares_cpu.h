@@ -1,7 +1,7 @@
 // Squared distances in register tiles, for CPU kernels: what batch-hard mining and pairwise distances share.
 //
-// The columns (candidates) are packed into panels, dimension by dimension, `width` columns side by side. A tile is a block of rows
-// and a panel.
+// The columns (candidates) are packed into panels, dimension by dimension, `width` columns side by side. A tile is a
+// block of rows and a panel.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -11,20 +11,19 @@
 #include <new>
 #include <vector>
 
-#include "cpu.h"
+#include "basics_cpu.h"
 
 namespace mgn {
 
-constexpr int kBlock = 32;       // rows of a task, a multiple of every group
-// Dimensions summed in one go, and in how many goes before those are summed apart, too: bounds the rounding at (64 + 64 + D/4096)
-// half units in the last place, and keeps a panel's slice in the first cache.
+constexpr int kBlock = 32;  // rows of a task, a multiple of every group
+// kDepth dimensions are summed at a time, and kGoes such sums before they are added to the total. This bounds the
+// rounding at (64 + 64 + D/4096) half units in the last place, and keeps a panel's slice in the first-level cache.
 constexpr int64_t kDepth = 64, kGoes = 64;
-constexpr int64_t kPacked = 1 << 22;  // elements packed at a time, unless one head or panel has more
-constexpr int64_t kGrain = 1 << 17;  // element operations in registers worth a thread
+constexpr int64_t kPacked = 1 << 22;     // elements packed at a time, unless one head or panel has more
+constexpr int64_t kGrain = 1 << 17;      // element operations in registers worth a thread
 constexpr int64_t kCopyGrain = 1 << 14;  // the same of elements that are copied, converted or compared one by one
 
-template <typename T>
-struct Squares {
+template <typename T> struct Squares {
   int group, width;
   void (*add_squares)(const T* const* rows, const T* panel, int64_t from, int64_t to, T* dist2);
   double (*squares)(const T* x, const T* y, int64_t d);
@@ -32,13 +31,12 @@ struct Squares {
 
 }  // namespace mgn
 
-#define LOOPS "squares_tile.h"
-#include "each_instruction_set.h"
+#define LOOPS "squares_loops.h"
+#include "each_instruction_set_cpu.h"
 
 namespace mgn {
 
-template <typename T>
-const Squares<T>& squares_of(int instruction_set) {
+template <typename T> const Squares<T>& squares_of(int instruction_set) {
   static constexpr const Squares<T>* kAll[] = {OF_EACH_INSTRUCTION_SET(kSquares<T>)};
   return *kAll[compiled_instruction_set(instruction_set)];
 }
@@ -48,19 +46,17 @@ inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1)
 struct Aligned {
   void operator()(void* memory) const { std::free(memory); }
 };
-template <typename T>
-using Packed = std::unique_ptr<T, Aligned>;
+template <typename T> using Packed = std::unique_ptr<T, Aligned>;
 
-template <typename T>
-Packed<T> room_for_panels(int64_t panels, int64_t size) {
-  Packed<T> packed(static_cast<T*>(std::aligned_alloc(64, round_up(std::max<int64_t>(panels * size, 1) * int64_t(sizeof(T)), 64))));
+template <typename T> Packed<T> room_for_panels(int64_t panels, int64_t size) {
+  Packed<T> packed(
+      static_cast<T*>(std::aligned_alloc(64, round_up(std::max<int64_t>(panels * size, 1) * int64_t(sizeof(T)), 64))));
   if (!packed) throw std::bad_alloc();
   return packed;
 }
 
 // (count, d) rows → (d, width); a column beyond the last is NaN, which wins no comparison.
-template <typename T>
-void pack_panel(const T* rows, int64_t count, int64_t d, int width, T* panel) {
+template <typename T> void pack_panel(const T* rows, int64_t count, int64_t d, int width, T* panel) {
   if (count < width) std::fill(panel, panel + d * width, std::numeric_limits<T>::quiet_NaN());
   for (int64_t from = 0; from < d; from += 16)  // so few lines of the panel at a time that they stay in the cache
     for (int64_t c = 0; c < count; ++c)
@@ -86,13 +82,11 @@ void sum_tile(const Squares<T>& loops, const T* rows, int64_t count, const T* pa
   }
 }
 
-// Squares in T say nothing where they may have left T's range: beyond it upwards, or below this.
-template <typename T>
-constexpr T kTiny = T(sizeof(T) == 4 ? 0x1p-80 : 0x1p-900);
+// Squares in T are not trusted if they may have left T's range: infinite, or below kTiny.
+template <typename T> constexpr T kTiny = T(sizeof(T) == 4 ? 0x1p-80 : 0x1p-900);
 
 // Euclidean distance in double: right wherever it can be represented; NaN and infinity as the formula has them.
-template <typename T>
-double distance(const Squares<T>& loops, const T* x, const T* y, int64_t d) {
+template <typename T> double distance(const Squares<T>& loops, const T* x, const T* y, int64_t d) {
   const double sum = loops.squares(x, y, d);
   if (!(sum <= 1e-280) && !std::isinf(sum)) return std::sqrt(sum);
   double largest = 0;  // squares have left double's range, or all are zero

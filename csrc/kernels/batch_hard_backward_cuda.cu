@@ -1,14 +1,14 @@
 // Batch-hard mining on CUDA, backward: one launch, whatever the size.
 //
-// A warp owns 128 columns of one row of a gradient and gathers, in a fixed order, the mined pairs that the row is part of. No
-// atomics on floating point: the same input gives the same bits.
-#include "batch_hard_types.cuh"
+// A warp owns 128 columns of one row of a gradient and gathers, in a fixed order, the mined pairs that the row is part
+// of. No atomics on floating point: the same input gives the same bits.
+#include "basics_cuda.cuh"
+#include "batch_hard_cuda.h"
 
 namespace mgn {
 namespace {
 
-template <typename T>
-struct Backward {
+template <typename T> struct Backward {
   int64_t heads, n, m, d;
   bool own;
   const T *anchors, *candidates;
@@ -23,8 +23,7 @@ constexpr int kWarps = 4;  // of a block
 constexpr int kColumnsPerLane = 4, kColumnsPerWarp = 32 * kColumnsPerLane;
 
 // One warp's 128 columns of one row of the gradient.
-template <typename T>
-struct Gathered {
+template <typename T> struct Gathered {
   using C = Wide<T>;
   const Backward<T>& b;
   int64_t head, from;
@@ -34,8 +33,9 @@ struct Gathered {
   __device__ void add(int64_t i, bool positive, C side) {
     const int64_t at = head * b.n + i, partner = (positive ? b.pos_idx : b.neg_idx)[at];
     const C dist = (positive ? b.dist_ap : b.dist_an)[at];
-    const C grad = b.slope ? (positive ? b.grad_ap[head] : -b.grad_ap[head]) * b.slope[at] : (positive ? b.grad_ap : b.grad_an)[at];
-    if (isnan(dist)) {  // it has no partner, and its own gradient is no number
+    const C grad = b.slope ? (positive ? b.grad_ap[head] : -b.grad_ap[head]) * b.slope[at]
+                           : (positive ? b.grad_ap : b.grad_an)[at];
+    if (isnan(dist)) {  // it has no partner, and its gradient is NaN
 #pragma unroll
       for (int c = 0; c < kColumnsPerLane; ++c) sum[c] = dist;
     }
@@ -49,8 +49,7 @@ struct Gathered {
   }
 };
 
-template <typename T>
-__global__ void __launch_bounds__(32 * kWarps, 6) gather(Backward<T> b) {
+template <typename T> __global__ void __launch_bounds__(32 * kWarps, 6) gather(Backward<T> b) {
   const int lane = threadIdx.x % 32;
   const int64_t slices = (b.d + kColumnsPerWarp - 1) / kColumnsPerWarp, rows = b.own ? b.n : b.n + b.m;
   const int64_t warp = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
@@ -74,10 +73,11 @@ __global__ void __launch_bounds__(32 * kWarps, 6) gather(Backward<T> b) {
     for (int64_t first = 0; first < 2 * b.n; first += 32) {
       const int64_t entry = first + lane;
       bool mine = false;
-      if (entry < 2 * b.n) mine = (entry < b.n ? b.pos_idx[head * b.n + entry] : b.neg_idx[head * b.n + entry - b.n]) == j;
-      for (unsigned found = __ballot_sync(kWarp, mine); found; found &= found - 1) {
-        const int64_t which = first + __ffs(found) - 1;
-        gathered.add(which % b.n, which < b.n, -1);
+      if (entry < 2 * b.n)
+        mine = (entry < b.n ? b.pos_idx[head * b.n + entry] : b.neg_idx[head * b.n + entry - b.n]) == j;
+      for (unsigned matching = __ballot_sync(kWarp, mine); matching; matching &= matching - 1) {
+        const int64_t pair = first + __ffs(matching) - 1;
+        gathered.add(pair % b.n, pair < b.n, -1);
       }
     }
   }
@@ -89,13 +89,13 @@ __global__ void __launch_bounds__(32 * kWarps, 6) gather(Backward<T> b) {
   }
 }
 
-template <typename T>
-cudaError_t backward(const BatchHard& x, const MinedGradient& g, cudaStream_t stream) {
+template <typename T> cudaError_t backward(const BatchHard& x, const MinedGradient& g, cudaStream_t stream) {
   using C = Wide<T>;
-  const Backward<T> b = {x.heads, x.n, x.m, x.d, x.own, static_cast<const T*>(x.anchors), static_cast<const T*>(x.candidates),
-                         static_cast<const C*>(x.dist_ap), static_cast<const C*>(x.dist_an), x.pos_idx, x.neg_idx,
-                         static_cast<const C*>(g.grad_ap), static_cast<const C*>(g.grad_an), static_cast<const C*>(g.slope), g.entries,
-                         g.offsets, static_cast<T*>(g.grad_anchors), static_cast<T*>(g.grad_candidates)};
+  const Backward<T> b = {x.heads, x.n, x.m, x.d, x.own, static_cast<const T*>(x.anchors),
+                         static_cast<const T*>(x.candidates), static_cast<const C*>(x.dist_ap),
+                         static_cast<const C*>(x.dist_an), x.pos_idx, x.neg_idx, static_cast<const C*>(g.grad_ap),
+                         static_cast<const C*>(g.grad_an), static_cast<const C*>(g.slope), g.entries, g.offsets,
+                         static_cast<T*>(g.grad_anchors), static_cast<T*>(g.grad_candidates)};
   const int64_t rows = x.own ? x.n : x.n + x.m;
   const int64_t warps = x.heads * rows * ((x.d + kColumnsPerWarp - 1) / kColumnsPerWarp);
   return launch(gather<T>, (warps + kWarps - 1) / kWarps, 32 * kWarps, stream, b);

@@ -1,11 +1,11 @@
-#include "cpu.h"
+#include "basics_cpu.h"
 
 #include <vector>
 
 namespace mgn {
 namespace {
 
-// In the order of each_instruction_set.h.
+// In the order of each_instruction_set_cpu.h.
 #if defined(__x86_64__)
 constexpr const char* kCompiled[] = {"avx512", "avx2", "baseline"};
 bool runs(int compiled) {
@@ -13,8 +13,8 @@ bool runs(int compiled) {
   if (compiled == 2) return true;
   if (!__builtin_cpu_supports("fma")) return false;
   if (compiled == 1) return __builtin_cpu_supports("avx2");
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512bw");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
 }
 #else
 constexpr const char* kCompiled[] = {"baseline"};
@@ -23,10 +23,10 @@ bool runs(int) { return true; }
 
 const std::vector<int>& usable() {
   static const std::vector<int> sets = [] {
-    std::vector<int> found;
+    std::vector<int> usable_sets;
     for (int set = 0; set < int(sizeof kCompiled / sizeof *kCompiled); ++set)
-      if (runs(set)) found.push_back(set);
-    return found;
+      if (runs(set)) usable_sets.push_back(set);
+    return usable_sets;
   }();
   return sets;
 }

@@ -1,6 +1,6 @@
-// Tiles of squared distances on CUDA, and exact distances by a warp: what batch-hard mining and pairwise distances share.
+// Tiles of squared distances on CUDA, and exact distances by a warp: for batch-hard mining and pairwise distances.
 #pragma once
-#include "batch_hard_types.cuh"
+#include "basics_cuda.cuh"
 
 namespace mgn {
 namespace {
@@ -9,18 +9,15 @@ constexpr int kThreads = 256, kSide = 16;  // a block is 16 × 16 threads
 constexpr int kColumns = 64, kColumnsPerThread = kColumns / kSide;
 constexpr int kDepth = 32;  // dimensions in shared memory; summed apart, then added: bounds the rounding
 
-template <typename C>
-struct alignas(16) Four {  // read from shared memory in one instruction, or two
+template <typename C> struct alignas(16) Four {  // read from shared memory in one instruction, or two
   C at[4];
 };
 
 // Squares outside (tiny, infinity) may have left the range of C.
-template <typename C>
-constexpr C kTiny = C(sizeof(C) == 4 ? 0x1p-80 : 0x1p-900);
+template <typename C> constexpr C kTiny = C(sizeof(C) == 4 ? 0x1p-80 : 0x1p-900);
 
-// √Σ difference(k)² in double by one warp, right wherever it can be represented; NaN and infinity as the formula has them.
-template <typename Difference>
-__device__ double warp_norm(int64_t d, Difference difference) {
+// √Σ difference(k)² in double by one warp, right in all of double's range; NaN and infinity as in the formula.
+template <typename Difference> __device__ double warp_norm(int64_t d, Difference difference) {
   double sum = 0, largest = 0;
   for (int64_t k = threadIdx.x % 32; k < d; k += 32) {
     const double value = difference(k);
@@ -39,11 +36,11 @@ __device__ double warp_norm(int64_t d, Difference difference) {
   return largest * sqrt(sum_over_warp(sum));
 }
 
-// total[r][c] = ‖row r − column c‖² of this thread's share of a tile, by the whole block; `rows` and `columns` are left from x and y on.
-// An element beyond them counts as 0. of_x(r, element) and of_y(c, element) are what to take an element for.
+// total[r][c] = ‖row r − column c‖² of this thread's share of a tile, by the whole block. x has `rows`, y `columns`
+// rows. Elements beyond them count as 0. of_x(r, element) and of_y(c, element) return the element to use.
 template <typename T, int kRowsPerThread, typename OfX, typename OfY>
 __device__ void sum_tile(const T* x, int64_t rows, const T* y, int64_t columns, int64_t d, OfX of_x, OfY of_y,
-                                         Wide<T> (&total)[kRowsPerThread][kColumnsPerThread]) {
+                         Wide<T> (&total)[kRowsPerThread][kColumnsPerThread]) {
   using C = Wide<T>;
   constexpr int kRows = kSide * kRowsPerThread;
   // [dimension][row or column]; the pad spreads what one warp stores over the banks.

@@ -1,33 +1,35 @@
 // Batch-hard mining on CUDA, forward: one launch, whatever the size.
 //
-// A block owns 16 or 64 anchors of a head and passes over all candidates, 64 at a time, as a matrix product would: slices of
-// both in shared memory, a register tile a thread. It sums (x − y)² where a product sums x·y, so nothing cancels between near
-// duplicates and nothing has to be measured again. Then it mines the tile in registers; the distances never reach memory. At
-// the end each warp settles anchors: it measures the selected pairs in double, and selects anew in double where squares left
-// the range of their type. The last block of a head to finish sums that head's loss in a fixed order.
-#include "squares.cuh"
+// A block owns 16 or 64 anchors of a head and passes over all candidates, 64 at a time, as a matrix product would:
+// slices of both in shared memory, a register tile a thread. It sums (x − y)² where a product sums x·y, so nothing
+// cancels between near duplicates and nothing has to be measured again. Then it mines the tile in registers; the
+// distances never reach memory. At the end each warp settles anchors: it measures the selected pairs in double, and
+// selects anew in double where squares left the range of their type. The last block of a head to finish sums that
+// head's loss in a fixed order.
+#include "batch_hard_cuda.h"
+
+#include "squares_cuda.cuh"
 
 namespace mgn {
 namespace {
 
 enum : unsigned { kPositiveOutOfRange = 1, kNegativeTiny = 2, kNegativeOutOfRange = 4 };
 
-// The hardest pair so far, by squared distance; of equals the lower index. Index −1: none yet.
-template <typename C>
-struct Best {
+// The hardest pairs so far, by squared distance; the lower index wins a tie. Index −1: none yet.
+template <typename C> struct Best {
   C ap, an;
   int pos, neg;
-  unsigned odd;
+  unsigned flags;
 
   static __device__ Best none() { return {C(-1), infinity<C>(), -1, -1, 0}; }
 
   __device__ void offer(C dist2, int j, bool positive) {  // j ascending
-    const bool in_range = dist2 < infinity<C>();            // and no NaN
+    const bool in_range = dist2 < infinity<C>();          // and no NaN
     if (positive) {
-      if (!in_range) odd |= kPositiveOutOfRange;
+      if (!in_range) flags |= kPositiveOutOfRange;
       if (dist2 > ap) ap = dist2, pos = j;
     } else {
-      if (!in_range) odd |= kNegativeOutOfRange;
+      if (!in_range) flags |= kNegativeOutOfRange;
       if (dist2 < an) an = dist2, neg = j;
     }
   }
@@ -35,31 +37,28 @@ struct Best {
   __device__ void merge_lane(int distance) {
     const C other_ap = __shfl_xor_sync(kWarp, ap, distance), other_an = __shfl_xor_sync(kWarp, an, distance);
     const int other_pos = __shfl_xor_sync(kWarp, pos, distance), other_neg = __shfl_xor_sync(kWarp, neg, distance);
-    odd |= __shfl_xor_sync(kWarp, odd, distance);
-    // As unsigned, no index is the largest.
+    flags |= __shfl_xor_sync(kWarp, flags, distance);
+    // As an unsigned number, −1 (no index) is the largest.
     if (other_ap > ap || (other_ap == ap && unsigned(other_pos) < unsigned(pos))) ap = other_ap, pos = other_pos;
     if (other_an < an || (other_an == an && unsigned(other_neg) < unsigned(neg))) an = other_an, neg = other_neg;
   }
 };
 
-template <typename T>
-__device__ bool warp_finds_all_finite(const T* row, int64_t d) {
+template <typename T> __device__ bool warp_finds_all_finite(const T* row, int64_t d) {
   bool finite = true;
   for (int64_t k = threadIdx.x % 32; k < d; k += 32) finite &= bool(isfinite(widen(row[k])));
   return __all_sync(kWarp, finite);
 }
 
 // Euclidean distance by one warp; NaN where an element is not finite.
-template <typename T>
-__device__ double warp_distance(const T* x, const T* y, int64_t d) {
+template <typename T> __device__ double warp_distance(const T* x, const T* y, int64_t d) {
   return warp_norm(d, [&](int64_t k) {
     const double a = widen(x[k]), b = widen(y[k]);
     return isfinite(a) && isfinite(b) ? a - b : nan("");
   });
 }
 
-template <typename T>
-struct Forward {
+template <typename T> struct Forward {
   int64_t n, m, d;
   const T *anchors, *candidates;
   const int64_t *labels, *candidate_labels;
@@ -71,9 +70,10 @@ struct Forward {
   double margin;
 };
 
-// The selected partner measured; where its selection is in doubt, selected anew. One warp.
+// Measures the selected partner; selects again if the selection is in doubt. By one warp.
 template <typename T>
-__device__ void settle(const Forward<T>& f, int64_t head, int64_t i, bool positive, int partner, bool doubt, Wide<T>* dist, int64_t* idx) {
+__device__ void settle(const Forward<T>& f, int64_t head, int64_t i, bool positive, int partner, bool doubt,
+                       Wide<T>* dist, int64_t* idx) {
   const T *anchor = f.anchors + (head * f.n + i) * f.d, *candidates = f.candidates + head * f.m * f.d;
   double best = positive ? -infinity<double>() : infinity<double>();
   if (!doubt) {
@@ -83,7 +83,8 @@ __device__ void settle(const Forward<T>& f, int64_t head, int64_t i, bool positi
     const int lane = threadIdx.x % 32;
     partner = -1;
     for (int64_t first = 0; first < f.m && !isnan(best); first += 32) {
-      unsigned wanted = __ballot_sync(kWarp, first + lane < f.m && (f.candidate_labels[first + lane] == label) == positive);
+      unsigned wanted =
+          __ballot_sync(kWarp, first + lane < f.m && (f.candidate_labels[first + lane] == label) == positive);
       for (; wanted && !isnan(best); wanted &= wanted - 1) {
         const int64_t j = first + __ffs(wanted) - 1;
         const double here = warp_distance(anchor, candidates + j * f.d, f.d);
@@ -99,8 +100,7 @@ __device__ void settle(const Forward<T>& f, int64_t head, int64_t i, bool positi
 }
 
 // loss and slope of a head from all its distances. One block, every thread.
-template <typename T>
-__device__ void sum_loss(const Forward<T>& f, int64_t head) {
+template <typename T> __device__ void sum_loss(const Forward<T>& f, int64_t head) {
   using C = Wide<T>;
   __shared__ double sums[kThreads / 32];
   __shared__ int64_t counts[kThreads / 32];
@@ -152,7 +152,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Wide<T>) == 8 ? 1 : 2) mine(F
   for (int64_t column = 0; column < f.m; column += kColumns) {
     C total[kRowsPerThread][kColumnsPerThread] = {};
     const auto as_it_is = [](int, C element) { return element; };
-    sum_tile<T, kRowsPerThread>(anchors + first * f.d, f.n - first, candidates + column * f.d, f.m - column, f.d, as_it_is, as_it_is, total);
+    sum_tile<T, kRowsPerThread>(anchors + first * f.d, f.n - first, candidates + column * f.d, f.m - column, f.d,
+                                as_it_is, as_it_is, total);
 #pragma unroll
     for (int c = 0; c < kColumnsPerThread; ++c) {
       const int64_t j = column + tx * kColumnsPerThread + c;
@@ -166,15 +167,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(Wide<T>) == 8 ? 1 : 2) mine(F
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) {
     for (int distance = kSide / 2; distance; distance /= 2) best[r].merge_lane(distance);
-    if (best[r].pos >= 0 && best[r].ap < kTiny<C>) best[r].odd |= kPositiveOutOfRange;
-    if (best[r].neg >= 0 && best[r].an < kTiny<C>) best[r].odd |= kNegativeTiny;
+    if (best[r].pos >= 0 && best[r].ap < kTiny<C>) best[r].flags |= kPositiveOutOfRange;
+    if (best[r].neg >= 0 && best[r].an < kTiny<C>) best[r].flags |= kNegativeTiny;
     if (tx == 0) selected[ty * kRowsPerThread + r] = best[r];
   }
   __syncthreads();
 
   for (int r = threadIdx.x / 32; r < kRows && first + r < f.n; r += kThreads / 32) {
     const int64_t i = first + r, at = head * f.n + i;
-    const Best<C> found = selected[r];
+    const Best<C> winner = selected[r];
     if (!warp_finds_all_finite(anchors + i * f.d, f.d)) {
       if (threadIdx.x % 32 == 0) {
         f.dist_ap[at] = f.dist_an[at] = C(nan(""));
@@ -182,10 +183,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(Wide<T>) == 8 ? 1 : 2) mine(F
       }
       continue;
     }
-    settle(f, head, i, true, found.pos, found.odd & kPositiveOutOfRange, f.dist_ap + at, f.pos_idx + at);
-    // A tiny sum is of the nearest candidate beyond doubt where that is a duplicate: the first with sum 0.
-    const bool duplicate = (found.odd & kNegativeTiny) && warp_distance(anchors + i * f.d, candidates + found.neg * f.d, f.d) == 0;
-    settle(f, head, i, false, found.neg, (found.odd & kNegativeOutOfRange) || ((found.odd & kNegativeTiny) && !duplicate), f.dist_an + at,
+    settle(f, head, i, true, winner.pos, winner.flags & kPositiveOutOfRange, f.dist_ap + at, f.pos_idx + at);
+    // A tiny sum leaves no doubt if the candidate is a duplicate: it is the first at distance 0.
+    const bool duplicate =
+        (winner.flags & kNegativeTiny) && warp_distance(anchors + i * f.d, candidates + winner.neg * f.d, f.d) == 0;
+    settle(f, head, i, false, winner.neg,
+           (winner.flags & kNegativeOutOfRange) || ((winner.flags & kNegativeTiny) && !duplicate), f.dist_an + at,
            f.neg_idx + at);
   }
 
@@ -203,9 +206,9 @@ template <typename T>
 cudaError_t forward(const BatchHard& x, const int64_t* labels, const int64_t* candidate_labels, const TripletLoss& t,
                     int anchors_per_block, cudaStream_t stream) {
   using C = Wide<T>;
-  const Forward<T> f = {x.n, x.m, x.d, static_cast<const T*>(x.anchors), static_cast<const T*>(x.candidates), labels, candidate_labels,
-                        static_cast<C*>(x.dist_ap), static_cast<C*>(x.dist_an), x.pos_idx, x.neg_idx, static_cast<C*>(t.loss),
-                        static_cast<C*>(t.slope), t.finished, t.soft, t.margin};
+  const Forward<T> f = {x.n, x.m, x.d, static_cast<const T*>(x.anchors), static_cast<const T*>(x.candidates), labels,
+                        candidate_labels, static_cast<C*>(x.dist_ap), static_cast<C*>(x.dist_an), x.pos_idx, x.neg_idx,
+                        static_cast<C*>(t.loss), static_cast<C*>(t.slope), t.finished, t.soft, t.margin};
   if (t.loss)
     if (const cudaError_t error = cudaMemsetAsync(t.finished, 0, x.heads * sizeof(int), stream)) return error;
   // 64 at a time make better use of a multiprocessor, once there are enough anchors for a block on each.
@@ -215,10 +218,11 @@ cudaError_t forward(const BatchHard& x, const int64_t* labels, const int64_t* ca
 
 }  // namespace
 
-cudaError_t batch_hard_forward(const BatchHard& x, const int64_t* labels, const int64_t* candidate_labels, const TripletLoss& triplet,
-                               int anchors_per_block, cudaStream_t stream) {
+cudaError_t batch_hard_forward(const BatchHard& x, const int64_t* labels, const int64_t* candidate_labels,
+                               const TripletLoss& triplet, int anchors_per_block, cudaStream_t stream) {
   if (x.heads * x.n == 0)  // no anchors: losses of 0
-    return triplet.loss ? cudaMemsetAsync(triplet.loss, 0, x.heads * (x.type == FeatureType::float64 ? 8 : 4), stream) : cudaSuccess;
+    return triplet.loss ? cudaMemsetAsync(triplet.loss, 0, x.heads * (x.type == FeatureType::float64 ? 8 : 4), stream)
+                        : cudaSuccess;
   return with_type(x.type, [&](auto element) {
     return forward<decltype(element)>(x, labels, candidate_labels, triplet, anchors_per_block, stream);
   });

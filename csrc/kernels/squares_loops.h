@@ -1,20 +1,16 @@
-// The inner loops of tiles of squared distances, compiled once for each instruction set by each_instruction_set.h: no include guard.
-namespace mgn {
-namespace SET {
+// The inner loops of squared distances, included once per instruction set by each_instruction_set_cpu.h: no guard.
+namespace mgn::SET {
 
-template <typename T>
-struct Register {
+template <typename T> struct Register {
   typedef T type __attribute__((vector_size(VECTOR_BYTES)));
 };
 
-template <typename T>
-constexpr int kLanes = VECTOR_BYTES / int(sizeof(T));
-template <typename T>
-constexpr int kWidth = 2 * kLanes<T>;  // columns of a panel
-constexpr int kGroup = REGISTERS / 4;  // rows of a register tile, two sums each; divides kWidth
+template <typename T> constexpr int kLanes = VECTOR_BYTES / int(sizeof(T));
+template <typename T> constexpr int kWidth = 2 * kLanes<T>;  // columns of a panel
+constexpr int kGroup = REGISTERS / 4;                        // rows of a register tile, two sums each; divides kWidth
 
-// dist2[r][c] += Σ (column c − row r)² over dimensions from … to. Differences, not x² + y² − 2xy: nothing cancels, equal
-// rows get equal sums, and the second instruction per element costs less than repairing what cancellation breaks.
+// dist2[r][c] += Σ (column c − row r)² over dimensions from … to. Differences, not x² + y² − 2xy: nothing cancels,
+// equal rows get equal sums, and the second instruction per element costs less than repairing what cancellation breaks.
 template <typename T>
 TARGET void add_squares(const T* const* rows, const T* panel, int64_t from, int64_t to, T* dist2) {
   using Lanes = typename Register<T>::type;
@@ -38,8 +34,7 @@ TARGET void add_squares(const T* const* rows, const T* panel, int64_t from, int6
 }
 
 // Σ (x − y)² in double, of one pair.
-template <typename T>
-TARGET double squares(const T* x, const T* y, int64_t d) {
+template <typename T> TARGET double squares(const T* x, const T* y, int64_t d) {
   constexpr int kWide = kLanes<double>;
   typedef T Narrow __attribute__((vector_size(kWide * sizeof(T)), aligned(alignof(T))));
   using Wide = typename Register<double>::type;
@@ -59,8 +54,6 @@ TARGET double squares(const T* x, const T* y, int64_t d) {
   return total;
 }
 
-template <typename T>
-constexpr Squares<T> kSquares{kGroup, kWidth<T>, add_squares<T>, squares<T>};
+template <typename T> constexpr Squares<T> kSquares{kGroup, kWidth<T>, add_squares<T>, squares<T>};
 
-}  // namespace SET
-}  // namespace mgn
+}  // namespace mgn::SET

@@ -1,0 +1,240 @@
+// The module mgn._C, continued: ranking, nearest neighbours and re-ranking.
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "bindings_cpu.h"
+#include "kernels/canonical_cpu.h"
+#include "kernels/nearest_cpu.h"
+#include "kernels/ranking_cpu.h"
+#include "kernels/reranking_cpu.h"
+
+namespace {
+
+mgn::Rows rows(const Tensor& features) {
+  STD_TORCH_CHECK(
+      features.is_cpu() && features.dim() == 2 && features.scalar_type() == ScalarType::Float &&
+          (features.size(1) <= 1 || features.stride(1) == 1),
+      "mgn_cpu: expected features (n, D) of float32 on the CPU, contiguous along D; call mgn.ops, which prepares them");
+  return {static_cast<const float*>(features.data_ptr()), features.size(0), features.size(1), features.stride(0)};
+}
+
+void canonical_norms(Tensor features, Tensor norms, int64_t set) {
+  const auto x = rows(features);
+  mgn::canonical_norms(x, pointer<double>(norms, x.count), checked_set(set), parallel);
+}
+
+const int64_t* ids(const Tensor& tensor, int64_t count, int64_t below) {
+  const int64_t* values = pointer<int64_t>(tensor, count);
+  STD_TORCH_CHECK(std::all_of(values, values + count, [&](int64_t i) { return 0 <= i && i < below; }),
+                  "mgn_cpu: expected indices from 0 to ", below - 1, ", but some lie outside");
+  return values;
+}
+
+void canonical_keys(Tensor query, Tensor gallery, Tensor queries, Tensor items, bool cosine, Tensor keys, int64_t set) {
+  const auto q = rows(query), g = rows(gallery);
+  const int64_t pairs = keys.numel();
+  STD_TORCH_CHECK(q.d == g.d, "mgn_cpu: query and gallery must have the same width D, but have ", q.d, " and ", g.d);
+  mgn::canonical_keys(q, g, ids(queries, pairs, q.count), ids(items, pairs, g.count), pairs, cosine,
+                      pointer<double>(keys, pairs), checked_set(set), parallel);
+}
+
+using Tensors = std::vector<Tensor>;
+
+const Tensors& named(const Tensors& list, size_t count, const char* names) {
+  STD_TORCH_CHECK(list.size() == count, "mgn_cpu: expected ", count, " tensors (", names, "), but ", list.size(),
+                  " were passed");
+  return list;
+}
+
+mgn::Matches matches_of(const Tensors& matches, const Tensor& steps, int64_t queries) {
+  const auto& keys = named(matches, 3, "offsets, keys, items")[1];
+  const int64_t m = keys.numel();
+  const int64_t* offsets = ids(matches[0], queries + 1, m + 1);
+  STD_TORCH_CHECK(std::is_sorted(offsets, offsets + queries + 1), "mgn_cpu: offsets must ascend");
+  return {offsets, pointer<double>(keys, m), pointer<int64_t>(matches[2], m), pointer<int64_t>(steps, m)};
+}
+
+mgn::Excluded excluded_of(const Tensors& excluded, int64_t queries) {
+  const auto &order = named(excluded, 4, "order, begin, end, junk")[0], &junk = excluded[3];
+  const int64_t n = order.numel();
+  return {pointer<int64_t>(order, n), ids(excluded[1], queries, n + 1), ids(excluded[2], queries, n + 1),
+          pointer<int64_t>(junk, junk.numel()), junk.numel()};
+}
+
+template <typename T> const T* matrix(const Tensor& matrix, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(matrix.is_cpu() && matrix.dim() == 2 && matrix.size(0) == rows && matrix.size(1) == columns &&
+                      matrix.scalar_type() == kType<T> && (columns <= 1 || matrix.stride(1) == 1),
+                  "mgn_cpu: expected a CPU matrix of shape (", rows, ", ", columns,
+                  ") of the right type, contiguous along rows");
+  return static_cast<const T*>(matrix.data_ptr());
+}
+
+mgn::Tile tile_of(const Tensors& tile, bool cosine, int64_t first) {
+  const auto q = rows(named(tile, 4, "query, gallery, query_norms, gallery_norms")[0]), g = rows(tile[1]);
+  STD_TORCH_CHECK(q.d == g.d, "mgn_cpu: query and gallery must have the same width D, but have ", q.d, " and ", g.d);
+  return {q, g, pointer<double>(tile[2], q.count), pointer<double>(tile[3], g.count), cosine, first};
+}
+
+mgn::Filter filter_of(const Tensors& terms, int64_t queries, int64_t items) {
+  const Tensor& dots = named(terms, 6, "dots, item_scale, item_shift, level_scale, level_shift, error")[0];
+  const auto of_items = [&](int i) { return pointer<float>(terms[i], items); };
+  const auto of_queries = [&](int i) { return pointer<double>(terms[i], queries); };
+  mgn::Filter filter = {matrix<float>(dots, queries, items), dots.stride(0), of_items(1), of_items(2)};
+  filter.level_scale = of_queries(3), filter.level_shift = of_queries(4), filter.error = of_queries(5);
+  return filter;
+}
+
+void count(const mgn::Tile& tile, const Tensors& filter_terms, const Tensors& matches, const Tensors& excluded,
+           const mgn::Reranked* reranked, const Tensor& steps, const Tensor& redecided, int64_t set) {
+  const int64_t queries = tile.query.count;
+  *pointer<int64_t>(redecided, 1) += mgn::count_nonmatches(
+      tile, filter_of(filter_terms, queries, tile.gallery.count), matches_of(matches, steps, queries),
+      excluded_of(excluded, queries), reranked, checked_set(set), parallel);
+}
+
+void count_nonmatches(Tensors tile, bool cosine, int64_t first, Tensors filter_terms, Tensors matches, Tensors excluded,
+                      Tensor steps, Tensor redecided, int64_t set) {
+  count(tile_of(tile, cosine, first), filter_terms, matches, excluded, nullptr, steps, redecided, set);
+}
+
+const int32_t* columns(const Tensor& tensor, int64_t count, int64_t below) {
+  const int32_t* values = pointer<int32_t>(tensor, count);
+  STD_TORCH_CHECK(std::all_of(values, values + count, [&](int32_t i) { return 0 <= i && i < below; }),
+                  "mgn_cpu: expected columns from 0 to ", below - 1, ", but some lie outside");
+  return values;
+}
+
+mgn::Sparse sparse(const Tensor& offsets, const Tensor& in_columns, const Tensor& values, int64_t width) {
+  const int64_t n = offsets.numel(), entries = in_columns.numel();
+  const int64_t* at = ids(offsets, n, entries + 1);
+  STD_TORCH_CHECK(n > 0 && at[0] == 0 && at[n - 1] == entries && std::is_sorted(at, at + n),
+                  "mgn_cpu: offsets must ascend");
+  return {at, columns(in_columns, entries, width), pointer<double>(values, entries)};
+}
+
+void count_reranked(Tensors tile, bool cosine, int64_t first, Tensors filter_terms, Tensors matches, Tensors excluded,
+                    Tensors overlaps, Tensor maxima, double lambda_value, Tensor steps, Tensor redecided, int64_t set) {
+  const auto of_tile = tile_of(tile, cosine, first);
+  const int64_t queries = of_tile.query.count;
+  STD_TORCH_CHECK(named(overlaps, 3, "offsets, items, jaccard")[0].numel() == queries + 1,
+                  "mgn_cpu: expected overlaps of ", queries, " queries, but got ", overlaps[0].numel() - 1);
+  const auto rows = sparse(overlaps[0], overlaps[1], overlaps[2], std::numeric_limits<int32_t>::max());
+  const mgn::Reranked reranked = {rows.offsets, rows.columns, rows.values, pointer<double>(maxima, queries),
+                                  lambda_value};
+  count(of_tile, filter_terms, matches, excluded, &reranked, steps, redecided, set);
+}
+
+int64_t count_in_distances(Tensor distances, Tensors matches, Tensors excluded, Tensor steps, int64_t set) {
+  const int64_t queries = distances.size(0), items = distances.size(1);
+  return with_type(distances, [&](auto element) {
+    using T = decltype(element);
+    return mgn::count_in_distances(matrix<T>(distances, queries, items), queries, items, distances.stride(0),
+                                   matches_of(matches, steps, queries), excluded_of(excluded, queries),
+                                   checked_set(set), parallel);
+  });
+}
+
+void select_nearest(Tensor dots, Tensor item_scale, Tensor item_shift, int64_t first, Tensor values, Tensor items,
+                    int64_t set) {
+  const int64_t queries = dots.size(0), n = dots.size(1), capacity = values.size(1);
+  const mgn::Filter filter = {matrix<float>(dots, queries, n), dots.stride(0), pointer<float>(item_scale, n),
+                              pointer<float>(item_shift, n)};
+  mgn::select_nearest(filter, queries, n, first, capacity, pointer<float>(values, queries * capacity),
+                      pointer<int64_t>(items, queries * capacity), checked_set(set), parallel);
+}
+
+int64_t nearest_in_distances(Tensor distances, Tensor values, Tensor items, int64_t set) {
+  const int64_t queries = distances.size(0), n = distances.size(1), k = values.size(1);
+  STD_TORCH_CHECK(k <= n, "mgn_cpu: ", k, " neighbours cannot be chosen from ", n, " columns");
+  return with_type(distances, [&](auto element) {
+    using T = decltype(element);
+    return mgn::nearest_in_distances(matrix<T>(distances, queries, n), queries, n, distances.stride(0), k,
+                                     pointer<T>(values, queries * k), pointer<int64_t>(items, queries * k),
+                                     checked_set(set), parallel);
+  });
+}
+
+template <typename T> Tensor as_tensor(const std::vector<T>& values, const Tensor& like) {
+  const Tensor out = torch::stable::new_empty(like, {int64_t(values.size())}, kType<T>);
+  std::copy(values.begin(), values.end(), static_cast<T*>(out.data_ptr()));
+  return out;
+}
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
+ThreeTensors as_tensors(const mgn::SparseRows& rows, const Tensor& like) {
+  return {as_tensor(rows.offsets, like), as_tensor(rows.columns, like), as_tensor(rows.values, like)};
+}
+
+const int64_t* neighbours(const Tensor& items, int64_t below) {
+  STD_TORCH_CHECK(items.dim() == 2 && below <= std::numeric_limits<int32_t>::max(),
+                  "mgn_cpu: expected items of shape (N, k) with N below 2^31");
+  return ids(items, items.numel(), below);
+}
+
+std::tuple<Tensor, Tensor> reciprocal(Tensor items, int64_t half) {
+  const auto rows = mgn::reciprocal(neighbours(items, items.size(0)), items.size(0), items.size(1), half, parallel);
+  return {as_tensor(rows.offsets, items), as_tensor(rows.columns, items)};
+}
+
+ThreeTensors mean_rows(Tensor offsets, Tensor in_columns, Tensor values, Tensor items) {
+  const int64_t n = items.size(0);
+  STD_TORCH_CHECK(offsets.numel() == n + 1, "mgn_cpu: expected as many rows of items as sparse rows, but got ", n,
+                  " and ", offsets.numel() - 1);
+  return as_tensors(
+      mgn::mean_rows(sparse(offsets, in_columns, values, n), n, neighbours(items, n), n, items.size(1), parallel),
+      items);
+}
+
+ThreeTensors transpose(Tensor offsets, Tensor in_columns, Tensor values, int64_t width) {
+  return as_tensors(mgn::transpose(sparse(offsets, in_columns, values, width), offsets.numel() - 1, width), offsets);
+}
+
+ThreeTensors overlap(Tensor offsets, Tensor in_columns, Tensor values, Tensor column_offsets, Tensor column_rows,
+                     Tensor column_values, int64_t items) {
+  return as_tensors(mgn::overlap(sparse(offsets, in_columns, values, column_offsets.numel() - 1), offsets.numel() - 1,
+                                 sparse(column_offsets, column_rows, column_values, items), items, parallel),
+                    offsets);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mgn_cpu, m) {
+  m.def("canonical_norms(Tensor features, Tensor(a!) norms, int instruction_set=0) -> ()");
+  m.def(
+      "canonical_keys(Tensor query, Tensor gallery, Tensor queries, Tensor items, bool cosine, Tensor(a!) keys, "
+      "int instruction_set=0) -> ()");
+  m.def(
+      "count_nonmatches(Tensor[] tile, bool cosine, int first, Tensor[] filter_terms, Tensor[] matches, "
+      "Tensor[] excluded, Tensor(a!) steps, Tensor(b!) redecided, int instruction_set=0) -> ()");
+  m.def(
+      "count_reranked(Tensor[] tile, bool cosine, int first, Tensor[] filter_terms, Tensor[] matches, "
+      "Tensor[] excluded, Tensor[] overlaps, Tensor maxima, float lambda_value, Tensor(a!) steps, "
+      "Tensor(b!) redecided, int instruction_set=0) -> ()");
+  m.def(
+      "count_in_distances(Tensor distances, Tensor[] matches, Tensor[] excluded, Tensor(a!) steps, "
+      "int instruction_set=0) -> int");
+  m.def(
+      "select_nearest(Tensor dots, Tensor item_scale, Tensor item_shift, int first, Tensor(a!) values, "
+      "Tensor(b!) items, int instruction_set=0) -> ()");
+  m.def("nearest_in_distances(Tensor distances, Tensor(a!) values, Tensor(b!) items, int instruction_set=0) -> int");
+  m.def("reciprocal(Tensor items, int half) -> (Tensor, Tensor)");
+  m.def("mean_rows(Tensor offsets, Tensor columns, Tensor values, Tensor items) -> (Tensor, Tensor, Tensor)");
+  m.def("transpose(Tensor offsets, Tensor columns, Tensor values, int width) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "overlap(Tensor offsets, Tensor columns, Tensor values, Tensor column_offsets, Tensor column_rows, "
+      "Tensor column_values, int items) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mgn_cpu, CPU, m) {
+  m.impl("canonical_norms", TORCH_BOX(&canonical_norms));
+  m.impl("canonical_keys", TORCH_BOX(&canonical_keys));
+  m.impl("count_nonmatches", TORCH_BOX(&count_nonmatches));
+  m.impl("count_reranked", TORCH_BOX(&count_reranked));
+  m.impl("count_in_distances", TORCH_BOX(&count_in_distances));
+  m.impl("select_nearest", TORCH_BOX(&select_nearest));
+  m.impl("nearest_in_distances", TORCH_BOX(&nearest_in_distances));
+  m.impl("reciprocal", TORCH_BOX(&reciprocal));
+  m.impl("mean_rows", TORCH_BOX(&mean_rows));
+  m.impl("transpose", TORCH_BOX(&transpose));
+  m.impl("overlap", TORCH_BOX(&overlap));
+}
