@@ -130,17 +130,26 @@ void canonical_keys(Tensor query, Tensor gallery, Tensor queries, Tensor items, 
                       pointer<double>(keys, ScalarType::Double, pairs), int(set), parallel);
 }
 
-mgn::Matches matches(const Tensor& offsets, const Tensor& keys, const Tensor& items, const Tensor& steps, int64_t queries) {
+using Tensors = std::vector<Tensor>;
+
+const Tensors& named(const Tensors& list, size_t count, const char* names) {
+  STD_TORCH_CHECK(list.size() == count, "mgn_cpu: expected ", count, " tensors (", names, "), but ", list.size(), " were passed");
+  return list;
+}
+
+mgn::Matches matches_of(const Tensors& matches, const Tensor& steps, int64_t queries) {
+  const auto& keys = named(matches, 3, "offsets, keys, items")[1];
   const int64_t m = keys.numel();
-  const int64_t* of = ids(offsets, queries + 1, m + 1);
-  STD_TORCH_CHECK(std::is_sorted(of, of + queries + 1), "mgn_cpu: want ascending offsets");
-  return {of, pointer<double>(keys, ScalarType::Double, m), pointer<int64_t>(items, ScalarType::Long, m),
+  const int64_t* offsets = ids(matches[0], queries + 1, m + 1);
+  STD_TORCH_CHECK(std::is_sorted(offsets, offsets + queries + 1), "mgn_cpu: want ascending offsets");
+  return {offsets, pointer<double>(keys, ScalarType::Double, m), pointer<int64_t>(matches[2], ScalarType::Long, m),
           pointer<int64_t>(steps, ScalarType::Long, m)};
 }
 
-mgn::Excluded excluded(const Tensor& order, const Tensor& begin, const Tensor& end, const Tensor& junk, int64_t queries) {
+mgn::Excluded excluded_of(const Tensors& excluded, int64_t queries) {
+  const auto &order = named(excluded, 4, "order, begin, end, junk")[0], &junk = excluded[3];
   const int64_t n = order.numel();
-  return {pointer<int64_t>(order, ScalarType::Long, n), ids(begin, queries, n + 1), ids(end, queries, n + 1),
+  return {pointer<int64_t>(order, ScalarType::Long, n), ids(excluded[1], queries, n + 1), ids(excluded[2], queries, n + 1),
           pointer<int64_t>(junk, ScalarType::Long, junk.numel()), junk.numel()};
 }
 
@@ -152,27 +161,31 @@ int64_t matrix_stride(const Tensor& matrix, int64_t queries, int64_t items) {
   return matrix.stride(0);
 }
 
-void count(const Tensor& query, const Tensor& gallery, const Tensor& query_norms, const Tensor& gallery_norms, bool cosine, int64_t first,
-           const Tensor& dots, const Tensor& item_scale, const Tensor& item_shift, const Tensor& level_scale, const Tensor& level_shift,
-           const Tensor& error, const mgn::Matches& matches, const mgn::Excluded& excluded, const mgn::Reranked* reranked,
-           const Tensor& redecided, int64_t set) {
-  const auto q = rows(query), g = rows(gallery);
+mgn::Tile tile_of(const Tensors& tile, bool cosine, int64_t first) {
+  const auto q = rows(named(tile, 4, "query, gallery, query_norms, gallery_norms")[0]), g = rows(tile[1]);
   STD_TORCH_CHECK(q.d == g.d, "mgn_cpu: want query and gallery of one width");
-  const mgn::Tile tile = {q, g, pointer<double>(query_norms, ScalarType::Double, q.count),
-                          pointer<double>(gallery_norms, ScalarType::Double, g.count), cosine, first};
-  const mgn::Filter filter = {static_cast<const float*>(dots.data_ptr()), matrix_stride<float>(dots, q.count, g.count),
-                              pointer<float>(item_scale, ScalarType::Float, g.count), pointer<float>(item_shift, ScalarType::Float, g.count),
-                              pointer<double>(level_scale, ScalarType::Double, q.count),
-                              pointer<double>(level_shift, ScalarType::Double, q.count), pointer<double>(error, ScalarType::Double, q.count)};
-  *pointer<int64_t>(redecided, ScalarType::Long, 1) += mgn::count_strangers(tile, filter, matches, excluded, reranked, int(set), parallel);
+  return {q, g, pointer<double>(tile[2], ScalarType::Double, q.count), pointer<double>(tile[3], ScalarType::Double, g.count), cosine, first};
 }
 
-void count_strangers(Tensor query, Tensor gallery, Tensor query_norms, Tensor gallery_norms, bool cosine, int64_t first, Tensor dots, Tensor item_scale,
-                     Tensor item_shift, Tensor level_scale, Tensor level_shift, Tensor error, Tensor offsets, Tensor keys, Tensor items,
-                     Tensor steps, Tensor order, Tensor begin, Tensor end, Tensor junk, Tensor redecided, int64_t set) {
-  const int64_t queries = query.size(0);
-  count(query, gallery, query_norms, gallery_norms, cosine, first, dots, item_scale, item_shift, level_scale, level_shift, error,
-        matches(offsets, keys, items, steps, queries), excluded(order, begin, end, junk, queries), nullptr, redecided, set);
+mgn::Filter filter_of(const Tensors& terms, int64_t queries, int64_t items) {
+  const Tensor& dots = named(terms, 6, "dots, item_scale, item_shift, level_scale, level_shift, error")[0];
+  const auto of_items = [&](int i) { return pointer<float>(terms[i], ScalarType::Float, items); };
+  const auto of_queries = [&](int i) { return pointer<double>(terms[i], ScalarType::Double, queries); };
+  return {static_cast<const float*>(dots.data_ptr()), matrix_stride<float>(dots, queries, items),
+          of_items(1), of_items(2), of_queries(3), of_queries(4), of_queries(5)};
+}
+
+void count(const mgn::Tile& tile, const Tensors& filter_terms, const Tensors& matches, const Tensors& excluded, const mgn::Reranked* reranked,
+           const Tensor& steps, const Tensor& redecided, int64_t set) {
+  const int64_t queries = tile.query.count;
+  *pointer<int64_t>(redecided, ScalarType::Long, 1) +=
+      mgn::count_nonmatches(tile, filter_of(filter_terms, queries, tile.gallery.count), matches_of(matches, steps, queries),
+                            excluded_of(excluded, queries), reranked, int(set), parallel);
+}
+
+void count_nonmatches(Tensors tile, bool cosine, int64_t first, Tensors filter_terms, Tensors matches, Tensors excluded, Tensor steps,
+                      Tensor redecided, int64_t set) {
+  count(tile_of(tile, cosine, first), filter_terms, matches, excluded, nullptr, steps, redecided, set);
 }
 
 const int32_t* columns(const Tensor& tensor, int64_t count, int64_t below) {
@@ -188,30 +201,25 @@ mgn::Sparse sparse(const Tensor& offsets, const Tensor& in_columns, const Tensor
   return {of, columns(in_columns, entries, width), pointer<double>(values, ScalarType::Double, entries)};
 }
 
-void count_reranked(Tensor query, Tensor gallery, Tensor query_norms, Tensor gallery_norms, bool cosine, int64_t first, Tensor dots, Tensor item_scale,
-                    Tensor item_shift, Tensor level_scale, Tensor level_shift, Tensor error, Tensor offsets, Tensor keys, Tensor items,
-                    Tensor steps, Tensor order, Tensor begin, Tensor end, Tensor junk, Tensor overlap_offsets, Tensor overlap_items,
-                    Tensor jaccard, Tensor maxima, double lambda_value, Tensor redecided, int64_t set) {
-  const int64_t queries = query.size(0);
-  STD_TORCH_CHECK(overlap_offsets.numel() == queries + 1, "mgn_cpu: want overlaps of every query");
-  const auto overlaps = sparse(overlap_offsets, overlap_items, jaccard, std::numeric_limits<int32_t>::max());
-  const mgn::Reranked reranked = {overlaps.offsets, overlaps.columns, overlaps.values, pointer<double>(maxima, ScalarType::Double, queries),
-                                  lambda_value};
-  count(query, gallery, query_norms, gallery_norms, cosine, first, dots, item_scale, item_shift, level_scale, level_shift, error,
-        matches(offsets, keys, items, steps, queries), excluded(order, begin, end, junk, queries), &reranked, redecided, set);
+void count_reranked(Tensors tile, bool cosine, int64_t first, Tensors filter_terms, Tensors matches, Tensors excluded, Tensors overlaps,
+                    Tensor maxima, double lambda_value, Tensor steps, Tensor redecided, int64_t set) {
+  const auto of_tile = tile_of(tile, cosine, first);
+  const int64_t queries = of_tile.query.count;
+  STD_TORCH_CHECK(named(overlaps, 3, "offsets, items, jaccard")[0].numel() == queries + 1, "mgn_cpu: want overlaps of every query");
+  const auto rows = sparse(overlaps[0], overlaps[1], overlaps[2], std::numeric_limits<int32_t>::max());
+  const mgn::Reranked reranked = {rows.offsets, rows.columns, rows.values, pointer<double>(maxima, ScalarType::Double, queries), lambda_value};
+  count(of_tile, filter_terms, matches, excluded, &reranked, steps, redecided, set);
 }
 
 template <typename T>
-int64_t count_typed(const Tensor& distances, const Tensor& offsets, const Tensor& keys, const Tensor& items, const Tensor& steps,
-                    const Tensor& order, const Tensor& begin, const Tensor& end, const Tensor& junk, int64_t set) {
+int64_t count_typed(const Tensor& distances, const Tensors& matches, const Tensors& excluded, const Tensor& steps, int64_t set) {
   const int64_t queries = distances.size(0), n = distances.size(1), stride = matrix_stride<T>(distances, queries, n);
-  return mgn::count_in_distances(static_cast<const T*>(distances.data_ptr()), queries, n, stride, matches(offsets, keys, items, steps, queries),
-                                 excluded(order, begin, end, junk, queries), int(set), parallel);
+  return mgn::count_in_distances(static_cast<const T*>(distances.data_ptr()), queries, n, stride, matches_of(matches, steps, queries),
+                                 excluded_of(excluded, queries), int(set), parallel);
 }
-int64_t count_in_distances(Tensor distances, Tensor offsets, Tensor keys, Tensor items, Tensor steps, Tensor order, Tensor begin, Tensor end,
-                           Tensor junk, int64_t set) {
+int64_t count_in_distances(Tensor distances, Tensors matches, Tensors excluded, Tensor steps, int64_t set) {
   const auto run = distances.scalar_type() == ScalarType::Double ? count_typed<double> : count_typed<float>;
-  return run(distances, offsets, keys, items, steps, order, begin, end, junk, set);
+  return run(distances, matches, excluded, steps, set);
 }
 
 void select_nearest(Tensor dots, Tensor item_scale, Tensor item_shift, int64_t first, Tensor values, Tensor items, int64_t set) {
@@ -320,17 +328,13 @@ STABLE_TORCH_LIBRARY(mgn_cpu, m) {
   m.def("canonical_norms(Tensor features, Tensor(a!) norms, int instruction_set=0) -> ()");
   m.def("canonical_keys(Tensor query, Tensor gallery, Tensor queries, Tensor items, bool cosine, Tensor(a!) keys, int instruction_set=0) -> ()");
   m.def(
-      "count_strangers(Tensor query, Tensor gallery, Tensor query_norms, Tensor gallery_norms, bool cosine, int first, Tensor dots, Tensor item_scale, "
-      "Tensor item_shift, Tensor level_scale, Tensor level_shift, Tensor error, Tensor offsets, Tensor keys, Tensor items, "
-      "Tensor(a!) steps, Tensor order, Tensor begin, Tensor end, Tensor junk, Tensor(b!) redecided, int instruction_set=0) -> ()");
+      "count_nonmatches(Tensor[] tile, bool cosine, int first, Tensor[] filter_terms, Tensor[] matches, Tensor[] excluded, Tensor(a!) steps, "
+      "Tensor(b!) redecided, int instruction_set=0) -> ()");
   m.def(
-      "count_in_distances(Tensor distances, Tensor offsets, Tensor keys, Tensor items, Tensor(a!) steps, Tensor order, Tensor begin, "
-      "Tensor end, Tensor junk, int instruction_set=0) -> int");
+      "count_reranked(Tensor[] tile, bool cosine, int first, Tensor[] filter_terms, Tensor[] matches, Tensor[] excluded, Tensor[] overlaps, "
+      "Tensor maxima, float lambda_value, Tensor(a!) steps, Tensor(b!) redecided, int instruction_set=0) -> ()");
   m.def(
-      "count_reranked(Tensor query, Tensor gallery, Tensor query_norms, Tensor gallery_norms, bool cosine, int first, Tensor dots, Tensor item_scale, "
-      "Tensor item_shift, Tensor level_scale, Tensor level_shift, Tensor error, Tensor offsets, Tensor keys, Tensor items, "
-      "Tensor(a!) steps, Tensor order, Tensor begin, Tensor end, Tensor junk, Tensor overlap_offsets, Tensor overlap_items, Tensor jaccard, "
-      "Tensor maxima, float lambda_value, Tensor(b!) redecided, int instruction_set=0) -> ()");
+      "count_in_distances(Tensor distances, Tensor[] matches, Tensor[] excluded, Tensor(a!) steps, int instruction_set=0) -> int");
   m.def("select_nearest(Tensor dots, Tensor item_scale, Tensor item_shift, int first, Tensor(a!) values, Tensor(b!) items, int instruction_set=0) -> ()");
   m.def("nearest_in_distances(Tensor distances, Tensor(a!) values, Tensor(b!) items, int instruction_set=0) -> int");
   m.def("reciprocal(Tensor items, int half) -> (Tensor, Tensor)");
@@ -353,7 +357,7 @@ STABLE_TORCH_LIBRARY_IMPL(mgn_cpu, CPU, m) {
   m.impl("batch_hard_backward", TORCH_BOX(&batch_hard_backward));
   m.impl("canonical_norms", TORCH_BOX(&canonical_norms));
   m.impl("canonical_keys", TORCH_BOX(&canonical_keys));
-  m.impl("count_strangers", TORCH_BOX(&count_strangers));
+  m.impl("count_nonmatches", TORCH_BOX(&count_nonmatches));
   m.impl("count_in_distances", TORCH_BOX(&count_in_distances));
   m.impl("count_reranked", TORCH_BOX(&count_reranked));
   m.impl("select_nearest", TORCH_BOX(&select_nearest));

@@ -9,6 +9,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "kernels/batch_hard.h"
 #include "kernels/pairwise_distance.h"
@@ -127,24 +128,31 @@ void canonical_keys(Tensor query, Tensor gallery, Tensor queries, Tensor items, 
                             cosine, doubles(keys, query, pairs), current_stream(query)));
 }
 
-void count_strangers(Tensor query, Tensor gallery, Tensor query_norms, Tensor gallery_norms, bool cosine, int64_t first, Tensor dots,
-                     Tensor item_scale, Tensor item_shift, Tensor level_scale, Tensor level_shift, Tensor error, Tensor offsets, Tensor keys,
-                     Tensor items, Tensor steps, Tensor order, Tensor begin, Tensor end, Tensor junk, Tensor redecided) {
+using Tensors = std::vector<Tensor>;
+
+void count_nonmatches(Tensors tile, bool cosine, int64_t first, Tensors filter_terms, Tensors matches, Tensors excluded, Tensor steps,
+                      Tensor redecided) {
+  STD_TORCH_CHECK(tile.size() == 4 && filter_terms.size() == 6 && matches.size() == 3 && excluded.size() == 4,
+                  "mgn_cuda: expected 4, 6, 3 and 4 tensors, but ", tile.size(), ", ", filter_terms.size(), ", ", matches.size(), " and ",
+                  excluded.size(), " were passed; call mgn.ops, which prepares them");
+  const Tensor& query = tile[0];
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  const auto q = rows(query, query), g = rows(gallery, query);
-  const int64_t m = keys.numel(), products = q.count * g.count;
+  const auto q = rows(query, query), g = rows(tile[1], query);
+  const int64_t m = matches[1].numel(), products = q.count * g.count;
   STD_TORCH_CHECK(q.d == g.d && products < int64_t(1) << 31, "mgn_cuda: want query and gallery of one width, and fewer than 2^31 pairs");
-  const mgn::Tile tile = {q, g, doubles(query_norms, query, q.count), doubles(gallery_norms, query, g.count), cosine, first};
-  const mgn::Filter filter = {floats(dots, query, products), g.count, floats(item_scale, query, g.count), floats(item_shift, query, g.count),
-                              doubles(level_scale, query, q.count), doubles(level_shift, query, q.count), doubles(error, query, q.count)};
-  const Tensor low = torch::stable::new_empty(dots, {m}), high = torch::stable::new_empty(dots, {m});
-  const Tensor open = torch::stable::new_empty(order, {products}), open_count = torch::stable::new_empty(order, {1}, ScalarType::Int);
-  check(mgn::count_strangers(
-      tile, filter, {indices(offsets, query, q.count + 1), doubles(keys, query, m), indices(items, query, m), indices(steps, query, m)},
-      {indices(order, query, order.numel()), indices(begin, query, q.count), indices(end, query, q.count), indices(junk, query, junk.numel()),
-       junk.numel()},
-      {floats(low, query, m), floats(high, query, m), indices(open, query, products), static_cast<int*>(open_count.data_ptr())},
-      indices(redecided, query, 1), current_stream(query)));
+  const auto integers = [&](const Tensor& tensor, int64_t count) { return indices(tensor, query, count); };
+  const auto of_items = [&](int i) { return floats(filter_terms[i], query, g.count); };
+  const auto of_queries = [&](int i) { return doubles(filter_terms[i], query, q.count); };
+  const Tensor low = torch::stable::new_empty(filter_terms[0], {m}), high = torch::stable::new_empty(filter_terms[0], {m});
+  const Tensor open = torch::stable::new_empty(steps, {products}), open_count = torch::stable::new_empty(steps, {1}, ScalarType::Int);
+  check(mgn::count_nonmatches(
+      {q, g, doubles(tile[2], query, q.count), doubles(tile[3], query, g.count), cosine, first},
+      {floats(filter_terms[0], query, products), g.count, of_items(1), of_items(2), of_queries(3), of_queries(4), of_queries(5)},
+      {integers(matches[0], q.count + 1), doubles(matches[1], query, m), integers(matches[2], m), integers(steps, m)},
+      {integers(excluded[0], excluded[0].numel()), integers(excluded[1], q.count), integers(excluded[2], q.count),
+       integers(excluded[3], excluded[3].numel()), excluded[3].numel()},
+      {floats(low, query, m), floats(high, query, m), integers(open, products), static_cast<int*>(open_count.data_ptr())},
+      integers(redecided, 1), current_stream(query)));
 }
 
 void pairwise_distance(Tensor x, Tensor y, int64_t metric, Tensor out) {
@@ -185,9 +193,8 @@ STABLE_TORCH_LIBRARY(mgn_cuda, m) {
   m.def("canonical_norms(Tensor features, Tensor(a!) norms) -> ()");
   m.def("canonical_keys(Tensor query, Tensor gallery, Tensor queries, Tensor items, bool cosine, Tensor(a!) keys) -> ()");
   m.def(
-      "count_strangers(Tensor query, Tensor gallery, Tensor query_norms, Tensor gallery_norms, bool cosine, int first, Tensor dots, "
-      "Tensor item_scale, Tensor item_shift, Tensor level_scale, Tensor level_shift, Tensor error, Tensor offsets, Tensor keys, "
-      "Tensor items, Tensor(a!) steps, Tensor order, Tensor begin, Tensor end, Tensor junk, Tensor(b!) redecided) -> ()");
+      "count_nonmatches(Tensor[] tile, bool cosine, int first, Tensor[] filter_terms, Tensor[] matches, Tensor[] excluded, Tensor(a!) steps, "
+      "Tensor(b!) redecided) -> ()");
   m.def("pairwise_distance(Tensor x, Tensor y, int metric, Tensor(a!) out) -> ()");
   m.def("unusable(int device) -> str");
   m.def("build() -> str");
@@ -199,7 +206,7 @@ STABLE_TORCH_LIBRARY_IMPL(mgn_cuda, CUDA, m) {
   m.impl("batch_hard_backward", TORCH_BOX(&batch_hard_backward));
   m.impl("canonical_norms", TORCH_BOX(&canonical_norms));
   m.impl("canonical_keys", TORCH_BOX(&canonical_keys));
-  m.impl("count_strangers", TORCH_BOX(&count_strangers));
+  m.impl("count_nonmatches", TORCH_BOX(&count_nonmatches));
   m.impl("pairwise_distance", TORCH_BOX(&pairwise_distance));
 }
 

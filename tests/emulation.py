@@ -130,14 +130,12 @@ def ranking_kernels(process):
         (of_query, query), (of_gallery, gallery) = rows(query), rows(gallery)
         call(1, [*of_query, *of_gallery, len(keys), cosine], [query, gallery, queries, items, keys], [keys])
 
-    def count_strangers(query, gallery, query_norms, gallery_norms, cosine, first, dots, item_scale, item_shift, level_scale, level_shift,
-                        error, offsets, keys, items, steps, order, begin, end, junk, redecided):
-        (of_query, query), (of_gallery, gallery) = rows(query), rows(gallery)
-        call(2, [*of_query, *of_gallery, cosine, first, len(junk), len(keys)],
-             [query, gallery, query_norms, gallery_norms, dots, item_scale, item_shift, level_scale, level_shift, error, offsets, keys, items,
-              steps, order, begin, end, junk, redecided], [steps, redecided])
+    def count_nonmatches(tile, cosine, first, filter_terms, matches, excluded, steps, redecided):
+        (of_query, query), (of_gallery, gallery) = rows(tile.query), rows(tile.gallery)
+        call(2, [*of_query, *of_gallery, cosine, first, len(excluded.junk), len(matches.keys)],
+             [query, gallery, tile.query_norms, tile.gallery_norms, *filter_terms, *matches, steps, *excluded, redecided], [steps, redecided])
 
-    return SimpleNamespace(canonical_norms=canonical_norms, canonical_keys=canonical_keys, count_strangers=count_strangers)
+    return SimpleNamespace(canonical_norms=canonical_norms, canonical_keys=canonical_keys, count_nonmatches=count_nonmatches)
 
 
 def missed_lines(folder, names):

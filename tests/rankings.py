@@ -118,7 +118,7 @@ def same(a, b):
 
 
 def clustered(Q=40, G=3000, D=64, pids=60, seed=0, copies=300):
-    """Features as training leaves them, and many strangers near each match; naive loops would take too long."""
+    """Features as training leaves them, and many non-matches near each match; naive loops would take too long."""
     rng = np.random.default_rng(seed)
     centres, basis = rng.standard_normal((pids, 8)), rng.standard_normal((8, D))
     ids = rng.integers(0, pids, Q), rng.integers(-1, pids, G), rng.integers(0, 3, Q), rng.integers(0, 3, G)

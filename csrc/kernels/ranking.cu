@@ -164,7 +164,7 @@ cudaError_t canonical_keys(const Rows& query, const Rows& gallery, const int64_t
   return launch<Pairs>(measure_keys, (pairs + kPairs - 1) / kPairs, kThreads, stream, {query, gallery, queries, items, pairs, cosine, keys});
 }
 
-cudaError_t count_strangers(const Tile& tile, const Filter& filter, const Matches& matches, const Excluded& excluded, const Scratch& scratch,
+cudaError_t count_nonmatches(const Tile& tile, const Filter& filter, const Matches& matches, const Excluded& excluded, const Scratch& scratch,
                             int64_t* redecided, cudaStream_t stream) {
   const Count c = {tile, filter, matches, excluded, scratch, redecided};
   if (tile.query.count == 0 || tile.gallery.count == 0) return cudaSuccess;

@@ -21,10 +21,10 @@ struct Matches {
   const int64_t* offsets;
   const double* keys;
   const int64_t* items;  // indices in the gallery
-  int64_t* steps;        // in and out: how many strangers come before the match, but not before the query's last one
+  int64_t* steps;        // in and out: how many non-matches come before the match, but not before the query's last one
 };
 
-// Who is no stranger: the items of the query's own identity, order[begin[q]] … order[end[q]], and junk; both ascending.
+// Who is no non-match: the items of the query's own identity, order[begin[q]] … order[end[q]], and junk; both ascending.
 struct Excluded {
   const int64_t *order, *begin, *end;
   const int64_t* junk;
@@ -69,7 +69,7 @@ MGN_HOST_DEVICE int64_t first_reached(const T* levels, int64_t n, T value) {
   return from;
 }
 
-// The first match of from … to that a stranger with this key and index comes before; `to` if none.
+// The first match of from … to that a non-match with this key and index comes before; `to` if none.
 MGN_HOST_DEVICE inline int64_t first_behind(const Matches& matches, int64_t from, int64_t to, double key, int64_t item) {
   while (from < to) {
     const int64_t middle = (from + to) / 2;

@@ -1,4 +1,4 @@
-// Retrieval ranks on the CPU: counting the strangers that lie nearer than a match.
+// Retrieval ranks on the CPU: counting the non-matches that lie nearer than a match.
 //
 // A query's matches are levels of similarity, each with the margin by which the filter may err. A row of similarities is taken
 // in chunks that stay in the first cache. What is farther than the farthest match is dropped at once; the rest is compared with
@@ -178,7 +178,7 @@ struct Counting {
 
 }  // namespace
 
-int64_t count_strangers(const Tile& tile, const Filter& filter, const Matches& matches, const Excluded& excluded, const Reranked* reranked,
+int64_t count_nonmatches(const Tile& tile, const Filter& filter, const Matches& matches, const Excluded& excluded, const Reranked* reranked,
                         int instruction_set, const Parallel& parallel) {
   const SumLoops& loops = sum_loops(instruction_set);
   std::atomic<int64_t> by_key = 0;

@@ -1,4 +1,4 @@
-// Retrieval ranks on the CPU: counting the strangers that lie nearer than a match.
+// Retrieval ranks on the CPU: counting the non-matches that lie nearer than a match.
 #pragma once
 #include "cpu.h"
 #include "ranking.h"
@@ -13,9 +13,9 @@ struct Reranked {
   double lambda;
 };
 
-// Counts the strangers of the tile, by final distances where `reranked` is given: then these are the matches' keys, and the order is
+// Counts the non-matches of the tile, by final distances where `reranked` is given: then these are the matches' keys, and the order is
 // that of (final distance, item). Returns how many of them went by key.
-int64_t count_strangers(const Tile& tile, const Filter& filter, const Matches& matches, const Excluded& excluded, const Reranked* reranked,
+int64_t count_nonmatches(const Tile& tile, const Filter& filter, const Matches& matches, const Excluded& excluded, const Reranked* reranked,
                         int instruction_set, const Parallel& parallel);
 
 // The same from distances (queries, items) in rows of `stride`, whose keys are their values. Returns a query with a NaN, or −1.

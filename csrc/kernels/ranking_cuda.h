@@ -1,4 +1,4 @@
-// Retrieval ranks on CUDA: canonical sums, and counting the strangers that lie nearer than a match. No torch header.
+// Retrieval ranks on CUDA: canonical sums, and counting the non-matches that lie nearer than a match. No torch header.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -19,8 +19,8 @@ struct Scratch {
   int* open_count;
 };
 
-// Counts the strangers of the tile; *redecided grows by how many of them went by key.
-cudaError_t count_strangers(const Tile& tile, const Filter& filter, const Matches& matches, const Excluded& excluded, const Scratch& scratch,
+// Counts the non-matches of the tile; *redecided grows by how many of them went by key.
+cudaError_t count_nonmatches(const Tile& tile, const Filter& filter, const Matches& matches, const Excluded& excluded, const Scratch& scratch,
                             int64_t* redecided, cudaStream_t stream);
 
 }  // namespace mgn

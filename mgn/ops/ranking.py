@@ -8,6 +8,7 @@ import torch
 
 from mgn.ops import filter, ranking_reference
 from mgn.ops.arguments import all_ids, as_distances, as_junk_pid, feature_pair
+from mgn.ops.counting import Excluded, FilterTerms, Matches, Tile, as_tensors
 from mgn.ops.native import kernels
 from mgn.ops.tiles import (OPERANDS, blocks_of, denormals, finite_norms, keys_of_pairs, not_a_number, not_finite, read_ahead, rows, runs_of,
                            spans, tile_of, uncompiled)
@@ -80,11 +81,11 @@ def _match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery
     query, gallery = on_float64_device(query, gallery)
     compiled, cosine = kernels(query.device) or ranking_reference, metric == 'cosine'
     query_norms = finite_norms(compiled, query, 'query')
-    order, begin, end, junk = identities(query_pids.numpy(), gallery_pids.numpy(), junk_pid)
-    matches = sorted_matches(order, begin, end, query_camids.numpy(), gallery_camids.numpy(),
+    excluded = identities(query_pids.numpy(), gallery_pids.numpy(), junk_pid)
+    matches = sorted_matches(excluded, query_camids.numpy(), gallery_camids.numpy(),
                              lambda owners, found: keys_in_order(compiled, query, gallery, owners, found, cosine))
-    offsets = matches[0]
-    steps, redecided = strangers_between(query, query_norms, gallery, 0, matches, (order, begin, end, junk), cosine, precision)
+    offsets = matches.offsets
+    steps, redecided = nonmatches_between(query, query_norms, gallery, 0, matches, excluded, cosine, precision)
     del matches
     return torch.from_numpy(offsets), as_ranks(steps, offsets), redecided
 
@@ -105,21 +106,20 @@ def keys_in_order(compiled, query, gallery, owners, items, cosine):
     return keys
 
 
-def strangers_between(query, query_norms, gallery, first, matches, excluded, cosine, precision):
-    """Counts the strangers between each match and the one before it, in one pass over the gallery's tiles.
+def nonmatches_between(query, query_norms, gallery, first, matches, excluded, cosine, precision):
+    """Counts the non-matches between each match and the one before it, in one pass over the gallery's tiles.
 
     Args:
         query: (Q, D) and its norms, gallery: (G, D), whose rows are the items first, first + 1, ….
-        matches: offsets (Q+1,), keys and items (M,), those of a query ascending by (key, item), also of items elsewhere.
-        excluded: order, begin, end, junk of `identities`, items of this gallery.
+        matches: Matches of the Q queries, as NumPy arrays; also of items elsewhere.
+        excluded: Excluded, as `identities` returns it, of items of this gallery.
     Returns:
         (M,) int64, and redecided, a scalar; both on the CPU.
     """
     device, width = query.device, query.shape[1]
-    compiled, offsets = kernels(device) or ranking_reference, matches[0]
-    matches = [torch.from_numpy(array).to(device) for array in matches]
-    order, begin, end, junk = (torch.from_numpy(array).to(device) for array in excluded)
-    steps = torch.zeros(len(matches[1]), dtype=torch.int64, device=device)
+    compiled, offsets = kernels(device) or ranking_reference, matches.offsets
+    matches, excluded = as_tensors(matches, device), as_tensors(excluded, device)
+    steps = torch.zeros(len(matches.keys), dtype=torch.int64, device=device)
     redecided = torch.zeros(1, dtype=torch.int64, device=device)
 
     precision = filter.available(precision, device) if width else 'float32'
@@ -151,9 +151,9 @@ def strangers_between(query, query_norms, gallery, first, matches, excluded, cos
                 some, of_queries = queries(block.start, block.stop)
                 dots = filter.products(of_queries, operand, precision)
                 terms = filter.query_terms(query_norms[block], largest, relative_error, width, cosine)
-                compiled.count_strangers(some, tile, query_norms[block], norms, cosine, first + part.start, dots, item_scale, item_shift, *terms,
-                                         matches[0][block.start:block.stop + 1], *matches[1:], steps,
-                                         order, begin[block], end[block], junk, redecided)
+                compiled.count_nonmatches(Tile(some, tile, query_norms[block], norms), cosine, first + part.start,
+                                          FilterTerms(dots, item_scale, item_shift, *terms), matches.of_queries(block),
+                                          excluded.of_queries(block), steps, redecided)
     if not finite:
         raise not_finite(gallery, 'gallery')
     return steps.cpu(), redecided[0].cpu()
@@ -163,21 +163,21 @@ def strangers_between(query, query_norms, gallery, first, matches, excluded, cos
 def _match_ranks_from_distance(dist, query_pids, gallery_pids, query_camids, gallery_camids, junk_pid):
     dist = dist.cpu()
     compiled = kernels(dist.device) or ranking_reference
-    order, begin, end, junk = identities(query_pids.numpy(), gallery_pids.numpy(), junk_pid)
-    offsets, keys, items = sorted_matches(order, begin, end, query_camids.numpy(), gallery_camids.numpy(),
-                                          lambda owners, found: dist[torch.from_numpy(owners), torch.from_numpy(found)].double().numpy())
-    steps = torch.zeros(len(keys), dtype=torch.int64)
-    tensors = [torch.from_numpy(array) for array in (offsets, keys, items, order, begin, end, junk)]
+    excluded = identities(query_pids.numpy(), gallery_pids.numpy(), junk_pid)
+    matches = sorted_matches(excluded, query_camids.numpy(), gallery_camids.numpy(),
+                             lambda owners, found: dist[torch.from_numpy(owners), torch.from_numpy(found)].double().numpy())
+    offsets = matches.offsets
+    excluded, matches = as_tensors(excluded), as_tensors(matches)
+    steps = torch.zeros(len(matches.keys), dtype=torch.int64)
     for block, some in blocks_of(dist):
-        odd = compiled.count_in_distances(some, tensors[0][block.start:block.stop + 1], *tensors[1:3], steps, tensors[3],
-                                          *(tensor[block] for tensor in tensors[4:6]), tensors[6])
+        odd = compiled.count_in_distances(some, matches.of_queries(block), excluded.of_queries(block), steps)
         if odd >= 0:
             raise not_a_number(some, odd, block.start)
-    return torch.from_numpy(offsets), as_ranks(steps, offsets)
+    return matches.offsets, as_ranks(steps, offsets)
 
 
 def identities(query_pids, gallery_pids, junk_pid):
-    """The gallery by identity: query q's is order[begin[q]:end[q]], ascending; and the indices of junk."""
+    """The gallery by identity, and the indices of junk: Excluded."""
     smallest, largest = (gallery_pids.min(), gallery_pids.max()) if len(gallery_pids) else (0, 0)
     narrow = (gallery_pids - smallest).astype(np.uint16) if int(largest) - int(smallest) < 2 ** 16 else gallery_pids  # NumPy sorts by radix up to here
     order = np.argsort(narrow, kind='stable')
@@ -185,11 +185,12 @@ def identities(query_pids, gallery_pids, junk_pid):
     junk = np.flatnonzero(gallery_pids == junk_pid) if junk_pid is not None else np.empty(0, np.int64)
     if junk_pid is not None:
         end = np.where(query_pids == junk_pid, begin, end)
-    return order, begin, end, junk
+    return Excluded(order, begin, end, junk)
 
 
-def sorted_matches(order, begin, end, query_camids, gallery_camids, keys_of):
-    """The true matches of every query → (offsets, keys, items), those of a query ascending by (key, item)."""
+def sorted_matches(excluded, query_camids, gallery_camids, keys_of):
+    """The true matches of every query: those of its identity, from another camera. keys_of(queries, items) are their keys."""
+    order, begin, end, _ = excluded
     lengths = end - begin
     reached = np.cumsum(lengths)
     offsets, keys, items = np.zeros(len(begin) + 1, np.int64), [np.empty(0)], [np.empty(0, np.int64)]
@@ -208,11 +209,11 @@ def sorted_matches(order, begin, end, query_camids, gallery_camids, keys_of):
         keys.append(found_keys[ascending])
         items.append(found[ascending])
         first = last
-    return np.cumsum(offsets), np.concatenate(keys), np.concatenate(items)
+    return Matches(np.cumsum(offsets), np.concatenate(keys), np.concatenate(items))
 
 
 def as_ranks(steps, offsets):
-    """Strangers between each match and its query's one before → its rank: matches take ranks, too."""
+    """Non-matches between each match and its query's one before → its rank: matches take ranks, too."""
     reached = steps.add_(1).cumsum_(0).numpy()
     begin, lengths = offsets[:-1], np.diff(offsets)
     before = np.concatenate(([0], reached))[begin]  # all that the queries before have counted

@@ -50,41 +50,45 @@ def canonical_keys(query, gallery, queries, items, cosine, keys):
             out.copy_(canonical_sum((x - y) * (x - y)))
 
 
-def count_strangers(query, gallery, query_norms, gallery_norms, cosine, first, dots, item_scale, item_shift, level_scale, level_shift, error, offsets,
-                    keys, items, steps, order, begin, end, junk, redecided):
+def count_nonmatches(tile, cosine, first, filter_terms, matches, excluded, steps, redecided):
+    query, gallery, _, _ = tile
+    dots, item_scale, item_shift, level_scale, level_shift, error = filter_terms
+    offsets, keys, items = matches
     similarities = (dots * item_scale + item_shift).double()
     for q in range(len(query)):
-        matches = slice(offsets[q], offsets[q + 1])
-        level = (keys[matches] * level_scale[q] + level_shift[q])[:, None]                   # (m, 1)
+        own = slice(offsets[q], offsets[q + 1])
+        level = (keys[own] * level_scale[q] + level_shift[q])[:, None]                   # (m, 1)
         margin = error[q] + level.abs() * 2.0 ** -50
-        stranger = strangers(len(gallery), first, order[begin[q]:end[q]], junk)              # (n,)
-        before = stranger & (similarities[q] > level + margin)                               # (m, n)
-        undecided = stranger & ~before & ~(similarities[q] < level - margin)
+        counted = nonmatches(len(gallery), first, excluded, q)                               # (n,)
+        before = counted & (similarities[q] > level + margin)                                # (m, n)
+        undecided = counted & ~before & ~(similarities[q] < level - margin)
         at = undecided.any(0).nonzero()[:, 0]
         found = torch.empty(len(at), dtype=torch.float64, device=query.device)
         canonical_keys(query, gallery, torch.full_like(at, q), at, cosine, found)
-        before[:, at] |= undecided[:, at] & precedes(found, first + at, keys[matches], items[matches])
-        steps[matches] += torch.diff(before.sum(1), prepend=before.new_zeros(1, dtype=torch.int64))
+        before[:, at] |= undecided[:, at] & precedes(found, first + at, keys[own], items[own])
+        steps[own] += torch.diff(before.sum(1), prepend=before.new_zeros(1, dtype=torch.int64))
         redecided += len(at)
 
 
-def count_in_distances(distances, offsets, keys, items, steps, order, begin, end, junk):
+def count_in_distances(distances, matches, excluded, steps):
+    offsets, keys, items = matches
     numbers = torch.arange(distances.shape[1])
     for q, row in enumerate(distances):
         if row.isnan().any():
             return q
-        matches = slice(offsets[q], offsets[q + 1])
-        stranger = strangers(len(row), 0, order[begin[q]:end[q]], junk)
-        before = stranger & precedes(row.double(), numbers, keys[matches], items[matches])
-        steps[matches] += torch.diff(before.sum(1), prepend=torch.zeros(1, dtype=torch.int64))
+        own = slice(offsets[q], offsets[q + 1])
+        before = nonmatches(len(row), 0, excluded, q) & precedes(row.double(), numbers, keys[own], items[own])
+        steps[own] += torch.diff(before.sum(1), prepend=torch.zeros(1, dtype=torch.int64))
     return -1
 
 
-def strangers(count, first, same_identity, junk):
-    excluded = torch.cat((same_identity, junk)) - first
-    stranger = torch.ones(count, dtype=torch.bool, device=excluded.device)
-    stranger[excluded[(excluded >= 0) & (excluded < count)]] = False
-    return stranger
+def nonmatches(count, first, excluded, q):
+    """(count,): whether the items first, first + 1, … are non-matches of query q."""
+    order, begin, end, junk = excluded
+    left_out = torch.cat((order[begin[q]:end[q]], junk)) - first
+    counted = torch.ones(count, dtype=torch.bool, device=left_out.device)
+    counted[left_out[(left_out >= 0) & (left_out < count)]] = False
+    return counted
 
 
 def precedes(keys, items, of_matches, match_items):
@@ -116,12 +120,15 @@ def nearest_in_distances(distances, values, items):
     return -1
 
 
-def count_reranked(query, gallery, query_norms, gallery_norms, cosine, first, dots, item_scale, item_shift, level_scale, level_shift, error, offsets,
-                   keys, items, steps, order, begin, end, junk, overlap_offsets, overlap_items, jaccard, maxima, lambda_value, redecided):
+def count_reranked(tile, cosine, first, filter_terms, matches, excluded, overlaps, maxima, lambda_value, steps, redecided):
+    query, gallery, _, _ = tile
+    dots, item_scale, item_shift, level_scale, level_shift, error = filter_terms
+    offsets, keys, items = matches
+    overlap_offsets, overlap_items, jaccard = overlaps
     similarities = (dots * item_scale + item_shift).double()
     numbers = first + torch.arange(len(gallery))
     for q in range(len(query)):
-        matches = slice(offsets[q], offsets[q + 1])
+        own = slice(offsets[q], offsets[q + 1])
         of_gallery = slice(*torch.searchsorted(overlap_items[overlap_offsets[q]:overlap_offsets[q + 1]], torch.tensor([first, first + len(gallery)],
                                                dtype=overlap_items.dtype)).add(overlap_offsets[q]))
         distance = torch.ones(len(gallery), dtype=torch.float64)
@@ -130,13 +137,13 @@ def count_reranked(query, gallery, query_norms, gallery_norms, cosine, first, do
         def final(key, at):
             square = (1 + key).clamp(min=0).square() if cosine else key
             return (1 - lambda_value) * distance[at] + lambda_value * (square / maxima[q] if maxima[q] > 0 else square * 0)
-        stranger = strangers(len(gallery), first, order[begin[q]:end[q]], junk)
+        counted = nonmatches(len(gallery), first, excluded, q)
         key, apart = (similarities[q] - level_shift[q]) / level_scale[q], error[q] / level_scale[q].abs() + 2.0 ** -48
-        before = stranger & (final(key + apart, slice(None)) + 2.0 ** -48 < keys[matches][:, None])           # (m, n)
-        undecided = stranger & ~before & ~(final(key - apart, slice(None)) - 2.0 ** -48 > keys[matches][:, None])
+        before = counted & (final(key + apart, slice(None)) + 2.0 ** -48 < keys[own][:, None])           # (m, n)
+        undecided = counted & ~before & ~(final(key - apart, slice(None)) - 2.0 ** -48 > keys[own][:, None])
         at = undecided.any(0).nonzero()[:, 0]
         found = torch.empty(len(at), dtype=torch.float64)
         canonical_keys(query, gallery, torch.full_like(at, q), at, cosine, found)
-        before[:, at] |= undecided[:, at] & precedes(final(found, at), numbers[at], keys[matches], items[matches])
-        steps[matches] += torch.diff(before.sum(1), prepend=before.new_zeros(1, dtype=torch.int64))
+        before[:, at] |= undecided[:, at] & precedes(final(found, at), numbers[at], keys[own], items[own])
+        steps[own] += torch.diff(before.sum(1), prepend=before.new_zeros(1, dtype=torch.int64))
         redecided += len(at)

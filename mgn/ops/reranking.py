@@ -12,6 +12,7 @@ import torch
 
 from mgn.ops import filter, ranking_reference, reranking_reference
 from mgn.ops.arguments import all_ids, as_distances, as_junk_pid, feature_pair
+from mgn.ops.counting import FilterTerms, Overlaps, Tile, as_tensors
 from mgn.ops.native import kernels
 from mgn.ops.nearest import nearest
 from mgn.ops.ranking import IDS, MatchRanks, as_ranks, identities, sorted_matches
@@ -92,30 +93,28 @@ def _k_reciprocal_ranks(query, gallery, query_pids, gallery_pids, query_camids, 
     norms = torch.cat((finite_norms(compiled, query, 'query'), finite_norms(compiled, gallery, 'gallery')))
     encodings, maxima = encode_features(compiled, torch.cat((query, gallery)), norms, k1, k2, cosine, precision)
     columns = on_host()[1].transpose(*of_rows(encodings, queries, len(norms)), len(norms))
-    order, begin, end, junk = identities(query_pids.numpy(), gallery_pids.numpy(), junk_pid)
-    junk, redecided = torch.from_numpy(junk), torch.zeros(1, dtype=torch.int64)
+    excluded, redecided = identities(query_pids.numpy(), gallery_pids.numpy(), junk_pid), torch.zeros(1, dtype=torch.int64)
     of_blocks = [(torch.zeros(1, dtype=torch.int64), torch.empty(0, dtype=torch.int64))]
     with filter.exact_float32():
         for block in spans(queries, tile_of(query, gallery)[1]):
-            overlaps = on_host()[1].overlap(*of_rows(encodings, block.start, block.stop), *columns, len(gallery))
+            overlaps = Overlaps(*on_host()[1].overlap(*of_rows(encodings, block.start, block.stop), *columns, len(gallery)))
             largest = maxima[block]
 
             def finals(owners, found):
                 keys = keys_of_pairs(compiled, query[block], gallery, owners, found, cosine)
                 return final_distances(jaccard_of(overlaps, owners, found), relative(squared(keys, cosine), largest[owners]), lambda_value)
-            offsets, keys, items = sorted_matches(order, begin[block], end[block], query_camids[block].numpy(), gallery_camids.numpy(), finals)
-            matches = [torch.from_numpy(array) for array in (offsets, keys, items)]
-            excluded = [torch.from_numpy(array) for array in (order, begin[block], end[block])]
-            steps = torch.zeros(len(keys), dtype=torch.int64)
-            if len(keys):
+            of_block = excluded.of_queries(block)
+            matches = sorted_matches(of_block, query_camids[block].numpy(), gallery_camids.numpy(), finals)
+            steps, offsets = torch.zeros(len(matches.keys), dtype=torch.int64), torch.from_numpy(matches.offsets)
+            if len(matches.keys):
                 count(query[block], gallery, norms[block], norms[queries:], cosine, precision,
-                      (*matches, steps, *excluded, junk, *overlaps, torch.from_numpy(largest), lambda_value, redecided))
-            of_blocks.append((matches[0][1:] + of_blocks[-1][0][-1], as_ranks(steps, offsets)))
+                      (as_tensors(matches), as_tensors(of_block), overlaps, torch.from_numpy(largest), lambda_value, steps, redecided))
+            of_blocks.append((offsets[1:] + of_blocks[-1][0][-1], as_ranks(steps, matches.offsets)))
     return *(torch.cat(parts) for parts in zip(*of_blocks)), redecided[0]
 
 
 def count(query, gallery, query_norms, gallery_norms, cosine, precision, counted):
-    """Counts the strangers of all tiles; the products are the device's work, all else the CPU's."""
+    """Counts the non-matches of all tiles; the products are the device's work, all else the CPU's."""
     device, width = query.device, query.shape[1]
     precision = filter.available(precision, device) if width else 'float32'
     relative_error = filter.relative_error(precision, width, device)
@@ -126,8 +125,8 @@ def count(query, gallery, query_norms, gallery_norms, cosine, precision, counted
     for part in spans(len(gallery), tile_of(query, gallery)[0]):
         tile = rows(gallery, part)
         dots = filter.products(of_queries, filter.operand(tile, precision), precision).cpu()
-        on_host()[0].count_reranked(some, tile.cpu(), query_norms, gallery_norms[part], cosine, part.start, dots, item_scale[part], item_shift[part],
-                                    *terms, *counted)
+        on_host()[0].count_reranked(Tile(some, tile.cpu(), query_norms, gallery_norms[part]), cosine, part.start,
+                                    FilterTerms(dots, item_scale[part], item_shift[part], *terms), *counted)
 
 
 def on_host():

@@ -1,4 +1,4 @@
-"""Ranks in a gallery that lies in parts on several processes: counts of strangers add, so the gallery stays where it is."""
+"""Ranks in a gallery that lies in parts on several processes: counts of non-matches add, so the gallery stays where it is."""
 
 import numpy as np
 import torch
@@ -6,8 +6,9 @@ import torch.distributed as dist
 
 from mgn.ops import ranking_reference
 from mgn.ops.arguments import all_ids, as_junk_pid, feature_pair
+from mgn.ops.counting import Matches
 from mgn.ops.native import kernels
-from mgn.ops.ranking import MatchRanks, as_ranks, identities, keys_in_order, on_float64_device, sorted_matches, strangers_between
+from mgn.ops.ranking import MatchRanks, as_ranks, identities, keys_in_order, nonmatches_between, on_float64_device, sorted_matches
 from mgn.ops.tiles import finite_norms, uncompiled
 
 
@@ -56,21 +57,21 @@ def _match_ranks_sharded(query, gallery, query_pids, gallery_pids, query_camids,
     def find():
         compiled = kernels(query.device) or ranking_reference
         query_norms = finite_norms(compiled, query, 'query')
-        order, begin, end, junk = identities(query_pids, gallery_pids.numpy(), junk_pid)
-        offsets, keys, found = sorted_matches(order, begin, end, query_camids, gallery_camids.numpy(),
+        excluded = identities(query_pids, gallery_pids.numpy(), junk_pid)
+        offsets, keys, found = sorted_matches(excluded, query_camids, gallery_camids.numpy(),
                                               lambda owners, found: keys_in_order(compiled, query, gallery, owners, found, cosine))
         owners = np.repeat(np.arange(len(query)), np.diff(offsets))
         matches = torch.from_numpy(np.stack((owners, keys.view(np.int64), found + first), axis=1))
-        return (query_norms, (order + first, begin, end, junk + first), matches), len(matches)
+        return (query_norms, excluded.numbered_from(first), matches), len(matches)
     (query_norms, excluded, matches), counts = agreed(group, find)
     owners, keys, found = everyones(matches, counts, 3, group).cpu().T.contiguous().numpy()
     keys = keys.view(np.float64)
     ascending = np.lexsort((found, keys, owners))
     offsets = np.concatenate(([0], np.cumsum(np.bincount(owners, minlength=len(query)))))
-    matches = offsets, keys[ascending], found[ascending]
+    matches = Matches(offsets, keys[ascending], found[ascending])
 
     def count():
-        steps, redecided = strangers_between(query, query_norms, gallery, first, matches, excluded, cosine, precision)
+        steps, redecided = nonmatches_between(query, query_norms, gallery, first, matches, excluded, cosine, precision)
         return steps.to(carrier(group)), redecided.item()
     steps, redecided = agreed(group, count)
     dist.all_reduce(steps, group=group)

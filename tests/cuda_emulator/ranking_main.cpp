@@ -54,9 +54,9 @@ void count(Call& c) {
   auto* redecided = c.next<int64_t>();
   const int64_t junk_count = c.next_integer(), matches = c.next_integer();
   const Bytes low = poisoned(4 * matches), high = poisoned(4 * matches), open = poisoned(8 * query.count * gallery.count), open_count = poisoned(4);
-  mgn::count_strangers(tile, {dots, gallery.count, item_scale, item_shift, level_scale, level_shift, error},
-                       {offsets, of_matches, items, steps}, {order, begin, end, junk, junk_count},
-                       {as<float>(low), as<float>(high), as<int64_t>(open), as<int>(open_count)}, redecided, nullptr);
+  mgn::count_nonmatches(tile, {dots, gallery.count, item_scale, item_shift, level_scale, level_shift, error},
+                        {offsets, of_matches, items, steps}, {order, begin, end, junk, junk_count},
+                        {as<float>(low), as<float>(high), as<int64_t>(open), as<int>(open_count)}, redecided, nullptr);
   c.answer(13);
   c.answer(18);
 }

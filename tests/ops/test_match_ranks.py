@@ -10,7 +10,7 @@ from mining import examples
 from rankings import METRICS, extremes, naive_key, naive_keys, naive_ranks, near_ties, problem, ranks_of
 
 from mgn.ops import match_ranks, ranking_reference
-from mgn.ops.ranking import identities, keys_in_order, sorted_matches, strangers_between
+from mgn.ops.ranking import identities, keys_in_order, nonmatches_between, sorted_matches
 from mgn.ops.tiles import finite_norms
 
 
@@ -76,7 +76,7 @@ def test_duplicates_tie_by_gallery_index(ranking):
 
 def test_junk_takes_no_rank(ranking):
     gallery = np.array([[1, x] for x in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)], np.float32)
-    pids, camids = [1, -1, 2, 1, 0, 1], [1, 2, 1, 2, 1, 3]  # own camera, junk, stranger, match, distractor, match
+    pids, camids = [1, -1, 2, 1, 0, 1], [1, 2, 1, 2, 1, 3]  # own camera, junk, non-match, match, distractor, match
     assert ranks_of(gallery[:1], gallery, [1], pids, [1], camids) == [[2, 4]]
     assert ranks_of(gallery[:1], gallery, [1], pids, [1], camids, junk_pid=None) == [[3, 5]]
     assert ranks_of(gallery[:1], gallery, [1], pids, [1], camids, junk_pid=2) == [[2, 4]]
@@ -93,12 +93,12 @@ def test_items_are_numbered_from_any_number_on(ranking):
     """As in the last part of a gallery of 2⁴⁰ items and more: matches, own identity and ties by number."""
     query, gallery, query_pids, gallery_pids, query_camids, gallery_camids = problem(6, 90, 7, levels=2)
     query, gallery = torch.from_numpy(query), torch.from_numpy(gallery)
-    order, begin, end, junk = identities(query_pids, gallery_pids, 0)
-    offsets, keys, items = sorted_matches(order, begin, end, query_camids, gallery_camids,
-                                          lambda owners, found: keys_in_order(ranking_reference, query, gallery, owners, found, True))
+    excluded = identities(query_pids, gallery_pids, 0)
+    matches = sorted_matches(excluded, query_camids, gallery_camids,
+                             lambda owners, found: keys_in_order(ranking_reference, query, gallery, owners, found, True))
     norms = finite_norms(ranking_reference, query, 'query')
-    want, got = (strangers_between(query, norms, gallery, first, (offsets, keys, items + first), (order + first, begin, end, junk + first), True,
-                                   'float32')[0] for first in (0, 2 ** 40))
+    want, got = (nonmatches_between(query, norms, gallery, first, matches._replace(items=matches.items + first),
+                                    excluded.numbered_from(first), True, 'float32')[0] for first in (0, 2 ** 40))
     assert want.sum() > 0 and torch.equal(want, got)
 
 
@@ -162,7 +162,7 @@ def test_a_query_has_the_ranks_that_it_has_alone(make):
 
 
 def test_ranks_in_the_whole_gallery_follow_from_the_ranks_in_its_parts():
-    """Strangers' counts add over shards: the matches alone, and the matches with each half of the strangers."""
+    """Counts of non-matches add over shards: the matches alone, and the matches with each half of the non-matches."""
     query, gallery, _, gallery_pids, _, gallery_camids = near_ties(1, 80, 33)
     gallery_camids = np.ones(80, int)
     match, first = gallery_pids == 1, np.arange(80) < 40

@@ -188,7 +188,7 @@ def test_what_the_matrix_product_leaves_open_is_counted(ranking):
 
 
 @pytest.mark.parametrize('metric', METRICS)
-def test_a_match_out_of_the_filters_range_and_strangers_out_of_it(ranking, metric):
+def test_a_match_out_of_the_filters_range_and_nonmatches_out_of_it(ranking, metric):
     query, gallery, *ids = problem(5, 80, 9, pids=4)
     gallery[::7] *= np.float32(1e25)
     query[1] *= np.float32(1e-30)

@@ -107,7 +107,7 @@ def test_many_ties_of_many_matches(ranking):
         assert ranks_of(dist, *ids) == naive_ranks(dist, *ids)
 
 
-@pytest.mark.parametrize('pid', [9, 1, -1])  # a stranger, an own one, junk
+@pytest.mark.parametrize('pid', [9, 1, -1])  # a non-match, an own one, junk
 def test_a_nan_is_an_error_that_names_its_place(ranking, pid):
     for dtype in (np.float16, np.float32, np.float64):
         dist, query_pids, gallery_pids, *camids = distances(7, 2100, dtype)
