@@ -4,6 +4,7 @@ import math
 import numbers
 import operator
 import types
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -139,9 +140,20 @@ def as_tensor(array):
     return torch.from_numpy(array)
 
 
+class Ids(NamedTuple):
+    """NumPy arrays of int64."""
+    query_pids: np.ndarray      # (Q,)
+    gallery_pids: np.ndarray    # (G,)
+    query_camids: np.ndarray    # (Q,)
+    gallery_camids: np.ndarray  # (G,)
+
+    def of_queries(self, block):
+        return self._replace(query_pids=self.query_pids[block], query_camids=self.query_camids[block])
+
+
 def all_ids(queries, items, query_pids, gallery_pids, query_camids, gallery_camids):
-    return (as_ids(query_pids, queries, 'query_pids'), as_ids(gallery_pids, items, 'gallery_pids'),
-            as_ids(query_camids, queries, 'query_camids'), as_ids(gallery_camids, items, 'gallery_camids'))
+    return Ids(as_ids(query_pids, queries, 'query_pids'), as_ids(gallery_pids, items, 'gallery_pids'),
+               as_ids(query_camids, queries, 'query_camids'), as_ids(gallery_camids, items, 'gallery_camids'))
 
 
 def as_ids(ids, length, name):
@@ -156,7 +168,7 @@ def as_ids(ids, length, name):
         raise UserError(f'{expected}, not {tuple(ids.shape)} and {ids.dtype}; pass one integer for each row')
     if ids.dtype == torch.uint64 and (ids.view(torch.int64) < 0).any():
         raise UserError(f'{name} must be below 2⁶³, but some are larger; {NUMBER_THEM}')
-    return ids.to(torch.int64)
+    return ids.to(torch.int64).numpy()
 
 
 def as_junk_pid(junk_pid):

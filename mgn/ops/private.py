@@ -12,6 +12,11 @@ watching_modes = torch._C._len_torch_dispatch_stack
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
+def cpu_capabilities():
+    """{name of an instruction set: whether this CPU has it}; empty on torch 2.10, where only private names tell."""
+    return getattr(torch.cpu, 'get_capabilities', dict)()
+
+
 def onednn_product(query, items):
     """query @ itemsᵀ in float32 by oneDNN: torch.mm takes MKL, which some CPUs run at half the speed."""
     return torch.ops.mkldnn._linear_pointwise(query, items, None, 'none', [], '')

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 
 from mgn.ops.arguments import as_features, check_alpha
-from mgn.ops.nearest import topk
+from mgn.ops.ranking.nearest import topk
 from mgn.ops.private import uncompiled
-from mgn.ops.tiles import spans
+from mgn.ops.ranking.tiles import spans
 
 BLOCK = 2 ** 20  # numbers of a block of queries: 8 MB
 

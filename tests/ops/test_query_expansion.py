@@ -5,8 +5,7 @@ import pytest
 import torch
 from rankings import extremes, naive_expansion, problem
 
-from mgn.ops import query_expansion as expansion
-from mgn.ops.query_expansion import expand_queries
+from mgn.ops import expand_queries, query_expansion
 
 
 def tensors(device, *arrays):
@@ -69,7 +68,7 @@ def test_blocks_of_queries_change_nothing(monkeypatch, device):
     query, gallery = tensors(device, *problem(23, 40, 6)[:2])
     whole = expand_queries(query, gallery, 7)
     for numbers in (1, 12, 24, 30):
-        monkeypatch.setattr(expansion, 'BLOCK', numbers)
+        monkeypatch.setattr(query_expansion, 'BLOCK', numbers)
         assert torch.equal(expand_queries(query, gallery, 7), whole)
 
 
