@@ -43,7 +43,7 @@ def pairwise_distance(x, y, metric='euclidean'):
     check_alike(y, 'y', x, 'x')
     if metric not in DISTANCES:
         raise UserError(f'metric must be {", ".join(DISTANCES[:-1])} or {DISTANCES[-1]}, not {metric!r}')
-    if any(unpack_dual(rows).tangent is not None for rows in (x, y)):
+    if unpack_dual(x).tangent is not None or unpack_dual(y).tangent is not None:
         raise UserError('pairwise_distance has derivatives in reverse mode only, but got a tensor of forward mode; '
                         'use backward() or torch.autograd.grad')
     return torch.ops.mgn.pairwise_distance.default(x, y, metric)

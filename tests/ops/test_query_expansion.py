@@ -95,6 +95,12 @@ def test_features_that_are_not_finite_are_named(value, device):
             expand_queries(query, gallery, 2)
 
 
+def test_a_compiled_caller_gets_the_same_bits(device):
+    query, gallery = tensors(device, *problem(5, 20, 8)[:2])
+    compiled = torch.compile(lambda q, g: expand_queries(q, g, 4) * 2, backend='aot_eager')
+    assert torch.equal(compiled(query, gallery), expand_queries(query, gallery, 4) * 2)
+
+
 @pytest.mark.parametrize('alpha', [-0.1, float('nan'), float('inf')])
 def test_alpha_out_of_range_is_an_error(alpha, device):
     with pytest.raises(ValueError, match=f'alpha must be a finite number from 0, not {alpha}; 3 is usual'):

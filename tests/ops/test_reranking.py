@@ -291,13 +291,17 @@ def test_shapes_that_do_not_fit_are_refused():
         k_reciprocal_ranks(*problem(3, 4, 5)[:3], [1], [0] * 3, [0] * 4)
 
 
-def test_the_operators_keep_torchs_contract(device):
+def test_a_compiled_caller_gets_the_same_bits(device):
     query, gallery, *ids = problem(5, 40, 9)
-    features, ids = [torch.from_numpy(x).to(device) for x in (query, gallery)], [torch.from_numpy(x) for x in ids]
-    torch.library.opcheck(torch.ops.mgn.k_reciprocal_ranks.default, (*features, *ids, 5, 3, 0.3, 'cosine', -1, 'float32'))
-    torch.library.opcheck(torch.ops.mgn.re_ranking.default, (*(torch.from_numpy(x).to(device) for x in matrices(query, gallery)), 5, 3, 0.3))
-    compiled = torch.compile(lambda q, g: k_reciprocal_ranks(q, g, *ids).ranks, backend='aot_eager')
-    assert np.array_equal(compiled(*features), k_reciprocal_ranks(*features, *ids).ranks)
+    features = [torch.from_numpy(x).to(device) for x in (query, gallery)]
+    given = [torch.from_numpy(x).to(device) for x in matrices(query, gallery)]
+
+    def caller(query, gallery, *given):
+        ranks = k_reciprocal_ranks(query * 2, gallery * 2, *ids)
+        return *ranks, re_ranking(*given), torch.from_numpy(re_ranking(*given)) * 2
+    expected = caller(*features, *given)
+    got = torch.compile(caller, backend='aot_eager')(*features, *given)
+    assert len(expected[1]) and all(np.array_equal(*pair) for pair in zip(got, expected))
 
 
 MEMORY = '''

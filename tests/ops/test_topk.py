@@ -304,13 +304,17 @@ def test_denormals_are_values_whatever_torch_is_told(implementation):
 
 
 @pytest.mark.parametrize('metric', METRICS)
-def test_the_operators_keep_torchs_contract(device, metric):
+def test_a_compiled_caller_gets_the_same_bits(device, metric):
     query, gallery = (torch.from_numpy(x).to(device) for x in problem(5, 40, 9)[:2])
-    torch.library.opcheck(torch.ops.mgn.topk.default, (query, gallery, 7, metric, 'float32', False))
-    torch.library.opcheck(torch.ops.mgn.topk.default, (gallery, gallery, 60, metric, 'float32', True))
-    torch.library.opcheck(torch.ops.mgn.topk_from_distance.default, (torch.cdist(query, gallery), 7))
-    compiled = torch.compile(lambda q, g: topk(q, g, 7, metric).indices * 2, backend='aot_eager')
-    assert torch.equal(compiled(query, gallery), topk(query, gallery, 7, metric).indices * 2)
+
+    def caller(query, gallery):
+        query, gallery = query * 2, gallery * 2
+        near, nearest_others = topk(query, gallery, 7, metric), topk(gallery, gallery, 60, metric, exclude_self=True)
+        of_matrix = topk_from_distance(torch.cdist(query, gallery), 7)
+        return near.indices * 2, near.distances + 1, *nearest_others, *of_matrix
+    expected = caller(query, gallery)
+    got = torch.compile(caller, backend='aot_eager')(query, gallery)
+    assert len(got) == 6 and all(torch.equal(*pair) for pair in zip(got, expected))
 
 
 MEMORY = '''
