@@ -12,13 +12,12 @@ import torch
 from mgn.runs import checkpoint as checkpoints
 from mgn.runs import processes
 from mgn.data.datasets import check_dataset
-from mgn.ops.query_expansion import expand_queries, want_alpha
+from mgn.ops.query_expansion import expand_queries
+from mgn.ops.arguments import LARGEST_K, check_alpha as want_alpha, check_reranking as want_parameters
 from mgn.features import check_alike, extract_features, read_features, write_features
 from mgn.ops.metrics import retrieval_metrics
 from mgn.model import MGN
 from mgn.ops import k_reciprocal_ranks, match_ranks, match_ranks_sharded
-from mgn.ops.nearest import LARGEST_K
-from mgn.ops.reranking import want_parameters
 from mgn.precision import resolve
 from mgn.runs.log import write_text
 

@@ -4,7 +4,7 @@ import logging
 
 import torch
 
-from mgn.ops.filter import available
+from mgn.ops.ranking.product import available
 
 logger = logging.getLogger(__name__)
 

@@ -85,7 +85,7 @@ def kernels(tmp_path_factory):
 @pytest.fixture(params=IMPLEMENTATIONS)
 def ranking(request, monkeypatch):
     """Each way to rank on the CPU."""
-    return run_as(request.param, 'ranking', monkeypatch, 'cpu')
+    return run_as(request.param, 'ranking.keys', monkeypatch, 'cpu')
 
 
 @pytest.fixture

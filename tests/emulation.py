@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mgn.ops import BatchHard
-from mgn.ops.distance import METRICS
+from mgn.ops.distance import DISTANCES as METRICS
 
 ROOT = Path(__file__).parent.parent
 FLAGS = {

@@ -125,3 +125,36 @@ def clustered(Q=40, G=3000, D=64, pids=60, seed=0, copies=300):
     query, gallery = ((centres[of] + rng.standard_normal((len(of), 8))) @ basis for of in ids[:2])
     gallery[rng.integers(0, G, copies)] = gallery[rng.integers(0, G, copies)]
     return query.astype(np.float32), gallery.astype(np.float32), *ids
+
+
+def published_distances(keys, squares, queries, k1=20, k2=6, lambda_value=0.3):
+    """The published formula of k-reciprocal re-ranking as it stands, dense, every sum in ascending order.
+
+    keys: (N, N), whose order is the neighbours'; squares: (N, N) squared distances; row i is of item i, queries first.
+    Returns (queries, N − queries) float64.
+    """
+    maxima = squares.max(1, keepdims=True, initial=0)
+    squares = np.divide(squares, maxima, out=np.zeros_like(squares), where=maxima > 0)
+    near = np.argsort(keys, 1, kind='stable')
+    encodings = np.zeros_like(squares)
+    for i in range(len(near)):
+        own = [j for j in near[i, :k1 + 1] if i in near[j, :k1 + 1]]
+        expanded = set(own)
+        half = round(k1 / 2) + 1
+        for j in own:
+            others = {c for c in near[j, :half] if j in near[c, :half]}
+            if len(others & set(own)) > 2 / 3 * len(others):
+                expanded |= others
+        if expanded:
+            columns = sorted(expanded)
+            weights = np.exp(-squares[i, columns])
+            encodings[i, columns] = weights / ascending_sum(weights)
+    if k2 != 1 and len(near):
+        encodings = np.stack([ascending_sum(encodings[near[i, :k2]]) / min(k2, len(near)) for i in range(len(near))])
+    smallest = np.array([[ascending_sum(np.minimum(encodings[q], other)) for other in encodings[queries:]]
+                         for q in range(queries)]).reshape(queries, len(near) - queries)
+    return (1 - lambda_value) * (1 - smallest / (2 - smallest)) + lambda_value * squares[:queries, queries:]
+
+
+def ascending_sum(terms):
+    return np.cumsum(terms, 0)[-1]  # NumPy's own sum is pairwise

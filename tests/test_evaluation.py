@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import write_image, write_market
-from rankings import naive_expansion, naive_key
+from rankings import naive_expansion, naive_key, published_distances as final_distances
 from thin import thin  # noqa: F401
 from torchvision.io import ImageReadMode, decode_image, read_file, write_png
 
@@ -23,7 +23,6 @@ from mgn.evaluation import evaluate, extract_features, table
 from mgn.ops.metrics import retrieval_metrics
 from mgn.model import MGN
 from mgn.ops import match_ranks_from_distance
-from mgn.ops.reranking_reference import final_distances
 
 pytestmark = pytest.mark.usefixtures('thin')
 

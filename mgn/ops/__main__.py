@@ -1,4 +1,5 @@
-"""python -m mgn.ops: what is compiled in, for what, which implementation each operation takes on each device, and why."""
+"""python -m mgn.ops: what is compiled in, for what, which implementation each operation takes on each device, and
+why."""
 
 import torch
 

@@ -1,46 +1,126 @@
 """What users pass to the operations, checked and as tensors."""
 
+import math
+import numbers
 import operator
-import warnings
+import types
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from mgn.ops import filter
+from mgn.ops.errors import UserError
 
-HALF = torch.float16, torch.bfloat16
+HALF_TYPES = torch.float16, torch.bfloat16
+FLOAT_TYPES = {*HALF_TYPES, torch.float32, torch.float64}
+INTEGER_TYPES = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32,
+                 torch.uint64}
+PRECISIONS = 'float32', 'tf32', 'bfloat16'
+LARGEST_K = 4096
+NUMBER_THEM = 'number the ids from 0 on, e.g. with numpy.unique(…, return_inverse=True)'
+
+
+def integer(value, name, low, high, remedy):
+    """The value as an int, from low to high."""
+    if isinstance(value, bool) or np.ndim(value) or not hasattr(value, '__index__') or not low <= value <= high:
+        raise UserError(f'{name} must be an integer from {low} to {high}, not {value!r}; {remedy}')
+    return operator.index(value)
+
+
+def real(value, name, low, high, remedy):
+    """The value as it is: a finite number from low to high."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not (low <= value <= high and math.isfinite(value)):
+        limits = f' from {low} to {high}' if high < math.inf else f' from {low}' if low > -math.inf else ''
+        raise UserError(f'{name} must be a finite number{limits}, not {value!r}; {remedy}')
+    return value
+
+
+def truth(value, name, remedy):
+    if not isinstance(value, bool):
+        raise UserError(f'{name} must be True or False, not {value!r}; {remedy}')
+    return value
+
+
+def neighbours(k):
+    return integer(k, 'k', 1, LARGEST_K, 'for longer lists sort the distances, e.g. those of pairwise_distance')
+
+
+def check_reranking(k1, k2, lambda_value):
+    integer(k1, 'k1', 1, 2 ** 31 - 1, 'usual is 20')
+    integer(k2, 'k2', 1, 2 ** 31 - 1, 'usual is 6')
+    real(lambda_value, 'lambda_value', 0, 1, '0.3 is usual, 1 ranks by the original distance')
+
+
+def check_alpha(alpha):
+    real(alpha, 'alpha', 0, math.inf, '3 is usual, 0 averages without weights')
+
+
+def check_rows(rows, name, shape='(rows, D)'):
+    """Rows must be a tensor of a real floating type with two dimensions, or more where the shape begins with dots."""
+    check_tensor(rows, name)
+    if rows.dim() < 2 or rows.dim() > 2 and shape[1] != '.' or rows.dtype not in FLOAT_TYPES:
+        raise UserError(f'{name} must have the shape {shape} and a real floating type, not {tuple(rows.shape)} and '
+                        f'{rows.dtype}; reshape the tensor, or cast it with .float()')
+
+
+def check_tensor(value, name):
+    if not isinstance(value, torch.Tensor):
+        raise UserError(f'{name} must be a tensor, not {type(value).__name__}; torch.as_tensor makes one')
+
+
+def check_device(value, name, other, other_name):
+    if value.device != other.device:
+        raise UserError(f'{name} must be on {other.device} like {other_name}, not on {value.device}; move with .to()')
+
+
+def check_alike(rows, name, other, other_name):
+    """Both agree in all but the number of rows."""
+    if rows.dtype != other.dtype or rows.shape[:-2] != other.shape[:-2] or rows.shape[-1] != other.shape[-1]:
+        raise UserError(f'{name} must be like {other_name}, {tuple(other.shape)} of {other.dtype}, in all but the '
+                        f'number of rows, not {tuple(rows.shape)} of {rows.dtype}; cast or reshape one of them')
 
 
 def feature_pair(query, gallery, metric, precision, streamed=False):
-    """Query and gallery as detached tensors that fit each other; the options checked. `streamed`: the gallery may lie on the CPU, the query not."""
+    """Query and gallery as detached tensors that fit each other, on a device with float64; the options checked.
+
+    One array given twice becomes one tensor. `streamed`: the gallery may lie on the CPU while the query does not.
+    """
     if metric not in ('cosine', 'euclidean'):
-        raise ValueError(f"want metric 'cosine' or 'euclidean', got {metric!r}; of other distances pass the matrix, to match_ranks_from_distance "
-                         'or topk_from_distance')
-    if precision not in filter.PRECISIONS:
-        raise ValueError(f'want precision {" or ".join(map(repr, filter.PRECISIONS))}, got {precision!r}; it changes the time only')
-    one = query is gallery
+        raise UserError(f"metric must be 'cosine' or 'euclidean', not {metric!r}; pass the matrix of any other "
+                        'distance to match_ranks_from_distance or topk_from_distance')
+    if precision not in PRECISIONS:
+        raise UserError(f'precision must be {" or ".join(map(repr, PRECISIONS))}, not {precision!r}; '
+                        'it changes the time only')
+    is_one = query is gallery
     query = as_features(query, 'query')
-    gallery = query if one else as_features(gallery, 'gallery')
+    gallery = query if is_one else as_features(gallery, 'gallery')
     if query.shape[1] != gallery.shape[1]:
-        raise ValueError(f'want query and gallery of one width, got {tuple(query.shape)} and {tuple(gallery.shape)}; '
-                         'take both from one network')
+        raise UserError(f'query and gallery must have rows of one width, not {tuple(query.shape)} and '
+                        f'{tuple(gallery.shape)}; take both from one network')
     if query.device != gallery.device and not (streamed and gallery.device.type == 'cpu'):
-        raise ValueError(f'want query and gallery on one device, got {query.device} and {gallery.device}; move one with .to()')
+        raise UserError(f'query and gallery must be on one device, not on {query.device} and {gallery.device}; '
+                        'move one with .to()')
+    if query.device.type not in ('cpu', 'cuda'):  # mps has no float64, which keys are
+        query = query.cpu()
+        gallery = query if is_one else gallery.cpu()
     return query, gallery
 
 
 def as_features(features, name):
     features = as_tensor(features)
-    if features.dim() != 2 or features.dtype not in (torch.float32, *HALF):
-        raise ValueError(f'want {name} features (n, D) of float32 or half precision, got shape {tuple(features.shape)} of {features.dtype}; '
-                         f'cast, e.g. {name}.astype("float32") or {name}.float()')
+    if features.dim() != 2 or features.dtype not in (torch.float32, *HALF_TYPES):
+        raise UserError(f'{name} features must have the shape (n, D) and the type float32 or half precision, not '
+                        f'{tuple(features.shape)} and {features.dtype}; cast them, e.g. {name}.astype("float32") or '
+                        f'{name}.float()')
     return features
 
 
-def as_distances(dist, wanted):
+def as_distances(dist, name):
     dist = as_tensor(dist)
-    if dist.dim() != 2 or dist.dtype not in (torch.float64, torch.float32, *HALF):
-        raise ValueError(f'want {wanted} of floating point, got shape {tuple(dist.shape)} of {dist.dtype}; cast or reshape')
+    if dist.dim() != 2 or dist.dtype not in FLOAT_TYPES:
+        raise UserError(f'{name} must be a matrix of floating-point numbers, not {tuple(dist.shape)} of {dist.dtype}; '
+                        'cast or reshape it')
     return dist
 
 
@@ -50,38 +130,48 @@ def as_tensor(array):
         return array.detach()
     array = np.asarray(array)
     if array.dtype.kind not in 'fiub' or array.dtype.itemsize > 8:
-        raise ValueError(f'want numbers that torch has a type for, got {array.dtype}; cast, e.g. with .astype("float32")')
+        raise UserError(f'torch has no type for numbers of {array.dtype}; cast them, e.g. with .astype("float32")')
     array = array.astype(array.dtype.newbyteorder('='), copy=False)
     if any(stride < 0 or stride % array.itemsize for stride in array.strides):
         array = array.copy()  # torch cannot look at it
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # read-only memory is only read
-        return torch.from_numpy(array)
+    if not array.flags.writeable:  # torch would warn, but this memory is only read
+        interface = {**array.__array_interface__, 'data': (array.ctypes.data, False)}
+        array = np.asarray(types.SimpleNamespace(__array_interface__=interface, owner=array))
+    return torch.from_numpy(array)
+
+
+class Ids(NamedTuple):
+    """NumPy arrays of int64."""
+    query_pids: np.ndarray      # (Q,)
+    gallery_pids: np.ndarray    # (G,)
+    query_camids: np.ndarray    # (Q,)
+    gallery_camids: np.ndarray  # (G,)
+
+    def of_queries(self, block):
+        return self._replace(query_pids=self.query_pids[block], query_camids=self.query_camids[block])
 
 
 def all_ids(queries, items, query_pids, gallery_pids, query_camids, gallery_camids):
-    return (as_ids(query_pids, queries, 'query_pids'), as_ids(gallery_pids, items, 'gallery_pids'),
-            as_ids(query_camids, queries, 'query_camids'), as_ids(gallery_camids, items, 'gallery_camids'))
+    return Ids(as_ids(query_pids, queries, 'query_pids'), as_ids(gallery_pids, items, 'gallery_pids'),
+               as_ids(query_camids, queries, 'query_camids'), as_ids(gallery_camids, items, 'gallery_camids'))
 
 
 def as_ids(ids, length, name):
-    wanted = f'want {name} of shape ({length},) and an integer type'
+    expected = f'{name} must have the shape ({length},) and an integer type'
     try:
         if not isinstance(ids, torch.Tensor) and len(ids) == 0:
             ids = np.empty(0, np.int64)  # an empty list would come as float64
         ids = as_tensor(ids).cpu()
     except (TypeError, ValueError):  # None, a single number, strings, integers that no type holds
-        raise ValueError(f'{wanted}, got {ids!r:.60}; number the ids, e.g. with numpy.unique(…, return_inverse=True)') from None
-    if ids.shape != (length,) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f'{wanted}, got shape {tuple(ids.shape)} of {ids.dtype}; pass one integer for each row')
+        raise UserError(f'{expected}, not {ids!r:.60}; {NUMBER_THEM}') from None
+    if ids.shape != (length,) or ids.dtype not in INTEGER_TYPES:
+        raise UserError(f'{expected}, not {tuple(ids.shape)} and {ids.dtype}; pass one integer for each row')
     if ids.dtype == torch.uint64 and (ids.view(torch.int64) < 0).any():
-        raise ValueError(f'want {name} below 2⁶³, got larger ones; number them anew, e.g. with numpy.unique(…, return_inverse=True)')
-    return ids.to(torch.int64)
+        raise UserError(f'{name} must be below 2⁶³, but some are larger; {NUMBER_THEM}')
+    return ids.to(torch.int64).numpy()
 
 
 def as_junk_pid(junk_pid):
     if junk_pid is None:
         return None
-    if isinstance(junk_pid, bool) or not hasattr(junk_pid, '__index__') or not -2 ** 63 <= operator.index(junk_pid) < 2 ** 63:
-        raise ValueError(f'want junk_pid as an integer of 64 bits or None, got {junk_pid!r}; None makes no id special')
-    return operator.index(junk_pid)
+    return integer(junk_pid, 'junk_pid', -2 ** 63, 2 ** 63 - 1, 'None makes no id special')

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from mgn.ops.native import kernels
-from mgn.ops.tiles import uncompiled
+from mgn.ops.private import uncompiled
 
 # ImageNet's mean and standard deviation per RGB channel, for pixels in 0…255.
 MEAN = (123.675, 116.28, 103.53)

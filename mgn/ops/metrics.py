@@ -1,37 +1,80 @@
-"""Ranks of the true matches → Rank-k, mAP (both definitions) and mINP."""
+"""Ranks of the true matches → Rank-k, mAP (both definitions) and mINP. A new measure is a line of FORMULAS."""
+
+from typing import NamedTuple
 
 import numpy as np
 
+from mgn.ops.errors import UserError
 
-def retrieval_metrics(offsets, ranks, top=(1, 5, 10)):
+
+class Matches(NamedTuple):
+    """The ranks of the V queries that have a match, one query after the other."""
+    ranks: np.ndarray    # (M,) from 1, ascending within each query
+    ordinal: np.ndarray  # (M,) 1…m within each query
+    starts: np.ndarray   # (V,) where each query's ranks begin
+    counts: np.ndarray   # (V,) its number m of matches
+
+
+def first_rank(matches):
+    return matches.ranks[matches.starts]
+
+
+def average_precision(matches):
+    """(1/m) Σ i/rᵢ."""
+    return mean_by_query(matches, matches.ordinal / matches.ranks)
+
+
+def trapezoid_precision(matches):
+    """(1/m) Σ ½[i/rᵢ + (i−1)/(rᵢ−1)], the official measure of Market-1501; a match at rank 1 counts 1."""
+    ranks, ordinal = matches.ranks, matches.ordinal
+    before = np.where(ranks == 1, 1.0, (ordinal - 1) / np.maximum(ranks - 1, 1))
+    return mean_by_query(matches, (ordinal / ranks + before) / 2)
+
+
+def inverse_negative_penalty(matches):
+    """m / rₘ (Ye et al., "Deep Learning for Person Re-identification", TPAMI 2021)."""
+    return matches.counts / matches.ranks[matches.starts + matches.counts - 1]
+
+
+def mean_by_query(matches, values):
+    return np.add.reduceat(values, matches.starts) / matches.counts
+
+
+FORMULAS = {  # name → function of Matches → (V,), whose mean is the measure
+    'rank1': lambda matches: first_rank(matches) <= 1,
+    'rank5': lambda matches: first_rank(matches) <= 5,
+    'rank10': lambda matches: first_rank(matches) <= 10,
+    'mAP': average_precision,
+    'mAP_trapezoid': trapezoid_precision,
+    'mINP': inverse_negative_penalty,
+}
+METRICS = tuple(FORMULAS)
+
+
+def retrieval_metrics(offsets, ranks):
     """Means over the queries that have a match.
 
     Args:
         offsets: (Q+1,) ints, ranks: (M,) ints from 1, ascending within each query (`mgn.ops.match_ranks`).
-        top: the k of Rank-k.
     Returns:
-        Fractions in [0, 1] by name: rank1, rank5, …; mAP = mean of (1/m) Σ i/rᵢ; mAP_trapezoid = mean of
-        (1/m) Σ ½[i/rᵢ + (i−1)/(rᵢ−1)], the official measure of Market-1501; mINP = mean of m / r_m (Ye et al., "Deep
-        Learning for Person Re-identification", TPAMI 2021).
+        {name: fraction in [0, 1]} for each name of METRICS, in that order. FORMULAS gives their definitions.
     Raises:
-        ValueError: no query has a match.
+        UserError: no query has a match.
     """
-    first, precision, trapezoid, penalty = query_metrics(offsets, ranks)
-    if len(first) == 0:
-        raise ValueError('want at least one query with a true match, got none; check pids and camids')
-    return {**{f'rank{k}': float(np.mean(first <= k)) for k in top}, 'mAP': float(np.mean(precision)),
-            'mAP_trapezoid': float(np.mean(trapezoid)), 'mINP': float(np.mean(penalty))}
+    matches = true_matches(offsets, ranks)
+    if len(matches.starts) == 0:
+        raise UserError('At least one query must have a true match in the gallery, but none has; check pids and camids')
+    return {name: float(np.mean(formula(matches))) for name, formula in FORMULAS.items()}
 
 
 def query_metrics(offsets, ranks):
     """The first rank, both average precisions and the INP of each query that has a match, (V,) each."""
+    matches = true_matches(offsets, ranks)
+    measures = first_rank, average_precision, trapezoid_precision, inverse_negative_penalty
+    return tuple(measure(matches) for measure in measures)
+
+
+def true_matches(offsets, ranks):
     counts = np.diff(offsets)
-    m = counts[counts > 0]
-    if len(m) == 0:
-        return np.empty(0, np.int64), *np.empty((3, 0))
-    starts = offsets[:-1][counts > 0]
-    i = np.arange(1, len(ranks) + 1) - np.repeat(starts, m)  # 1…m within each query
-    precision = i / ranks
-    before = np.where(ranks == 1, 1.0, (i - 1) / np.maximum(ranks - 1, 1))
-    return (ranks[starts], np.add.reduceat(precision, starts) / m, np.add.reduceat((precision + before) / 2, starts) / m,
-            m / ranks[starts + m - 1])
+    starts, counts = offsets[:-1][counts > 0], counts[counts > 0]
+    return Matches(ranks, np.arange(1, len(ranks) + 1) - np.repeat(starts, counts), starts, counts)

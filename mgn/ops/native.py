@@ -38,7 +38,7 @@ def missing(name):
 
 
 def sources():
-    """The hash that setup.py compiles into the modules, of csrc/ beside an editable install; None without that folder."""
+    """The hash of csrc/ that setup.py compiles into the modules; None where no csrc/ lies beside the package."""
     folder = Path(__file__).parent.parent.parent / 'csrc'
     files = sorted(path for path in folder.rglob('*') if path.suffix in ('.h', '.cuh', '.cpp', '.cu'))
     return hashlib.sha256(b''.join(path.read_bytes() for path in files)).hexdigest()[:16] if files else None
@@ -55,21 +55,23 @@ def _unusable(device):
         return 'torch sees no CUDA device'
     if missing('_cuda'):
         return missing('_cuda')
-    return torch.ops.mgn_cuda.unusable(device.index if device.index is not None else torch.cuda.current_device()) or None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.ops.mgn_cuda.unusable(index) or None
 
 
 @functools.cache
 def kernels(device):
-    """torch.ops.mgn_cpu or mgn_cuda for tensors of this device; None, with one warning, where the references must do."""
+    """torch.ops.mgn_cpu or mgn_cuda for tensors of this device; None, with one warning, where references must do."""
     reason = _unusable(device)
     if reason:
-        warnings.warn(f'mgn.ops runs its PyTorch references on {device.type}, right but slower: {reason}', stacklevel=2)
+        warnings.warn(f'mgn.ops runs its PyTorch references on {device.type}, which are exact but slower: {reason}',
+                      stacklevel=2)
         return None
     return torch.ops.mgn_cpu if device.type == 'cpu' else torch.ops.mgn_cuda
 
 
 def implementation(device):
-    """What operations on tensors of this device run, e.g. 'compiled for avx512' or 'reference: this torch has no CUDA'."""
+    """What runs on tensors of this device, e.g. 'compiled for avx512' or 'reference: this torch has no CUDA'."""
     device = torch.device(device)
     reason = _unusable(device)
     if reason:

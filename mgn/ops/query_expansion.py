@@ -1,36 +1,41 @@
 """α query expansion: each query becomes the weighted mean of itself and its nearest gallery items."""
 
-import math
-import numbers
-
 import torch
 import torch.nn.functional as F
 
-from mgn.ops import topk
-from mgn.ops.arguments import as_features
-from mgn.ops.tiles import spans
+from mgn.ops.arguments import as_features, check_alpha
+from mgn.ops.ranking.nearest import topk
+from mgn.ops.private import uncompiled
+from mgn.ops.ranking.tiles import spans
 
 BLOCK = 2 ** 20  # numbers of a block of queries: 8 MB
 
 
+@uncompiled
 @torch.no_grad()
 def expand_queries(query, gallery, k, alpha=3.0):
-    """α query expansion (Radenović, Tolias, Chum, "Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI 2019).
+    """α query expansion (Radenović, Tolias, Chum, "Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI
+    2019).
 
-    The sum, in float64, of the L2-normalised query and its k most similar L2-normalised gallery items, nearest first, each times
-    max(cosine similarity, 0) ** alpha; normalised. The query's own weight is 1. alpha=0 is the plain average, whatever the similarities.
+    The sum, in float64, of the L2-normalised query and its k most similar L2-normalised gallery items, nearest first,
+    each times max(cosine similarity, 0) ** alpha; normalised. The query's own weight is 1. alpha=0 is the plain
+    average, whatever the similarities.
 
     Args:
-        query: (Q, D), gallery: (G, D), float32 or half, NumPy arrays or tensors of one device, CPU or CUDA. A row of zeros has similarity 0 to all.
-        k: gallery items averaged into a query, from 1 to 4096; all of them where the gallery has fewer. Ties go by gallery index.
+        query: (Q, D), gallery: (G, D), float32 or half, NumPy arrays or tensors of one device, CPU or CUDA. A row of
+            zeros has similarity 0 to all.
+        k: gallery items averaged into a query, from 1 to 4096; all of them where the gallery has fewer. Ties go by
+            gallery index.
         alpha: from 0; the larger, the less do distant items count.
     Returns:
-        (Q, D) float32 on the same device, without gradient; a row is zero where its sum is. The same input gives the same bits.
+        (Q, D) float32 on the same device, without gradient; a row is zero where its sum is. The same input gives the
+        same bits.
         Memory: that of mgn.ops.topk, and 64 MB beyond features and result.
     Raises:
-        ValueError: alpha negative or not finite, k out of range, and whatever topk refuses, NaN or infinite features among it.
+        UserError: alpha negative or not finite, k out of range, and whatever topk refuses, NaN or infinite features
+            among it.
     """
-    want_alpha(alpha)
+    check_alpha(alpha)
     query, gallery = as_features(query, 'query'), as_features(gallery, 'gallery')
     distances, items = topk(query, gallery, k)
     weights = (1 - distances).clamp_(min=0).pow_(alpha)  # (Q, k) float64
@@ -41,11 +46,6 @@ def expand_queries(query, gallery, k, alpha=3.0):
             total += weight[:, None] * normalised(gallery[item])
         expanded[block] = normalised(total)
     return expanded
-
-
-def want_alpha(alpha):
-    if not isinstance(alpha, numbers.Real) or isinstance(alpha, bool) or not 0 <= alpha < math.inf:
-        raise ValueError(f'want alpha as a finite number from 0, got {alpha!r}; 3 is usual, 0 averages without weights')
 
 
 def normalised(rows):

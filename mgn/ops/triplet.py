@@ -1,12 +1,17 @@
 """Batch-hard mining and triplet loss (Hermans et al., "In Defense of the Triplet Loss", arXiv:1703.07737)."""
 
+import functools
 import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from mgn.ops.arguments import HALF_TYPES, INTEGER_TYPES, check_alike, check_device, check_rows, check_tensor, real
+from mgn.ops.distance import power_of_two, reference_type, wide
+from mgn.ops.errors import UserError
 from mgn.ops.native import kernels
+from mgn.ops.private import below_autograd, watching_modes
 
 
 class BatchHard(NamedTuple):
@@ -20,21 +25,23 @@ class BatchHard(NamedTuple):
 def batch_hard(anchors, labels, candidates=None, candidate_labels=None):
     """Each anchor's farthest candidate of its own label and nearest of another, by Euclidean distance (not squared).
 
-    An anchor counts among its own positives, at distance 0, where it is among the candidates. Of equal distances the lowest
-    index is taken. Distances are measured on the selected pairs from the differences of features, so they do not cancel between
-    near duplicates far from the origin. The pair is the hardest to within a relative 1e-5 in float32 (on CUDA for D up to 4096).
-    dist_ap and dist_an are differentiable, once, with gradient 0 at distance 0. Memory is O(N·D + M·D).
+    An anchor counts among its own positives, at distance 0, where it is among the candidates. Of equal distances the
+    lowest index is taken. Distances are measured on the selected pairs from the differences of features, so they do not
+    cancel between near duplicates far from the origin. The pair is the hardest to within a relative 1e-5 in float32 (on
+    CUDA for D up to 4096). dist_ap and dist_an are differentiable, once, with gradient 0 at distance 0. Memory is O(N·D
+    + M·D).
 
     Args:
-        anchors: (..., N, D) float16, bfloat16, float32 or float64; leading dimensions are heads, mined separately in one call.
-            Half precision is mined in float32.
+        anchors: (..., N, D) float16, bfloat16, float32 or float64; leading dimensions are heads, mined separately in
+            one call. Half precision is mined in float32.
         labels: (N,) of any integer type.
         candidates: (..., M, D) like the anchors; the anchors themselves if left out.
         candidate_labels: (M,) integers, with candidates.
     Returns:
-        BatchHard. On CUDA an anchor that is not finite, or is compared with a candidate that is not, has distance NaN and index −1.
+        BatchHard. On CUDA an anchor that is not finite, or is compared with a candidate that is not, has distance NaN
+        and index −1.
     Raises:
-        ValueError: shapes, types or devices that do not go together; on the CPU features that are not finite.
+        UserError: shapes, types or devices that do not go together; on the CPU features that are not finite.
     """
     _check(anchors, labels, candidates, candidate_labels)
     return BatchHard(*torch.ops.mgn.batch_hard.default(anchors, labels, candidates, candidate_labels))
@@ -47,73 +54,60 @@ def batch_hard_triplet_loss(anchors, labels, margin=0.3, candidates=None, candid
         anchors, labels, candidates, candidate_labels: as of batch_hard.
         margin: in units of distance; None for the soft margin log(1 + exp(ap − an)).
     Returns:
-        (...) loss per head, of batch_hard's type of distances, over the anchors that have both a positive and a negative; 0 with
-        gradient 0 where none has. Differentiable in anchors and candidates. NaN on CUDA where features are not finite.
+        (...) loss per head, of batch_hard's type of distances, over the anchors that have both a positive and a
+        negative; 0 with gradient 0 where none has. Differentiable in anchors and candidates. NaN on CUDA where features
+        are not finite.
     Raises:
-        ValueError: as batch_hard; a margin that is no finite number.
+        UserError: as batch_hard; a margin that is no finite number.
     """
     _check(anchors, labels, candidates, candidate_labels)
-    if margin is not None and (isinstance(margin, torch.Tensor) or not math.isfinite(margin)):
-        raise ValueError(f'want a finite number as margin, or None for the soft margin, got {margin}; it gets no gradient')
+    if margin is not None:
+        real(margin, 'margin', -math.inf, math.inf, 'None is the soft margin; a margin gets no gradient')
     return torch.ops.mgn.batch_hard_triplet_loss.default(anchors, labels, candidates, candidate_labels, margin)[0]
 
 
-FEATURE_TYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64}
-
-
 def _check(anchors, labels, candidates, candidate_labels):
-    _check_rows('anchors', anchors, 'labels', labels)
+    _check_labelled(anchors, 'anchors', labels, 'labels')
     if candidates is None and candidate_labels is None:
         return
     if candidates is None or candidate_labels is None:
-        given, wanted = ('candidate_labels', 'candidates') if candidates is None else ('candidates', 'candidate_labels')
-        raise ValueError(f'want {wanted} along with {given}, got {given} alone; pass both, or neither to mine among the anchors')
-    _check_rows('candidates', candidates, 'candidate_labels', candidate_labels)
-    if candidates.device != anchors.device:
-        raise ValueError(f'want candidates on {anchors.device}, where the anchors are, got {candidates.device}; move them with .to()')
-    if candidates.dtype != anchors.dtype or candidates.shape[:-2] != anchors.shape[:-2] or candidates.shape[-1] != anchors.shape[-1]:
-        raise ValueError(f'want candidates like the anchors but for their number, {tuple(anchors.shape)}, {anchors.dtype}, got '
-                         f'{tuple(candidates.shape)}, {candidates.dtype}; cast or expand one of them')
+        given, missing = ('candidate_labels', 'candidates')[::1 if candidates is None else -1]
+        raise UserError(f'{given} came without {missing}; pass both, or neither to mine among the anchors')
+    _check_labelled(candidates, 'candidates', candidate_labels, 'candidate_labels')
+    check_device(candidates, 'candidates', anchors, 'anchors')
+    check_alike(candidates, 'candidates', anchors, 'anchors')
     if (candidate_labels.dtype == torch.uint64) != (labels.dtype == torch.uint64):
-        raise ValueError(f'want labels and candidate_labels both uint64 or neither, got {labels.dtype} and {candidate_labels.dtype}; cast one')
+        raise UserError('labels and candidate_labels must both be uint64 or neither, not '
+                        f'{labels.dtype} and {candidate_labels.dtype}; cast one of them')
 
 
-def _check_rows(name, features, of_labels, labels):
-    for what, value in ((name, features), (of_labels, labels)):
-        if not isinstance(value, torch.Tensor):
-            raise ValueError(f'want {what} as a tensor, got {type(value).__name__}; torch.as_tensor makes one')
-    if features.dim() < 2 or features.dtype not in FEATURE_TYPES:
-        raise ValueError(f'want {name} of shape (..., rows, D), real floating point, got shape {tuple(features.shape)}, '
-                         f'{features.dtype}; a single head is (rows, D)')
-    if labels.shape != features.shape[-2:-1] or labels.dtype not in INTEGERS:
-        raise ValueError(f'want {of_labels} of shape ({features.shape[-2]},), integers, for {name} of shape {tuple(features.shape)}, '
-                         f'got {tuple(labels.shape)}, {labels.dtype}; pass one label per row, the same for all heads')
-    if labels.device != features.device:
-        raise ValueError(f'want {of_labels} on {features.device}, where the {name} are, got {labels.device}; move them with .to()')
+def _check_labelled(features, name, labels, labels_name):
+    check_rows(features, name, '(..., rows, D)')
+    check_tensor(labels, labels_name)
+    if labels.shape != features.shape[-2:-1] or labels.dtype not in INTEGER_TYPES:
+        raise UserError(f'{labels_name} must be integers of shape ({features.shape[-2]},), since {name} have the shape '
+                        f'{tuple(features.shape)}, not {labels.dtype} of shape {tuple(labels.shape)}; '
+                        'pass one label per row, the same for all heads')
+    check_device(labels, labels_name, features, name)
 
 
-# Below: the operators as torch knows them (schema, every device's implementation, fake, autograd). Without candidates the anchors are
-# their own.
+# Below: the operators as torch knows them (schema, every device's implementation, fake, autograd). Without candidates
+# the anchors are their own.
 
-torch.library.define('mgn::batch_hard', '(Tensor anchors, Tensor labels, Tensor? candidates, Tensor? candidate_labels) -> '
-                                        '(Tensor, Tensor, Tensor, Tensor)')
-torch.library.define('mgn::batch_hard_triplet_loss', '(Tensor anchors, Tensor labels, Tensor? candidates, Tensor? candidate_labels, '
-                                                     'float? margin) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)')
-torch.library.define('mgn::batch_hard_backward', '(Tensor anchors, Tensor? candidates, Tensor dist_ap, Tensor dist_an, Tensor pos_idx, '
-                                                 'Tensor neg_idx, Tensor grad_ap, Tensor? grad_an, Tensor? slope) -> (Tensor, Tensor)')
-
-
-def wide(dtype):
-    """The type of arithmetic, distances and loss."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+LABELLED = 'Tensor anchors, Tensor labels, Tensor? candidates, Tensor? candidate_labels'
+torch.library.define('mgn::batch_hard', f'({LABELLED}) -> (Tensor, Tensor, Tensor, Tensor)')
+torch.library.define('mgn::batch_hard_triplet_loss',
+                     f'({LABELLED}, float? margin) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)')
+torch.library.define('mgn::batch_hard_backward',
+                     '(Tensor anchors, Tensor? candidates, Tensor dist_ap, Tensor dist_an, Tensor pos_idx, '
+                     'Tensor neg_idx, Tensor grad_ap, Tensor? grad_an, Tensor? slope) -> (Tensor, Tensor)')
 
 
 def heads_first(features):
     """(..., rows, D) → (heads, rows, D), contiguous, in a type that the kernels of its device read."""
     if features.dim() != 3:
         features = features.reshape(math.prod(features.shape[:-2]), *features.shape[-2:])
-    if features.dtype in (torch.float16, torch.bfloat16) and features.device.type == 'cpu':
+    if features.dtype in HALF_TYPES and features.device.type == 'cpu':
         features = features.float()
     return features.contiguous()
 
@@ -128,78 +122,75 @@ def _batch_hard_triplet_loss(anchors, labels, candidates, candidate_labels, marg
 
 def _mine(anchors, labels, candidates, candidate_labels, with_loss, margin):
     """(loss, slope, dist_ap, dist_an, pos_idx, neg_idx); slope is ∂loss/∂dist_ap = −∂loss/∂dist_an."""
-    x, labels = heads_first(anchors), labels.to(torch.int64).contiguous()
-    y, candidate_labels = (None, None) if candidates is None else (heads_first(candidates), candidate_labels.to(torch.int64).contiguous())
-    if max(len(labels), len(labels if y is None else candidate_labels)) >= 2**31:
-        raise ValueError(f'want fewer than 2³¹ rows, got {len(labels)} anchors; mine in parts')
+    x, labels, y = heads_first(anchors), labels.to(torch.int64).contiguous(), None
+    if candidates is not None:
+        y, candidate_labels = heads_first(candidates), candidate_labels.to(torch.int64).contiguous()
+    if max(len(labels), 0 if y is None else len(candidate_labels)) >= 2**31:
+        raise UserError(f'There must be fewer than 2³¹ rows, not {len(labels)} anchors; mine them in parts')
     compiled = kernels(x.device)
     if compiled is None:
         if x.device.type == 'cpu':
-            _refuse_odd_rows(anchors, candidates)
+            _check_finite(anchors, candidates)
         mined = batch_hard_reference(x, labels, *((x, labels) if y is None else (y, candidate_labels)))
-        loss, slope = triplet_loss_reference(*mined, margin) if with_loss else (None, None)
+        results = *(triplet_loss_reference(*mined, margin) if with_loss else (None, None)), *mined
         heads = anchors.shape[:-2]
-        return tuple(None if tensor is None else tensor.reshape(heads + tensor.shape[1:]).clone() for tensor in (loss, slope, *mined))
+        return tuple(None if result is None else result.reshape(heads + result.shape[1:]).clone() for result in results)
     loss, slope, *mined = empty_results(anchors, with_loss)
     if not compiled.batch_hard.default(x, labels, y, candidate_labels, *mined, loss, slope, margin):
-        _refuse_odd_rows(anchors, candidates)
-        raise ValueError('want finite features, got NaN or infinity, which another thread has overwritten since; mine a clone')
+        _check_finite(anchors, candidates)
+        raise UserError('Features were NaN or infinite, and another thread has overwritten them since; mine a clone')
     return loss, slope, *mined
 
 
 def empty_results(anchors, with_loss):
     """What _mine returns, to be filled: in the shapes to return, since a view could not be changed in place."""
     dtype, shape = wide(anchors.dtype), anchors.shape[:-1]
-    loss = (anchors.new_empty(shape[:-1], dtype=dtype), anchors.new_empty(shape, dtype=dtype)) if with_loss else (None, None)
-    return *loss, *(anchors.new_empty(shape, dtype=each) for each in (dtype, dtype, torch.int64, torch.int64))
+    loss = slope = None
+    if with_loss:
+        loss, slope = anchors.new_empty(shape[:-1], dtype=dtype), anchors.new_empty(shape, dtype=dtype)
+    return loss, slope, *(anchors.new_empty(shape, dtype=each) for each in (dtype, dtype, torch.int64, torch.int64))
 
 
-def _refuse_odd_rows(anchors, candidates):
-    """ValueError that names the first row with NaN or infinity, if any."""
+def _check_finite(anchors, candidates):
     for name, features in (('anchors', anchors), ('candidates', candidates)):
         if features is not None and not features.isfinite().all():
             *head, row, column = (~features.isfinite()).nonzero()[0].tolist()
-            raise ValueError(f'want finite {name}, got {features[(*head, row, column)].item()} in head {", ".join(map(str, head)) or 0}, '
-                             f'row {row}, dimension {column}; look for what diverged, e.g. a learning rate too high')
+            raise UserError(f'{name} must be finite, but head {", ".join(map(str, head)) or 0}, row {row}, dimension '
+                            f'{column} is {features[(*head, row, column)].item()}; look for what diverged, '
+                            'e.g. by too high a learning rate')
 
 
 def batch_hard_reference(anchors, labels, candidates, candidate_labels):
     """batch_hard by its definition, in float64 (float32 on devices without it), some anchors at a time."""
-    dtype = torch.float32 if anchors.device.type == 'mps' else torch.float64
-    x, y = (rows.to(dtype).masked_fill(~rows.isfinite().all(-1, keepdim=True), torch.nan) for rows in (anchors, candidates))
-    unit = power_of_two(x, y)  # squares of what is near 1 stay in range
+    x, y = (rows.to(reference_type(rows.device)).masked_fill(~rows.isfinite().all(-1, keepdim=True), torch.nan)
+            for rows in (anchors, candidates))
+    largest = torch.stack([F.pad(rows.abs().nan_to_num(0, 0, 0).flatten(), (0, 1)).amax() for rows in (x, y)]).amax()
+    unit = power_of_two(largest)  # squares of what is near 1 stay in range
     x, y = x / unit, y / unit
-    tile = max(1, 2**22 // max(1, y.shape[0] * y.shape[1]))  # anchors at a time: so many distances that they fit anywhere
-    tiles = []
-    for some, of_labels in zip(x.split(tile, dim=1), labels.split(tile)):
-        dist = torch.cdist(some, y, compute_mode='donot_use_mm_for_euclid_dist') * unit              # (heads, tile, M)
-        positive = of_labels[:, None] == candidate_labels
+    tiles, tile = [], max(1, 2**22 // max(1, y.shape[0] * y.shape[1]))  # anchors whose distances fit anywhere
+    for x_tile, tile_labels in zip(x.split(tile, dim=1), labels.split(tile)):
+        dist = torch.cdist(x_tile, y, compute_mode='donot_use_mm_for_euclid_dist') * unit            # (heads, tile, M)
+        positive = tile_labels[:, None] == candidate_labels
         # One more column stands for "none", behind all others.
         dist_ap, pos_idx = F.pad(dist.masked_fill(~positive, -torch.inf), (0, 1), value=-torch.inf).max(-1)
         dist_an, neg_idx = F.pad(dist.masked_fill(positive, torch.inf), (0, 1), value=torch.inf).min(-1)
-        odd = some.isnan().any(-1)
-        dist_ap, dist_an = dist_ap.masked_fill(odd, torch.nan), dist_an.masked_fill(odd, torch.nan)
+        not_finite = x_tile.isnan().any(-1)
+        dist_ap, dist_an = dist_ap.masked_fill(not_finite, torch.nan), dist_an.masked_fill(not_finite, torch.nan)
         tiles.append((dist_ap, dist_an, pos_idx.masked_fill(dist_ap.isnan() | ~positive.any(-1), -1),
                       neg_idx.masked_fill(dist_an.isnan() | positive.all(-1), -1)))
     dist_ap, dist_an, pos_idx, neg_idx = (torch.cat(parts, dim=1) for parts in zip(*tiles))
     return dist_ap.to(wide(anchors.dtype)), dist_an.to(wide(anchors.dtype)), pos_idx, neg_idx
 
 
-def power_of_two(*tensors):
-    """About the largest finite magnitude in them, exact to divide by; 1 where there is none."""
-    largest = torch.stack([F.pad(tensor.abs().nan_to_num(0, 0, 0).flatten(), (0, 1)).amax() for tensor in tensors]).amax()
-    return torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), torch.frexp(largest)[1] - 1), 1)
-
-
 def triplet_loss_reference(dist_ap, dist_an, pos_idx, neg_idx, margin):
     """The mined pairs (heads, N) → loss (heads,) and its slope (heads, N)."""
     pair = ((pos_idx >= 0) & (neg_idx >= 0)) | dist_ap.isnan() | dist_an.isnan()
     share = 1 / pair.sum(-1, keepdim=True).clamp(min=1).to(dist_ap.dtype)
+    gap = dist_ap - dist_an
     if margin is None:
-        gap = dist_ap - dist_an
         term, slope = torch.logaddexp(gap, torch.zeros_like(gap)), gap.sigmoid()
     else:
-        gap = dist_ap - dist_an + margin
+        gap = gap + margin
         term, slope = gap.relu(), torch.where(gap.isnan(), gap, gap > 0)
     return (term.masked_fill(~pair, 0) * share).sum(-1), slope.masked_fill(~pair, 0) * share
 
@@ -209,8 +200,8 @@ def _batch_hard_backward(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx
     mined, grads = [dist_ap, dist_an, pos_idx, neg_idx], [grad_ap, grad_an, slope]
     if anchors.dim() != 3:
         mined = [tensor.reshape(x.shape[:2]) for tensor in mined]
-        grads = [tensor if tensor is None else tensor.reshape(x.shape[:tensor.dim() - anchors.dim() + 3]) for tensor in grads]
-    grads = [tensor if tensor is None else tensor.contiguous() for tensor in grads]
+        grads = [grad if grad is None else grad.reshape(x.shape[:grad.dim() - anchors.dim() + 3]) for grad in grads]
+    grads = [grad if grad is None else grad.contiguous() for grad in grads]
     compiled = kernels(x.device)
     if compiled is None:
         grad_anchors, grad_candidates = backward_reference(x, x if y is None else y, *mined, *grads)
@@ -219,17 +210,22 @@ def _batch_hard_backward(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx
     else:
         grad_anchors = torch.empty_like(x)
         grad_candidates = grad_anchors if y is None else torch.empty_like(y)
-        entries = [] if x.device.type == 'cpu' else pairs_by_candidate(mined[2], mined[3], (x if y is None else y).shape[1])
+        entries = ()
+        if x.device.type == 'cuda':
+            entries = pairs_by_candidate(mined[2], mined[3], (x if y is None else y).shape[1])
         compiled.batch_hard_backward.default(x, y, *mined, *grads, *entries, grad_anchors, grad_candidates)
     grad_anchors = grad_anchors.view_as(anchors).to(anchors.dtype)
-    return grad_anchors, grad_anchors.new_empty(0) if y is None else grad_candidates.view_as(candidates).to(candidates.dtype)
+    if y is None:
+        return grad_anchors, grad_anchors.new_empty(0)
+    return grad_anchors, grad_candidates.view_as(candidates).to(candidates.dtype)
 
 
 def pairs_by_candidate(pos_idx, neg_idx, m, scanned=2**24):
-    """The mined pairs of each candidate, as the CUDA kernel gathers them: entries (heads, 2N) sorted by candidate, offsets (heads, M + 1).
+    """The mined pairs of each candidate, as the CUDA kernel gathers them: entries (heads, 2N) sorted by candidate,
+    offsets (heads, M + 1).
 
-    Entry e < N stands for anchor e and its positive, N + e for e and its negative. (None, None) up to `scanned` anchors × candidates
-    of a head: looking through all pairs costs the kernel less than sorting them.
+    Entry e < N stands for anchor e and its positive, N + e for e and its negative. (None, None) up to `scanned` anchors
+    × candidates of a head: looking through all pairs costs the kernel less than sorting them.
     """
     if pos_idx.shape[1] * m <= scanned:
         return None, None
@@ -239,9 +235,10 @@ def pairs_by_candidate(pos_idx, neg_idx, m, scanned=2**24):
 
 
 def backward_reference(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx, grad_ap, grad_an, slope):
-    """Gradients of Σ grad_ap·dist_ap + grad_an·dist_an; with a slope of the loss, whose gradient grad_ap (heads,) then is."""
+    """Gradients of Σ grad_ap·dist_ap + grad_an·dist_an; with a slope of the loss, whose gradient grad_ap (heads,) then
+    is."""
     # In float64 not for its digits: PyTorch adds float32 rows with atomics on CPUs, in any order.
-    dtype = wide(anchors.dtype) if anchors.device.type == 'mps' else torch.float64
+    dtype = reference_type(anchors.device)
     if slope is not None:
         grad_ap = grad_ap[:, None] * slope
         grad_an = -grad_ap
@@ -258,29 +255,15 @@ def backward_reference(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx, 
     return to_anchors, to_candidates.unflatten(0, (heads, m + 1))[:, :m].contiguous()
 
 
-@torch.library.register_fake('mgn::batch_hard')
-def _(anchors, labels, candidates, candidate_labels):
-    return empty_results(anchors, with_loss=False)[2:]
+# Autograd of the operators by hand: torch.library.register_autograd and a second dispatch cost a batch of 64 a fifth of
+# its time.
 
-
-@torch.library.register_fake('mgn::batch_hard_triplet_loss')
-def _(anchors, labels, candidates, candidate_labels, margin):
-    return empty_results(anchors, with_loss=True)
-
-
-@torch.library.register_fake('mgn::batch_hard_backward')
-def _(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx, grad_ap, grad_an, slope):
-    grad_anchors = anchors.new_empty(anchors.shape)
-    return grad_anchors, anchors.new_empty(0) if candidates is None else candidates.new_empty(candidates.shape)
-
-
-# Autograd of the operators by hand: torch.library.register_autograd and a second dispatch cost a batch of 64 a fifth of its time.
-
-def below_autograd(operator, implementation, *inputs):
-    """operator(*inputs) without autograd; straight its implementation where no subclass or mode watches (compilers, tracers)."""
-    if type(inputs[0]) in (torch.Tensor, torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0:
+def _without_autograd(operator, implementation, *inputs):
+    """operator(*inputs) without autograd; its implementation directly where no subclass or mode watches, as tracers
+    do."""
+    if type(inputs[0]) in (torch.Tensor, torch.nn.Parameter) and watching_modes() == 0:
         return implementation(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return operator(*inputs)
 
 
@@ -288,7 +271,7 @@ class Mining(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, operator, implementation, anchors, labels, candidates, *rest):
-        output = below_autograd(operator, implementation, anchors, labels, candidates, *rest)
+        output = _without_autograd(operator, implementation, anchors, labels, candidates, *rest)
         *loss, dist_ap, dist_an, pos_idx, neg_idx = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(output[1:] if loss else output[2:]))
@@ -303,12 +286,14 @@ class Mining(torch.autograd.Function):
         if first is second is None:
             return (None,) * (5 + ctx.rest)
         if slope is None:
-            first, second = (torch.zeros_like(dist) if grad is None else grad for grad, dist in zip((first, second), mined))
+            pairs = zip((first, second), mined)
+            first, second = (torch.zeros_like(dist) if grad is None else grad for grad, dist in pairs)
         inputs = anchors, candidates, *mined, first, second, slope
+        operator = torch.ops.mgn.batch_hard_backward.default
         if torch.is_grad_enabled():  # by create_graph=True
-            to_anchors, to_candidates = torch.ops.mgn.batch_hard_backward.default(*inputs)
+            to_anchors, to_candidates = operator(*inputs)
         else:
-            to_anchors, to_candidates = below_autograd(torch.ops.mgn.batch_hard_backward.default, _batch_hard_backward, *inputs)
+            to_anchors, to_candidates = _without_autograd(operator, _batch_hard_backward, *inputs)
         return None, None, to_anchors, None, None if candidates is None else to_candidates, *(None,) * ctx.rest
 
 
@@ -317,18 +302,33 @@ class NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        return below_autograd(torch.ops.mgn.batch_hard_backward.default, _batch_hard_backward, *inputs)
+        return _without_autograd(torch.ops.mgn.batch_hard_backward.default, _batch_hard_backward, *inputs)
 
     @staticmethod
     def backward(ctx, *grads):
-        raise RuntimeError('want first derivatives of batch-hard mining, got create_graph=True and a second; there is none: '
-                           'measure distances with torch on the mined indices instead')
+        raise RuntimeError('Batch-hard mining has first derivatives only, but a second was asked for by '
+                           'create_graph=True; measure distances with torch operations on the mined indices instead')
 
 
-torch.library.impl('mgn::batch_hard', 'CompositeExplicitAutograd', _batch_hard)
-torch.library.impl('mgn::batch_hard_triplet_loss', 'CompositeExplicitAutograd', _batch_hard_triplet_loss)
+for _name, _implementation in (('batch_hard', _batch_hard), ('batch_hard_triplet_loss', _batch_hard_triplet_loss)):
+    _mining = functools.partial(Mining.apply, getattr(torch.ops.mgn, _name).default, _implementation)
+    torch.library.impl(f'mgn::{_name}', 'CompositeExplicitAutograd', _implementation)
+    torch.library.impl(f'mgn::{_name}', 'Autograd', _mining)
 torch.library.impl('mgn::batch_hard_backward', 'CompositeExplicitAutograd', _batch_hard_backward)
-torch.library.impl('mgn::batch_hard', 'Autograd', lambda *inputs: Mining.apply(torch.ops.mgn.batch_hard.default, _batch_hard, *inputs))
-torch.library.impl('mgn::batch_hard_triplet_loss', 'Autograd', lambda *inputs: Mining.apply(
-    torch.ops.mgn.batch_hard_triplet_loss.default, _batch_hard_triplet_loss, *inputs))
 torch.library.impl('mgn::batch_hard_backward', 'Autograd', NoSecondDerivative.apply)
+
+
+@torch.library.register_fake('mgn::batch_hard')
+def _(anchors, labels, candidates, candidate_labels):
+    return empty_results(anchors, with_loss=False)[2:]
+
+
+@torch.library.register_fake('mgn::batch_hard_triplet_loss')
+def _(anchors, labels, candidates, candidate_labels, margin):
+    return empty_results(anchors, with_loss=True)
+
+
+@torch.library.register_fake('mgn::batch_hard_backward')
+def _(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx, grad_ap, grad_an, slope):
+    grad_anchors = anchors.new_empty(anchors.shape)
+    return grad_anchors, anchors.new_empty(0) if candidates is None else candidates.new_empty(candidates.shape)

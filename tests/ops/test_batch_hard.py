@@ -223,7 +223,7 @@ def test_strided_expanded_and_narrow_inputs_are_taken(implementation, device, le
     assert_mined(batch_hard(constant, labels[::2]), constant, labels[::2])
 
 
-@pytest.mark.parametrize('dtype', sorted(triplet.INTEGERS, key=str))
+@pytest.mark.parametrize('dtype', sorted(triplet.INTEGER_TYPES, key=str))
 def test_labels_of_any_integer_type_are_taken(implementation, device, dtype):
     anchors, largest = random_features(6, 3, device=device), torch.iinfo(dtype).max
     labels = torch.tensor([0, largest, 0, largest, 1, 2], dtype=dtype).to(device)

@@ -12,25 +12,29 @@ X, LABELS = torch.ones(3, 8, 4), torch.zeros(8, dtype=torch.int64)
 
 
 @pytest.mark.parametrize('arguments, message', [
-    ((X[0, 0], LABELS), r'want anchors of shape \(..., rows, D\), real floating point, got shape \(4,\), torch.float32; a single head'),
-    ((X.long(), LABELS), r'want anchors .* got shape \(3, 8, 4\), torch.int64'),
-    ((X.to(torch.complex64), LABELS), 'want anchors .*, real floating point, got .* torch.complex64'),
-    ((X, LABELS[:7]), r'want labels of shape \(8,\), integers, for anchors of shape \(3, 8, 4\), got \(7,\), torch.int64; pass one label'),
-    ((X, LABELS.expand(3, 8)), r'want labels of shape \(8,\)'),
-    ((X, LABELS.float()), r'want labels .* integers, .* got \(8,\), torch.float32'),
-    ((X, LABELS.bool()), 'want labels .* integers, .* torch.bool'),
-    ((X, [0] * 8), 'want labels as a tensor, got list; torch.as_tensor makes one'),
-    ((X.tolist(), LABELS), 'want anchors as a tensor, got list'),
-    ((X, LABELS, X), 'want candidate_labels along with candidates, got candidates alone; pass both'),
-    ((X, LABELS, None, LABELS), 'want candidates along with candidate_labels, got candidate_labels alone'),
-    ((X, LABELS, X[0], LABELS), r'want candidates like the anchors but for their number, \(3, 8, 4\), torch.float32, got \(8, 4\)'),
-    ((X, LABELS, X[..., :3], LABELS), r'want candidates like the anchors .* got \(3, 8, 3\)'),
-    ((X, LABELS, X.half(), LABELS), 'want candidates like the anchors .* torch.float16; cast'),
-    ((X, LABELS, X, LABELS[:2]), r'want candidate_labels of shape \(8,\)'),
-    ((X, LABELS, X, LABELS.to(torch.uint64)), 'want labels and candidate_labels both uint64 or neither'),
-    ((X, LABELS, X.to('meta'), LABELS), 'want candidate_labels on meta, where the candidates are, got cpu; move'),
-    ((X, LABELS, X.to('meta'), LABELS.to('meta')), 'want candidates on cpu, where the anchors are, got meta; move'),
-    ((X, LABELS.to('meta')), 'want labels on cpu, where the anchors are, got meta; move'),
+    ((X[0, 0], LABELS), r'anchors must have the shape \(..., rows, D\) and a real floating type, not \(4,\) and torch.float32; '
+                        'reshape'),
+    ((X.long(), LABELS), r'anchors must have .* not \(3, 8, 4\) and torch.int64'),
+    ((X.to(torch.complex64), LABELS), 'anchors must have .* a real floating type, not .* torch.complex64'),
+    ((X, LABELS[:7]), r'labels must be integers of shape \(8,\), since anchors have the shape \(3, 8, 4\), '
+                      r'not torch.int64 of shape \(7,\); pass one label'),
+    ((X, LABELS.expand(3, 8)), r'labels must be integers of shape \(8,\)'),
+    ((X, LABELS.float()), r'labels must be integers .* not torch.float32 of shape \(8,\)'),
+    ((X, LABELS.bool()), 'labels must be integers .* not torch.bool'),
+    ((X, [0] * 8), 'labels must be a tensor, not list; torch.as_tensor makes one'),
+    ((X.tolist(), LABELS), 'anchors must be a tensor, not list'),
+    ((X, LABELS, X), 'candidates came without candidate_labels; pass both'),
+    ((X, LABELS, None, LABELS), 'candidate_labels came without candidates; pass both'),
+    ((X, LABELS, X[0], LABELS), r'candidates must be like anchors, \(3, 8, 4\) of torch.float32, '
+                                r'in all but the number of rows, not \(8, 4\)'),
+    ((X, LABELS, X[..., :3], LABELS), r'candidates must be like anchors, .* not \(3, 8, 3\)'),
+    ((X, LABELS, X.half(), LABELS), 'candidates must be like anchors, .* torch.float16; cast'),
+    ((X, LABELS, X, LABELS[:2]), r'candidate_labels must be integers of shape \(8,\)'),
+    ((X, LABELS, X, LABELS.to(torch.uint64)), 'labels and candidate_labels must both be uint64 or neither, '
+                                              'not torch.int64 and torch.uint64; cast'),
+    ((X, LABELS, X.to('meta'), LABELS), 'candidate_labels must be on meta like candidates, not on cpu; move'),
+    ((X, LABELS, X.to('meta'), LABELS.to('meta')), 'candidates must be on cpu like anchors, not on meta; move'),
+    ((X, LABELS.to('meta')), 'labels must be on cpu like anchors, not on meta; move'),
 ])
 def test_what_does_not_go_together_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -41,7 +45,7 @@ def test_what_does_not_go_together_is_refused(arguments, message):
 
 @pytest.mark.parametrize('margin', [float('nan'), float('inf'), torch.tensor(0.3)])
 def test_a_margin_that_is_no_number_is_refused(margin):
-    with pytest.raises(ValueError, match='want a finite number as margin, or None for the soft margin, got'):
+    with pytest.raises(ValueError, match='margin must be a finite number, not .*; None is the soft margin'):
         batch_hard_triplet_loss(X, LABELS, margin)
 
 
@@ -53,13 +57,13 @@ def test_features_that_are_not_finite_are_named_on_the_cpu(monkeypatch, referenc
         monkeypatch.setattr(triplet, 'kernels', lambda device: None)
     spoilt = X.to(dtype).clone()
     spoilt[1, 5, 2] = value
-    with pytest.raises(ValueError, match=f'want finite anchors, got {value} in head 1, row 5, dimension 2; look for what diverged'):
+    with pytest.raises(ValueError, match=f'anchors must be finite, but head 1, row 5, dimension 2 is {value}; look for what diverged'):
         batch_hard_triplet_loss(spoilt, LABELS)
-    with pytest.raises(ValueError, match='want finite candidates, got .* in head 1, row 5, dimension 2'):
+    with pytest.raises(ValueError, match='candidates must be finite, but head 1, row 5, dimension 2 is '):
         batch_hard(X.to(dtype), LABELS, spoilt, LABELS)
-    with pytest.raises(ValueError, match='in head 0, row 5'):
+    with pytest.raises(ValueError, match='head 0, row 5'):
         batch_hard(spoilt[1], LABELS)
-    with pytest.raises(ValueError, match='in head 0, 1, row 5'):
+    with pytest.raises(ValueError, match='head 0, 1, row 5'):
         batch_hard(spoilt[None], LABELS)
 
 
@@ -67,7 +71,7 @@ def test_second_derivatives_are_refused_instead_of_being_0(device):
     anchors, labels = random_features(8, 4, device=device).requires_grad_(), random_labels(8, device=device)
     for value in (batch_hard_triplet_loss(anchors, labels), batch_hard(anchors, labels).dist_an.sum()):
         gradient, = torch.autograd.grad(value, anchors, create_graph=True)
-        with pytest.raises(RuntimeError, match='want first derivatives of batch-hard mining'):
+        with pytest.raises(RuntimeError, match='Batch-hard mining has first derivatives only'):
             gradient.square().sum().backward()
 
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from mining import (RELATIVE_ERROR, assert_mined, cases, examples, naive, naive_loss, random_candidates,
                     random_features, random_labels)
 
-from mgn.ops.distance import METRICS, pairwise_distance_reference
+from mgn.ops.distance import DISTANCES as METRICS, pairwise_distance_reference
 from mgn.ops.triplet import backward_reference, batch_hard_reference, pairs_by_candidate, triplet_loss_reference
 
 

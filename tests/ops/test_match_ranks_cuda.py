@@ -6,7 +6,7 @@ import torch
 from rankings import METRICS, extremes, near_ties, problem
 
 from mgn.ops import match_ranks
-from mgn.ops.filter import PRECISIONS
+from mgn.ops.arguments import PRECISIONS
 
 
 pytestmark = pytest.mark.usefixtures('gpu')
@@ -52,11 +52,11 @@ def test_features_that_are_not_finite_are_named(device):
         query, gallery, *ids = problem(5, 33, 7)
         features = [torch.from_numpy(x).to(device) for x in (query, gallery)]
         features[which][4, 3] = torch.nan
-        with pytest.raises(ValueError, match=f'{name} features, got NaN or infinity in row 4'):
+        with pytest.raises(ValueError, match=f'{name} features must be finite, but row 4 has NaN or infinity'):
             match_ranks(*features, *ids)
 
 
 def test_features_on_two_devices_are_refused(device):
     query, gallery, *ids = problem(5, 33, 7)
-    with pytest.raises(ValueError, match='one device'):
+    with pytest.raises(ValueError, match='must be on one device'):
         match_ranks(torch.from_numpy(query).to(device), gallery, *ids)

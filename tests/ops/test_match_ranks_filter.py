@@ -8,7 +8,9 @@ import torch
 from memory import only_linux, printed
 from rankings import METRICS, clustered, extremes, naive_ranks, near_ties, problem, ranks_of, same
 
-from mgn.ops import filter, match_ranks, ranking
+from mgn.ops import match_ranks
+from mgn.ops.arguments import PRECISIONS
+from mgn.ops.ranking import product, ranks
 
 MAKERS = [near_ties, problem, extremes]
 
@@ -19,7 +21,7 @@ def test_tiles_change_nothing(monkeypatch, make, metric):
     args = make(11, 120, 33)
     expected = match_ranks(*args, metric=metric)
     for tile in ((1, 1), (7, 3), (64, 11), (1000, 2)):
-        monkeypatch.setattr(ranking, 'tile_of', lambda query, gallery: tile)
+        monkeypatch.setattr(ranks, 'tile_of', lambda query, gallery: tile)
         assert same(match_ranks(*args, metric=metric), expected)
 
 
@@ -45,7 +47,7 @@ def test_precision_changes_nothing_but_what_goes_by_key(ranking, monkeypatch, ma
     """Also where this CPU has no units for it: float32 products of the rounded operands err no more than those would."""
     args = make(12, 900) if make is clustered else make(11, 300, 33)
     expected = match_ranks(*args, metric=metric)
-    monkeypatch.setattr(filter, 'available', lambda precision, device: precision)
+    monkeypatch.setattr(product, 'available', lambda precision, device: precision)
     got = match_ranks(*args, metric=metric, precision=precision)
     assert same(got, expected)
     if make is clustered:
@@ -54,39 +56,39 @@ def test_precision_changes_nothing_but_what_goes_by_key(ranking, monkeypatch, ma
 
 def test_operands_keep_what_their_precision_promises():
     x = torch.from_numpy(problem(50, 1, 40)[0]).mul(torch.logspace(-8, 8, 50)[:, None])
-    rounded = filter.operand(x, 'tf32')
+    rounded = product.operand(x, 'tf32')
     assert (rounded.view(torch.int32) & 0x1fff == 0).all()
     assert ((rounded - x).abs() <= 2.0 ** -11 * x.abs()).all() and ((rounded - x).abs() > 2.0 ** -12.5 * x.abs()).any()
-    large, small = filter.operand(x, 'bfloat16')
+    large, small = product.operand(x, 'bfloat16')
     assert torch.equal(large, large.bfloat16().float()) and torch.equal(small, small.bfloat16().float())
     assert ((large.double() + small - x.double()).abs() <= 2.0 ** -16 * x.abs()).all()
 
 
-@pytest.mark.parametrize('precision', filter.PRECISIONS)
+@pytest.mark.parametrize('precision', PRECISIONS)
 @pytest.mark.parametrize('width', [1, 7, 256, 2048])
 def test_products_err_less_than_they_are_said_to(precision, width):
     rng = np.random.default_rng(width)
     for make in (lambda n: rng.standard_normal((n, width)), lambda n: rng.random((n, width)), lambda n: rng.standard_normal((n, width)) ** 9):
         q, g = (torch.from_numpy(make(n).astype(np.float32)) for n in (40, 300))
-        with filter.exact_float32():
-            products = filter.products(filter.operand(q, precision), filter.operand(g, precision), precision)
+        with product.exact_float32():
+            products = product.products(product.operand(q, precision), product.operand(g, precision), precision)
         error = (products.double() - q.double() @ g.double().T).abs() / (q.double().norm(dim=1)[:, None] * g.double().norm(dim=1))
-        assert error.max() <= filter.relative_error(precision, width, torch.device('cpu'))
+        assert error.max() <= product.relative_error(precision, width, torch.device('cpu'))
 
 
 @pytest.mark.parametrize('metric', METRICS)
 def test_every_gemm_gives_the_same_ranks(monkeypatch, metric):
     args, results = clustered(), []
-    ways = filter.gemms(torch.device('cpu'))
+    ways = product.gemms(torch.device('cpu'))
     for way in [*ways, lambda q, g: (q.double() @ g.double().T).float(), lambda q, g: torch.einsum('qd,gd->qg', q.flip(1), g.flip(1))]:
-        monkeypatch.setattr(filter, 'gemms', lambda device: (way,))
+        monkeypatch.setattr(product, 'gemms', lambda device: (way,))
         results.append(match_ranks(*args, metric=metric))
     assert len(results) >= 3 and all(same(result, results[0]) for result in results)
 
 
 def test_the_fastest_gemm_is_found_by_trial(monkeypatch):
-    monkeypatch.setattr(filter, 'TIMES', {})
-    monkeypatch.setattr(filter, 'WORTH_A_TRIAL', 10)
+    monkeypatch.setattr(product, 'TIMES', {})
+    monkeypatch.setattr(product, 'WORTH_A_TRIAL', 10)
     calls = []
 
     def way(name, seconds):
@@ -98,12 +100,12 @@ def test_the_fastest_gemm_is_found_by_trial(monkeypatch):
         return run
 
     clock = [0.0]
-    monkeypatch.setattr(filter.time, 'perf_counter', lambda: clock[0])
+    monkeypatch.setattr(product.time, 'perf_counter', lambda: clock[0])
     ways = way('slow', 2), way('fast', 1)
     for _ in range(10):
-        filter.fastest(ways, torch.ones(4, 3), torch.ones(5, 3))
+        product.fastest(ways, torch.ones(4, 3), torch.ones(5, 3))
     assert calls[:6] == ['slow', 'fast'] * 3 and calls[6:] == ['fast'] * 4
-    filter.fastest(ways, torch.ones(1, 2), torch.ones(1, 2))  # too small to tell
+    product.fastest(ways, torch.ones(1, 2), torch.ones(1, 2))  # too small to tell
     assert calls[-1] == 'slow'
 
 
@@ -132,7 +134,7 @@ def test_settings_of_torch_change_nothing_and_are_restored(make):
         assert same(match_ranks(*args), expected)
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
     torch.set_default_dtype(torch.float64)
-    filter.float32_is_float32.cache_clear()  # the probe is of float32 nevertheless
+    product.float32_is_float32.cache_clear()  # the probe is of float32 nevertheless
     try:
         assert same(match_ranks(*args), expected)
     finally:
@@ -166,15 +168,15 @@ def test_a_product_that_drops_bits_is_found_out_and_taken_for_what_it_is(monkeyp
     coarse = lambda q, g: (q.bfloat16() @ g.bfloat16().T).float()  # noqa: E731
     args = clustered()
     expected = match_ranks(*args)
-    filter.float32_is_float32.cache_clear()
-    monkeypatch.setattr(filter, 'gemms', lambda device: (coarse,))
+    product.float32_is_float32.cache_clear()
+    monkeypatch.setattr(product, 'gemms', lambda device: (coarse,))
     try:
-        assert not filter.float32_is_float32(torch.device('cpu'))
-        assert filter.relative_error('float32', 64, torch.device('cpu')) > 2.0 ** -7
+        assert not product.float32_is_float32(torch.device('cpu'))
+        assert product.relative_error('float32', 64, torch.device('cpu')) > 2.0 ** -7
     finally:
-        filter.float32_is_float32.cache_clear()
-    monkeypatch.setattr(filter, 'gemms', lambda device: (lambda q, g: q.bfloat16().float() @ g.bfloat16().float().T,))
-    monkeypatch.setattr(filter, 'float32_is_float32', lambda device: False)
+        product.float32_is_float32.cache_clear()
+    monkeypatch.setattr(product, 'gemms', lambda device: (lambda q, g: q.bfloat16().float() @ g.bfloat16().float().T,))
+    monkeypatch.setattr(product, 'float32_is_float32', lambda device: False)
     got = match_ranks(*args)
     assert same(got, expected) and got.redecided > expected.redecided
 

@@ -5,9 +5,8 @@ import pytest
 import torch
 from rankings import METRICS, extremes, near_ties, problem
 
-from mgn.ops.query_expansion import expand_queries
-from mgn.ops import k_reciprocal_ranks, topk, topk_from_distance
-from mgn.ops.filter import PRECISIONS
+from mgn.ops import expand_queries, k_reciprocal_ranks, topk, topk_from_distance
+from mgn.ops.arguments import PRECISIONS
 
 pytestmark = pytest.mark.usefixtures('gpu')
 
@@ -44,5 +43,5 @@ def test_neighbours_of_distances_are_those_of_the_cpu(device, dtype):
         assert got.indices.is_cuda and torch.equal(got.indices.cpu(), expected.indices) and torch.equal(got.distances.cpu(), expected.distances)
     dist = dist.to(device)
     dist[3, 4] = torch.nan
-    with pytest.raises(ValueError, match='NaN at row 3, column 4'):
+    with pytest.raises(ValueError, match='row 3, column 4 is NaN'):
         topk_from_distance(dist, 5)

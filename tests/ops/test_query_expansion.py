@@ -5,8 +5,7 @@ import pytest
 import torch
 from rankings import extremes, naive_expansion, problem
 
-from mgn.ops import query_expansion as expansion
-from mgn.ops.query_expansion import expand_queries
+from mgn.ops import expand_queries, query_expansion
 
 
 def tensors(device, *arrays):
@@ -69,7 +68,7 @@ def test_blocks_of_queries_change_nothing(monkeypatch, device):
     query, gallery = tensors(device, *problem(23, 40, 6)[:2])
     whole = expand_queries(query, gallery, 7)
     for numbers in (1, 12, 24, 30):
-        monkeypatch.setattr(expansion, 'BLOCK', numbers)
+        monkeypatch.setattr(query_expansion, 'BLOCK', numbers)
         assert torch.equal(expand_queries(query, gallery, 7), whole)
 
 
@@ -92,25 +91,31 @@ def test_features_that_are_not_finite_are_named(value, device):
     for name, row in (('query', 1), ('gallery', 3)):
         query, gallery = tensors(device, *problem(4, 6, 3)[:2])
         {'query': query, 'gallery': gallery}[name][row, 2] = value
-        with pytest.raises(ValueError, match=f'want finite {name} features, got NaN or infinity in row {row}'):
+        with pytest.raises(ValueError, match=f'{name} features must be finite, but row {row} has NaN or infinity'):
             expand_queries(query, gallery, 2)
+
+
+def test_a_compiled_caller_gets_the_same_bits(device):
+    query, gallery = tensors(device, *problem(5, 20, 8)[:2])
+    compiled = torch.compile(lambda q, g: expand_queries(q, g, 4) * 2, backend='aot_eager')
+    assert torch.equal(compiled(query, gallery), expand_queries(query, gallery, 4) * 2)
 
 
 @pytest.mark.parametrize('alpha', [-0.1, float('nan'), float('inf')])
 def test_alpha_out_of_range_is_an_error(alpha, device):
-    with pytest.raises(ValueError, match=f'want alpha as a finite number from 0, got {alpha}; 3 is usual'):
+    with pytest.raises(ValueError, match=f'alpha must be a finite number from 0, not {alpha}; 3 is usual'):
         expand_queries(*tensors(device, *problem(2, 3, 2)[:2]), 2, alpha)
 
 
 @pytest.mark.parametrize('k', [0, -1, 4097, True, 2.0])
 def test_k_out_of_range_is_an_error(k, device):
-    with pytest.raises(ValueError, match=f'want k as an integer from 1 to 4096, got {k}'):
+    with pytest.raises(ValueError, match=f'k must be an integer from 1 to 4096, not {k}'):
         expand_queries(*tensors(device, *problem(2, 3, 2)[:2]), k)
 
 
 def test_features_that_do_not_fit_are_an_error(device):
     query, gallery = tensors(device, *problem(2, 3, 4)[:2])
-    with pytest.raises(ValueError, match='query and gallery of one width'):
+    with pytest.raises(ValueError, match='query and gallery must have rows of one width'):
         expand_queries(query, gallery[:, :3], 2)
-    with pytest.raises(ValueError, match='query features .* of float32 or half precision, got .*float64'):
+    with pytest.raises(ValueError, match='query features must .* float32 or half precision, not .*float64'):
         expand_queries(query.double(), gallery, 2)

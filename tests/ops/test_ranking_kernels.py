@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from mining import examples
 from rankings import METRICS, extremes, naive_ranks, near_ties, problem, ranks_of
 
-from mgn.ops import match_ranks, nearest, ranking, topk
+from mgn.ops import match_ranks, topk
+from mgn.ops.ranking import keys, ranks
 
 # Queries, gallery, dimensions: around 16 lanes a pair, 16 pairs a block, 256 threads, tiles of 7 queries and 300 items.
 SIZES = [(1, 1, 1), (3, 17, 16), (8, 40, 15), (2, 301, 33), (5, 570, 3)]
@@ -23,8 +24,8 @@ def emulated(kernels, monkeypatch):
     @contextmanager
     def emulated(kind='plain', order='forward', items=300, queries=7):
         with kernels(kind, order, 'ranking') as process, monkeypatch.context() as patch:
-            patch.setattr(ranking, 'kernels', lambda device: ranking_kernels(process))
-            patch.setattr(ranking, 'tile_of', lambda query, gallery: (items, queries))
+            patch.setattr(keys, 'kernels', lambda device: ranking_kernels(process))
+            patch.setattr(ranks, 'tile_of', lambda query, gallery: (items, queries))
             yield process
     return emulated
 
@@ -65,7 +66,7 @@ def test_neighbours_by_the_same_kernels_and_torch_topk(emulated, monkeypatch, me
         query, gallery, *_ = make(5, 90, 17)
         expected = topk(query, gallery, 20, metric), topk(gallery, gallery, 20, metric, exclude_self=True)
         with emulated() as process, monkeypatch.context() as patch:
-            patch.setattr(nearest, 'kernels', lambda device: ranking_kernels(process))
+            patch.setattr(keys, 'kernels', lambda device: ranking_kernels(process))
             got = topk(query, gallery, 20, metric), topk(gallery, gallery, 20, metric, exclude_self=True)
         assert all(np.array_equal(a, b) for pair in zip(got, expected) for a, b in zip(*pair))
 
@@ -84,7 +85,7 @@ def test_features_that_are_not_finite_are_named(emulated):
     for which, name in ((0, 'query'), (1, 'gallery')):
         args = list(problem(5, 33, 7))
         args[which][4, 3] = np.nan
-        with emulated(), pytest.raises(ValueError, match=f'{name} features, got NaN or infinity in row 4'):
+        with emulated(), pytest.raises(ValueError, match=f'{name} features must be finite, but row 4 has NaN or infinity'):
             match_ranks(*args)
 
 

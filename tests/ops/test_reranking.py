@@ -10,17 +10,18 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from implementations import COMPILED, IMPLEMENTATIONS, run_as
 from memory import only_linux, printed
 from mining import examples
-from rankings import METRICS, clustered, extremes, naive_keys, near_ties, problem, same
+from rankings import METRICS, clustered, extremes, naive_keys, near_ties, problem, published_distances, same
 
-from mgn.ops import filter, k_reciprocal_ranks, match_ranks, match_ranks_from_distance, nearest, ranking_reference, re_ranking, reranking
-from mgn.ops.reranking_reference import final_distances
+from mgn.ops import drop_in, k_reciprocal_ranks, match_ranks, match_ranks_from_distance, re_ranking, topk
+from mgn.ops.arguments import PRECISIONS
+from mgn.ops.ranking import nearest, product, ranks, reference, reranking
 
 PARAMETERS = [(20, 6, 0.3), (5, 1, 0.3), (7, 3, 0.0), (4, 2, 1.0), (1, 1, 0.5), (3, 9, 0.9), (30, 6, 1e-9), (60, 30, 0.3)]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request, monkeypatch):
-    return run_as(request.param, 'reranking', monkeypatch, 'cpu')
+    return run_as(request.param, 'ranking.keys', monkeypatch, 'cpu')
 
 
 def keys_and_squares(query, gallery, metric):
@@ -33,7 +34,7 @@ def keys_and_squares(query, gallery, metric):
 def naive_final(query, gallery, shapes, metric, k1, k2, lambda_value):
     """Of the bytes of the features; computed once for all implementations."""
     features = [np.frombuffer(of, np.float32).reshape(shape) for of, shape in zip((query, gallery), shapes)]
-    return final_distances(*keys_and_squares(*features, metric), len(features[0]), k1, k2, lambda_value)
+    return published_distances(*keys_and_squares(*features, metric), len(features[0]), k1, k2, lambda_value)
 
 
 def naive(query, gallery, ids, k1, k2, lambda_value, metric='cosine', junk_pid=-1):
@@ -107,9 +108,9 @@ def dense(metric, lambda_value):
     query, gallery, *_ = problem(3, 2100, 2)
     features, owners, items = torch.from_numpy(np.concatenate((query, gallery))), *torch.cartesian_prod(*[torch.arange(2103)] * 2).T.contiguous()
     keys = torch.empty(2103 ** 2, dtype=torch.float64)
-    ranking_reference.canonical_keys(features, features, owners, items, metric == 'cosine', keys)
+    reference.canonical_keys(features, features, owners, items, metric == 'cosine', keys)
     keys = keys.view(2103, 2103).numpy()
-    return query, gallery, final_distances(keys, np.square(np.maximum(1 + keys, 0)) if metric == 'cosine' else keys, 3, lambda_value=lambda_value)
+    return query, gallery, published_distances(keys, np.square(np.maximum(1 + keys, 0)) if metric == 'cosine' else keys, 3, lambda_value=lambda_value)
 
 
 @pytest.mark.parametrize('metric, lambda_value', [('cosine', 0.3), pytest.param('euclidean', 0, marks=pytest.mark.long)])
@@ -142,12 +143,12 @@ def test_no_query_or_no_gallery(implementation, Q, G):
 def test_tiles_threads_precision_and_implementation_change_nothing(monkeypatch, metric):
     args = clustered(40, 500, pids=40, copies=90)
     expected = k_reciprocal_ranks(*args, metric=metric)
-    monkeypatch.setattr(filter, 'available', lambda precision, device: precision)
+    monkeypatch.setattr(product, 'available', lambda precision, device: precision)
     for tile in ((100, 64), (64, 37), (999, 2000)):
-        for module in (nearest, reranking):
+        for module in (nearest, ranks, reranking):
             monkeypatch.setattr(module, 'tile_of', lambda query, gallery: tile)
         assert same(k_reciprocal_ranks(*args, metric=metric), expected)
-    for precision in filter.PRECISIONS:
+    for precision in PRECISIONS:
         assert same(k_reciprocal_ranks(*args, metric=metric, precision=precision), expected)
     threads = torch.get_num_threads()
     try:
@@ -157,7 +158,7 @@ def test_tiles_threads_precision_and_implementation_change_nothing(monkeypatch, 
     finally:
         torch.set_num_threads(threads)
     for name in IMPLEMENTATIONS[1:]:
-        run_as(name, 'reranking', monkeypatch, 'cpu')
+        run_as(name, 'ranking.keys', monkeypatch, 'cpu')
         assert same(k_reciprocal_ranks(*args, metric=metric), expected)
 
 
@@ -176,14 +177,14 @@ def test_every_container_type_and_layout_gives_the_same_ranks():
 @pytest.mark.parametrize('items, k1, k2', [(40, 3, 2), (300, 20, 6), (30, 29, 30)])
 def test_sparse_rows_of_kernels_and_references_are_the_same_bits(items, k1, k2):
     features = torch.from_numpy(clustered(0, items, pids=40, copies=90)[1])
-    near = nearest.topk(features, features, max(k1 + 1, k2)).indices
+    near = topk(features, features, max(k1 + 1, k2)).indices
     results = []
-    for sparse in (torch.ops.mgn_cpu, reranking.reranking_reference):
+    for sparse in (torch.ops.mgn_cpu, reference):
         offsets, columns = sparse.reciprocal(near[:, :k1 + 1].contiguous(), round(k1 / 2) + 1)
         values = torch.from_numpy(np.random.default_rng(1).random(len(columns)))
         mean = sparse.mean_rows(offsets, columns, values, near[:, :k2].contiguous())
-        of_gallery = sparse.transpose(*reranking.of_rows(mean, 9, items), items)
-        results.append([offsets, columns, *mean, *of_gallery, *sparse.overlap(*reranking.of_rows(mean, 0, 9), *of_gallery, items - 9)])
+        of_gallery = sparse.transpose(*reranking.rows_between(mean, 9, items), items)
+        results.append([offsets, columns, *mean, *of_gallery, *sparse.overlap(*reranking.rows_between(mean, 0, 9), *of_gallery, items - 9)])
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*results)) and len(results[0][-1]) > 9
 
 
@@ -197,7 +198,7 @@ def matrices(query, gallery, metric='cosine', dtype=np.float64):
 def final_of_matrices(dtype, k1, k2, lambda_value):
     q_g, q_q, g_g = matrices(*problem(9, 50, 5)[:2], dtype=dtype)
     whole = np.block([[q_q.T, q_g], [q_g.T, g_g.T]]).astype(np.float64)
-    return final_distances(whole, whole * whole, 9, k1, k2, lambda_value)
+    return published_distances(whole, whole * whole, 9, k1, k2, lambda_value)
 
 
 @pytest.mark.parametrize('k1, k2, lambda_value', PARAMETERS)
@@ -220,8 +221,8 @@ def test_re_ranking_takes_matrices_that_are_not_symmetric_by_column_and_negative
     whole = np.block([[q_q.T, q_g], [q_g.T, g_g.T]]).astype(np.float64)
     for rows in (None, 59 * 7):  # seven rows at a time
         if rows:
-            monkeypatch.setattr(reranking, 'ROWS', rows)
-        np.testing.assert_allclose(re_ranking(q_g, q_q, g_g, 6, 3, 0.4), final_distances(abs(whole), whole * whole, 9, 6, 3, 0.4), rtol=3e-7)
+            monkeypatch.setattr(drop_in, 'ROWS', rows)
+        np.testing.assert_allclose(re_ranking(q_g, q_q, g_g, 6, 3, 0.4), published_distances(abs(whole), whole * whole, 9, 6, 3, 0.4), rtol=3e-7)
 
 
 @pytest.mark.parametrize('scale', [1e155, 1e300, 1e-162, 1e-300])
@@ -232,7 +233,7 @@ def test_re_ranking_of_distances_whose_squares_leave_the_range(implementation, s
 
 def test_re_ranking_of_zero_distances_is_finite(implementation):
     got = re_ranking(np.zeros((3, 5)), np.zeros((3, 3)), np.zeros((5, 5)))
-    assert np.array_equal(got, final_distances(np.zeros((8, 8)), np.zeros((8, 8)), 3).astype(np.float32)) and np.isfinite(got).all()
+    assert np.array_equal(got, published_distances(np.zeros((8, 8)), np.zeros((8, 8)), 3).astype(np.float32)) and np.isfinite(got).all()
 
 
 @pytest.mark.skipif(importlib.util.find_spec('torchreid') is None, reason='an optional comparison: make peers installs torchreid')
@@ -244,14 +245,14 @@ def test_numbers_equal_torchreids_and_fast_reids(k1, k2, lambda_value, metric):
     given = matrices(query, gallery, metric, np.float32)
     expected = torchreid_re_ranking()(*given, k1, k2, lambda_value)
     np.testing.assert_allclose(re_ranking(*given, k1, k2, lambda_value), expected, atol=1e-5)
-    np.testing.assert_allclose(final_distances(*keys_and_squares(query, gallery, metric), 12, k1, k2, lambda_value), expected, atol=1e-5)
+    np.testing.assert_allclose(published_distances(*keys_and_squares(query, gallery, metric), 12, k1, k2, lambda_value), expected, atol=1e-5)
     np.testing.assert_allclose(re_ranking(*given, k1, k2, lambda_value), fastreid_re_ranking()(*given, k1, k2, lambda_value), atol=1e-5)
 
 
 @pytest.mark.parametrize('options, message', [
-    ({'k1': 0}, 'want k1 as an integer from 1 to 2³¹ − 1, got 0'), ({'k1': 10 ** 19}, 'want k1'), ({'k1': 2.0}, 'want k1'), ({'k2': 0}, 'want k2'), ({'k2': True}, 'want k2'),
-    ({'lambda_value': -0.1}, 'want lambda_value as a number from 0 to 1, got -0.1'), ({'lambda_value': float('nan')}, 'want lambda_value'),
-    ({'lambda_value': None}, 'want lambda_value')])
+    ({'k1': 0}, 'k1 must be an integer from 1 to 2147483647, not 0'), ({'k1': 10 ** 19}, 'k1 must'), ({'k1': 2.0}, 'k1 must'), ({'k2': 0}, 'k2 must'), ({'k2': True}, 'k2 must'),
+    ({'lambda_value': -0.1}, 'lambda_value must be a finite number from 0 to 1, not -0.1'), ({'lambda_value': float('nan')}, 'lambda_value must'),
+    ({'lambda_value': None}, 'lambda_value must')])
 def test_parameters_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         k_reciprocal_ranks(*problem(3, 4, 5), **options)
@@ -259,8 +260,8 @@ def test_parameters_out_of_range_are_refused(options, message):
         re_ranking(np.ones((3, 4)), np.ones((3, 3)), np.ones((4, 4)), **options)
 
 
-@pytest.mark.parametrize('options, message', [({'metric': 'manhattan'}, "got 'manhattan'"), ({'precision': 'int8'}, "got 'int8'"),
-                                              ({'junk_pid': 1.5}, 'want junk_pid')])
+@pytest.mark.parametrize('options, message', [({'metric': 'manhattan'}, "not 'manhattan'"), ({'precision': 'int8'}, "not 'int8'"),
+                                              ({'junk_pid': 1.5}, 'junk_pid must')])
 def test_unknown_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         k_reciprocal_ranks(*problem(3, 4, 5), **options)
@@ -271,12 +272,12 @@ def test_what_is_not_finite_is_named(implementation, value):
     for which, name in ((0, 'query'), (1, 'gallery')):
         args = list(problem(33, 40, 5))
         args[which][31, 4] = value
-        with pytest.raises(ValueError, match=f'want finite {name} features, got NaN or infinity in row 31'):
+        with pytest.raises(ValueError, match=f'{name} features must be finite, but row 31 has NaN or infinity'):
             k_reciprocal_ranks(*args)
     for which, name in ((0, 'query 2|gallery item 2'), (1, 'query 2'), (2, 'gallery item 2')):
         given = [x.copy() for x in matrices(*problem(3, 7, 5)[:2])]
         given[which][2, 2] = value
-        with pytest.raises(ValueError, match=f'want finite distances, got NaN or infinity among those of ({name});'):
+        with pytest.raises(ValueError, match=f'Distances must be finite, but those of ({name}) have NaN or infinity;'):
             re_ranking(*given)
 
 
@@ -290,13 +291,17 @@ def test_shapes_that_do_not_fit_are_refused():
         k_reciprocal_ranks(*problem(3, 4, 5)[:3], [1], [0] * 3, [0] * 4)
 
 
-def test_the_operators_keep_torchs_contract(device):
+def test_a_compiled_caller_gets_the_same_bits(device):
     query, gallery, *ids = problem(5, 40, 9)
-    features, ids = [torch.from_numpy(x).to(device) for x in (query, gallery)], [torch.from_numpy(x) for x in ids]
-    torch.library.opcheck(torch.ops.mgn.k_reciprocal_ranks.default, (*features, *ids, 5, 3, 0.3, 'cosine', -1, 'float32'))
-    torch.library.opcheck(torch.ops.mgn.re_ranking.default, (*(torch.from_numpy(x).to(device) for x in matrices(query, gallery)), 5, 3, 0.3))
-    compiled = torch.compile(lambda q, g: k_reciprocal_ranks(q, g, *ids).ranks, backend='aot_eager')
-    assert np.array_equal(compiled(*features), k_reciprocal_ranks(*features, *ids).ranks)
+    features = [torch.from_numpy(x).to(device) for x in (query, gallery)]
+    given = [torch.from_numpy(x).to(device) for x in matrices(query, gallery)]
+
+    def caller(query, gallery, *given):
+        ranks = k_reciprocal_ranks(query * 2, gallery * 2, *ids)
+        return *ranks, re_ranking(*given), torch.from_numpy(re_ranking(*given)) * 2
+    expected = caller(*features, *given)
+    got = torch.compile(caller, backend='aot_eager')(*features, *given)
+    assert len(expected[1]) and all(np.array_equal(*pair) for pair in zip(got, expected))
 
 
 MEMORY = '''

@@ -1,4 +1,4 @@
-"""The matrix product that decides most pairs of a ranking, by how much it may err, and what keeps it to that."""
+"""The matrix product that decides most pairs of a ranking, its error bound, and the settings that keep it to that."""
 
 import contextlib
 import functools
@@ -8,10 +8,11 @@ import time
 
 import torch
 
+from mgn.ops.private import cpu_capabilities, onednn_product
+
 # Rows within this range can neither overflow in a product nor lose it to underflow or to flushed denormals.
 SMALLEST, LARGEST = 2.0 ** -40, 2.0 ** 60
 TRIALS, WORTH_A_TRIAL = 3, 2 ** 28  # products timed of each GEMM, of so many multiplications at least
-PRECISIONS = ('float32', 'tf32', 'bfloat16')
 LOCK = threading.RLock()
 TIMES = {}  # (GEMM, threads) → seconds a multiplication in its trials
 
@@ -40,22 +41,30 @@ def exact_float32():
 
 def available(precision, device):
     """The precision that filters on this device: float32 where it has no faster units for the one asked for."""
+    has_units = False  # nothing is known of other devices
     if device.type == 'cuda':
-        capability = torch.cuda.get_device_capability(device)
-        return precision if capability >= (8, 0) and torch.version.hip is None else 'float32'
-    if precision == 'bfloat16' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return precision
-    return 'float32'
+        has_units = torch.cuda.get_device_capability(device) >= (8, 0) and torch.version.hip is None
+    elif device.type == 'cpu' and precision == 'bfloat16':
+        has_units = any(cpu_capabilities().get(name) for name in ('avx512_bf16', 'amx_tile'))
+    return precision if has_units else 'float32'
+
+
+def chosen(comparison):
+    """The precision that filters this comparison, and its relative_error."""
+    width, device = comparison.query.shape[1], comparison.query.device
+    precision = available(comparison.precision, device) if width else 'float32'
+    return precision, relative_error(precision, width, device)
 
 
 def relative_error(precision, width, device):
     """c such that |products(q, g) − q·g| ≤ c·‖q‖·‖g‖ for rows of `width`, of norms from SMALLEST to LARGEST.
 
-    Sums in any order (Higham, "Accuracy and Stability of Numerical Algorithms", §3.1); tensor cores and AMX may truncate.
+    Sums in any order (Higham, "Accuracy and Stability of Numerical Algorithms", §3.1); tensor cores and AMX may
+    truncate.
     """
     # What underflows or is flushed is at most 2⁻¹²⁶ a term, and the product of norms at least 2⁻⁸⁰.
     underflow = width * 2.0 ** -40
-    if precision == 'bfloat16':  # two parts leave 2⁻¹⁶ of each operand, and the product of the small parts, as small, is left out
+    if precision == 'bfloat16':  # two parts leave 2⁻¹⁶ of each operand; the product of the small ones is left out
         return 1.02 * summing(width + 2, 2.0 ** -22) + 3.1 * 2.0 ** -16 + underflow
     if precision == 'tf32':
         return 1.01 * (summing(width, 2.0 ** -22) + 2 * 2.0 ** -11) + underflow
@@ -65,8 +74,8 @@ def relative_error(precision, width, device):
     return summing(width, 2.0 ** -22 if emulated else 2.0 ** -24) + underflow
 
 
-# similarity = product · item_scale + item_shift orders the gallery as the metric does: q·g/‖g‖, or 2 q·g − ‖g‖². The level of a
-# key on that scale is key · level_scale + level_shift: −‖q‖ · key, or ‖q‖² − key.
+# similarity = product · item_scale + item_shift orders the gallery as the metric does: q·g/‖g‖, or 2 q·g − ‖g‖². The
+# level of a key on that scale is key · level_scale + level_shift: −‖q‖ · key, or ‖q‖² − key.
 
 def item_terms(norms, cosine):
     """(n,) float64 norms → item_scale, item_shift (n,) float32, and the largest norm that they say anything of.
@@ -83,7 +92,8 @@ def item_terms(norms, cosine):
 def query_terms(norms, largest, relative_error, width, cosine):
     """level_scale, level_shift and error (q,) float64: by how much similarity and level of one pair may differ.
 
-    error holds the roundings of products, similarities and keys, but not of the level; infinite for rows outside the range.
+    error holds the roundings of products, similarities and keys, but not of the level; infinite for rows outside the
+    range.
     """
     own = width * 2.0 ** -53 + 8 * 2.0 ** -24  # of the key; of scale, shift and similarity
     if cosine:
@@ -101,26 +111,24 @@ def summing(width, unit):
 
 @functools.cache
 def float32_is_float32(device):
-    """Whether products keep all 24 bits of an operand: environment variables can make them drop some, whatever torch is told."""
+    """Whether products keep all 24 bits of an operand: environment variables can make them drop some, whatever torch is
+    told."""
     fine = torch.diag(torch.full((256,), 1 + 2.0 ** -23, dtype=torch.float32, device=device))
     one = torch.eye(256, dtype=torch.float32, device=device)
     with exact_float32():
-        return all(torch.equal(product, fine) for gemm in gemms(device) for product in (gemm(fine, one), gemm(one, fine)))
+        results = [result for gemm in gemms(device) for result in (gemm(fine, one), gemm(one, fine))]
+    return all(torch.equal(result, fine) for result in results)
 
 
 def gemms(device):
-    """Ways to q @ gᵀ in float32."""
+    """Functions (q, g) → q @ gᵀ in float32."""
     def mm(q, g):
         return torch.mm(q, g.T)
-
-    def onednn(q, g):
-        return torch.ops.mkldnn._linear_pointwise(q, g, None, 'none', [], '')
-
-    return (mm, onednn) if device.type == 'cpu' and torch.backends.mkldnn.is_available() else (mm,)
+    return (mm, onednn_product) if device.type == 'cpu' and torch.backends.mkldnn.is_available() else (mm,)
 
 
 def operand(features, precision):
-    """(n, D) float32 → what `products` takes, rounded here so that nothing else rounds it: a tensor, or two for bfloat16."""
+    """(n, D) float32 → what `products` takes, rounded so that nothing else rounds it: a tensor, or two for bfloat16."""
     if precision == 'tf32':  # to nearest, ties to even, in the 13 bits that float32 has more
         bits = features.view(torch.int32)
         return ((bits + 0xfff + ((bits >> 13) & 1)) & ~0x1fff).view(torch.float32)
@@ -136,8 +144,8 @@ def products(query, items, precision):
     if precision == 'bfloat16':
         (q_large, q_small), (large, small) = query, items
         if large.is_cuda:
-            parts = (torch.mm(a, b.T, out_dtype=torch.float32) for a, b in ((q_small, large), (q_large, small), (q_large, large)))
-            return functools.reduce(torch.Tensor.add_, parts)
+            pairs = (q_small, large), (q_large, small), (q_large, large)
+            return functools.reduce(torch.Tensor.add_, (torch.mm(a, b.T, out_dtype=torch.float32) for a, b in pairs))
         torch.backends.mkldnn.matmul.fp32_precision = 'bf16'
         return torch.mm(q_small, large.T).addmm_(q_large, small.T).addmm_(q_large, large.T)
     if precision == 'tf32':
@@ -146,17 +154,18 @@ def products(query, items, precision):
     return fastest(gemms(query.device), query, items)
 
 
-def fastest(ways, query, items):
-    """The product by the fastest of ways, which the first large products of the process find out."""
+def fastest(candidates, query, items):
+    """The product by the fastest of several GEMMs, which the first large products of the process find out."""
     work = query.shape[0] * items.shape[0] * query.shape[1]
-    if len(ways) == 1 or work < WORTH_A_TRIAL:
-        return ways[0](query, items)
-    seconds = [TIMES.setdefault((way.__name__, torch.get_num_threads()), []) for way in ways]
-    tried = min(map(len, seconds))
-    if tried >= TRIALS:
-        return ways[min(range(len(ways)), key=lambda i: min(seconds[i]))](query, items)
-    next_up = [len(times) for times in seconds].index(tried)
+    if len(candidates) == 1 or work < WORTH_A_TRIAL:
+        return candidates[0](query, items)
+    times = [TIMES.setdefault((gemm.__name__, torch.get_num_threads()), []) for gemm in candidates]
+    trials = min(map(len, times))
+    if trials >= TRIALS:
+        best = min(range(len(candidates)), key=lambda i: min(times[i]))
+        return candidates[best](query, items)
+    next_up = [len(seconds) for seconds in times].index(trials)
     start = time.perf_counter()
-    product = ways[next_up](query, items)
-    seconds[next_up].append((time.perf_counter() - start) / work)
+    product = candidates[next_up](query, items)
+    times[next_up].append((time.perf_counter() - start) / work)
     return product

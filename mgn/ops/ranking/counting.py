@@ -24,7 +24,7 @@ class FilterTerms(NamedTuple):
 
 
 class Matches(NamedTuple):
-    """The true matches of query q stand at offsets[q]:offsets[q + 1], ascending by (key, item). Tensors or NumPy arrays."""
+    """Query q's true matches are offsets[q]:offsets[q + 1], ascending by (key, item). Tensors or NumPy arrays."""
     offsets: torch.Tensor  # (q + 1,) int64
     keys: torch.Tensor     # (M,) float64
     items: torch.Tensor    # (M,) int64
@@ -34,7 +34,7 @@ class Matches(NamedTuple):
 
 
 class Excluded(NamedTuple):
-    """Who is no non-match of query q: its own identity, order[begin[q]:end[q]], and junk; both ascending. Tensors or NumPy arrays."""
+    """What is no non-match of query q: its identity order[begin[q]:end[q]], and junk; ascending. Tensors or arrays."""
     order: torch.Tensor  # (G,) int64
     begin: torch.Tensor  # (q,) int64
     end: torch.Tensor    # (q,) int64
@@ -48,12 +48,13 @@ class Excluded(NamedTuple):
 
 
 class Overlaps(NamedTuple):
-    """The items whose encodings overlap that of query q stand at offsets[q]:offsets[q + 1], ascending, with their Jaccard distances."""
+    """Items whose encodings overlap query q's are offsets[q]:offsets[q + 1], ascending, with their Jaccard
+    distances."""
     offsets: torch.Tensor  # (q + 1,) int64
     items: torch.Tensor    # (E,) int32
     jaccard: torch.Tensor  # (E,) float64
 
 
 def as_tensors(arrays, device='cpu'):
-    """A named tuple of NumPy arrays → the same of tensors on the device."""
-    return type(arrays)(*(torch.from_numpy(array).to(device) for array in arrays))
+    """A named tuple of NumPy arrays or tensors → the same of tensors on the device."""
+    return type(arrays)(*(torch.as_tensor(array, device=device) for array in arrays))

@@ -1,0 +1,82 @@
+"""Canonical keys, which define the order of the gallery: of single pairs of rows, in float64, by sums of one order."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from mgn.ops.arguments import feature_pair
+from mgn.ops.errors import UserError
+from mgn.ops.native import kernels
+from mgn.ops.ranking import reference
+from mgn.ops.ranking.tiles import OPERANDS, is_readable, read_ahead, rows, runs_of, spans
+
+
+class Comparison(NamedTuple):
+    """Features on a device that has float64, and how they are compared."""
+    query: torch.Tensor    # (Q, D)
+    gallery: torch.Tensor  # (G, D), of the query's device or the CPU's
+    cosine: bool           # else Euclidean
+    precision: str         # of the matrix product
+
+    @property
+    def kernels(self):
+        return ranking_kernels(self.query.device)
+
+    def of_queries(self, block):
+        return self._replace(query=self.query[block])
+
+
+def compared(query, gallery, metric, precision, streamed=False):
+    """The Comparison of what a user passes."""
+    return Comparison(*feature_pair(query, gallery, metric, precision, streamed), metric == 'cosine', precision)
+
+
+def ranking_kernels(device):
+    """The compiled kernels of ranking for tensors of this device, or the references: the same functions, the same
+    bits."""
+    return kernels(device) or reference
+
+
+def finite_norms(features, name):
+    """Canonical norms (n,) float64; UserError naming the row where a feature is not finite."""
+    norms = torch.empty(len(features), dtype=torch.float64, device=features.device)
+    for part in spans(len(features), OPERANDS // max(features.shape[1], 1)):
+        ranking_kernels(features.device).canonical_norms(rows(features, part), norms[part])
+    if not norms.isfinite().all():  # squares of float32 stay in float64's range
+        refuse_not_finite(features, name)
+    return norms
+
+
+def refuse_not_finite(features, name):
+    for part in spans(len(features), OPERANDS // features.shape[1]):
+        bad_rows = (~features[part].isfinite().all(1)).nonzero()
+        if len(bad_rows):
+            raise UserError(f'{name} features must be finite, but row {part.start + bad_rows[0].item()} has NaN or '
+                            'infinity; look for what made it')
+
+
+def keys_of_pairs(comparison, queries, items):
+    """Canonical keys of (query queries[p], gallery items[p]), NumPy arrays of indices and keys."""
+    query, gallery, cosine, _ = comparison
+    queries, items = torch.from_numpy(queries).to(query.device), torch.from_numpy(items).to(gallery.device)
+    keys = torch.empty(len(items), dtype=torch.float64, device=query.device)
+    if is_readable(query) and is_readable(gallery) and query.device == gallery.device:
+        comparison.kernels.canonical_keys(query, gallery, queries, items, cosine, keys)
+        return keys.cpu().numpy()
+    for part in spans(len(items), OPERANDS // max(query.shape[1], 1)):
+        numbers = torch.arange(part.stop - part.start, device=query.device)
+        pairs = rows(query, queries[part]), rows(gallery, items[part]).to(query.device), numbers, numbers
+        comparison.kernels.canonical_keys(*pairs, cosine, keys[part])
+    return keys.cpu().numpy()
+
+
+def keys_in_order(comparison, queries, items):
+    """keys_of_pairs, the gallery's rows taken in their order and asked for ahead, as a file is read best."""
+    ascending, keys = np.argsort(items, kind='stable'), np.empty(len(items))
+    parts = [ascending[part] for part in spans(len(items), OPERANDS // 4 // max(comparison.gallery.shape[1], 1))]
+    for part, ahead in zip(parts, [*parts[1:], None]):
+        if ahead is not None:
+            read_ahead(comparison.gallery, runs_of(items[ahead]))
+        keys[part] = keys_of_pairs(comparison, queries[part], items[part])
+    return keys

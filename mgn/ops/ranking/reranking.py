@@ -1,0 +1,131 @@
+"""k-reciprocal re-ranking (Zhong et al., "Re-ranking Person Re-identification with k-reciprocal Encoding", CVPR 2017)
+in sparse rows.
+
+Of N = Q + G items, i's encoding is V[i, j] = exp(−d²(i, j) / max d²(i, ·)), normalised, over its expanded k-reciprocal
+neighbours j, then the mean over i's k2 nearest. The final distance (1 − λ) · Jaccard + λ · d² / max d² differs from
+1 − λ + λ · d² / max d² only where two encodings overlap. So a query's gallery is counted as match_ranks counts it, and
+its few hundred overlaps one by one.
+"""
+
+import numpy as np
+import torch
+
+from mgn.ops.arguments import all_ids, as_junk_pid, check_reranking
+from mgn.ops.private import uncompiled
+from mgn.ops.ranking.counting import Overlaps
+from mgn.ops.ranking.keys import compared, finite_norms, keys_of_pairs, ranking_kernels
+from mgn.ops.ranking.nearest import nearest
+from mgn.ops.ranking.ranks import MatchRanks, as_ranks, identities, nonmatches_between, sorted_matches
+from mgn.ops.ranking.tiles import denormals, spans, tile_of
+
+
+@uncompiled
+@denormals()
+def k_reciprocal_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery_camids, k1=20, k2=6,
+                       lambda_value=0.3, metric='cosine', junk_pid=-1, precision='float32'):
+    """Ranks of the true matches by the k-reciprocal re-ranked distance, ties by gallery index; no N×N matrix is made.
+
+    The published formula, d² being (1 − cos)² or the squared Euclidean distance, of the canonical keys of match_ranks,
+    and neighbours those of topk; all in float64. The same bits for any tile, thread count and precision on one machine
+    (exp is the machine's).
+
+    Args:
+        query, gallery, query_pids, gallery_pids, query_camids, gallery_camids, metric, junk_pid, precision: as of
+            match_ranks. Junk items are neighbours like any other, and take no rank.
+        k1: neighbours that are to be reciprocal. k2: neighbours whose encodings are averaged, 1 for none. lambda_value:
+            the weight λ of the original distance, from 0 to 1.
+    Returns:
+        MatchRanks; redecided counts the pairs of query and gallery that were left to their keys. Neighbours are
+        searched on the features' device, all else is the CPU's work. Memory: 256 MB, a copy of the features and, on
+        usual data, up to 16 KB per row.
+    Raises:
+        UserError: k1, k2 or lambda_value out of range, and whatever match_ranks refuses.
+    """
+    comparison = compared(query, gallery, metric, precision)
+    check_reranking(k1, k2, lambda_value)
+    ids = all_ids(len(query), len(gallery), query_pids, gallery_pids, query_camids, gallery_camids)
+    (query, gallery, cosine, _), queries = comparison, len(query)
+    norms = torch.cat((finite_norms(query, 'query'), finite_norms(gallery, 'gallery')))
+    encodings, maxima = encode_features(comparison, norms, k1, k2)
+    columns = sparse_kernels().transpose(*rows_between(encodings, queries, len(norms)), len(norms))
+    excluded, offsets, ranks, redecided = identities(ids, as_junk_pid(junk_pid)), [np.zeros(1, np.int64)], [], 0
+    for block in spans(queries, tile_of(query, gallery)[1]):
+        block_encodings = rows_between(encodings, block.start, block.stop)
+        overlaps = Overlaps(*sparse_kernels().overlap(*block_encodings, *columns, len(gallery)))
+        block_comparison, block_excluded = comparison.of_queries(block), excluded.of_queries(block)
+        largest = maxima[block]
+
+        def final_distances_of(owners, items):
+            squares = squared(keys_of_pairs(block_comparison, owners, items), cosine)
+            jaccard = jaccard_of(overlaps, owners, items)
+            return final_distances(jaccard, relative(squares, largest[owners]), lambda_value)
+        matches = sorted_matches(block_excluded, ids.of_queries(block), final_distances_of)
+        steps, reconsidered = nonmatches_between(block_comparison, norms[block], 0, matches, block_excluded,
+                                                 (overlaps, torch.from_numpy(largest), lambda_value))
+        offsets.append(matches.offsets[1:] + offsets[-1][-1])
+        ranks.append(as_ranks(steps, matches.offsets))
+        redecided += reconsidered
+    return MatchRanks(np.concatenate(offsets), np.concatenate([np.empty(0, np.int64), *ranks]), redecided)
+
+
+def encode_features(comparison, norms, k1, k2):
+    """Encodings of all rows, queries first, and the largest d² of each, (N,) float64."""
+    features = torch.cat(comparison[:2])
+    comparison = comparison._replace(query=features, gallery=features)
+    neighbours = min(max(k1 + 1, k2), len(features))
+    _, items, farthest = nearest(comparison, norms, norms, neighbours, farthest=True)
+    maxima = squared(farthest.numpy(), comparison.cosine)
+
+    def relative_squares(owners, items):
+        return relative(squared(keys_of_pairs(comparison, owners, items), comparison.cosine), maxima[owners])
+    return encode(items, k1, k2, relative_squares), maxima
+
+
+def encode(items, k1, k2, relative_squares):
+    """Encodings as sparse rows: offsets (N+1,) int64, columns int32, values float64.
+
+    items: (N, ≥ max(k1 + 1, k2)), nearest first. relative_squares(owners, items): d² / max d² of such pairs.
+    """
+    sparse = sparse_kernels()
+    offsets, columns = sparse.reciprocal(items[:, :k1 + 1].contiguous(), round(k1 / 2) + 1)
+    owners = np.repeat(np.arange(len(items)), np.diff(offsets.numpy()))
+    weights = np.exp(-relative_squares(owners, columns.numpy().astype(np.int64)))
+    weights /= np.bincount(owners, weights, len(items))[owners]
+    encodings = offsets, columns, torch.from_numpy(weights)
+    return encodings if k2 == 1 else sparse.mean_rows(*encodings, items[:, :k2].contiguous())
+
+
+def sparse_kernels():
+    """What works on sparse rows, always on the CPU."""
+    return ranking_kernels(torch.device('cpu'))
+
+
+def rows_between(encodings, first, last):
+    offsets, columns, values = encodings
+    entries = slice(offsets[first], offsets[last])
+    return offsets[first:last + 1] - offsets[first], columns[entries], values[entries]
+
+
+def squared(keys, cosine):
+    return np.square(np.maximum(1 + keys, 0)) if cosine else keys
+
+
+def relative(squares, maxima):
+    """squares / maxima, 0 where all distances are."""
+    return np.divide(squares, maxima, out=np.zeros_like(squares), where=maxima > 0)
+
+
+def final_distances(jaccard, relative_squares, lambda_value):
+    return (1 - lambda_value) * jaccard + lambda_value * relative_squares
+
+
+def jaccard_of(overlaps, owners, items):
+    """Jaccard distances of pairs of query and gallery: 1 where their encodings do not overlap."""
+    offsets, overlapping, jaccard = (tensor.numpy() for tensor in overlaps)
+    distances = np.ones(len(owners))
+    if len(overlapping):
+        places = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)) << 32 | overlapping
+        wanted = owners << 32 | items
+        at = np.minimum(np.searchsorted(places, wanted), len(places) - 1)
+        distances = np.where(places[at] == wanted, jaccard[at], distances)
+    return distances

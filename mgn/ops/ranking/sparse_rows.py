@@ -1,0 +1,80 @@
+"""What the kernels of re-ranking do with sparse rows, in NumPy: the same arguments, the same bits.
+
+Sparse rows are offsets (n+1,) int64, columns int32, ascending within a row, and values float64.
+"""
+
+import numpy as np
+import torch
+
+
+def reciprocal(items, half):
+    """Expanded k-reciprocal neighbours of every row.
+
+    items: (N, k1 + 1) int64, nearest first. half: how many of a neighbour's own are looked at.
+    """
+    items = items.numpy()
+
+    def mutual(i, k):
+        near = items[i, :k]
+        return near[(items[near, :k] == i).any(1)]
+    rows = []
+    for i in range(len(items)):
+        own = mutual(i, items.shape[1])
+        expanded = [own]
+        for j in own:
+            others = mutual(j, half)
+            if 3 * np.isin(others, own).sum() > 2 * len(others):
+                expanded.append(others)
+        rows.append(np.unique(np.concatenate(expanded)))
+    return joined(rows)
+
+
+def mean_rows(offsets, columns, values, items):
+    """Means of the rows that items (N, k2) name."""
+    dense, rows, means = np.zeros(len(offsets) - 1), [], []
+    for near in items.numpy():
+        touched = []
+        for row in near:
+            row_columns, row_values = row_of(offsets, columns, values, row)
+            dense[row_columns] += row_values
+            touched.append(row_columns)
+        rows.append(np.unique(np.concatenate(touched)))
+        means.append(dense[rows[-1]] / len(near))
+        dense[rows[-1]] = 0
+    return *joined(rows), flat(means, np.float64)
+
+
+def transpose(offsets, columns, values, width):
+    order = np.argsort(columns.numpy(), kind='stable')
+    rows = np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets.numpy()))
+    starts = np.concatenate(([0], np.cumsum(np.bincount(columns.numpy(), minlength=width))))
+    return torch.from_numpy(starts), torch.from_numpy(rows[order]), values[torch.from_numpy(order)]
+
+
+def overlap(offsets, columns, values, column_offsets, column_rows, column_values, items):
+    """Jaccard distances of each sparse row to those of `items` others, given as columns, that it overlaps; again as
+    sparse rows."""
+    dense, rows, jaccard = np.zeros(items), [], []
+    for row in range(len(offsets) - 1):
+        touched = [np.empty(0, np.int32)]
+        for column, value in zip(*row_of(offsets, columns, values, row)):
+            others, other_values = row_of(column_offsets, column_rows, column_values, column)
+            dense[others] += np.minimum(value, other_values)
+            touched.append(others)
+        rows.append(np.unique(np.concatenate(touched)))
+        jaccard.append(1 - dense[rows[-1]] / (2 - dense[rows[-1]]))
+        dense[rows[-1]] = 0
+    return *joined(rows), flat(jaccard, np.float64)
+
+
+def row_of(offsets, columns, values, row):
+    part = slice(offsets[row], offsets[row + 1])
+    return columns[part].numpy(), values[part].numpy()
+
+
+def joined(rows):
+    return torch.from_numpy(np.cumsum([0, *map(len, rows)])), flat(rows, np.int32)
+
+
+def flat(rows, dtype):
+    return torch.from_numpy(np.concatenate([np.empty(0, dtype), *rows]).astype(dtype))
