@@ -39,10 +39,11 @@ def test_files_that_go_bad_in_the_middle_are_reported_and_replaced(tmp_path, mon
     root = write_market(tmp_path / 'data', identities=60, images=4, size=(16, 8))
     bad = sorted((root / 'bounding_box_train').glob('*_000000_*'))[:2]  # of 240: two may be
     at_step(monkeypatch, 2, lambda: [damage(path) for path in bad])
-    train(root, tmp_path / 'run', f'workers = {workers}', 'P = 30', 'total_steps = 24', 'train.evaluate_every = 99')
+    train(root, tmp_path / 'run', f'workers = {workers}', 'P = 30', 'total_steps = 12', 'train.evaluate_every = 99',
+          'input_size = (32, 16)')
     warnings = [message for message in caplog.messages if 'unreadable image number' in message]
     assert len(warnings) == 2 and all(any(str(path) in message for message in warnings) for path in bad)
-    assert checkpoint.load(str(tmp_path / 'run' / 'last.pth'))['step'] == 24
+    assert checkpoint.load(str(tmp_path / 'run' / 'last.pth'))['step'] == 12
 
 
 def test_more_files_that_go_bad_than_are_allowed_stop_the_run_behind_its_last_checkpoint(tmp_path, monkeypatch):
