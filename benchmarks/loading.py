@@ -2,10 +2,10 @@
 
     make peers && python -m benchmarks.loading
 
-Sources are drawn in the run: 64×128 JPEGs as in Market-1501, and 150×350 ones as MSMT17 has. "loader_and_augmentation" and the chains do
-the same work: file → decoded, resized, mirrored, padded and cropped, erased, normalised, a float32 batch of 384×128 images. "loader" is what
-one worker does here (file → decoded, resized uint8 image). fast-reid normalises in its model; that is counted here too. One thread each, whose
-time on the core is counted.
+Sources are drawn in the run: 64×128 JPEGs as in Market-1501, and 150×350 ones as MSMT17 has.
+"loader_and_augmentation" and the chains do the same work: file → decoded, resized, mirrored, padded and cropped, erased,
+normalised, a float32 batch of 384×128 images. "loader" is what one worker does here (file → decoded, resized uint8
+image). fast-reid normalises in its model; that is counted here too. One thread each, whose time on the core is counted.
 """
 
 import statistics
@@ -22,9 +22,8 @@ from torchvision.io import ImageReadMode, decode_image, read_file, write_jpeg
 
 from benchmarks.machine import cpu_model
 from benchmarks.peers import fastreid_loader
-from mgn.data.augmentation import Augmentation
+from mgn.data.augmentation import MEAN, STD, Augmentation, normalise
 from mgn.data.images import decode, to_batch
-from mgn.ops.augmentation import MEAN, STD, normalise
 
 SIZE, BATCH, IMAGES, BATCHES = (384, 128), 64, 256, 29
 
@@ -66,15 +65,17 @@ def check(paths):
     """Without random draws both sides have one result, to what two decoders and two resizers round: a level is 0.017."""
     ours, theirs = normalise(loader(paths)), fastreid_loader(SIZE, is_train=False)(paths)
     difference = (ours - theirs).abs()
-    assert difference.mean() < 0.02 and difference.max() < 0.2, f'want one result, got differences of {difference.mean()}, at most {difference.max()}'
+    assert difference.mean() < 0.02 and difference.max() < 0.2, (
+        f'Both loaders must give the same images, but they differ by {difference.mean()}, at most {difference.max()}')
 
 
 def main():
-    warnings.simplefilter('ignore')  # fast-reid's of types that torch will lose
+    warnings.simplefilter('ignore')  # fast-reid uses types that torch will remove
     torch.set_num_threads(1)
-    print(f'{cpu_model()}, 1 thread, torch {torch.__version__}, Pillow {PIL.__version__}; images per second of a core, medians of {BATCHES} batches in turn')
-    works = {'fast-reid': fastreid_chain, 'torchvision': torchvision_chain, 'loader_and_augmentation': loader_and_augmentation, 'loader': loader,
-             'decode_only': decode_only}
+    print(f'{cpu_model()}, 1 thread, torch {torch.__version__}, Pillow {PIL.__version__}; '
+          f'images per second of a core, medians of {BATCHES} batches in turn')
+    works = {'fast-reid': fastreid_chain, 'torchvision': torchvision_chain,
+             'loader_and_augmentation': loader_and_augmentation, 'loader': loader, 'decode_only': decode_only}
     for size in ((128, 64), (350, 150)):
         with tempfile.TemporaryDirectory() as folder:
             paths = write_sources(Path(folder), size)

@@ -23,13 +23,13 @@ from torchvision.io import write_jpeg
 
 from benchmarks.machine import cpu_model
 from benchmarks.peers import fastreid_mgn
-from mgn.data.augmentation import Augmentation, Draws
+from mgn.data.augmentation import Augmentation, Draws, normalise
 from mgn.data.datasets import Sample
 from mgn.folding import folded
-from mgn.data.images import TrainBatch, TrainBatches, batches
+from mgn.data.images import TrainBatch, TrainBatches
+from mgn.data.loader import start_workers
 from mgn.losses import mgn_losses
 from mgn.model import MGN, MGNOutput
-from mgn.ops.augmentation import normalise
 from mgn.optim import make_optimizer
 from mgn.precision import DTYPES
 from mgn.data.sampler import IdentitySampler
@@ -183,7 +183,7 @@ def steps_from_files(batch_size, rounds, precision, device, clock):
             write_jpeg(F.interpolate(torch.rand(1, 3, 16, 8), (128, 64), mode='bilinear')[0].mul(255).to(torch.uint8), sample.path)
         labels = [sample.pid for sample in samples]
         sampler = IdentitySampler(labels, [sample.camid for sample in samples], batch_size // K, K, 0)
-        loader = batches(TrainBatches(samples, labels, sampler, augmentation, SIZE), range(1 + rounds), 1, device)
+        loader = start_workers(TrainBatches(samples, labels, sampler, augmentation, SIZE), range(1 + rounds), 1, device)
         return alternating({precision: functools.partial(our_step, model, optimizer, augmentation, precision, loader, device)}, rounds,
                            clock)[precision]
 

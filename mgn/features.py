@@ -16,10 +16,10 @@ from mgn.runs import processes
 from mgn.folding import folded
 from mgn.data.images import TestBatches
 from mgn.runs.interruption import leave_if_nothing_is_lost
-from mgn.ops.augmentation import normalise
+from mgn.data.augmentation import normalise
 from mgn.precision import DTYPES, resolve
 from mgn.runs.log import progress, write_text
-from mgn.data.supply import supply
+from mgn.data.loader import load_batches
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def feature_batches(model, samples, device, input_size, batch_size, workers, fli
     network = folded(model)
     done, said = 0, time.perf_counter()
     with progress(len(samples), unit='image', what='features') as bar:
-        for batch in supply(test_batches, range(len(test_batches)), workers, device):
+        for batch in load_batches(test_batches, range(len(test_batches)), workers, device):
             leave_if_nothing_is_lost()
             if batch.unreadable:
                 raise ValueError('want readable images to evaluate, got\n  ' + '\n  '.join(batch.unreadable)

@@ -29,7 +29,7 @@ from mgn.precision import resolve
 from mgn.runs.folder import last_good, locked, newest, save
 from mgn.runs.log import RunLog, progress, write_text
 from mgn.data.sampler import IdentitySampler
-from mgn.data.supply import count_unreadable, supply
+from mgn.data.loader import count_unreadable, load_batches
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=
         logger.info('training on %s%s from step %d to %d, %d steps an epoch, in %s, output in %s; mgn.ops: %s', device,
                     f' in each of {processes.count()} processes' if processes.count() > 1 else '', step, total_steps, sampler.steps_per_epoch,
                     precision, output_dir, implementation(device))
-        loader = supply(train_batches, range(step, total_steps), workers, device)
+        loader = load_batches(train_batches, range(step, total_steps), workers, device)
         unreadable = {}
         with progress(total_steps, initial=step) as bar:
             while True:

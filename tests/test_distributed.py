@@ -168,7 +168,7 @@ def test_what_one_process_alone_meets_is_told_once(home, tmp_path):
         path.write_bytes(b'no image')
     run = thin_train(home, 2, 'unreadable', f"data_root = '{tmp_path / 'data'}'")
     assert run.returncode != 0
-    assert len(re.findall('error: ', run.stderr)) == 1 and 'want a readable image of identity 6, got none' in run.stderr
+    assert len(re.findall('error: ', run.stderr)) == 1 and 'No image of identity 6 can be read' in run.stderr
 
 
 def evaluate(folder, weights, *bindings, processes=1, module='mgn.eval'):

@@ -15,7 +15,7 @@ from mgn.data.augmentation import Augmentation
 from mgn.data.images import TrainBatches
 from mgn.runs.meter import Meter
 from mgn.data.sampler import IdentitySampler
-from mgn.data.supply import count_unreadable
+from mgn.data.loader import count_unreadable
 
 pytestmark = pytest.mark.usefixtures('thin')
 
@@ -148,7 +148,7 @@ def test_an_unreadable_training_image_is_replaced_and_counted(hundred, tmp_path,
 def test_more_than_one_per_cent_of_unreadable_images_are_an_error(hundred, tmp_path):
     root, (one, other) = hundred
     with damaged(one, lambda data: data[:99]), damaged(other, lambda data: b''):
-        with pytest.raises(ValueError, match='at most 1% of 120 training images unreadable, got 2:') as raised:
+        with pytest.raises(ValueError, match='At most 1% of the 120 training images may be unreadable, but 2 are:') as raised:
             train(root, tmp_path, 'total_steps = 2')
     assert one in str(raised.value) and other in str(raised.value)
 
@@ -172,7 +172,7 @@ def test_the_same_image_counts_once_and_one_per_cent_is_allowed(images, limit, c
     for _ in range(3):
         count_unreadable(unreadable, [f'{i}.jpg: truncated' for i in range(limit)], images)
     assert len(unreadable) == len(caplog.records) == limit  # each is said once
-    with pytest.raises(ValueError, match=f'got {limit + 1}:'):
+    with pytest.raises(ValueError, match=f'but {limit + 1} are:'):
         count_unreadable(unreadable, ['one more.jpg: truncated'], images)
 
 
@@ -182,7 +182,7 @@ def test_an_identity_without_a_readable_image_is_an_error_that_names_them_all(tm
     images = list((root / 'bounding_box_train').glob('0001_*'))
     for image in images:
         image.write_bytes(b'')
-    with pytest.raises(ValueError, match='want a readable image of identity 1, got none') as raised:
+    with pytest.raises(ValueError, match='No image of identity 1 can be read') as raised:
         train(root, tmp_path / 'run', f'workers = {workers}')
     assert len(images) == 3 and all(str(image) in str(raised.value) for image in images)
     assert 'Traceback' not in str(raised.value)

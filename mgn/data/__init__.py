@@ -1,4 +1,4 @@
-"""Image files → samples → identity-balanced batches of augmented tensors; and the drawn pedestrians of the demo.
+"""Image files → samples → identity-balanced batches → augmented tensors, and the drawn pedestrians of the demo.
 
-Read datasets, sampler, images, augmentation, supply.
+Read datasets, sampler, images, loader, augmentation; random_streams gives every random draw of them its numbers.
 """

@@ -1,13 +1,23 @@
-"""What happens to each image of a training batch: drawn here, done to the whole batch on the training device by mgn.ops.augmentation."""
+"""What happens to each image of a training batch: drawn on the CPU, applied to the whole batch on the training device.
 
+Another way of flipping, cropping or erasing has two places: `Augmentation.draw` and `erasing_box` choose, `augment`
+applies. What fills the erased boxes is ERASING_FILL.
+"""
+
+import functools
 import math
 from typing import NamedTuple
 
 import gin
 import torch
+import torch.nn.functional as F
 
-from mgn.data import draws
-from mgn.ops.augmentation import augment
+from mgn.data import random_streams
+
+# ImageNet's mean and standard deviation per RGB channel, for pixels in 0…255.
+MEAN = (123.675, 116.28, 103.53)
+STD = (58.395, 57.12, 57.375)
+ERASING_FILL = 0.0  # of normalised pixels, whose mean is 0
 
 
 class Draws(NamedTuple):
@@ -36,7 +46,7 @@ class Augmentation:
         """The draws of `batch_size` images from position `first` of a step's batch on; size=(H, W) in pixels."""
         flip, top, left, erase = [], [], [], []
         for position in range(first, first + batch_size):
-            rng = draws.generator(seed, draws.AUGMENTATION, step, position)
+            rng = random_streams.generator(seed, random_streams.AUGMENTATION, step, position)
             flip.append(rng.random() < self.flip_probability)
             top.append(rng.integers(2 * self.padding + 1))
             left.append(rng.integers(2 * self.padding + 1))
@@ -56,3 +66,92 @@ class Augmentation:
     def __call__(self, images, draws):
         """images: (B, 3, H, W) uint8, draws on the same device → (B, 3, H, W) float32, normalised, channels-last."""
         return augment(images, *draws, self.padding)
+
+
+def augment(images, flip, top, left, erase, padding):
+    """Horizontal flip → pad with black and crop back → normalise → fill a box; every image has its own values.
+
+    Batched tensor operations, which never wait for a GPU.
+
+    Args:
+        images: (B, 3, H, W) uint8, of any strides; channels-last ones are faster.
+        flip: (B,) bool.
+        top, left: (B,) int64 from 0 to 2·padding, of the crop in the padded image.
+        erase: (B, 4) int64, top, left, bottom, right of the box in the crop. What lies outside is ignored, and an
+            empty box erases nothing.
+        padding: in pixels, on each side.
+    Returns:
+        (B, 3, H, W) float32, channels-last.
+    Raises:
+        ValueError: shapes, types or devices that do not fit together; on the CPU a crop outside the padded image.
+    """
+    check_images(images)
+    check_draws(images, Draws(flip, top, left, erase), padding)
+    count, _, height, width = images.shape
+    pixels = images.permute(0, 2, 3, 1)
+    both = torch.stack((pixels, pixels.flip(2))).flatten(3)                # (2, B, H, 3W), as it is and mirrored
+    padded = F.pad(both, (3 * padding, 3 * padding, padding, padding))
+    mirror_stride, batch_stride, row_stride, _ = padded.stride()
+    windows = padded.as_strided(                                           # every crop is a view: no pixel is copied
+        (2, count, 2 * padding + 1, 2 * padding + 1, height, 3 * width),
+        (mirror_stride, batch_stride, row_stride, 3, row_stride, 1))
+    crops = windows[flip.long(), torch.arange(count, device=images.device), top, left]  # (B, H, 3W)
+    normalised = normalise(crops.view(count, height, width, 3).permute(0, 3, 1, 2))
+    return erase_boxes(normalised, erase)
+
+
+def erase_boxes(images, boxes):
+    """Fills one box of each of (B, 3, H, W) normalised, channels-last images, in place; boxes: as `Draws.erase`."""
+    top, left, bottom, right = boxes.T[:, :, None]
+    rows, columns = (torch.arange(n, device=images.device) for n in images.shape[2:])
+    erased_rows, erased_columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
+    erased = erased_rows[:, :, None] & erased_columns.repeat_interleave(3, dim=1)[:, None, :]  # (B, H, 3W)
+    images.permute(0, 2, 3, 1).flatten(2).masked_fill_(erased, ERASING_FILL)
+    return images
+
+
+def normalise(images):
+    """images: (B, 3, H, W) uint8, any strides → float32, channels-last, with ImageNet's mean 0 and deviation 1.
+
+    Raises ValueError for another shape or type.
+    """
+    check_images(images)
+    count, _, height, width = images.shape
+    mean, std = mean_and_std(width, images.device)
+    # Rows of 3W numbers make long vector loops; (…, 3) would make short ones.
+    rows = images.permute(0, 2, 3, 1).reshape(count, height, 3 * width).float().sub_(mean).div_(std)
+    return rows.view(count, height, width, 3).permute(0, 3, 1, 2)
+
+
+@functools.cache
+def mean_and_std(width, device):
+    """MEAN and STD repeated along a row, (3·width,) float32 each; cached, as a copy to a GPU makes it wait."""
+    return tuple(torch.tensor(values).repeat(width).to(device) for values in (MEAN, STD))
+
+
+def check_images(images):
+    if not isinstance(images, torch.Tensor) or images.dim() != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+        raise ValueError(f'Images must be (B, 3, H, W) and torch.uint8, but these are {describe(images)}; '
+                         f'mgn.data.images.to_batch makes them')
+
+
+def check_draws(images, draws, padding):
+    if isinstance(padding, bool) or not isinstance(padding, int) or not 0 <= padding < 2 ** 31:
+        raise ValueError(f'padding must be an integer from 0 to 2³¹ − 1, but it is {padding!r}; 0 pads nothing')
+    for name, draw in draws._asdict().items():
+        shape = (len(images), 4) if name == 'erase' else (len(images),)
+        dtype = torch.bool if name == 'flip' else torch.int64
+        if not isinstance(draw, torch.Tensor) or (draw.shape, draw.dtype, draw.device) != (shape, dtype, images.device):
+            raise ValueError(f'{name} must have the shape {shape} and be {dtype} on {images.device} like the images, '
+                             f'but it is {describe(draw)}; pass one draw per image')
+    if images.device.type == 'cpu':  # a GPU would have to be waited for
+        for name, draw in (('top', draws.top), ('left', draws.left)):
+            for place in ((draw < 0) | (draw > 2 * padding)).nonzero():
+                raise ValueError(f'{name} must lie between 0 and {2 * padding}, twice the padding, but it is '
+                                 f'{draw[place].item()} for image {place.item()}; draw and augment with one padding')
+
+
+def describe(value):
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f'{tuple(value.shape)}, {value.dtype} on {value.device}'

@@ -12,11 +12,12 @@ from typing import NamedTuple
 import gin
 
 from mgn.data import pedestrians as drawn_pedestrians
+from mgn.ops.errors import MissingFile, UserError
 
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png')
-JUNK_PID = -1  # boxes that show no whole person; they are neither match nor non-match
+JUNK_PID = -1  # boxes that show no whole person; they are neither matches nor non-matches
 
 
 class Sample(NamedTuple):
@@ -72,7 +73,8 @@ def msmt17(root, combine_val=False):
             break
     else:
         tried = ', '.join(os.path.join(folder, name) for pair in versions for name in pair)
-        raise FileNotFoundError(f'want the image folders of MSMT17 V1 or V2, tried {tried}; unpack the images there')
+        raise MissingFile(f'The images of MSMT17 are missing, looked for the folders of V1 and V2, {tried}; '
+                          f'unpack the images there')
     train = read_msmt_list(folder, 'list_train.txt', train_folder)
     if combine_val:
         train += read_msmt_list(folder, 'list_val.txt', train_folder)
@@ -104,31 +106,31 @@ MARKET_FOLDERS = ('bounding_box_train', 'query', 'bounding_box_test')
 
 
 def find_folder(root, aliases, contents):
-    """The first root/alias that holds all of `contents`; FileNotFoundError lists every path tried."""
+    """The first root/alias that holds all of `contents`; MissingFile lists every path tried."""
     root = os.path.abspath(os.path.expanduser(root))
     folders = [os.path.join(root, alias) if alias else root for alias in aliases]
     for folder in folders:
         if all(os.path.exists(os.path.join(folder, name)) for name in contents):
             return folder
-    tried = '\n  '.join(os.path.join(folder, name) + ('' if os.path.exists(os.path.join(folder, name)) else ' (missing)')
-                        for folder in folders for name in contents)
-    raise FileNotFoundError(f'want a folder with {", ".join(contents)}, found none; tried\n  {tried}\n'
-                            f"bind data_root to the folder that holds them, e.g. data_root='datasets'")
+    paths = [os.path.join(folder, name) for folder in folders for name in contents]
+    tried = '\n  '.join(path if os.path.exists(path) else f'{path} (missing)' for path in paths)
+    raise MissingFile(f'No folder holds {", ".join(contents)}; looked for\n  {tried}\n'
+                      f"bind data_root to the folder that holds them, e.g. data_root='datasets'")
 
 
 def read_market_layout(name, folder, camera_required):
     parts = [read_market_folder(os.path.join(folder, part), camera_required) for part in MARKET_FOLDERS]
-    without = [sample.path for part in parts for sample in part if sample.camid is None]
-    if without and len(without) < sum(map(len, parts)):
-        raise ValueError(f'want a camera in every file name of {folder} or in none, got {without[0]} without one among '
-                         f'others with one; rename it as in 0002_c1_….jpg')
+    without_camera = [sample.path for part in parts for sample in part if sample.camid is None]
+    if without_camera and len(without_camera) < sum(map(len, parts)):
+        raise UserError(f'Either all file names of {folder} contain a camera or none, but {without_camera[0]} has none '
+                        f'among others with one; rename it as in 0002_c1_….jpg')
     return Dataset(name, folder, *([sample._replace(camid=sample.camid or 0) for sample in part] for part in parts))
 
 
 def read_market_folder(folder, camera_required):
     """Samples of one folder, sorted by file name, junk (id −1) left out; camid None where the name has no camera.
 
-    Files that are no images are passed over.
+    Files that are not images are ignored.
     """
     samples = []
     for file_name in sorted(os.listdir(folder)):
@@ -137,36 +139,40 @@ def read_market_folder(folder, camera_required):
         path = os.path.join(folder, file_name)
         fields = re.match(r'(-?\d+)_(?:c(\d+))?', file_name)
         if fields is None or (camera_required and fields[2] is None):
-            raise ValueError(f'want file names such as 0002_c1s1_000451_03.jpg (identity 2, camera 1), got {path}; '
-                             f'rename or remove it')
+            raise UserError(f'File names must look like 0002_c1s1_000451_03.jpg (identity 2, camera 1), '
+                            f'but {path} does not; rename or remove it')
         if int(fields[1]) != JUNK_PID:
             samples.append(Sample(path, int(fields[1]), fields[2] and int(fields[2])))
     if not samples:
-        raise ValueError(f'want images ({", ".join(IMAGE_SUFFIXES)}) in {folder}, found none; add them or correct data_root')
+        raise UserError(f'{folder} holds no images ({", ".join(IMAGE_SUFFIXES)}); add them or correct data_root')
     return samples
 
 
 def read_msmt_list(folder, list_name, image_folder):
-    """Samples of one list file, lines `0000/0000_000_01_0303morning_0008_0.jpg 0`: path and id, third field the camera."""
-    samples = []
-    with open(os.path.join(folder, list_name)) as lines:
+    """Samples of one list file, whose lines are `0000/0000_000_01_0303morning_0008_0.jpg 0`: a path and the identity.
+
+    The third field of the file name is the camera.
+    """
+    samples, list_file = [], os.path.join(folder, list_name)
+    with open(list_file) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             fields = re.fullmatch(r'((?:\S*/)?[^/\s_]+_[^/\s_]+_(\d+)_[^/\s]+)\s+(\d+)\s*', line)
             if fields is None:
-                raise ValueError(f'want lines such as 0000/0000_000_01_0303morning_0008_0.jpg 0, got {line.rstrip()!r} '
-                                 f'in line {number} of {os.path.join(folder, list_name)}; restore the list')
+                raise UserError(f'Lines must look like 0000/0000_000_01_0303morning_0008_0.jpg 0, but line {number} of '
+                                f'{list_file} is {line.rstrip()!r}; restore the list')
             samples.append(Sample(os.path.join(folder, image_folder, fields[1]), int(fields[3]), int(fields[2])))
     if not samples:
-        raise ValueError(f'want image lines in {os.path.join(folder, list_name)}, found none; restore the list')
+        raise UserError(f'{list_file} lists no images; restore the list')
     return samples
 
 
 def check_dataset(dataset):
-    """Raises ValueError where gin was given a data set's function instead of its value."""
+    """Raises UserError where gin was given a data set's function instead of its value."""
     if not isinstance(dataset, Dataset):
-        raise ValueError(f'want a data set, got {dataset!r}; bind it with parentheses, e.g. dataset = @market1501()')
+        raise UserError(f'dataset must be a data set, but it is {dataset!r}; bind it with parentheses, '
+                        f'e.g. dataset = @market1501()')
 
 
 def report(dataset, published):
@@ -175,10 +181,10 @@ def report(dataset, published):
                    len({s.camid for part in dataset[2:] for s in part}))
     logger.info('%s in %s: %d identities and %d images to train, %d query, %d gallery, %d cameras', dataset.name,
                 dataset.root, *found)
-    for field, got, want in zip(Counts._fields, found, published or found):
-        if got != want:
-            logger.warning('%s: want %d %s as published, found %d; figures will not compare', dataset.name, want,
-                           field, got)
+    for field, count, published_count in zip(Counts._fields, found, published or found):
+        if count != published_count:
+            logger.warning('%s should have %d %s as published, but has %d; its figures are not comparable',
+                           dataset.name, published_count, field, count)
     return dataset
 
 

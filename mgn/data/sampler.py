@@ -2,7 +2,8 @@
 
 import logging
 
-from mgn.data import draws
+from mgn.data import random_streams
+from mgn.ops.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -16,20 +17,20 @@ class IdentitySampler:
     Args:
         labels: (N,) ints, the identity of each sample. camids: (N,) ints, its camera.
     Raises:
-        ValueError: fewer than P identities, P < 2 (no negatives) or K < 1.
+        UserError: fewer than P identities, P < 2 (no negatives) or K < 1.
     """
 
     def __init__(self, labels, camids, P, K, seed):
         self.images_of = {}
         for index, label in enumerate(labels):
             self.images_of.setdefault(label, []).append(index)
-        draws.generator(seed, draws.IDENTITY_ORDER)  # refuses a bad seed before anything is written
+        random_streams.generator(seed, random_streams.IDENTITY_ORDER)  # refuses a bad seed early
         if P < 2 or K < 1:
-            raise ValueError(f'want P >= 2 identities (a triplet needs a stranger) and K >= 1 images of each, '
-                             f'got P={P}, K={K}; bind P and K')
+            raise UserError(f'P must be at least 2 identities (a triplet needs a negative) and K at least 1 image, '
+                            f'but P={P}, K={K}; bind P and K')
         if len(self.images_of) < P:
-            raise ValueError(f'IdentitySampler needs at least P={P} identities, found {len(self.images_of)}; '
-                             f'lower P or add data')
+            raise UserError(f'IdentitySampler needs at least P={P} identities, found {len(self.images_of)}; '
+                            f'lower P or add data')
         self.camids, self.P, self.K, self.seed = list(camids), P, K, seed
         self.identities = sorted(self.images_of)
         self.steps_per_epoch = len(self.identities) // P
@@ -40,11 +41,12 @@ class IdentitySampler:
     def batch(self, step):
         """Sample indices of the batch of step 0, 1, 2, …: P·K ints, the K images of an identity side by side."""
         epoch, first = divmod(step, self.steps_per_epoch)
-        order = draws.generator(self.seed, draws.IDENTITY_ORDER, epoch).permutation(len(self.identities))
+        rng = random_streams.generator(self.seed, random_streams.IDENTITY_ORDER, epoch)
+        order = rng.permutation(len(self.identities))
         indices = []
-        for place, which in enumerate(order[first * self.P:(first + 1) * self.P]):
-            rng = draws.generator(self.seed, draws.IDENTITY_IMAGES, step, place)
-            indices += self.images(self.images_of[self.identities[which]], rng)
+        for place, identity in enumerate(order[first * self.P:(first + 1) * self.P]):
+            rng = random_streams.generator(self.seed, random_streams.IDENTITY_IMAGES, step, place)
+            indices += self.images(self.images_of[self.identities[identity]], rng)
         return indices
 
     def images(self, candidates, rng):

@@ -143,7 +143,7 @@ def test_market_layout_without_cameras_gives_camera_0(tmp_path, caplog):
 
 def test_market_layout_refuses_cameras_in_some_file_names_only(tmp_path):
     write_names(tmp_path, ['0002_1.jpg', '0003_c2_1.jpg'], ['0001_c1_1.jpg'], ['0001_c2_1.jpg'])
-    with pytest.raises(ValueError, match=r'want a camera in every file name .*0002_1\.jpg'):
+    with pytest.raises(ValueError, match=r'all file names of .* contain a camera or none, but .*0002_1\.jpg has none'):
         datasets.market_layout(str(tmp_path))
 
 
@@ -151,7 +151,8 @@ def test_cameras_in_one_folder_and_none_in_another_are_an_error(tmp_path):
     write_market(tmp_path)
     for path in (tmp_path / 'query').iterdir():
         path.rename(path.with_name(path.name.replace('_c1s1_', '_')))
-    with pytest.raises(ValueError, match=r'want a camera in every file name .*query.0101_000000_00\.jpg'):
+    message = r'all file names of .* contain a camera or none, but .*query.0101_000000_00\.jpg has none'
+    with pytest.raises(ValueError, match=message):
         datasets.market_layout(str(tmp_path))
 
 
@@ -197,7 +198,7 @@ def test_a_folder_without_images_is_named(tmp_path, part, junk):
     parts = {name: ['0001_c1s1_1.jpg'] for name in PARTS} | {part: junk}
     write_names(tmp_path, *parts.values())
     (tmp_path / part).mkdir(exist_ok=True)
-    with pytest.raises(ValueError, match=re.escape(f'in {tmp_path}/{part}, found none')):
+    with pytest.raises(ValueError, match=re.escape(f'{tmp_path}/{part} holds no images')):
         datasets.market1501(str(tmp_path))
 
 
@@ -207,7 +208,7 @@ def test_a_folder_without_images_is_named(tmp_path, part, junk):
     (datasets.dukemtmcreid, '0002_f0046182.jpg'), (datasets.market_layout, 'photo.png')])
 def test_a_misnamed_file_is_named(tmp_path, read, name):
     write_names(tmp_path, ['0002_c1s1_1.jpg', name], ['0001_c2s1_1.jpg'], ['0001_c1s1_1.jpg'])
-    with pytest.raises(ValueError, match=re.escape(f'got {tmp_path}/bounding_box_train/{name};')):
+    with pytest.raises(ValueError, match=re.escape(f'but {tmp_path}/bounding_box_train/{name} does not;')):
         read(str(tmp_path))
 
 
@@ -216,14 +217,14 @@ def test_a_misnamed_file_is_named(tmp_path, read, name):
     '0000/0000_001_xx_a_0_0.jpg 3', '0000/0000_001_cam_07_a_0.jpg 3', '0000/0000_001_02_a_0_0.jpg 3 4'])
 def test_a_broken_list_line_is_named(tmp_path, line):
     write_msmt(tmp_path, query=f'0001/0001_000_07_0302evening_1_0.jpg 1\n{line}\n')
-    with pytest.raises(ValueError, match=re.escape(f'got {line!r} in line 2 of {tmp_path}/list_query.txt')):
+    with pytest.raises(ValueError, match=re.escape(f'line 2 of {tmp_path}/list_query.txt is {line!r};')):
         datasets.msmt17(str(tmp_path))
 
 
 @pytest.mark.parametrize('name', ['train', 'query', 'gallery'])
 def test_an_empty_list_is_named(tmp_path, name):
     write_msmt(tmp_path, **{name: '\n'})
-    with pytest.raises(ValueError, match=re.escape(f'{tmp_path}/list_{name}.txt, found none')):
+    with pytest.raises(ValueError, match=re.escape(f'{tmp_path}/list_{name}.txt lists no images')):
         datasets.msmt17(str(tmp_path))
 
 
@@ -234,7 +235,7 @@ def test_counts_are_logged_and_differences_from_the_published_ones_warned_of(mar
     assert '6 identities and 24 images to train, 3 query, 10 gallery, 2 cameras' in caplog.records[0].message
     warnings = [r.message for r in caplog.records if r.levelno == logging.WARNING]
     pairs = (('751 train_pids', 6), ('12936 train', 24), ('3368 query', 3), ('15913 gallery', 10), ('6 cameras', 2))
-    assert [re.search(r'want (\d+ \w+) as published, found (\d+)', w).groups() for w in warnings] == [
+    assert [re.search(r'should have (\d+ \w+) as published, but has (\d+)', w).groups() for w in warnings] == [
         (want, str(found)) for want, found in pairs]
 
 
@@ -247,7 +248,7 @@ def test_each_data_set_is_compared_with_its_published_counts(tmp_path, caplog, n
         datasets.msmt17(str(tmp_path), combine_val='val' in name)
     else:
         getattr(datasets, name)(str(write_market(tmp_path, identities=1, images=1, size=(8, 4))))
-    wanted = [int(re.search(r'want (\d+) \w+ as published', r.message)[1]) for r in caplog.records]
+    wanted = [int(re.search(r'should have (\d+) \w+ as published', r.message)[1]) for r in caplog.records]
     assert wanted == list(counts)
 
 

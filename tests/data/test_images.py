@@ -10,7 +10,8 @@ from PIL import Image
 from mgn.data.augmentation import Augmentation
 from mgn.data.datasets import Sample
 from mgn.data.images import TestBatches as EvaluationBatches  # under its own name pytest would collect it
-from mgn.data.images import TOGETHER, TrainBatches, batches, decode, to_batch
+from mgn.data.images import RESIZE_GROUP, TrainBatches, decode, to_batch
+from mgn.data.loader import start_workers
 from mgn.data.sampler import IdentitySampler
 
 CPU = torch.device('cpu')
@@ -92,7 +93,9 @@ def test_resizing_equals_pils_antialiased_bicubic_within_two_levels(tmp_path, so
 
 def test_a_batch_holds_what_each_of_its_images_alone_becomes():
     """Of several sizes in turn, of each more than are resized at a time."""
-    images = [torch.from_numpy(smooth_pixels(*[(31, 33), SIZE, (12, 24)][i % 3], seed=i)).permute(2, 0, 1) for i in range(3 * TOGETHER + 4)]
+    sizes = (31, 33), SIZE, (12, 24)
+    images = [torch.from_numpy(smooth_pixels(*sizes[i % 3], seed=i)).permute(2, 0, 1)
+              for i in range(3 * RESIZE_GROUP + 4)]
     batch = to_batch(images, SIZE)
     assert batch.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(batch, torch.cat([to_batch([image], SIZE) for image in images]))
@@ -203,7 +206,7 @@ def test_an_unreadable_image_met_twice_in_a_batch_is_reported_once(tmp_path):
 @pytest.mark.parametrize('images', [1, 2, 4])
 def test_an_identity_without_a_readable_image_is_an_error_that_names_all(tmp_path, images):
     samples = write_set(tmp_path, identities=2, images=images, broken=range(images))
-    with pytest.raises(ValueError, match='readable image of identity 1, got none') as error:
+    with pytest.raises(ValueError, match='No image of identity 1 can be read') as error:
         make_train_batches(samples)[0]
     assert all(sample.path in str(error.value) for sample in samples[:images])
 
@@ -232,7 +235,7 @@ def test_no_samples_make_no_evaluation_batches():
 
 
 def in_workers(dataset, items, context):
-    loader = batches(dataset, items, 2, CPU)
+    loader = start_workers(dataset, items, 2, CPU)
     loader.multiprocessing_context = context
     return list(loader)
 
@@ -244,7 +247,7 @@ def test_worker_processes_change_no_training_batch(tmp_path, context):
         dataset = make_train_batches(write_set(tmp_path, images=4, broken=[4]))
     finally:
         gin.clear_config()
-    expected = list(batches(dataset, range(3, 11), 0, CPU))
+    expected = list(start_workers(dataset, range(3, 11), 0, CPU))
     got = in_workers(dataset, range(3, 11), context)
     assert len(got) == len(expected) == 8
     assert all(same_batch(a, b) and same_batch(a, dataset[step]) for a, b, step in zip(got, expected, range(3, 11)))
@@ -254,6 +257,6 @@ def test_worker_processes_change_no_training_batch(tmp_path, context):
 
 def test_worker_processes_change_no_evaluation_batch(tmp_path):
     dataset = EvaluationBatches(write_set(tmp_path, broken=[4]), SIZE, 5)
-    expected, got = list(batches(dataset, range(3), 0, CPU)), in_workers(dataset, range(3), 'fork')
+    expected, got = list(start_workers(dataset, range(3), 0, CPU)), in_workers(dataset, range(3), 'fork')
     assert [len(batch.images) for batch in got] == [4, 5, 2]
     assert all(torch.equal(a.images, b.images) and a.unreadable == b.unreadable for a, b in zip(got, expected))
