@@ -16,20 +16,22 @@ from mgn.data.images import TrainBatches
 from mgn.runs.meter import Meter
 from mgn.data.sampler import IdentitySampler
 from mgn.data.supply import count_unreadable
+from mgn.losses import FunctionLosses, mgn_losses
+from mgn.ops.errors import UserError
 
 pytestmark = pytest.mark.usefixtures('thin')
 
 
 def spoil(monkeypatch, name, at_step, value):
     """Multiplies the loss `name` of one step, counted from 0, by `value`."""
-    calls, real = [], training.mgn_losses
+    calls, real = [], mgn_losses
 
     def spoilt(*args):
         losses = real(*args)
         calls.append(0)
         return {**losses, name: losses[name] * value} if len(calls) == at_step + 1 else losses
 
-    monkeypatch.setattr(training, 'mgn_losses', spoilt)
+    monkeypatch.setattr(training, 'make_losses', lambda *_: FunctionLosses(spoilt))
 
 
 @pytest.mark.parametrize('name, at_step, value, last_good, log_every', [
@@ -55,34 +57,33 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(market, tmp_
 
 
 def test_features_that_are_not_finite_stop_the_run_at_once_and_name_the_step(market, tmp_path, monkeypatch):
-    calls, real = [], training.mgn_losses
+    calls = []
 
     def spoilt(output, labels):
         calls.append(0)
-        return real(output._replace(embeddings=output.embeddings * (torch.nan if len(calls) == 4 else 1)), labels)
+        factor = torch.nan if len(calls) == 4 else 1
+        return mgn_losses(output._replace(embeddings=output.embeddings * factor), labels)
 
-    monkeypatch.setattr(training, 'mgn_losses', spoilt)
-    with pytest.raises(ValueError, match=r'want finite anchors, got nan in head 0, row 0, .*\(step 3; the last good checkpoint is .*last.pth'):
+    monkeypatch.setattr(training, 'make_losses', lambda *_: FunctionLosses(spoilt))
+    with pytest.raises(UserError, match=r'anchors.*nan.*head 0, row 0, .*\(step 3; the last good checkpoint is .*last.pth'):
         train(market, tmp_path, 'train.log_every = 99')
     assert len(calls) == 4
 
 
-def test_the_first_bad_step_is_remembered_until_the_losses_are_read(tmp_path):
-    checkpoint.save(str(tmp_path / 'last.pth'), {'step': 2})
-    meter = Meter()
+def test_the_first_bad_step_is_remembered_until_the_losses_are_read():
+    meter, last_good = Meter(), 'the last good checkpoint is last.pth, of step 2'
     for step, (a, b) in enumerate([(1, 1), (1, 1), (1, torch.nan), (torch.inf, 1), (torch.nan, torch.nan), (1, 1)]):
         meter.add({'loss': torch.tensor(float(a + b)), 'a': torch.tensor(float(a)), 'b': torch.tensor(float(b))}, step)
     for read in (meter.check, meter.read):
-        with pytest.raises(ValueError, match='infinity in b at step 2; .*last.pth, of step 2; lower lr'):
-            read(str(tmp_path))
+        with pytest.raises(UserError, match='infinity in b at step 2; .*last.pth, of step 2. Lower lr'):
+            read(last_good)
 
 
-def test_all_losses_that_went_bad_at_the_first_bad_step_are_named(tmp_path):
-    checkpoint.save(str(tmp_path / 'last.pth'), {'step': 0})
+def test_all_losses_that_went_bad_at_the_first_bad_step_are_named():
     meter = Meter()
     meter.add({name: torch.tensor(torch.nan) for name in ('loss', 'a', 'b')}, 0)
     with pytest.raises(ValueError, match='infinity in a, b at step 0'):
-        meter.check(str(tmp_path))
+        meter.check('there is no checkpoint yet')
 
 
 @pytest.mark.parametrize('at_step, last_good', [(0, 0), (3, 2), (6, 6)])
@@ -105,7 +106,7 @@ def test_weights_that_are_not_finite_are_never_saved(market, tmp_path, monkeypat
 
 def test_initial_weights_that_are_not_finite_are_a_clear_error(market, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.init, 'kaiming_normal_', lambda tensor, **kwargs: tensor.data.fill_(torch.nan))
-    with pytest.raises(ValueError, match='want finite weights, got NaN or infinity'):
+    with pytest.raises(ValueError, match='NaN or infinity in the weights heads.0.reduction.weight'):
         train(market, tmp_path)
     assert not (tmp_path / 'last.pth').exists()
 
@@ -148,7 +149,7 @@ def test_an_unreadable_training_image_is_replaced_and_counted(hundred, tmp_path,
 def test_more_than_one_per_cent_of_unreadable_images_are_an_error(hundred, tmp_path):
     root, (one, other) = hundred
     with damaged(one, lambda data: data[:99]), damaged(other, lambda data: b''):
-        with pytest.raises(ValueError, match='at most 1% of 120 training images unreadable, got 2:') as raised:
+        with pytest.raises(ValueError, match='(?i)1% of 120 training images .* 2') as raised:
             train(root, tmp_path, 'total_steps = 2')
     assert one in str(raised.value) and other in str(raised.value)
 
@@ -172,7 +173,7 @@ def test_the_same_image_counts_once_and_one_per_cent_is_allowed(images, limit, c
     for _ in range(3):
         count_unreadable(unreadable, [f'{i}.jpg: truncated' for i in range(limit)], images)
     assert len(unreadable) == len(caplog.records) == limit  # each is said once
-    with pytest.raises(ValueError, match=f'got {limit + 1}:'):
+    with pytest.raises(ValueError, match=f' {limit + 1}\\b'):
         count_unreadable(unreadable, ['one more.jpg: truncated'], images)
 
 
@@ -182,7 +183,7 @@ def test_an_identity_without_a_readable_image_is_an_error_that_names_them_all(tm
     images = list((root / 'bounding_box_train').glob('0001_*'))
     for image in images:
         image.write_bytes(b'')
-    with pytest.raises(ValueError, match='want a readable image of identity 1, got none') as raised:
+    with pytest.raises(ValueError, match='identity 1\\b') as raised:
         train(root, tmp_path / 'run', f'workers = {workers}')
     assert len(images) == 3 and all(str(image) in str(raised.value) for image in images)
     assert 'Traceback' not in str(raised.value)

@@ -89,7 +89,7 @@ def test_a_failing_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch, f
     path = tmp_path / 'last.pth'
     checkpoint.save(str(path), {**BIG, 'step': 1})
     before = path.read_bytes()
-    with pytest.raises(OSError, match='last.pth, got: .*the previous one is unharmed.*free disk space'):
+    with pytest.raises(OSError, match='last.pth could not be written: .*The previous file is unharmed.*Free disk space'):
         with failure(monkeypatch):
             checkpoint.save(str(path), {**BIG, 'step': 2})
     assert path.read_bytes() == before
@@ -98,7 +98,7 @@ def test_a_failing_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch, f
 
 @FAILURES
 def test_a_failing_first_write_leaves_nothing(tmp_path, monkeypatch, failure):
-    with pytest.raises(OSError, match='last.pth, got: .*there was none before'):
+    with pytest.raises(OSError, match='last.pth could not be written: .*There was none before'):
         with failure(monkeypatch):
             checkpoint.save(str(tmp_path / 'last.pth'), BIG)
     assert os.listdir(tmp_path) == []
@@ -113,7 +113,7 @@ def test_a_folder_that_may_not_be_written_is_a_clear_error():
         folder.chmod(0o555)
         if user == 0:
             os.seteuid(65534)  # root may write anywhere
-        with pytest.raises(OSError, match='want to write the checkpoint .*last.pth, got: .*denied'):
+        with pytest.raises(OSError, match='last.pth could not be written: .*denied'):
             checkpoint.save(str(path), {'step': 2})
         os.seteuid(user)
         assert os.listdir(folder) == ['last.pth']
@@ -125,13 +125,13 @@ def test_a_folder_that_may_not_be_written_is_a_clear_error():
 
 
 def test_a_missing_folder_is_a_clear_error(tmp_path):
-    with pytest.raises(OSError, match='want to write the checkpoint .*nowhere/last.pth'):
+    with pytest.raises(OSError, match='nowhere/last.pth could not be written'):
         checkpoint.save(str(tmp_path / 'nowhere' / 'last.pth'), {'step': 1})
 
 
 @pytest.mark.parametrize('path', ['nowhere.pth', '.'])
 def test_what_is_no_file_is_not_found(tmp_path, path):
-    with pytest.raises(FileNotFoundError, match='want a checkpoint, found no file'):
+    with pytest.raises(FileNotFoundError, match='no file .*, where a checkpoint was expected'):
         checkpoint.load(str(tmp_path / path))
 
 
@@ -141,7 +141,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path, length):
     checkpoint.save(str(path), CONTENT)
     whole = path.read_bytes()
     path.write_bytes(whole[:int(length * len(whole)) if length == 0.5 else length])
-    with pytest.raises(ValueError, match='want a checkpoint written by mgn.train, got .*last.pth'):
+    with pytest.raises(ValueError, match='last.pth.*checkpoint of mgn.train'):
         checkpoint.load(str(path))
 
 
@@ -188,7 +188,7 @@ class Code:
 def test_what_is_no_checkpoint_is_refused_and_not_run(tmp_path, write):
     path, marker = tmp_path / 'best.pth', tmp_path / 'executed'
     write(path, marker)
-    with pytest.raises(ValueError, match='want a checkpoint written by mgn.train, got .*best.pth'):
+    with pytest.raises(ValueError, match='best.pth.*checkpoint of mgn.train'):
         checkpoint.load(str(path))
     assert not marker.exists()
 
@@ -218,11 +218,11 @@ def test_missing_unexpected_and_ill_shaped_keys_are_all_listed_and_nothing_is_lo
     state['trunk.0.weight'] = state.pop('heads.0.reduction.bias')
     target = model(3)
     before = {name: value.clone() for name, value in target.state_dict().items()}
-    with pytest.raises(ValueError, match='want weights of the configured architecture, my.pth does not fit') as raised:
+    with pytest.raises(ValueError, match='my.pth do not fit the configured architecture') as raised:
         checkpoint.load_model(target, state, 'my.pth')
-    for problem in ('missing heads.0.reduction.bias\n', 'unexpected trunk.0.weight\n',
-                    'heads.0.reduction.weight: want shape (2, 4), got (2, 5)\n',
-                    'heads.0.classifier.weight: want shape (3, 2), got (7, 2)\n'):
+    for problem in ('heads.0.reduction.bias is missing\n', 'trunk.0.weight is unexpected\n',
+                    'heads.0.reduction.weight has shape (2, 5) instead of (2, 4)\n',
+                    'heads.0.classifier.weight has shape (7, 2) instead of (3, 2)\n'):
         assert problem in str(raised.value)
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
 
@@ -243,7 +243,7 @@ def test_where_features_are_wanted_classifiers_are_dropped(classes):
 
 def test_where_features_are_wanted_everything_else_is_still_checked():
     state = {**model(7, width=5).state_dict(), 'trunk.0.weight': torch.zeros(1)}
-    with pytest.raises(ValueError, match=r'heads.0.reduction.weight: want shape \(2, 4\), got \(2, 5\)') as raised:
+    with pytest.raises(ValueError, match=r'heads.0.reduction.weight has shape \(2, 5\) instead of \(2, 4\)') as raised:
         checkpoint.load_model(model(0), state, 'best.pth', features_only=True)
-    assert 'unexpected trunk.0.weight' in str(raised.value)
+    assert 'trunk.0.weight is unexpected' in str(raised.value)
     assert 'classifier' not in str(raised.value)
