@@ -48,6 +48,17 @@ class FunctionLosses(nn.Module):
         self.forward = function
 
 
+def check_reference():
+    """Raises UserError where gin is to make the losses itself, without their arguments and before the seed is set."""
+    try:
+        reference = str(gin.query_parameter('train.losses'))
+    except ValueError:  # it is not bound
+        return
+    if reference.endswith('()'):
+        raise UserError(f'train.losses = {reference} would be made before the seed is set. Bind the class without '
+                        f'parentheses: train.losses = {reference[:-2]}')
+
+
 def make_losses(losses, num_classes, branches, embedding_dim):
     """What `train.losses` refers to, as a module that is called like mgn_losses: (output, labels[, candidates,
     candidate_labels]) → {name: scalar}.
@@ -59,15 +70,14 @@ def make_losses(losses, num_classes, branches, embedding_dim):
         UserError: anything else, such as a module that exists already.
     """
     if isinstance(losses, nn.Module):
-        raise UserError(f'train.losses is a finished {type(losses).__name__}, made before the seed was set. Bind the '
-                        f'class without parentheses: train.losses = @{type(losses).__name__}')
+        raise UserError(f'train.losses is a finished {type(losses).__name__}, made before the seed was set. '
+                        f'Give the class itself.')
     if not callable(losses):
         raise UserError(f'train.losses should be a function or a class of losses, but is {losses!r}. '
                         f'Bind a reference, e.g. train.losses = @mgn_losses')
-    if not inspect.isclass(inspect.unwrap(losses)):  # gin wraps classes that are referred to with a scope
+    kind = inspect.unwrap(losses)  # gin wraps a class that is referred to with a scope
+    if not inspect.isclass(kind):
         return FunctionLosses(losses)
-    module = losses(num_classes=num_classes, branches=branches, embedding_dim=embedding_dim)
-    if not isinstance(module, nn.Module):
-        raise UserError(f'train.losses is the class {type(module).__name__}, which is no torch.nn.Module. '
-                        f'Derive it from torch.nn.Module.')
-    return module
+    if not issubclass(kind, nn.Module):
+        raise UserError(f'train.losses is the class {kind.__name__}, which is no torch.nn.Module. Derive it from that.')
+    return losses(num_classes=num_classes, branches=branches, embedding_dim=embedding_dim)

@@ -18,7 +18,7 @@ from mgn.data.sampler import IdentitySampler
 from mgn.data.supply import count_unreadable, supply
 from mgn.evaluation import evaluate, find_device, table, write_results
 from mgn.features import check_alike
-from mgn.losses import make_losses, mgn_losses
+from mgn.losses import check_reference, make_losses, mgn_losses
 from mgn.model import MGN
 from mgn.ops import implementation
 from mgn.ops.errors import UserError
@@ -52,6 +52,7 @@ def train(default_output_dir):
     are each process's own unless sync_bn. Running statistics are averaged over the processes where a checkpoint is
     written or the model is evaluated.
     """
+    check_reference()
     return Training(default_output_dir).run()
 
 
