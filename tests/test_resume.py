@@ -159,6 +159,28 @@ def test_a_longer_run_goes_on_from_a_finished_one(market, copy):
         0, 3, 4, 6, 7, 7, 8, 9, 9]
 
 
+def test_fewer_steps_than_were_done_are_refused(market, copy):
+    refuses(market, copy, 'last.pth is of step 7, beyond total_steps = 5. Bind more', 'total_steps = 5')
+
+
+def test_a_checkpoint_of_an_older_version_without_losses_resumes(market, tmp_path, monkeypatch, uninterrupted):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash(patch, 'train_step', 5)
+        train(market, tmp_path)
+    content = checkpoint.load(str(tmp_path / 'last.pth'))
+    del content['losses']
+    torch.save(content, tmp_path / 'last.pth')
+    train(market, tmp_path)
+    assert_same(outcome(tmp_path), outcome(uninterrupted))
+
+
+def test_the_best_checkpoint_is_read_once_and_the_last_one_not_at_all_after_the_start(market, copy, monkeypatch):
+    read, real = [], checkpoint.load
+    monkeypatch.setattr(checkpoint, 'load', lambda path: (read.append(os.path.basename(path)), real(path))[1])
+    train(market, copy, 'total_steps = 16')
+    assert read == ['last.pth', 'best.pth']
+
+
 def refuses(market, folder, message, *bindings):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(ValueError, match=message):

@@ -65,7 +65,7 @@ def test_features_that_are_not_finite_stop_the_run_at_once_and_name_the_step(mar
         return mgn_losses(output._replace(embeddings=output.embeddings * factor), labels)
 
     monkeypatch.setattr(training, 'make_losses', lambda *_: FunctionLosses(spoilt))
-    with pytest.raises(UserError, match=r'anchors.*nan.*head 0, row 0, .*\(step 3; the last good checkpoint is .*last.pth'):
+    with pytest.raises(UserError, match=r'anchors.*head 0, row 0, .*\(step 3; the last good checkpoint is .*last.pth'):
         train(market, tmp_path, 'train.log_every = 99')
     assert len(calls) == 4
 
@@ -109,6 +109,14 @@ def test_initial_weights_that_are_not_finite_are_a_clear_error(market, tmp_path,
     with pytest.raises(ValueError, match='NaN or infinity in the weights heads.0.reduction.weight'):
         train(market, tmp_path)
     assert not (tmp_path / 'last.pth').exists()
+
+
+def test_a_run_whose_first_evaluation_fails_leaves_nothing_that_hinders_the_corrected_command(market, tmp_path):
+    with pytest.raises(ValueError, match='stripes'):
+        train(market, tmp_path, 'MGN.parts = (1, 100)')
+    assert not list(tmp_path.glob('*.pth'))
+    train(market, tmp_path, 'total_steps = 1')
+    assert checkpoint.load(str(tmp_path / 'last.pth'))['step'] == 1
 
 
 @contextmanager

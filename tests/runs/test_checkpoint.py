@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import re
 import resource
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from mgn.ops.errors import UserError
 from mgn.runs import checkpoint
 
 CONTENT = {'config': "seed = 3\n# ü", 'step': 12, 'mAP': 0.25, 'resume': None, 'names': ['a', 'b'],
@@ -225,6 +227,36 @@ def test_missing_unexpected_and_ill_shaped_keys_are_all_listed_and_nothing_is_lo
                     'heads.0.classifier.weight has shape (7, 2) instead of (3, 2)\n'):
         assert problem in str(raised.value)
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+
+
+def test_ten_keys_are_listed_and_the_others_counted():
+    source = {f'layer{number}': torch.zeros(1) for number in range(13)}
+    with pytest.raises(UserError) as raised:
+        checkpoint.load_model(nn.Module(), source, 'my.pth', remedy='Bind another output_dir.')
+    assert str(raised.value).count('is unexpected') == 10
+    assert str(raised.value).endswith('\n  and 3 more\nBind another output_dir.')
+
+
+def test_weights_of_another_project_are_loaded_from_a_plain_state_dict(tmp_path, monkeypatch):
+    source, target = nn.Linear(3, 2), nn.Linear(3, 2)
+    torch.save(source.state_dict(), tmp_path / 'weights.pth')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    checkpoint.load_pretrained(target, '~/weights.pth')
+    assert torch.equal(target.weight, source.weight)
+
+
+@pytest.mark.parametrize('write, message', [
+    (lambda path, marker: None, 'but there is no file .*weights.pth'),
+    (lambda path, marker: path.write_text('text'), 'weights.pth does not fit'),
+    (lambda path, marker: torch.save([1], path), 'weights.pth does not fit'),
+    (lambda path, marker: torch.save({'weight': Code(marker)}, path), 'weights.pth does not fit'),
+    (lambda path, marker: torch.save(nn.Linear(3, 3).state_dict(), path), '(?s)weights.pth does not fit.*size mismatch'),
+    (lambda path, marker: torch.save(nn.Linear(3, 2, bias=False).state_dict(), path), '(?s)does not fit.*Missing')])
+def test_other_files_are_no_weights_of_another_project_and_are_not_run(tmp_path, write, message):
+    write(tmp_path / 'weights.pth', tmp_path / 'executed')
+    with pytest.raises(UserError, match='MGN.pretrained should be a state dict of mynet, ') as raised:
+        checkpoint.load_pretrained(nn.Linear(3, 2), str(tmp_path / 'weights.pth'), 'mynet')
+    assert re.search(message, str(raised.value)) and not (tmp_path / 'executed').exists()
 
 
 @pytest.mark.parametrize('classes', [0, 7])
