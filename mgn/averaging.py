@@ -1,25 +1,36 @@
-"""An exponential moving average of a model's weights and running statistics, which evaluations use in place of the last ones."""
+"""An exponential moving average of a model's weights and running statistics, for evaluations."""
 
 import copy
 
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from mgn.ops.errors import UserError
+
 
 class WeightAverage:
-    """Begins as a copy of `model`, in its `model`.
+    """Begins as a copy of `model`, in its attribute `model`.
 
-    decay: what stays of the average at a step, in [0, 1). In the first steps it is (1 + step) / (10 + step) if that is less, so that the
-    initial weights are soon forgotten.
+    Make it before torch converts or wraps the model for several processes: such modules hold process groups, which
+    cannot be copied.
+
+    decay: share of the average that stays at a step, in [0, 1). In the first steps it is (1 + step) / (10 + step) if
+    that is less, so that the initial weights are soon forgotten.
     """
 
     def __init__(self, model, decay):
         if not 0 <= decay < 1:
-            raise ValueError(f'want train.ema_decay in [0, 1), or None for no average, got {decay}; 0.999 averages a thousand steps')
+            raise UserError(f'train.ema_decay = {decay} is outside [0, 1). 0.999 averages about a thousand steps; '
+                            f'None is for no average.')
         self.decay, self.model = decay, copy.deepcopy(model).requires_grad_(False)
+
+    def restart(self, model):
+        """Forgets everything but the present weights of `model`."""
+        self.model.load_state_dict(model.state_dict())
 
     @torch.no_grad()
     def update(self, model, step):
         """Takes in the weights after step number `step`, from 0."""
-        averages, values = ([tensor for tensor in of.state_dict().values() if tensor.is_floating_point()] for of in (self.model, model))
+        averages, values = ([tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
+                            for module in (self.model, model))
         get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))(averages, values, None)

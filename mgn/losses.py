@@ -1,19 +1,24 @@
-"""Output of MGN → named losses, as in fast-reid's `projects/MGN`."""
+"""Output of MGN → named losses, as in fast-reid's `projects/MGN`, and how `train.losses` refers to others."""
+
+import inspect
 
 import gin
 import torch.nn.functional as F
+from torch import nn
 
 from mgn.ops import batch_hard_triplet_loss
+from mgn.ops.errors import UserError
 
 
 @gin.configurable(denylist=['output', 'labels', 'candidates', 'candidate_labels'])
-def mgn_losses(output, labels, candidates=None, candidate_labels=None, cross_entropy_weight=0.25, triplet_weight=1 / 3, margin=1.2, smoothing=0.1):
+def mgn_losses(output, labels, candidates=None, candidate_labels=None, cross_entropy_weight=0.25, triplet_weight=1 / 3,
+               margin=1.2, smoothing=0.1):
     """The weighted terms by name; their sum is what training minimises.
 
     Args:
         output: MGNOutput of B images. labels: (B,) int64 in 0…C−1.
-        candidates: (branches, M, embedding_dim), candidate_labels: (M,): embeddings to find the hardest pairs among, these images' own
-            included; None: these alone.
+        candidates: (branches, M, embedding_dim), candidate_labels: (M,): embeddings to find the hardest pairs among,
+            these images' own included; None: these alone.
         cross_entropy_weight: of the sum over heads. triplet_weight: of the sum over whole-map heads.
         margin: of the batch-hard hinge; None for the soft margin.
         smoothing: ε of the label smoothing.
@@ -26,10 +31,53 @@ def mgn_losses(output, labels, candidates=None, candidate_labels=None, cross_ent
 
 
 def smoothed_cross_entropy(logits, labels, smoothing):
-    """Mean cross-entropy against 1−ε on the true class and ε/(C−1) on every other (Szegedy et al., CVPR 2016, who use ε/C).
+    """Mean cross-entropy against 1−ε on the true class and ε/(C−1) on every other (Szegedy et al., CVPR 2016, use ε/C).
 
     logits: (B, C), labels: (B,) int64 → scalar.
     """
     classes = logits.shape[1]
     # PyTorch spreads its smoothing over all C classes, the true one included.
     return F.cross_entropy(logits, labels, label_smoothing=smoothing * classes / max(classes - 1, 1))
+
+
+class FunctionLosses(nn.Module):
+    """A function such as mgn_losses as a module without parameters."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
+
+
+def check_reference():
+    """Raises UserError where gin is to make the losses itself, without their arguments and before the seed is set."""
+    try:
+        reference = str(gin.query_parameter('train.losses'))
+    except ValueError:  # it is not bound
+        return
+    if reference.endswith('()'):
+        raise UserError(f'train.losses = {reference} would be made before the seed is set. Bind the class without '
+                        f'parentheses: train.losses = {reference[:-2]}')
+
+
+def make_losses(losses, num_classes, branches, embedding_dim):
+    """What `train.losses` refers to, as a module that is called like mgn_losses: (output, labels[, candidates,
+    candidate_labels]) → {name: scalar}.
+
+    Args:
+        losses: a function, or a subclass of torch.nn.Module, for losses with parameters. The class is called with
+            the other three arguments by name.
+    Raises:
+        UserError: anything else, such as a module that exists already.
+    """
+    if isinstance(losses, nn.Module):
+        raise UserError(f'train.losses is a finished {type(losses).__name__}, made before the seed was set. '
+                        f'Give the class itself.')
+    if not callable(losses):
+        raise UserError(f'train.losses should be a function or a class of losses, but is {losses!r}. '
+                        f'Bind a reference, e.g. train.losses = @mgn_losses')
+    kind = inspect.unwrap(losses)  # gin wraps a class that is referred to with a scope
+    if not inspect.isclass(kind):
+        return FunctionLosses(losses)
+    if not issubclass(kind, nn.Module):
+        raise UserError(f'train.losses is the class {kind.__name__}, which is no torch.nn.Module. Derive it from that.')
+    return losses(num_classes=num_classes, branches=branches, embedding_dim=embedding_dim)

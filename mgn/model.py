@@ -5,7 +5,6 @@ ACM MM 2018, arXiv:1804.01438. Defaults follow fast-reid's `projects/MGN`; `pape
 """
 
 import copy
-import os
 from typing import NamedTuple
 
 import gin
@@ -14,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mgn.convolution import ProductConv
+from mgn.runs.checkpoint import load_pretrained
 
 BACKBONES = ('resnet18', 'resnet34', 'resnet50', 'resnet101')
 
@@ -166,11 +166,5 @@ def make_resnet(backbone, pretrained):
             raise OSError(f'want the ImageNet weights {weights.url}, could not download them ({error}); bring that file '
                           f"and bind MGN.pretrained = '<its path>', or train from scratch with MGN.pretrained = False") from error
     elif pretrained:
-        path = os.path.expanduser(pretrained)
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f'want the ImageNet weights of {backbone} in MGN.pretrained, found no file {path}')
-        try:
-            resnet.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
-        except Exception as error:
-            raise ValueError(f'want a torchvision state dict of {backbone} in MGN.pretrained = {path!r}, got: {error}') from error
+        load_pretrained(resnet, pretrained, backbone)
     return resnet

@@ -1,4 +1,4 @@
-"""Programs in processes of their own that have torch already: forked from a process that imported it once and did nothing else."""
+"""Programs in processes of their own, forked from a process that has imported torch and done nothing else, to save time."""
 
 import functools
 import json
@@ -37,14 +37,15 @@ def server():
 
 
 def run_program(program, *arguments, cwd=ROOT, env=None):
-    """As subprocess.run([sys.executable, '-c', program, *arguments], capture_output=True, text=True), from the project's folder,
-    in the environment and env."""
+    """As subprocess.run([sys.executable, '-c', program, *arguments], capture_output=True, text=True), by default from the
+    project's folder; env: variables beside those of the environment."""
     environment, arguments = {**os.environ, **(env or {})}, list(map(str, arguments))
     if not sys.platform.startswith('linux'):  # elsewhere a fork may not use what its parent has loaded
-        return subprocess.run([sys.executable, '-c', program, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+        command = [sys.executable, '-c', program, *arguments]
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     with tempfile.NamedTemporaryFile('r') as out, tempfile.NamedTemporaryFile('r') as err:
-        asked = json.dumps([program, arguments, os.path.abspath(cwd), environment, [out.name, err.name]])
-        server().stdin.write(asked + '\n')
+        request = json.dumps([program, arguments, os.path.abspath(cwd), environment, [out.name, err.name]])
+        server().stdin.write(request + '\n')
         server().stdin.flush()
         status = int(server().stdout.readline())
         return SimpleNamespace(returncode=status, stdout=out.read(), stderr=err.read())

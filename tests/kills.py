@@ -1,7 +1,9 @@
-"""A training run that is killed again and again ends with the very files of one that nobody touched: python tests/kills.py --kills=100
+"""A training run that is killed again and again ends with the files of an uninterrupted one.
 
-Half of the kills come at a random moment; the others in the middle of writing: behind a random part of a checkpoint's bytes, or beside
-one of the calls that bring it to its name. Linux or macOS.
+    python tests/kills.py --kills=100
+
+Some kills come at a random moment. The others come while a file is written: after a random part of a checkpoint's
+bytes, or just before or after one of the calls that give it its name. Linux or macOS.
 """
 
 import argparse
@@ -24,19 +26,24 @@ from thin import ThinResNet, train  # noqa: E402
 from mgn import model, training
 from mgn.runs import checkpoint  # noqa: E402
 
-KINDS = {'float32, workers': ('workers = 2', 'train.keep_last = 2'), 'bfloat16, average': ("train.precision = 'bfloat16'", 'train.ema_decay = 0.9')}
+KINDS = {'float32, workers': ('workers = 2', 'train.keep_last = 2'),
+         'bfloat16, average': ("train.precision = 'bfloat16'", 'train.ema_decay = 0.9')}
 
 
 def survive(folder, kills, seed, kind):
-    """Kills a run `kills` times, then lets it end; returns how many kills came in the middle of writing. AssertionError where a bit differs."""
+    """Kills a run `kills` times, then lets it end; returns how many kills came while a file was written.
+
+    Raises AssertionError where a bit differs.
+    """
     draw, data = random.Random(seed), write_market(folder / 'data')
     began = time.monotonic()
-    assert run(data, folder / 'untouched', kind) == 0
+    assert run(data, folder / 'uninterrupted', kind) == 0
     seconds, writing = time.monotonic() - began, 0
     for number in range(kills):
         place = draw.choice(['moment', *PLACES])
         # A run that is always killed early would never end; one that is near its end would not be killed.
-        status = run(data, folder / 'killed', kind, place, draw.uniform(0, 1.2 * seconds) if place == 'moment' else draw.randrange(3), draw.random())
+        when = draw.uniform(0, 1.2 * seconds) if place == 'moment' else draw.randrange(3)
+        status = run(data, folder / 'killed', kind, place, when, draw.random())
         assert status in (0, -signal.SIGKILL), f'kill {number}, {place}: status {status}'
         writing += place != 'moment' and status == -signal.SIGKILL
         if status == 0:  # it has ended: another one begins
@@ -49,9 +56,9 @@ def survive(folder, kills, seed, kind):
 
 
 def compare(folder):
-    assert_same(outcome(folder / 'killed'), outcome(folder / 'untouched'))
+    assert_same(outcome(folder / 'killed'), outcome(folder / 'uninterrupted'))
     assert {path.name for path in (folder / 'killed').iterdir() if 'events' not in path.name} == {
-        path.name for path in (folder / 'untouched').iterdir() if 'events' not in path.name}
+        path.name for path in (folder / 'uninterrupted').iterdir() if 'events' not in path.name}
 
 
 def run(data, output_dir, kind, place=None, when=0, part=0.0):
@@ -85,7 +92,7 @@ def die():
 
 
 def within_a_file(when, part):
-    """Dies where a part of a checkpoint's bytes is written, in front of its end."""
+    """Dies after a part of a checkpoint's bytes was written."""
     real, calls = torch.save, []
 
     def save(content, file):
@@ -104,7 +111,7 @@ def within_a_file(when, part):
 
 def beside_a_call(name, module):
     def place(when, part):
-        """Dies before or behind the call."""
+        """Dies just before or just after the call."""
         real, calls = getattr(module, name), []
 
         def call(*args):
@@ -118,8 +125,8 @@ def beside_a_call(name, module):
     return place
 
 
-PLACES = {'within a checkpoint': within_a_file, 'beside fsync': beside_a_call('fsync', os), 'beside replace': beside_a_call('replace', os),
-          'beside the results': beside_a_call('write_results', training)}
+PLACES = {'within a checkpoint': within_a_file, 'beside fsync': beside_a_call('fsync', os),
+          'beside replace': beside_a_call('replace', os), 'beside the results': beside_a_call('write_results', training)}
 
 
 def main():
@@ -133,8 +140,8 @@ def main():
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             writing = survive(Path(folder), args.kills // len(KINDS), args.seed, kind)
-        print(f'{name}: {args.kills // len(KINDS)} kills, {writing} of them in the middle of writing; the files are those of an untouched run '
-              f'({time.monotonic() - began:.0f} s)', flush=True)
+        print(f'{name}: {args.kills // len(KINDS)} kills, {writing} of them while writing; files as of an uninterrupted '
+              f'run ({time.monotonic() - began:.0f} s)', flush=True)
 
 
 if __name__ == '__main__':

@@ -17,7 +17,7 @@ def test_it_is_the_average_of_a_naive_loop(decay):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     average = WeightAverage(model, decay)
-    want = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
     for step in range(30):
         for value in model.state_dict().values():
             if value.is_floating_point():
@@ -25,15 +25,20 @@ def test_it_is_the_average_of_a_naive_loop(decay):
         average.update(model, step)
         share = min(decay, (1 + step) / (10 + step))
         for name, value in model.state_dict().items():
-            want[name] = share * want[name] + (1 - share) * value if value.is_floating_point() else want[name]
+            if value.is_floating_point():
+                expected[name] = share * expected[name] + (1 - share) * value
         for name, value in average.model.state_dict().items():
-            torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
     assert not any(parameter.requires_grad for parameter in average.model.parameters())
 
 
 def test_evaluations_and_best_have_the_average_and_last_has_both(market, tmp_path, monkeypatch):
     seen, real = [], training.evaluate
-    monkeypatch.setattr(training, 'evaluate', lambda model, *args: (seen.append({k: v.clone() for k, v in model.state_dict().items()}), real(model, *args))[1])
+
+    def evaluate(model, *args):
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return real(model, *args)
+    monkeypatch.setattr(training, 'evaluate', evaluate)
     model = train(market, tmp_path, 'train.ema_decay = 0.8')
     last, best = (checkpoint.load(str(tmp_path / name)) for name in ('last.pth', 'best.pth'))
     assert all(torch.equal(value, last['average'][name]) for name, value in seen[-1].items())
@@ -56,12 +61,13 @@ def test_a_run_takes_an_average_up_and_drops_it(market, tmp_path):
     train(market, tmp_path, 'train.ema_decay = 0.999', 'total_steps = 5')
     last = checkpoint.load(str(tmp_path / 'last.pth'))
     share = (1 + 4) / (10 + 4)
-    torch.testing.assert_close(last['average']['trunk.0.weight'], share * before + (1 - share) * last['model']['trunk.0.weight'])
+    expected = share * before + (1 - share) * last['model']['trunk.0.weight']
+    torch.testing.assert_close(last['average']['trunk.0.weight'], expected)
     train(market, tmp_path, 'total_steps = 6')
     assert checkpoint.load(str(tmp_path / 'last.pth'))['average'] is None
 
 
 @pytest.mark.parametrize('decay', [1, -0.1, 1.5])
 def test_a_decay_out_of_range_is_an_error(market, tmp_path, decay):
-    with pytest.raises(ValueError, match=rf'want train.ema_decay in \[0, 1\), or None for no average, got {decay}'):
+    with pytest.raises(ValueError, match=rf'train.ema_decay = {decay} is outside \[0, 1\).*None is for no average'):
         train(market, tmp_path, f'train.ema_decay = {decay}')

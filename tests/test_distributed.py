@@ -1,4 +1,5 @@
-"""mgn.train, mgn.eval and mgn.extract under torchrun: one process writes and speaks, a lost one ends the others, any number goes on."""
+"""mgn.train, mgn.eval and mgn.extract under torchrun: one process writes and logs, a lost one ends the others, and a run
+resumes with any number of processes."""
 
 import json
 import os
@@ -21,11 +22,12 @@ from test_binaries import RECIPE, environment, metrics
 from together import torchrun
 
 import mgn
+from mgn.ops.metrics import METRICS
 from mgn.runs import checkpoint
 
 PROJECT = Path(mgn.__file__).parent.parent
-# mgn.train over a thin ResNet. KILL = 'number:call' or 'number:call:signal' signals to that process at its call of a step, unless torchrun has
-# started anew.
+# mgn.train over a thin ResNet. KILL = 'number:call' or 'number:call:signal' sends that process a signal at that call of a
+# step, unless torchrun has restarted it.
 THIN_TRAIN = """
 import os, runpy, signal, sys
 sys.path.insert(0, TESTS)
@@ -79,7 +81,8 @@ def test_process_0_alone_writes_and_speaks(trained):
     folder, run = trained
     assert {'last.pth', 'best.pth', 'config.gin', 'metrics.jsonl', 'eval.json'} <= set(os.listdir(folder))
     assert not list(folder.glob('*.tmp')) and len(list(folder.glob('events*'))) <= 1
-    assert [(line['step'], 'mAP' in line) for line in metrics(folder)] == [(0, True), *((step, False) for step in range(1, 6)), (5, True)]
+    assert [(line['step'], 'mAP' in line) for line in metrics(folder)] == [
+        (0, True), *((step, False) for step in range(1, 6)), (5, True)]
     for step in range(1, 6):
         assert len(re.findall(rf' I step {step}: loss ', run.stdout)) == 1
     assert len(re.findall('training on cpu in each of 2 processes', run.stdout)) == 1
@@ -94,7 +97,7 @@ def test_a_killed_process_ends_the_others_and_torchrun_starts_all_anew_from_the_
     run = thin_train(home, 2, 'again', options=['--max-restarts=1'], kill='1:5')
     assert run.returncode == 0, run.stderr
     assert 'from step 3 to 5' in run.stdout and re.search('exitcode *: -9', run.stderr)
-    assert len(re.findall('error: ', run.stdout + run.stderr)) <= 1  # by a process that lost the connection, if torchrun had not ended it before
+    assert len(re.findall('error: ', run.stdout + run.stderr)) <= 1  # lost connection, if torchrun had not ended it before
     one, other = (torch.load(run / 'last.pth') for run in (folder, home / 'again'))
     assert one['step'] == other['step'] == 5
     assert all(torch.equal(value, other['model'][name]) for name, value in one['model'].items())
@@ -104,14 +107,16 @@ def test_a_killed_process_ends_the_others_and_torchrun_starts_all_anew_from_the_
 
 
 @pytest.mark.long
-def test_a_signal_to_one_process_ends_all_behind_the_same_step(trained, home):
+def test_a_signal_to_one_process_ends_all_after_the_same_step(trained, home):
     folder, _ = trained
     run = thin_train(home, 2, 'signalled', kill='1:2:15')
-    assert run.returncode != 0 and run.stdout.count('a signal to another process: ended behind step 2, which last.pth holds') == 1, run.stderr
+    message = 'a signal to another process: ended after step 2, which last.pth holds'
+    assert run.returncode != 0 and run.stdout.count(message) == 1, run.stderr
     assert re.search('exitcode *: 75', run.stderr) and 'Traceback (most recent call last):\n  File "mgn' not in run.stderr
     assert torch.load(home / 'signalled' / 'last.pth')['step'] == 2
     assert thin_train(home, 2, 'signalled').returncode == 0
-    assert_same(checkpoint.load(str(folder / 'last.pth'))['optimizer'], checkpoint.load(str(home / 'signalled' / 'last.pth'))['optimizer'])
+    one, other = (checkpoint.load(str(run / 'last.pth'))['optimizer'] for run in (folder, home / 'signalled'))
+    assert_same(one, other)
 
 
 @pytest.mark.long
@@ -121,17 +126,18 @@ def test_machines_that_count_their_restarts_differently_meet_again(home):
         free.bind(('localhost', 0))
         port = free.getsockname()[1]
     env = {**environment(), 'OMP_NUM_THREADS': '1', 'KILL': '1:4'}
-    runs = [subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc-per-node=1', '--rdzv-backend=c10d', '--rdzv-id=x',
-                              f'--rdzv-endpoint=localhost:{port}', '--max-restarts=1', 'thin_train.py', '--gin_file=my.gin',
-                              "--gin_bindings=output_dir = 'machines'"], cwd=home, env=env, text=True, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT) for _ in range(2)]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc-per-node=1', '--rdzv-backend=c10d',
+               '--rdzv-id=x', f'--rdzv-endpoint=localhost:{port}', '--max-restarts=1', 'thin_train.py',
+               '--gin_file=my.gin', "--gin_bindings=output_dir = 'machines'"]
+    runs = [subprocess.Popen(command, cwd=home, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            for _ in range(2)]
     try:
-        said = [run.communicate(timeout=150)[0] for run in runs]
+        outputs = [run.communicate(timeout=150)[0] for run in runs]
     finally:
         for run in runs:
             run.kill()
-    assert [run.returncode for run in runs] == [0, 0], said
-    assert 'from step 0 to 5' in ''.join(said) and 'from step 3 to 5' in ''.join(said)
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    assert 'from step 0 to 5' in ''.join(outputs) and 'from step 3 to 5' in ''.join(outputs)
     assert torch.load(home / 'machines' / 'last.pth')['step'] == 5
 
 
@@ -147,21 +153,21 @@ def test_a_run_goes_on_with_another_number_of_processes(trained, home):
 
 MISTAKES = [
     (["data_root = 'nowhere'"], 'tried.*nowhere/bounding_box_train'),
-    (['P = 4'], 'P, the identities of a batch, as a multiple of the processes, got P = 4 and 3 processes'),
-    (["device = 'cuda:0'"], "device 'cuda' or 'cpu' for 3 processes, got 'cuda:0'"),
+    (['P = 4'], 'P = 4, the identities of a batch, is no multiple of the 3 processes'),
+    (["device = 'cuda:0'"], "3 processes.*'cuda:0'|'cuda:0'.*3 processes"),
 ]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize('bindings, message', MISTAKES)
-def test_a_mistake_of_all_is_told_once(home, bindings, message):
-    run = thin_train(home, 3, 'mistaken', *bindings)  # which of them comes first is left to chance
+def test_a_mistake_of_all_is_reported_once(home, bindings, message):
+    run = thin_train(home, 3, 'mistaken', *bindings)  # which process reports it is left to chance
     assert run.returncode != 0
     assert len(re.findall('error: ', run.stderr)) == 1 and re.search(message, run.stderr, re.DOTALL)
 
 
 @pytest.mark.long
-def test_what_one_process_alone_meets_is_told_once(home, tmp_path):
+def test_a_mistake_of_one_process_is_reported_once(home, tmp_path):
     """Images of one identity that cannot be read are in the part of one process."""
     write_market(tmp_path / 'data', identities=6)
     for path in (tmp_path / 'data' / 'bounding_box_train').glob('0006_*'):
@@ -183,7 +189,6 @@ def evaluate(folder, weights, *bindings, processes=1, module='mgn.eval'):
 
 
 ALONE = "import runpy, sys; sys.argv[:] = sys.argv[1:]; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
-NAMES = ('rank1', 'rank5', 'rank10', 'mAP', 'mAP_trapezoid', 'mINP')
 
 
 @pytest.fixture(scope='module')
@@ -204,23 +209,24 @@ def test_features_are_extracted_by_several_processes_and_evaluated_by_any_number
     array = np.load(features / 'gallery_features.npy')
     assert array.shape == (10, 24) and np.allclose(np.linalg.norm(array, axis=1), 1, atol=1e-6)
     run, sharded = evaluate(tmp_path / 'sharded', weights, *more, processes=3)
-    assert len(re.findall('re-ranking run in process 0', run.stdout)) == 1
+    assert len(re.findall('re-ranking.* process 0', run.stdout)) == 1
     assert len(re.findall('rank10', run.stdout)) == 1
     _, stored = evaluate(tmp_path / 'stored', weights, *more, f"features_dir = '{features}'", processes=readers)
     for results in (sharded, stored):
         for stage in (None, 'query_expansion', 'rerank'):
             one, other = (figures[stage] if stage else figures for figures in (alone, results))
-            assert {name: one[name] for name in NAMES} == pytest.approx({name: other[name] for name in NAMES}, abs=1e-4)
+            assert {name: one[name] for name in METRICS} == pytest.approx({name: other[name] for name in METRICS}, abs=1e-4)
     assert (alone['processes'], sharded['processes'], stored['processes']) == (1, 3, readers)
     assert stored['features_dir'] == str(features)
 
 
 @pytest.mark.long
 def test_a_stopped_process_is_ended_by_torchrun_within_a_minute(home):
-    """As test_a_killed_process…, by a signal from outside, to a process that no step has reached yet."""
-    process = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', 'thin_train.py', '--gin_file=my.gin',
-                                "--gin_bindings=output_dir = 'stopped'", '--gin_bindings=total_steps = 100000'], cwd=home, env=environment(),
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    """As test_a_killed_process…, by a signal from outside."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', 'thin_train.py', '--gin_file=my.gin',
+               "--gin_bindings=output_dir = 'stopped'", '--gin_bindings=total_steps = 100000']
+    process = subprocess.Popen(command, cwd=home, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True)
     for line in process.stdout:
         if 'step 3:' in line:
             break

@@ -19,6 +19,7 @@ from mgn.runs import checkpoint
 
 pytestmark = pytest.mark.usefixtures('thin')
 
+
 class Crash(Exception):
     pass
 
@@ -61,8 +62,10 @@ def test_resumed_equals_uninterrupted_bit_for_bit(market, tmp_path, monkeypatch,
     with monkeypatch.context() as patch, pytest.raises(Crash):
         crash(patch, name, call)
         train(market, tmp_path)
-    stopped = checkpoint.load(str(tmp_path / 'last.pth'))['step']
-    assert stopped < 7 or name == 'evaluate'
+    if (name, call) == ('evaluate', 0):
+        assert not (tmp_path / 'last.pth').exists()  # a run whose first evaluation fails leaves no checkpoint
+    else:
+        assert checkpoint.load(str(tmp_path / 'last.pth'))['step'] < 7 or name == 'evaluate'
     train(market, tmp_path)
     assert_same(outcome(tmp_path), outcome(uninterrupted))
 
@@ -113,11 +116,11 @@ def test_a_full_disk_stops_a_run_that_can_go_on_later(market, tmp_path, monkeypa
 
     def full(descriptor):
         calls.append(0)
-        if len(calls) > 6:  # two for each of last.pth at 0, best.pth at 0 and last.pth at 2
-            raise OSError(errno.ENOSPC, 'No space left on device')
+        if len(calls) > 14:  # file and folder: metrics.jsonl, then at 0 last.pth, config.gin, best.pth and eval.json, and
+            raise OSError(errno.ENOSPC, 'No space left on device')  # at 2 last.pth and config.gin
         fsync(descriptor)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match='No space left on device; the previous one'):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match='No space left on device. The previous file is'):
         patch.setattr(os, 'fsync', full)
         train(market, tmp_path)
     assert checkpoint.load(str(tmp_path / 'last.pth'))['step'] == 2
@@ -135,7 +138,7 @@ def test_a_finished_run_started_again_changes_nothing(market, copy, uninterrupte
     with caplog.at_level(logging.WARNING):
         train(market, copy)
     assert_same(outcome(copy), outcome(uninterrupted))
-    assert 'another configuration' not in caplog.text
+    assert 'configuration differs' not in caplog.text
 
 
 def test_resuming_under_another_configuration_says_what_changed_and_obeys_it(market, tmp_path, monkeypatch, caplog):
@@ -156,6 +159,28 @@ def test_a_longer_run_goes_on_from_a_finished_one(market, copy):
         0, 3, 4, 6, 7, 7, 8, 9, 9]
 
 
+def test_fewer_steps_than_were_done_are_refused(market, copy):
+    refuses(market, copy, 'last.pth is of step 7, beyond total_steps = 5. Bind more', 'total_steps = 5')
+
+
+def test_a_checkpoint_of_an_older_version_without_losses_resumes(market, tmp_path, monkeypatch, uninterrupted):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash(patch, 'train_step', 5)
+        train(market, tmp_path)
+    content = checkpoint.load(str(tmp_path / 'last.pth'))
+    del content['losses']
+    torch.save(content, tmp_path / 'last.pth')
+    train(market, tmp_path)
+    assert_same(outcome(tmp_path), outcome(uninterrupted))
+
+
+def test_the_best_checkpoint_is_read_once_and_the_last_one_not_at_all_after_the_start(market, copy, monkeypatch):
+    read, real = [], checkpoint.load
+    monkeypatch.setattr(checkpoint, 'load', lambda path: (read.append(os.path.basename(path)), real(path))[1])
+    train(market, copy, 'total_steps = 16')
+    assert read == ['last.pth', 'best.pth']
+
+
 def refuses(market, folder, message, *bindings):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(ValueError, match=message):
@@ -164,7 +189,7 @@ def refuses(market, folder, message, *bindings):
 
 
 def test_resume_false_refuses_a_folder_that_holds_a_run(market, copy):
-    refuses(market, copy, '(?s)train.resume = False, got .*last.pth', 'train.resume = False')
+    refuses(market, copy, 'train.resume = False needs an output_dir without a run.*last.pth', 'train.resume = False')
 
 
 def test_resume_false_starts_in_an_empty_folder(market, tmp_path):
@@ -176,27 +201,27 @@ def test_resume_false_starts_in_an_empty_folder(market, tmp_path):
 def test_a_foreign_best_is_not_overwritten(market, copy, resume):
     for path in (copy / 'last.pth', *copy.glob('step_*.pth')):
         path.unlink()
-    refuses(market, copy, 'best.pth without last.pth', f'train.resume = {resume}')
+    refuses(market, copy, 'best.pth without a last.pth', f'train.resume = {resume}')
 
 
 def test_another_number_of_identities_is_refused(copy, tmp_path):
     other = write_market(tmp_path / 'other', identities=7)
-    refuses(other, copy, 'trained on 6 identities, got a data set of 7')
+    refuses(other, copy, 'trained on 6 identities, but the data set has 7')
 
 
 def test_another_architecture_is_refused(market, copy):
-    refuses(market, copy, '(?s)want weights of the configured architecture.*missing heads.4', 'MGN.parts = (1, 3)')
+    refuses(market, copy, '(?s)do not fit the configured architecture.*heads.4.*is missing.*holds another run', 'MGN.parts = (1, 3)')
 
 
 @pytest.mark.parametrize('before, after', [('Adam', 'SGD'), ('SGD', 'Adam')])
 def test_another_optimiser_is_refused(market, tmp_path, before, after):
     train(market, tmp_path, 'total_steps = 2', f'make_optimizer.optimizer = @{before}')
-    refuses(market, tmp_path, 'want the optimiser', f'make_optimizer.optimizer = @{after}')
+    refuses(market, tmp_path, f'trained with the optimizer {before}, but {after} is configured', f'make_optimizer.optimizer = @{after}')
 
 
 def test_weights_alone_are_refused(market, copy):
     shutil.copy(copy / 'best.pth', copy / 'last.pth')
-    refuses(market, copy, 'whole state of a run in .*last.pth, got weights alone')
+    refuses(market, copy, 'last.pth holds weights alone, .*the whole state of a run')
 
 
 def flip_a_bit(path, place):
@@ -209,8 +234,9 @@ def flip_a_bit(path, place):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize('damage', [lambda path: path.write_bytes(path.read_bytes()[:-33]), lambda path: path.write_bytes(b''),
-                                    lambda path: path.unlink(), *(lambda path, place=place: flip_a_bit(path, place) for place in (0.1, 0.5, 0.9))])
+@pytest.mark.parametrize('damage', [
+    lambda path: path.write_bytes(path.read_bytes()[:-33]), lambda path: path.write_bytes(b''), lambda path: path.unlink(),
+    *(lambda path, place=place: flip_a_bit(path, place) for place in (0.1, 0.5, 0.9))])
 def test_a_damaged_last_is_named_and_the_newest_whole_checkpoint_gone_on_from(market, copy, uninterrupted, caplog, damage):
     (copy / 'step_3.pth').write_bytes((copy / 'step_6.pth').read_bytes())
     (copy / 'step_5.pth').mkdir()
@@ -218,16 +244,16 @@ def test_a_damaged_last_is_named_and_the_newest_whole_checkpoint_gone_on_from(ma
     missing = not (copy / 'last.pth').exists()
     with caplog.at_level(logging.INFO):
         train(market, copy)
-    assert missing or any('left out' in message and 'last.pth' in message for message in caplog.messages)
+    assert missing or any('is ignored' in message and 'last.pth' in message for message in caplog.messages)
     assert (copy / 'last.pth.damaged').exists() != missing
-    assert any(f'going on from {copy}/step_6.pth, of step 6' in message for message in caplog.messages)
+    assert any(f'resuming from {copy}/step_6.pth, step 6' in message for message in caplog.messages)
     assert_same(outcome(copy), outcome(uninterrupted))
 
 
 def test_damaged_checkpoints_alone_are_all_named_and_nothing_begins_anew(market, copy):
     flip_a_bit(copy / 'last.pth', 0.5)
     (copy / 'step_6.pth').write_bytes(b'')
-    refuses(market, copy, '(?s)damaged ones alone.*last.pth.*step_6.pth.*bring one back')
+    refuses(market, copy, '(?s)All checkpoints.*damaged.*last.pth.*step_6.pth.*Bring one back')
 
 
 def test_a_damaged_best_is_put_aside_and_named(market, tmp_path, monkeypatch, uninterrupted, caplog):
@@ -236,14 +262,14 @@ def test_a_damaged_best_is_put_aside_and_named(market, tmp_path, monkeypatch, un
         train(market, tmp_path)
     flip_a_bit(tmp_path / 'best.pth', 0.5)
     train(market, tmp_path)
-    assert 'renamed to' in caplog.text and (tmp_path / 'best.pth.damaged').exists()
+    assert 'was renamed to' in caplog.text and (tmp_path / 'best.pth.damaged').exists()
     assert_same(outcome(tmp_path), outcome(uninterrupted))
 
 
 @pytest.mark.parametrize('content', [{'format': 'mgn checkpoint 2', 'step': 9}, {'weights': torch.zeros(3)}])
 def test_what_is_whole_but_of_another_program_is_not_overwritten(market, copy, content):
     torch.save(content, copy / 'last.pth')
-    refuses(market, copy, 'want a checkpoint written by mgn.train, got .*last.pth, which holds something else')
+    refuses(market, copy, 'last.pth is no checkpoint of mgn.train: it holds something else')
 
 
 def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(market, copy, monkeypatch):
@@ -259,7 +285,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(market, copy
 def test_measures_without_a_checkpoint_are_not_taken_over(market, copy):
     for path in copy.glob('*.pth'):
         path.unlink()
-    refuses(market, copy, 'want an empty output_dir or a run to go on with, got .*metrics.jsonl without last.pth')
+    refuses(market, copy, 'metrics.jsonl without a last.pth to resume from')
 
 
 @pytest.mark.parametrize('keep_last, kept', [(0, []), (1, [6]), (2, [4, 6]), (9, [0, 2, 4, 6])])

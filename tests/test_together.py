@@ -1,22 +1,22 @@
-"""What several processes do together, started by torchrun with 2 and 3 of them (together_….py)."""
+"""What several processes do together, started by torchrun with 2, 3 and 5 of them (together_….py)."""
 
 import pytest
 from together import checks, outcomes
 
 
 @pytest.fixture(scope='module')
-def told(tmp_path_factory):
+def outcomes_of(tmp_path_factory):
     """Outcomes by number of processes, which are started at most once."""
     known = {}
 
-    def told(processes):
+    def outcomes_of(processes):
         if processes not in known:
             known[processes] = outcomes(processes, tmp_path_factory.mktemp(f'together{processes}'))
         return known[processes]
-    return told
+    return outcomes_of
 
 
-@pytest.mark.parametrize('processes', [2, 3, pytest.param(5, marks=pytest.mark.long)])
+@pytest.mark.parametrize('processes', [2, *(pytest.param(number, marks=pytest.mark.long) for number in (3, 5))])
 @pytest.mark.parametrize('check', [check for _, check in checks()])
-def test_together(told, processes, check):
-    assert told(processes)[check] == 'passed'
+def test_together(outcomes_of, processes, check):
+    assert outcomes_of(processes)[check] == 'passed'

@@ -21,12 +21,13 @@ from mgn.evaluation import find_device
 from mgn.data.images import TrainBatch
 from mgn.runs.meter import Meter
 from mgn.model import MGN, MGNOutput
+from mgn.ops.metrics import METRICS
 from mgn.runs.log import RunLog, read_records
 
 pytestmark = pytest.mark.usefixtures('thin')
 
 TRAINING = {'step', 'epoch', 'loss', 'cross_entropy', 'triplet', 'lr', 'images_per_s', 'data_wait'}
-EVALUATION = {'step', 'rank1', 'rank5', 'rank10', 'mAP', 'mAP_trapezoid', 'mINP'}
+EVALUATION = {'step', *METRICS}
 
 
 def records(folder):
@@ -78,13 +79,15 @@ def test_best_holds_the_weights_of_the_best_evaluation_and_nothing_to_go_on_with
 
 
 def test_with_query_expansion_and_re_ranking_lines_and_best_are_of_plain_ranking(market, tmp_path):
-    train(market, tmp_path, 'total_steps = 1', 'query_expansion = 2', 'rerank = True', 'evaluate.k1 = 3', 'evaluate.k2 = 2')
+    train(market, tmp_path, 'total_steps = 1', 'query_expansion = 2', 'rerank = True', 'evaluate.k1 = 3',
+          'evaluate.k2 = 2')
     lines = [line for line in records(tmp_path) if 'mAP' in line]
     assert len(lines) == 2 and all(line.keys() == EVALUATION for line in lines)
     assert checkpoint.load(str(tmp_path / 'best.pth'))['mAP'] == max(line['mAP'] for line in lines)
     results = json.loads((tmp_path / 'eval.json').read_text())
     assert {name: results[name] for name in EVALUATION} == lines[-1]
-    assert results['query_expansion']['k'] == 2 and results['rerank']['expanded'] and 0 < results['rerank']['mAP'] <= 1
+    assert results['query_expansion']['k'] == 2
+    assert results['rerank']['expanded'] and 0 < results['rerank']['mAP'] <= 1
 
 
 def test_the_configuration_written_beside_a_run_is_the_operative_one_and_loads(market, tmp_path):
@@ -127,7 +130,7 @@ def test_the_returned_model_is_the_one_in_last(market, tmp_path):
 
 @pytest.mark.parametrize('name', ['train.log_every', 'train.checkpoint_every', 'train.evaluate_every', 'total_steps'])
 def test_a_period_below_one_is_an_error(market, tmp_path, name):
-    with pytest.raises(ValueError, match=f'{name.split(".")[-1]} >= 1, got 0'):
+    with pytest.raises(ValueError, match=f'{name.split(".")[-1]} should be at least 1, but is 0'):
         train(market, tmp_path, f'{name} = 0')
 
 
@@ -141,7 +144,7 @@ def test_bfloat16_trains_to_about_the_losses_of_float32(market, tmp_path):
 
 
 def test_a_precision_that_does_not_exist_is_an_error(market, tmp_path):
-    with pytest.raises(ValueError, match="want train.precision to be one of 'auto', 'float32', 'bfloat16', 'float16', got 'fp16'"):
+    with pytest.raises(ValueError, match="train.precision .*'auto', 'float32', 'bfloat16', 'float16'.* 'fp16'"):
         train(market, tmp_path, "train.precision = 'fp16'")
 
 
@@ -158,7 +161,7 @@ def test_a_seed_that_is_none_is_an_error_before_anything_is_saved(market, tmp_pa
 
 
 def test_too_few_identities_are_an_error(market, tmp_path):
-    with pytest.raises(ValueError, match='P=7 identities, found 6'):
+    with pytest.raises(ValueError, match='P=7 identities.* 6'):
         train(market, tmp_path, 'P = 7')
 
 
@@ -183,7 +186,8 @@ def tiny_step(clip_gradient_norm, precision='float32', scaler=None):
     batch = TrainBatch(images, torch.tensor([0, 0, 1, 1]), augment.draw(0, 0, 4, (8, 4)), [])
     before = torch.nn.utils.parameters_to_vector(model.parameters()).clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    losses = training.train_step(model, optimizer, augment, batch, torch.device('cpu'), precision, clip_gradient_norm, None, scaler)
+    losses = training.train_step(model, optimizer, augment, batch, torch.device('cpu'), precision, clip_gradient_norm,
+                                 None, scaler)
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach() - before.detach(), losses
 
 
@@ -203,11 +207,12 @@ def test_a_step_whose_scaled_gradient_overflows_is_left_out_and_the_scale_halved
 
 
 def test_the_scale_of_the_loss_goes_on_with_a_run(market, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.amp.GradScaler, '__init__', functools.partialmethod(torch.amp.GradScaler.__init__, growth_interval=2))
+    init = functools.partialmethod(torch.amp.GradScaler.__init__, growth_interval=2)
+    monkeypatch.setattr(torch.amp.GradScaler, '__init__', init)
     train(market, tmp_path / 'whole', "train.precision = 'float16'")
     train(market, tmp_path / 'parts', "train.precision = 'float16'", 'total_steps = 3')
     train(market, tmp_path / 'parts', "train.precision = 'float16'")
-    one, other = (checkpoint.load(str(tmp_path / of / 'last.pth'))['scaler'] for of in ('whole', 'parts'))
+    one, other = (checkpoint.load(str(tmp_path / run / 'last.pth'))['scaler'] for run in ('whole', 'parts'))
     assert one['scale'] != 2.0 ** 16 and other == one
 
 
@@ -220,7 +225,8 @@ def test_auto_is_what_the_device_is_fast_at(market, tmp_path, monkeypatch, caplo
         with caplog.at_level(logging.INFO):
             train(market, tmp_path / str(units), "train.precision = 'auto'", 'total_steps = 1')
     assert seen == ['bfloat16', 'float32']
-    assert caplog.text.count("train.precision = 'auto' is bfloat16") == caplog.text.count("train.precision = 'auto' is float32") == 1
+    for precision in seen:
+        assert caplog.text.count(f"train.precision = 'auto' is {precision}") == 1
 
 
 def test_the_compiled_model_is_what_is_trained(market, tmp_path, monkeypatch):
@@ -233,7 +239,8 @@ def test_the_compiled_model_is_what_is_trained(market, tmp_path, monkeypatch):
 @pytest.mark.long
 def test_a_compiled_run_is_near_the_plain_one(market, tmp_path, monkeypatch):
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'compiled'))  # what an earlier, killed process left is not read
-    one, other = (train(market, tmp_path / str(compiled), f'train.compile = {compiled}', 'total_steps = 2').state_dict() for compiled in (False, True))
+    one, other = (train(market, tmp_path / str(compiled), f'train.compile = {compiled}', 'total_steps = 2').state_dict()
+                  for compiled in (False, True))
     for name, value in one.items():
         torch.testing.assert_close(value, other[name], rtol=1e-2, atol=1e-2)
 
@@ -274,7 +281,7 @@ def test_the_meter_means_since_the_last_reading(tmp_path):
 
 @pytest.mark.parametrize('name', ['cuda:99', 'mps:99', 'gpu', ''])
 def test_a_device_that_is_not_there_is_a_clear_error(market, tmp_path, name):
-    with pytest.raises(ValueError, match=f"want the device '{name}', this machine.*bind device = 'cpu' or 'auto'"):
+    with pytest.raises(ValueError, match=f"(?i)device '{name}'.*this machine.*bind device = 'cpu' or 'auto'"):
         train(market, tmp_path, f"device = '{name}'")
     assert not list(tmp_path.glob('*.pth'))
 
@@ -283,14 +290,14 @@ def test_cuda_is_a_clear_error_exactly_where_there_is_none():
     if torch.cuda.is_available():
         assert find_device('cuda').type == find_device('auto').type == 'cuda'
     else:
-        with pytest.raises(ValueError, match="want the device 'cuda'"):
+        with pytest.raises(ValueError, match="(?i)device 'cuda'"):
             find_device('cuda')
         assert find_device('auto').type == ('mps' if torch.backends.mps.is_available() else 'cpu')
 
 
 def test_data_of_one_camera_need_cross_camera_false(tmp_path):
     data = write_market(tmp_path / 'data', cameras=1)
-    with pytest.raises(ValueError, match='several cameras, found camera 1 alone; bind evaluate.cross_camera = False'):
+    with pytest.raises(ValueError, match='(?i)several cameras.*camera 1.*bind evaluate.cross_camera = False'):
         train(data, tmp_path / 'run', 'total_steps = 1')
     train(data, tmp_path / 'run', 'total_steps = 1', 'evaluate.cross_camera = False')
     assert [line['step'] for line in records(tmp_path / 'run')] == [0, 1, 1]
@@ -309,7 +316,7 @@ def test_a_log_drops_a_torn_line_and_the_lines_of_later_steps(tmp_path):
 def test_a_damaged_line_within_a_log_is_an_error_that_names_it(tmp_path):
     path = tmp_path / 'metrics.jsonl'
     path.write_text('{"step": 0}\n{"st\n{"step": 1}\n')
-    with pytest.raises(ValueError, match='line 2 of .*metrics.jsonl'):
+    with pytest.raises(ValueError, match='Line 2 of .*metrics.jsonl'):
         read_records(str(path))
 
 

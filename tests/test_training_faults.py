@@ -16,20 +16,22 @@ from mgn.data.images import TrainBatches
 from mgn.runs.meter import Meter
 from mgn.data.sampler import IdentitySampler
 from mgn.data.loader import count_unreadable
+from mgn.losses import FunctionLosses, mgn_losses
+from mgn.ops.errors import UserError
 
 pytestmark = pytest.mark.usefixtures('thin')
 
 
 def spoil(monkeypatch, name, at_step, value):
     """Multiplies the loss `name` of one step, counted from 0, by `value`."""
-    calls, real = [], training.mgn_losses
+    calls, real = [], mgn_losses
 
     def spoilt(*args):
         losses = real(*args)
         calls.append(0)
         return {**losses, name: losses[name] * value} if len(calls) == at_step + 1 else losses
 
-    monkeypatch.setattr(training, 'mgn_losses', spoilt)
+    monkeypatch.setattr(training, 'make_losses', lambda *_: FunctionLosses(spoilt))
 
 
 @pytest.mark.parametrize('name, at_step, value, last_good, log_every', [
@@ -55,34 +57,33 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(market, tmp_
 
 
 def test_features_that_are_not_finite_stop_the_run_at_once_and_name_the_step(market, tmp_path, monkeypatch):
-    calls, real = [], training.mgn_losses
+    calls = []
 
     def spoilt(output, labels):
         calls.append(0)
-        return real(output._replace(embeddings=output.embeddings * (torch.nan if len(calls) == 4 else 1)), labels)
+        factor = torch.nan if len(calls) == 4 else 1
+        return mgn_losses(output._replace(embeddings=output.embeddings * factor), labels)
 
-    monkeypatch.setattr(training, 'mgn_losses', spoilt)
-    with pytest.raises(ValueError, match=r'want finite anchors, got nan in head 0, row 0, .*\(step 3; the last good checkpoint is .*last.pth'):
+    monkeypatch.setattr(training, 'make_losses', lambda *_: FunctionLosses(spoilt))
+    with pytest.raises(UserError, match=r'anchors.*head 0, row 0, .*\(step 3; the last good checkpoint is .*last.pth'):
         train(market, tmp_path, 'train.log_every = 99')
     assert len(calls) == 4
 
 
-def test_the_first_bad_step_is_remembered_until_the_losses_are_read(tmp_path):
-    checkpoint.save(str(tmp_path / 'last.pth'), {'step': 2})
-    meter = Meter()
+def test_the_first_bad_step_is_remembered_until_the_losses_are_read():
+    meter, last_good = Meter(), 'the last good checkpoint is last.pth, of step 2'
     for step, (a, b) in enumerate([(1, 1), (1, 1), (1, torch.nan), (torch.inf, 1), (torch.nan, torch.nan), (1, 1)]):
         meter.add({'loss': torch.tensor(float(a + b)), 'a': torch.tensor(float(a)), 'b': torch.tensor(float(b))}, step)
     for read in (meter.check, meter.read):
-        with pytest.raises(ValueError, match='infinity in b at step 2; .*last.pth, of step 2; lower lr'):
-            read(str(tmp_path))
+        with pytest.raises(UserError, match='infinity in b at step 2; .*last.pth, of step 2. Lower lr'):
+            read(last_good)
 
 
-def test_all_losses_that_went_bad_at_the_first_bad_step_are_named(tmp_path):
-    checkpoint.save(str(tmp_path / 'last.pth'), {'step': 0})
+def test_all_losses_that_went_bad_at_the_first_bad_step_are_named():
     meter = Meter()
     meter.add({name: torch.tensor(torch.nan) for name in ('loss', 'a', 'b')}, 0)
     with pytest.raises(ValueError, match='infinity in a, b at step 0'):
-        meter.check(str(tmp_path))
+        meter.check('there is no checkpoint yet')
 
 
 @pytest.mark.parametrize('at_step, last_good', [(0, 0), (3, 2), (6, 6)])
@@ -105,9 +106,17 @@ def test_weights_that_are_not_finite_are_never_saved(market, tmp_path, monkeypat
 
 def test_initial_weights_that_are_not_finite_are_a_clear_error(market, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.init, 'kaiming_normal_', lambda tensor, **kwargs: tensor.data.fill_(torch.nan))
-    with pytest.raises(ValueError, match='want finite weights, got NaN or infinity'):
+    with pytest.raises(ValueError, match='NaN or infinity in the weights heads.0.reduction.weight'):
         train(market, tmp_path)
     assert not (tmp_path / 'last.pth').exists()
+
+
+def test_a_run_whose_first_evaluation_fails_leaves_nothing_that_hinders_the_corrected_command(market, tmp_path):
+    with pytest.raises(ValueError, match='stripes'):
+        train(market, tmp_path, 'MGN.parts = (1, 100)')
+    assert not list(tmp_path.glob('*.pth'))
+    train(market, tmp_path, 'total_steps = 1')
+    assert checkpoint.load(str(tmp_path / 'last.pth'))['step'] == 1
 
 
 @contextmanager

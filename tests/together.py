@@ -1,6 +1,6 @@
-"""Checks that several processes make together. `torchrun` starts them once for all checks; pytest asks for the outcome of each.
+"""Checks that several processes make together. `torchrun` starts them once for all checks; pytest asks for each outcome.
 
-A check is a function check_…(folder) of a module together_….py. It runs in every process at the same time, with a gloo group.
+A check is a function check_…(folder) of a module together_….py. It runs in every process at once, with a gloo group.
 """
 
 import importlib
@@ -21,11 +21,12 @@ MODULES = sorted(path.stem for path in HERE.glob('together_*.py'))
 def checks():
     for module in MODULES:
         source = (HERE / f'{module}.py').read_text()
-        yield from ((module, line.split('(')[0].removeprefix('def ')) for line in source.splitlines() if line.startswith('def check_'))
+        yield from ((module, line.split('(')[0].removeprefix('def ')) for line in source.splitlines()
+                    if line.startswith('def check_'))
 
 
 def torchrun(processes, *command, options=(), **keywords):
-    """`torchrun --nproc-per-node processes command…` → its CompletedProcess; a thread for each process."""
+    """`torchrun --nproc-per-node processes command…` → its CompletedProcess; one thread in each process."""
     path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get('PYTHONPATH')])])
     return subprocess.run([sys.executable, '-m', 'torch.distributed.run', f'--nproc-per-node={processes}', '--rdzv-backend=c10d',
                            '--rdzv-endpoint=localhost:0', *options, *command], text=True, capture_output=True,
@@ -35,28 +36,28 @@ def torchrun(processes, *command, options=(), **keywords):
 def outcomes(processes, folder):
     """{check: 'passed' or what one of the processes says}, all checks."""
     run = torchrun(processes, str(HERE / 'together.py'), str(folder))
-    told = [json.loads(path.read_text()) for path in sorted(folder.glob('?.json'))]
-    missing = f'no outcome; {len(told)} of {processes} processes came to their end:\n{run.stdout}\n{run.stderr}'
+    reports = [json.loads(path.read_text()) for path in sorted(folder.glob('?.json'))]
+    missing = f'no outcome; {len(reports)} of {processes} processes ended:\n{run.stdout}\n{run.stderr}'
 
     def outcome(check):
-        said = [one[check] for one in told if check in one]
-        failed = [outcome for outcome in said if outcome != 'passed']
-        return '\n'.join(failed) if failed else 'passed' if len(said) == processes else missing
+        results = [report[check] for report in reports if check in report]
+        failed = [result for result in results if result != 'passed']
+        return '\n'.join(failed) if failed else 'passed' if len(results) == processes else missing
     return {check: outcome(check) for _, check in checks()}
 
 
 def main(folder):
     dist.init_process_group('gloo', timeout=timedelta(seconds=60))
-    said = {}
+    report = {}
     for module, check in checks():
         try:
             getattr(importlib.import_module(module), check)(Path(folder))
-            said[check] = 'passed'
+            report[check] = 'passed'
         except BaseException:
-            said[check] = traceback.format_exc()
-            break  # the others wait for this process, in vain
-    Path(folder, f'{dist.get_rank()}.json').write_text(json.dumps(said))
-    if all(outcome == 'passed' for outcome in said.values()):
+            report[check] = traceback.format_exc()
+            break  # the others would wait for this process in vain
+    Path(folder, f'{dist.get_rank()}.json').write_text(json.dumps(report))
+    if all(outcome == 'passed' for outcome in report.values()):
         dist.destroy_process_group()
 
 

@@ -1,24 +1,28 @@
-"""Steps of training that several processes share: batches, losses and gradients are those of one process with the whole batch."""
+"""Training in several processes: batches, losses and gradients equal those of one process with the whole batch."""
 
 import copy
 import os
 import signal
+from unittest import mock
 
+import gin
 import pytest
 import torch
 import torch.distributed as dist
+from centre import CentreLoss
 from conftest import write_market
-from thin import ThinResNet
+from thin import ThinResNet, train
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mgn import training
-from mgn.runs import processes
+from mgn.runs import checkpoint, processes
 from mgn.data.augmentation import Augmentation
 from mgn.data.datasets import Dataset, Sample, market_layout, train_labels
 from mgn.features import check_alike, check_shared
 from mgn.data.images import TrainBatches
 from mgn.runs.interruption import Interruption
-from mgn.losses import mgn_losses
+from mgn.losses import make_losses, mgn_losses
 from mgn.runs.meter import Meter
 from mgn.model import MGN
 from mgn.data.sampler import IdentitySampler
@@ -61,25 +65,30 @@ def apart(one, other):
     return ((one - other).norm() / other.norm().clamp(min=1e-300)).item()
 
 
-def steps_apart(folder, dtype, clip=None):
+def steps_apart(folder, dtype, clip=None, losses=mgn_losses):
     """The largest relative distance of a loss, gradient or weight from one process's, in three steps."""
     P = 2 * processes.count()
     own, whole, classes = data(folder, P)
-    alone = InPrecision(classes, dtype)
+    alone = nn.ModuleList([InPrecision(classes, dtype), make_losses(losses, classes, 3, 16).to(dtype)])
     together = copy.deepcopy(alone)
-    network = training.distributed(together, CPU, processes.group_of(CPU), sync_bn=False)
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (alone, together)]
-    worst = 0
+    group = processes.group_of(CPU)
+    network, network_losses = (training.distributed(module, CPU, group) for module in together)
+    optimizers = [torch.optim.SGD(modules.parameters(), lr=0.1) for modules in (alone, together)]
+    largest = 0
     for step in range(3):
-        want = training.train_step(alone, optimizers[0], Augmentation(), whole[step], CPU, 'float32', clip)
-        got = training.train_step(network, optimizers[1], Augmentation(), own[step], CPU, 'float32', clip, processes.group_of(CPU))
-        distances = [apart(processes.mean(got[name]), want[name]) for name in want]
-        for mine, its in zip(together.parameters(), alone.parameters()):
+        expected = training.train_step(alone[0], optimizers[0], Augmentation(), whole[step], CPU, 'float32', clip,
+                                       None, None, alone[1])
+        got = training.train_step(network, optimizers[1], Augmentation(), own[step], CPU, 'float32', clip, group, None,
+                                  network_losses)
+        distances = [apart(processes.mean(got[name]), expected[name]) for name in expected]
+        for mine, its in zip(together.parameters(), alone.parameters(), strict=True):
             if mine.requires_grad:
                 distances += [apart(mine.grad, its.grad), apart(mine.detach(), its.detach())]
-        worst = max(worst, *distances)
-    assert want['triplet'] > 0.1 and any(p.grad.norm() > 1e-3 for p in alone.parameters() if p.requires_grad)
-    return worst
+        largest = max(largest, *distances)
+    assert expected['triplet'] > 0.1
+    assert all(any(p.grad.norm() > 1e-3 for p in module.parameters() if p.requires_grad)
+               for module in alone if list(module.parameters()))
+    return largest
 
 
 def check_steps_in_float64_are_those_of_one_process(folder):
@@ -87,39 +96,105 @@ def check_steps_in_float64_are_those_of_one_process(folder):
     assert steps_apart(folder, torch.float64, clip=0.5) < 1e-8
 
 
+def check_steps_with_parameters_of_losses_are_those_of_one_process(folder):
+    torch.manual_seed(dist.get_rank())  # the first centres are those of process 0
+    assert steps_apart(folder, torch.float64, losses=CentreLossOfProcess0) < 1e-8
+    assert steps_apart(folder, torch.float64, clip=0.5, losses=CentreLossOfProcess0) < 1e-8
+
+
+class CentreLossOfProcess0(CentreLoss):
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.centres.data = processes.share(self.centres.data)
+
+
+def check_losses_with_parameters_begin_equal_in_all_processes(folder):
+    torch.manual_seed(dist.get_rank())
+    losses = CentreLoss(num_classes=4, branches=2, embedding_dim=3)
+    before = processes.gather(losses.centres.data)
+    assert not torch.equal(before[0], before[1])
+    training.distributed(losses, CPU, processes.group_of(CPU))
+    assert torch.equal(losses.centres, before[0])
+
+
+def check_a_run_whose_losses_have_parameters_resumes_with_them(folder):
+    thin_run(folder, 'centre', 'train.losses = @CentreLoss', 'total_steps = 4')
+    thin_run(folder, 'centre', 'train.losses = @CentreLoss', 'total_steps = 6')
+    thin_run(folder, 'centre whole', 'train.losses = @CentreLoss', 'total_steps = 6')
+    contents = [checkpoint.load(str(folder / name / 'last.pth')) for name in ('centre', 'centre whole')]
+    assert [content['step'] for content in contents] == [6, 6]
+    for name, value in contents[0]['losses'].items():
+        torch.testing.assert_close(value, contents[1]['losses'][name], rtol=1e-4, atol=1e-5)
+
+
+def thin_run(folder, name, *bindings):
+    """Trains in all processes at once, in folder/name; returns this process's model."""
+    data(folder, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mgn.model.make_resnet', lambda backbone, pretrained: ThinResNet())
+        try:
+            return train(folder / 'own', folder / name, f'P = {2 * processes.count()}', *bindings)
+        finally:
+            gin.clear_config()
+
+
+def check_synchronised_batch_normalisation_trains_evaluates_averages_and_saves(folder):
+    """On the CPU torch refuses the synchronising forward pass alone, which is replaced here by the usual one."""
+    def forward(norm, x):
+        assert norm.process_group is not None and dist.get_world_size(norm.process_group) == processes.count()
+        return nn.functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
+                                        norm.training, norm.momentum, norm.eps)
+
+    with mock.patch.object(training, 'check_split'), mock.patch.object(nn.SyncBatchNorm, 'forward', forward), \
+            mock.patch.object(DistributedDataParallel, '_passing_sync_batchnorm_handle'):
+        for decay in (None, 0.9):
+            for steps in (2, 4):  # the second run resumes
+                model = thin_run(folder, f'sync {decay}', 'train.sync_bn = True', f'train.ema_decay = {decay}',
+                                 f'total_steps = {steps}')
+            assert any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+            last, best = (checkpoint.load(str(folder / f'sync {decay}' / name)) for name in ('last.pth', 'best.pth'))
+            assert last['step'] == 4 and (last['average'] is None) == (decay is None)
+            assert all(torch.equal(value, last['model'][name]) for name, value in model.state_dict().items())
+            assert best['model'].keys() == last['model'].keys()
+
+
 def check_steps_in_float32_are_near_those_of_one_process(folder):
-    worst = steps_apart(folder, torch.float32)
+    largest = steps_apart(folder, torch.float32)
     if dist.get_rank() == 0:
-        print(f'float32, {processes.count()} processes: losses, gradients and weights within a relative {worst:.1e} of one process')
-    assert worst < 1e-3
+        print(f'float32, {processes.count()} processes: losses, gradients and weights within a relative {largest:.1e} '
+              f'of one process')
+    assert largest < 1e-3
 
 
 def check_with_mining_in_each_process_the_loss_is_the_mean_of_those_of_the_parts(folder):
     P = 2 * processes.count()
     own, whole, classes = data(folder, P)
     model = InPrecision(classes, torch.float64)
-    network = training.distributed(copy.deepcopy(model), CPU, processes.group_of(CPU), sync_bn=False)
-    got = training.train_step(network, torch.optim.SGD(network.parameters(), lr=0.1), Augmentation(), own[0], CPU, 'float32', None)
+    network = training.distributed(copy.deepcopy(model), CPU, processes.group_of(CPU))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    got = training.train_step(network, optimizer, Augmentation(), own[0], CPU, 'float32', None)
     batch = whole[0]
     with torch.no_grad():
         output = model(Augmentation()(batch.images, batch.draws))
     parts = torch.arange(P * K).chunk(processes.count())
-    means = {name: sum(mgn_losses(output._replace(logits=[x[part] for x in output.logits], embeddings=output.embeddings[:, part]),
-                                  batch.labels[part])[name] for part in parts) / len(parts) for name in ('cross_entropy', 'triplet')}
-    for name, want in means.items():
-        torch.testing.assert_close(processes.mean(got[name]), want, rtol=1e-9, atol=0)
+    own_losses = [mgn_losses(output._replace(logits=[x[part] for x in output.logits], embeddings=output.embeddings[:, part]),
+                             batch.labels[part]) for part in parts]
+    means = {name: sum(losses[name] for losses in own_losses) / len(parts) for name in ('cross_entropy', 'triplet')}
+    for name, expected in means.items():
+        torch.testing.assert_close(processes.mean(got[name]), expected, rtol=1e-9, atol=0)
     assert apart(mgn_losses(output, batch.labels)['triplet'], means['triplet']) > 1e-3
 
 
 def check_the_parts_of_a_batch_are_the_batch_of_one_process(folder):
     own, whole, _ = data(folder, 2 * processes.count())
     for step in (0, 1, 7):
-        want = whole[step]
+        expected = whole[step]
         parts = processes.gather(own[step])
-        assert torch.equal(torch.cat([part.images for part in parts]), want.images)
-        assert torch.equal(torch.cat([part.labels for part in parts]), want.labels)
-        assert all(torch.equal(torch.cat(mine), its) for mine, its in zip(zip(*(part.draws for part in parts)), want.draws))
-        assert len(set(want.labels.tolist())) == 2 * processes.count()
+        assert torch.equal(torch.cat([part.images for part in parts]), expected.images)
+        assert torch.equal(torch.cat([part.labels for part in parts]), expected.labels)
+        draws = zip(*(part.draws for part in parts))
+        assert all(torch.equal(torch.cat(mine), its) for mine, its in zip(draws, expected.draws))
+        assert len(set(expected.labels.tolist())) == 2 * processes.count()
         assert not set(parts[0].labels.tolist()) & set(parts[1].labels.tolist())
 
 
@@ -128,7 +203,7 @@ def check_running_statistics_become_the_mean_and_equal_ones_stay(folder):
     norm = nn.BatchNorm1d(3)
     norm.running_mean.copy_(torch.tensor([0.1, rank, 1e30]))
     norm.num_batches_tracked.fill_(9)
-    training.average_statistics(norm)
+    processes.average_buffers(norm)
     assert torch.equal(norm.running_mean, torch.tensor([0.1, (N - 1) / 2, 1e30]))
     assert torch.equal(norm.running_var, torch.ones(3)) and norm.num_batches_tracked == 9
 
@@ -138,28 +213,28 @@ def check_the_meter_tells_means_of_all_and_the_first_bad_step_of_any(folder):
     meter = Meter()
     meter.add({'loss': torch.tensor(1.0 + rank), 'triplet': torch.tensor(2.0)}, 0)
     meter.add({'loss': torch.tensor(3.0 + rank), 'triplet': torch.tensor(2.0)}, 1)
-    assert meter.read('nowhere') == {'loss': 2 + (N - 1) / 2, 'triplet': 2}
+    assert meter.read('no checkpoint') == {'loss': 2 + (N - 1) / 2, 'triplet': 2}
     for step in (2, 3):
         meter.add({'loss': torch.tensor(1.0), 'triplet': torch.tensor(float('nan') if rank == N - 1 else 1.0)}, step)
     with pytest.raises(ValueError, match='in triplet at step 2'):
-        meter.read('nowhere')
+        meter.read('no checkpoint')
 
 
 def check_what_cannot_be_split_is_refused(folder):
     N = processes.count()
-    with pytest.raises(ValueError, match=rf'as a multiple of the processes, got P = {N + 1} and {N} processes'):
+    with pytest.raises(ValueError, match=rf'P = {N + 1}, .* is no multiple of the {N} processes'):
         training.check_split(N + 1, 'all', False, CPU)
-    with pytest.raises(ValueError, match=rf'want 2 identities in each process to mine there, got P = {N}'):
+    with pytest.raises(ValueError, match=rf'in each process needs 2 identities there, but P = {N} is split'):
         training.check_split(N, 'process', False, CPU)
-    with pytest.raises(ValueError, match='want GPUs for train.sync_bn = True.*got cpu'):
+    with pytest.raises(ValueError, match='train.sync_bn = True needs GPUs.*the device is cpu'):
         training.check_split(N, 'all', True, CPU)
-    with pytest.raises(ValueError, match="want train.mining to be 'all' or 'process', got 'none'"):
+    with pytest.raises(ValueError, match="train.mining should be 'all' or 'process', but is 'none'"):
         training.check_split(N, 'none', False, CPU)
 
 
 def check_values_and_rows_travel(folder):
     rank, N = dist.get_rank(), dist.get_world_size()
-    assert processes.share({'of': rank}) == {'of': 0}
+    assert processes.share({'rank': rank}) == {'rank': 0}
     assert processes.gather(rank) == list(range(N))
     whole = processes.to_first(torch.full((rank % 2, 3), rank))
     assert whole is None if rank else whole.tolist() == [[r] * 3 for r in range(N) if r % 2]
@@ -172,24 +247,26 @@ def check_a_signal_to_any_is_known_to_all(folder):
         assert not interruption.asked()
         if rank == N - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)  # torchrun passes on what its group has had already
+            os.kill(os.getpid(), signal.SIGTERM)  # torchrun forwards what its process group has received already
         assert interruption.asked()
 
 
 def check_copies_that_differ_are_refused_in_all(folder):
     rank, N = dist.get_rank(), dist.get_world_size()
-    dataset = Dataset('own', str(folder), [], [Sample(str(folder / 'a.jpg'), 1, 1)], [Sample(str(folder / 'b.jpg'), 1, 2)])
+    query, gallery = [Sample(str(folder / 'a.jpg'), 1, 1)], [Sample(str(folder / 'b.jpg'), 1, 2)]
+    dataset = Dataset('own', str(folder), [], query, gallery)
     check_alike(dataset, ('query', 'gallery'))
-    odd = dataset._replace(gallery=[Sample(str(folder / 'b.jpg'), 2, 2)]) if rank == N - 1 else dataset
-    check_alike(odd, ('query',))
-    with pytest.raises(ValueError, match=f'want the same images of own in all {N} processes, got another in {N - 1} than in 0; give all machines'):
-        check_alike(odd, ('query', 'gallery'))
+    other = dataset._replace(gallery=[Sample(str(folder / 'b.jpg'), 2, 2)]) if rank == N - 1 else dataset
+    check_alike(other, ('query',))
+    with pytest.raises(ValueError, match=f'All {N} processes need the same images of own, but it differs between process '
+                                         f'0 and {N - 1}. (?i:give all machines)'):
+        check_alike(other, ('query', 'gallery'))
 
 
 def check_a_folder_that_not_all_see_is_refused_in_all(folder):
     rank = dist.get_rank()
     check_shared(str(folder))
     (folder / f'own{rank}').mkdir()
-    (folder / f'own{rank}' / 'shared').write_text('of another time')
-    with pytest.raises(ValueError, match='want a features_dir that all processes share, got .*own., where 1.* cannot see what 0 writes'):
+    (folder / f'own{rank}' / 'shared').write_text('old')
+    with pytest.raises(ValueError, match='features_dir .*own.,.* 1'):
         check_shared(str(folder / f'own{rank}'))

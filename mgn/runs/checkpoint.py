@@ -1,93 +1,206 @@
-"""Checkpoints: written whole or not at all, loaded without running anything that a file might hold."""
+"""Checkpoints: what they hold, and how they are written, read and restored. Reading one never runs code from the file.
 
+last.pth holds all of a run (`State.content`); best.pth holds the evaluated weights alone (`State.weights`).
+"""
+
+import difflib
 import errno
+import logging
 import os
 import zipfile
+from dataclasses import dataclass
+from typing import Any
 
+import gin
 import torch
 
+from mgn.ops.errors import MissingFile, UserError
+from mgn.runs import processes
+from mgn.runs.files import replacing
+
+logger = logging.getLogger(__name__)
+
 FORMAT = 'mgn checkpoint 1'
+SHOWN = 10  # keys that an error lists
 
 
-def save(path, content, older=None):
-    """Writes {name: tensors, numbers, strings and containers of them} to `path`, replacing it only once all is on disk.
+class Damaged(UserError):
+    """A checkpoint that is not what was written: cut short, or with other checksums."""
 
-    older: where the file that was there before goes; None: nowhere.
-    Raises OSError where it cannot be written; a file that was there before stays as it was.
+
+@dataclass
+class State:
+    """A run behind `step` steps. A field that is added here is saved in `content` and read in `restore`.
+
+    losses: a module, whose parameters are trained like the model's. average: WeightAverage, or None for a run without.
     """
-    temporary = f'{path}.{os.getpid()}.tmp'
-    try:
-        with open(temporary, 'wb') as file:
-            torch.save({'format': FORMAT, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if older and os.path.exists(path):
-            os.replace(path, older)
-        os.replace(temporary, path)
-        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    model: torch.nn.Module
+    losses: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    meter: Any
+    average: Any
+    num_classes: int
+    step: int = 0
+
+    @property
+    def evaluated(self):
+        """The model that evaluations use and best.pth holds."""
+        return self.average.model if self.average else self.model
+
+    def content(self):
+        """What last.pth holds."""
+        return {'config': gin.config_str(), 'num_classes': self.num_classes, 'step': self.step,
+                'model': self.model.state_dict(), 'losses': self.losses.state_dict(),
+                'average': self.average.model.state_dict() if self.average else None,
+                'optimizer': self.optimizer.state_dict(), 'optimizer_class': type(self.optimizer).__name__,
+                'scaler': self.scaler.state_dict(), 'meter': self.meter.state()}
+
+    def weights(self, mAP):
+        """What best.pth holds."""
+        return {'config': gin.config_str(), 'num_classes': self.num_classes, 'step': self.step, 'mAP': mAP,
+                'model': self.evaluated.state_dict()}
+
+    def restore(self, content, path):
+        """Returns to the step at which `content` was saved to `path`. Learning rates and decay stay as configured.
+
+        Raises UserError where the configured run does not fit the saved one.
+        """
+        if content['num_classes'] != self.num_classes:
+            raise UserError(f'{path} was trained on {content["num_classes"]} identities, but the data set has '
+                            f'{self.num_classes}. Bind the data set it was trained on, or another output_dir.')
+        if 'optimizer' not in content:
+            raise UserError(f'{path} holds weights alone, but training resumes only from the whole state of a run. '
+                            f'Move the file, or bind another output_dir.')
+        logger.info('resuming from %s, step %d', path, content['step'])
+        changes = configuration_changes(content['config'])
+        if changes:
+            logger.warning('the configuration differs from that of the checkpoint:\n  %s', '\n  '.join(changes))
+        if content['optimizer_class'] != type(self.optimizer).__name__:
+            raise UserError(f'{path} was trained with the optimizer {content["optimizer_class"]}, but '
+                            f'{type(self.optimizer).__name__} is configured. Bind make_optimizer.optimizer = '
+                            f'@{content["optimizer_class"]}, or another output_dir.')
+        remedy = 'This folder holds another run: bind MGN and train.losses as it was trained, or another output_dir.'
+        load_model(self.model, content['model'], path, remedy=remedy)
+        load_model(self.losses, content.get('losses', {}), f'{path} (losses)', remedy=remedy)
+        if self.average:
+            load_model(self.average.model, content.get('average') or content['model'], path)
+        groups = self.optimizer.state_dict()['param_groups']
+        self.optimizer.load_state_dict({**content['optimizer'], 'param_groups': groups})
+        if self.scaler.is_enabled() and content.get('scaler'):
+            self.scaler.load_state_dict(content['scaler'])
+        self.meter.load_state(content['meter'])
+        self.step = content['step']
+
+    def join(self):
+        """Makes equal in all processes what each keeps for itself: running statistics and sums become means."""
+        for module in (self.model, self.losses, *([self.average.model] if self.average else [])):
+            processes.average_buffers(module)
+        self.meter.join()
+
+    def check_finite(self, last_good):
+        """Raises UserError where a loss was, or a weight is, not finite. Such a state is never saved.
+
+        last_good: a clause that names the last good checkpoint.
+        """
+        self.meter.check(last_good)
+        for name, tensor in (*self.model.state_dict().items(), *self.losses.state_dict().items()):
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise UserError(f'NaN or infinity in the weights {name} after step {self.step - 1}; {last_good}. '
+                                f'Lower lr, or bind train.clip_gradient_norm.')
+
+
+def configuration_changes(before):
+    """The lines that differ between a saved configuration and the present one, with - and + in front."""
+    lines = difflib.unified_diff(before.splitlines(), gin.config_str().splitlines(), n=0, lineterm='')
+    return [line for line in lines if line[:1] in '+-' and line[:3] not in ('+++', '---')]
+
+
+def save(path, content, keep_as=None):
+    """Writes {name: tensors, numbers, strings and containers of them} to `path`, whole or not at all (`replacing`)."""
+    with replacing(path, 'wb', keep_as) as file:
         try:
-            os.fsync(folder)  # else a power cut may forget the renaming
-        finally:
-            os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        kept = 'the previous one is unharmed' if os.path.exists(path) else 'there was none before'
-        raise OSError(f'want to write the checkpoint {path}, got: {first_line(error)}; {kept}; '
-                      f'free disk space or bind another output_dir') from error
-    finally:
-        if os.path.exists(temporary):  # stopped half-way, by whatever
-            os.remove(temporary)
-
-
-class Damaged(ValueError):
-    """A checkpoint that is not what was written: cut short, or of other checksums."""
+            torch.save({'format': FORMAT, **content}, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch's writer hides what the file said, e.g. a full disk
+                raise error.__context__ from None
+            raise
 
 
 def load(path):
-    """The content of a checkpoint, tensors on the CPU, once its checksums are found right.
+    """The content of a checkpoint, tensors on the CPU, after its checksums were verified.
 
-    Raises FileNotFoundError, Damaged, ValueError where the file is no checkpoint of this project, or OSError where it cannot be read.
+    Raises MissingFile, Damaged, UserError where the file is no checkpoint of this project, or OSError where it cannot
+    be read.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f'want a checkpoint, found no file {path}; correct the path')
-    wanted = f'want a checkpoint written by mgn.train, got {path}'
-    try:
-        with zipfile.ZipFile(path) as file:  # as torch.save writes it, with a CRC-32 of every tensor, which torch.load does not look at
-            other = file.testzip()
-    except Exception as error:  # damaged bytes can raise nearly anything, and EINVAL where they lead outside the file
-        if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise
-        raise Damaged(f'{wanted}, which is none or damaged ({first_line(error)}); give another file') from error
-    if other:
-        raise Damaged(f'{wanted}, which is damaged: {other} in it has another checksum than was written; give another file')
+        raise MissingFile(f'There is no file {path}, where a checkpoint was expected. Correct the path.')
+    check_sums(path)
     try:
         content = torch.load(path, map_location='cpu', weights_only=True)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # unpickling foreign bytes, too
-        damaged = 'PytorchStreamReader' in str(error)  # the headers between the tensors
-        raise (Damaged if damaged else ValueError)(f'{wanted}, which cannot be loaded as one ({first_line(error)}); give another file') from error
+    except Exception as error:  # unpickling foreign bytes can raise nearly anything
+        kind = Damaged if 'PytorchStreamReader' in str(error) else UserError  # its headers lie between the tensors
+        raise kind(f'{path} cannot be loaded as a checkpoint of mgn.train ({first_line(error)}). '
+                   f'Give another file.') from error
     if not isinstance(content, dict) or content.get('format') != FORMAT:
-        raise ValueError(f'{wanted}, which holds something else; ImageNet weights go into MGN.pretrained')
+        raise UserError(f'{path} is no checkpoint of mgn.train: it holds something else. Give another file; '
+                        f'ImageNet weights go into MGN.pretrained.')
     return content
+
+
+def check_sums(path):
+    """Raises Damaged unless `path` is a zip file, as torch.save writes it, whose CRC-32 sums are right."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # torch.load itself ignores the sums
+    except Exception as error:  # damaged bytes can raise nearly anything, and EINVAL where they lead outside the file
+        if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        raise Damaged(f'{path} is damaged or no checkpoint of mgn.train ({first_line(error)}). '
+                      f'Give another file.') from error
+    if damaged:
+        raise Damaged(f'{path}, a checkpoint of mgn.train, is damaged: {damaged} in it has another checksum than was '
+                      f'written. Give another file.')
 
 
 def first_line(error):
     return (str(error).splitlines() or [repr(error)])[0]
 
 
-def load_model(model, state, path, features_only=False):
+def load_model(model, state, path, features_only=False, remedy='Bind MGN as it was trained, or give other weights.'):
     """Loads a state dict strictly; with features_only its classifiers are left out.
 
-    Raises ValueError listing the missing, unexpected and ill-shaped keys.
+    Raises UserError with the first missing, unexpected and ill-shaped keys; nothing is loaded then.
     """
     if features_only:
         state = {key: value for key, value in state.items() if '.classifier.' not in key}
-    wanted = model.state_dict()
-    problems = [f'missing {key}' for key in wanted if key not in state]
-    problems += [f'unexpected {key}' for key in state if key not in wanted]
-    problems += [f'{key}: want shape {tuple(wanted[key].shape)}, got {tuple(state[key].shape)}'
-                 for key in wanted if key in state and wanted[key].shape != state[key].shape]
+    expected = model.state_dict()
+    problems = [f'{key} is missing' for key in expected if key not in state]
+    problems += [f'{key} is unexpected' for key in state if key not in expected]
+    problems += [f'{key} has shape {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}'
+                 for key in expected if key in state and expected[key].shape != state[key].shape]
     if problems:
-        raise ValueError(f'want weights of the configured architecture, {path} does not fit it:\n  '
-                         + '\n  '.join(problems) + '\nbind MGN as it was trained, or give other weights')
+        more = [f'and {len(problems) - SHOWN} more'] if len(problems) > SHOWN else []
+        raise UserError(f'The weights in {path} do not fit the configured architecture:\n  '
+                        + '\n  '.join(problems[:SHOWN] + more) + f'\n{remedy}')
     model.load_state_dict(state)
+
+
+def load_pretrained(module, path, name='this network'):
+    """Loads a state dict that another project saved, such as torchvision's ImageNet weights, strictly.
+
+    path: may begin with ~. name: of the network, for errors.
+    Raises MissingFile, UserError where the file holds something else, or OSError where it cannot be read.
+    """
+    path = os.path.expanduser(path)
+    if not os.path.isfile(path):
+        raise MissingFile(f'MGN.pretrained should be a state dict of {name}, but there is no file {path}. '
+                          f'Correct the path.')
+    try:
+        module.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # unpickling foreign bytes can raise nearly anything
+        raise UserError(f'MGN.pretrained should be a state dict of {name}, but {path} does not fit: {error}') from error

@@ -1,7 +1,8 @@
-"""The folder of a run: one run at a time writes there, its newest checkpoint that is whole is gone on from, some older ones are kept."""
+"""The folder of a run: one run at a time writes there, and training resumes from its newest intact checkpoint."""
 
 import contextlib
 import errno
+import fcntl
 import glob
 import json
 import logging
@@ -9,118 +10,120 @@ import os
 import re
 import socket
 
+from mgn.ops.errors import FileError, UserError
 from mgn.runs import checkpoint as checkpoints
 
 logger = logging.getLogger(__name__)
 
 LOCK = 'run.lock'
-HELD = (errno.EACCES, errno.EAGAIN)
-_held = set()
+_locked_here = set()  # folders; to the system all threads of a process are one
 
 
 @contextlib.contextmanager
 def locked(output_dir):
-    """Makes the folder where there is none, and holds it: ValueError where another run does, also on another machine.
+    """Makes the folder if necessary and locks it; UserError where another run has it, also on another machine.
 
-    The lock is the system's, so it ends with its process; the file alone means nothing. What a killed run was writing is removed.
-    Gives a function that raises ValueError where the lock file has been removed since.
+    The lock belongs to the process and ends with it; the file alone means nothing. Temporary files that a killed run
+    left are removed. Yields a function that raises UserError if the lock file has been removed since.
     """
     path, folder = os.path.join(output_dir, LOCK), os.path.realpath(output_dir)
-    if folder in _held:  # to the system, threads of a process are one
+    if folder in _locked_here:
         raise refused(output_dir, 'this very process')
     try:
         os.makedirs(output_dir, exist_ok=True)
         file = open(path, 'a+')
     except OSError as error:
-        raise OSError(f'want to write to output_dir, got: {error}; bind another output_dir') from error
+        raise FileError(f'output_dir cannot be written to: {error}. Bind another output_dir.') from error
     with file:
         try:
-            import fcntl
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: the workers that it forks do not have it
-        except ImportError:
-            pass
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # worker processes do not inherit this kind of lock
         except OSError as error:
-            if error.errno in HELD:
-                raise refused(output_dir, holder(file)) from None
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise refused(output_dir, owner(file)) from None
             logger.warning('%s cannot be locked (%s): let no other run write there', output_dir, error)
-        _held.add(folder)
+        _locked_here.add(folder)
         try:
-            file.truncate(0)
-            write_text_to(file, json.dumps({'process': os.getpid(), 'machine': socket.gethostname()}))
-            for left in glob.glob(os.path.join(glob.escape(output_dir), '*.tmp')):
-                if re.search(r'\.\d+\.tmp$', left):
-                    os.remove(left)
+            write_owner(file)
+            for leftover in glob.glob(os.path.join(glob.escape(output_dir), '*.tmp')):
+                if re.search(r'\.\d+\.tmp$', leftover):
+                    os.remove(leftover)
 
             def check():
                 if not os.path.exists(path) or not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-                    raise ValueError(f'want {path} as long as this run writes there, found it removed or replaced, so that another run may write there '
-                                     f'too; leave it in place, and start one run again')
+                    raise UserError(f'{path} was removed or replaced while this run was using the folder, so another '
+                                    f'run may write there too. Leave that file in place and start one run again.')
             yield check
         finally:
-            _held.discard(folder)
+            _locked_here.discard(folder)
 
 
-def write_text_to(file, text):
+def write_owner(file):
     try:
-        file.write(text)
+        file.truncate(0)
+        file.write(json.dumps({'process': os.getpid(), 'machine': socket.gethostname()}))
         file.flush()
     except OSError as error:
-        raise OSError(f'want to write {file.name}, got: {error}; free disk space or bind another output_dir') from error
+        raise FileError(f'{file.name} could not be written: {error}. Free disk space or bind another output_dir.'
+                        ) from error
 
 
-def refused(output_dir, who):
-    return ValueError(f'want an output_dir that no other run writes to, got {output_dir}, where {who} is training; wait for it, end it, or bind '
-                      f'another output_dir')
-
-
-def holder(file):
+def owner(file):
     file.seek(0)
     try:
-        owner = json.load(file)
-        return f'process {owner["process"]} on {owner["machine"]}'
+        content = json.load(file)
+        return f'process {content["process"]} on {content["machine"]}'
     except (ValueError, KeyError, TypeError):  # it is being written
         return 'another process'
 
 
-def newest(output_dir, resume):
-    """(path, content) of last.pth, or where that is damaged or missing of the newest step_<n>.pth that is whole; None for a fresh run.
+def refused(output_dir, who):
+    return UserError(f'Another run is training in output_dir {output_dir}: {who}. Wait for it, end it, or bind another '
+                     f'output_dir.')
 
-    Damaged ones are renamed to ….damaged. Raises ValueError where a run would be overwritten, or every checkpoint is damaged.
+
+def newest(output_dir, resume):
+    """(path, content) of last.pth, or of the newest intact step_<n>.pth if that one is damaged or missing.
+
+    None for a fresh run. Damaged checkpoints are renamed to ….damaged. Raises UserError where a run would be
+    overwritten, or where every checkpoint is damaged.
     """
     last, best, metrics = (os.path.join(output_dir, name) for name in ('last.pth', 'best.pth', 'metrics.jsonl'))
     candidates = [path for path in (last, *reversed(older(output_dir))) if os.path.isfile(path)]
     if candidates and not resume:
-        raise ValueError(f'want an output_dir without a run, as train.resume = False, got {candidates[0]}; '
-                         f'bind another output_dir or train.resume = True')
+        raise UserError(f'train.resume = False needs an output_dir without a run, but there is {candidates[0]}. '
+                        f'Bind another output_dir, or train.resume = True.')
     damaged = {}
     for path in candidates:
         try:
             content = checkpoints.load(path)
         except checkpoints.Damaged as error:
-            damaged[path] = str(error)
+            damaged[path] = error
             continue
-        for odd, what in damaged.items():
-            os.replace(odd, f'{odd}.damaged')
-            logger.warning('a damaged checkpoint is left out and renamed to %s.damaged: %s', odd, what)
+        for damaged_path, error in damaged.items():
+            set_aside(damaged_path, error)
         return path, content
     if damaged:
-        raise ValueError('want a checkpoint to go on from, got damaged ones alone:\n  ' + '\n  '.join(damaged.values())
-                         + '\nbring one back, or bind another output_dir')
-    for left in (best, metrics):
-        if os.path.exists(left) and os.path.getsize(left):
-            raise ValueError(f'want an empty output_dir or a run to go on with, got {left} without last.pth; '
-                             f'move it or bind another output_dir')
+        raise UserError('All checkpoints of this run are damaged:\n  ' + '\n  '.join(map(str, damaged.values()))
+                        + '\nBring one back, or bind another output_dir.')
+    for remains in (best, metrics):
+        if os.path.exists(remains) and os.path.getsize(remains):
+            raise UserError(f'There is {remains} without a last.pth to resume from. '
+                            f'Move it, or bind another output_dir.')
     return None
 
 
-def save(output_dir, content, keep_last, previous):
-    """Writes last.pth, atomically; the one there, of step `previous`, becomes step_<previous>.pth, and keep_last of those stay.
+def set_aside(path, error):
+    os.replace(path, f'{path}.damaged')
+    logger.warning('a damaged checkpoint was renamed to %s.damaged and is ignored: %s', path, error)
 
-    previous: None where last.pth is not to be kept.
+
+def save_last(output_dir, content, keep_last, previous):
+    """Writes last.pth; the one that was there becomes step_<previous>.pth, and keep_last of those are kept.
+
+    previous: its step; None where it is not to be kept.
     """
-    last = os.path.join(output_dir, 'last.pth')
-    keeps = keep_last > 0 and previous is not None
-    checkpoints.save(last, content, os.path.join(output_dir, f'step_{previous}.pth') if keeps else None)
+    keep_as = os.path.join(output_dir, f'step_{previous}.pth') if keep_last > 0 and previous is not None else None
+    checkpoints.save(os.path.join(output_dir, 'last.pth'), content, keep_as)
     passed = [path for path in older(output_dir) if step_of(path) < content['step']]
     for path in passed[:max(len(passed) - keep_last, 0)]:
         os.remove(path)
@@ -133,12 +136,17 @@ def older(output_dir):
 
 
 def step_of(path):
-    found = re.fullmatch(r'step_(\d+)\.pth', os.path.basename(path))
-    return int(found[1]) if found else None
+    match = re.fullmatch(r'step_(\d+)\.pth', os.path.basename(path))
+    return int(match[1]) if match else None
 
 
-def last_good(output_dir):
-    path = os.path.join(output_dir, 'last.pth')
-    if not os.path.exists(path):
-        return 'there is no checkpoint yet'
-    return f'the last good checkpoint is {path}, of step {checkpoints.load(path)["step"]}'
+def best_so_far(output_dir):
+    """The mAP of best.pth, or -1 if there is none; a damaged one is renamed to best.pth.damaged."""
+    path = os.path.join(output_dir, 'best.pth')
+    try:
+        return checkpoints.load(path)['mAP']
+    except FileNotFoundError:
+        return -1.0
+    except checkpoints.Damaged as error:
+        set_aside(path, error)
+        return -1.0

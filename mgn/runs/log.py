@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl, TensorBoard event files where it is installed, progress bars or plain lines."""
+"""What a run reports: metrics.jsonl, TensorBoard events if that package is installed, progress bars or plain lines."""
 
 import json
 import logging
@@ -7,16 +7,19 @@ import sys
 
 from tqdm import tqdm
 
+from mgn.ops.errors import FileError, UserError
+from mgn.ops.metrics import METRICS
 from mgn.runs import processes
+from mgn.runs.files import write_text
 
 logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Appends records {'step': int, name: number, …} to output_dir/metrics.jsonl, each a line; to nothing where output_dir is None.
+    """Appends records {'step': int, name: number, …} to output_dir/metrics.jsonl, a line each.
 
     Opened at `step`, it drops the lines of later steps first: what a stopped run did after its last checkpoint is done
-    again.
+    again. output_dir=None: nothing is written.
     """
 
     def __init__(self, output_dir, step):
@@ -39,10 +42,25 @@ class RunLog:
             with open(self.path, 'a') as file:
                 file.write(json.dumps(record) + '\n')
         except OSError as error:
-            raise OSError(f'want to write to {self.path}, got: {error}; free disk space, and the same command goes on from the last checkpoint') from error
+            raise FileError(f'{self.path} could not be written: {error}. Free disk space; the same command resumes '
+                            f'from the last checkpoint.') from error
         for name, value in record.items():
             if self.events and name != 'step':
-                self.events.add_scalar(('evaluation/' if 'mAP' in record else 'training/') + name, value, record['step'])
+                kind = 'evaluation' if 'mAP' in record else 'training'
+                self.events.add_scalar(f'{kind}/{name}', value, record['step'])
+
+    def summary(self):
+        """The first, the best and the last evaluation of the run, in per cent."""
+        evaluations = [record for record in self.records if 'mAP' in record]
+        if not evaluations:
+            return f'{self.path} holds no evaluation'
+        widths = [max(len(name), 6) for name in METRICS]
+        lines = ['  '.join(['  step', *(name.rjust(width) for name, width in zip(METRICS, widths))])]
+        for record in (evaluations[0], max(evaluations, key=lambda record: record['mAP']), evaluations[-1]):
+            figures = (f'{100 * record[name]:{width}.2f}' for name, width in zip(METRICS, widths))
+            lines.append('  '.join([f'{record["step"]:6d}', *figures]))
+        folder = os.path.dirname(self.path)
+        return '\n'.join([*dict.fromkeys(lines), f'checkpoints, metrics and configuration are in {folder}'])
 
     def flush(self):
         if self.events:
@@ -54,7 +72,7 @@ class RunLog:
 
 
 def event_writer(output_dir, step):
-    """TensorBoard's writer that forgets what was written after `step`; None where the package is not installed."""
+    """TensorBoard's writer, which drops what was written after `step`; None where the package is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
     except ImportError:
@@ -63,7 +81,7 @@ def event_writer(output_dir, step):
 
 
 def read_records(path):
-    """The lines of a metrics.jsonl; a last line cut short by a kill is left out, damage elsewhere is a ValueError."""
+    """The lines of a metrics.jsonl. A last line that a kill cut short is dropped; damage elsewhere is a UserError."""
     if not os.path.exists(path):
         return []
     with open(path) as file:
@@ -74,25 +92,13 @@ def read_records(path):
             records.append(json.loads(line))
         except ValueError:
             if number < len(lines):
-                raise ValueError(f'want a JSON object in line {number} of {path}, got {line!r}; repair or move the file') from None
+                raise UserError(f'Line {number} of {path} is no JSON object: {line!r}. '
+                                f'Repair or move the file.') from None
     return records
 
 
-def write_text(path, text):
-    """Writes a small file whole or not at all."""
-    temporary = f'{path}.{os.getpid()}.tmp'
-    try:
-        with open(temporary, 'w') as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f'want to write {path}, got: {error}; free disk space or bind another output_dir') from error
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
 def progress(total, initial=0, unit='step', what=''):
-    """A tqdm bar on a terminal; elsewhere one that shows nothing (`disable` is true), and plain lines are logged instead."""
+    """A tqdm bar on a terminal; elsewhere one that shows nothing (`disable` is true), as plain lines are logged."""
+    on_terminal = sys.stdout.isatty() and os.get_terminal_size(sys.stdout.fileno()).columns > 0
     return tqdm(total=total, initial=initial, unit=unit, desc=what, dynamic_ncols=True, file=sys.stdout,
-                disable=processes.number() > 0 or not sys.stdout.isatty())
+                disable=processes.number() > 0 or not on_terminal)

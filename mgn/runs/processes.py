@@ -1,6 +1,7 @@
-"""The processes of one run, started by torchrun: who this one is, what they tell each other; alone, everything is as without it.
+"""The processes of one run, started by torchrun: their numbers and what they send each other.
 
-They form a gloo group, whose messages go through main memory: features, checkpoints, sums. Gradients have `group_of` their device.
+They form a gloo group, whose messages (features, checkpoints, sums) go through main memory; gradients use `group_of`
+their device. In a run of one process every function here returns at once.
 """
 
 import os
@@ -12,50 +13,59 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-MEETING = timedelta(minutes=5)
-PATIENCE = timedelta(hours=2)  # the others wait while process 0 re-ranks; a lost process is noticed by its connection
+from mgn.ops.errors import UserError
+
+MEETING = timedelta(minutes=5)  # for all processes to start
+PATIENCE = timedelta(hours=2)   # the others wait while process 0 re-ranks; a lost process is noticed by its connection
 _store = None
 
 
 def join():
-    """Forms the group where torchrun started this process as one of several. To be called once."""
+    """Forms the group if torchrun started this process as one of several. To be called once.
+
+    Raises UserError where the processes do not find each other.
+    """
     global _store
     if int(os.environ.get('WORLD_SIZE', 1)) == 1:
         return
     store, rank, processes = next(dist.rendezvous('env://', timeout=MEETING))
-    while isinstance(store, dist.PrefixStore):  # named by TORCHELASTIC_RESTART_COUNT, which the machines of a run count for themselves
+    while isinstance(store, dist.PrefixStore):  # its prefix is a count of restarts that differs between machines
         store = store.underlying_store
     try:
-        _store = dist.PrefixStore(f'mgn {met(store, rank, processes)}', store)
+        _store = dist.PrefixStore(f'mgn {agree_on_name(store, rank, processes)}', store)
         dist.init_process_group('gloo', store=_store, rank=rank, world_size=processes, timeout=PATIENCE)
     except RuntimeError as error:
-        raise ConnectionError(f'want {processes} processes to meet, got in number {rank}: {str(error).splitlines()[0]}; torchrun tells which one ended; '
-                              f'start all of them again') from error
+        raise UserError(f'The {processes} processes did not find each other; process {rank} says: '
+                        f'{str(error).splitlines()[0]}. torchrun names the one that ended. Start all of them again.'
+                        ) from error
 
 
-def met(store, rank, processes):
-    """A name that these processes, all alive, have for their group alone.
+def agree_on_name(store, rank, processes):
+    """A name that these processes, all alive, share for their group alone.
 
-    Torch 2.15 keeps its store, with the addresses of processes that were, when torchrun starts all anew. So each asks under a name never used
-    before, process 0 answers whom it sees, again and again, and is done once all of them have said that they got its latest answer.
+    Torch 2.15 keeps its store, with addresses of ended processes, when torchrun restarts all processes. So each process
+    posts a fresh request, process 0 answers the latest request of every other one, and is done once all of them have
+    confirmed its present name.
     """
-    asked = uuid.uuid4().hex
-    store.set(f'mgn asked {rank}', asked)
+    request = uuid.uuid4().hex
+    store.set(f'mgn request {rank}', request)
     if rank > 0:
-        store.wait([f'mgn answer {asked}'], MEETING)
-        name = store.get(f'mgn answer {asked}').decode()
-        store.set(f'mgn got {name} {rank}', '')
+        store.wait([f'mgn answer {request}'], MEETING)
+        name = store.get(f'mgn answer {request}').decode()
+        store.set(f'mgn confirmed {name} {rank}', '')
         return name
-    answered, until = {}, time.monotonic() + MEETING.total_seconds()
-    while not store.check([f'mgn got {asked} {other}' for other in range(1, processes)]):
-        for other in range(1, processes):
-            if store.check([f'mgn asked {other}']) and (now := store.get(f'mgn asked {other}').decode()) != answered.get(other):
-                store.set(f'mgn answer {now}', asked)
-                answered[other] = now
+    answered, until, others = {}, time.monotonic() + MEETING.total_seconds(), range(1, processes)
+    while not store.check([f'mgn confirmed {request} {other}' for other in others]):
+        for other in others:
+            if store.check([f'mgn request {other}']):
+                latest = store.get(f'mgn request {other}').decode()
+                if latest != answered.get(other):
+                    store.set(f'mgn answer {latest}', request)
+                    answered[other] = latest
         if time.monotonic() > until:
             raise RuntimeError(f'only {len(answered) + 1} of {processes} came within {MEETING}')
         time.sleep(0.02)
-    return asked
+    return request
 
 
 def leave():
@@ -68,7 +78,7 @@ def count():
 
 
 def number():
-    """This process among all, from 0; process 0 alone writes and speaks."""
+    """The number of this process, from 0; only process 0 writes files and logs."""
     return dist.get_rank() if count() > 1 else 0
 
 
@@ -77,38 +87,40 @@ def number_on_this_machine():
 
 
 def first_to_fail():
-    """Whether no other process has asked before; one alone is to say what went wrong."""
+    """Whether this process is the first to ask, so that only one reports what went wrong."""
     if _store is None:
         return True
     try:
         return _store.add('failed', 1) == 1
-    except RuntimeError:  # the store has ended, with the process that held it
+    except RuntimeError:  # the store has ended with the process that held it
         return True
 
 
 def lost(error):
-    """What to say of an error that a collective raised as another process had ended; None for any other error."""
+    """The message for an error that a collective raised because another process had ended; None for other errors."""
     if count() == 1 or not isinstance(error, RuntimeError) or not re.search('gloo|nccl', str(error), re.IGNORECASE):
         return None
-    return (f'want all {count()} processes to the end, but process {number()} lost its connection to another ({str(error).splitlines()[0]}); torchrun '
-            f'tells which one ended; start it again with the same command, or with torchrun --max-restarts, and training goes on from last.pth')
+    return (f'Process {number()} of {count()} lost its connection to another process ({str(error).splitlines()[0]}). '
+            f'torchrun names the one that ended. Start the same command again, or use torchrun --max-restarts: '
+            f'training resumes from last.pth.')
 
 
 def check_same(what, value, remedy):
-    """Raises ValueError in all where they differ in `value`."""
+    """Raises UserError in all processes where they differ in `value`; `remedy` is a sentence."""
     values = gather(value)
-    odd = [process for process, other in enumerate(values) if other != values[0]]
-    if odd:
-        raise ValueError(f'want the same {what} in all {count()} processes, got another in {", ".join(map(str, odd))} than in 0; {remedy}')
+    differing = [str(process) for process, other in enumerate(values) if other != values[0]]
+    if differing:
+        raise UserError(f'All {count()} processes need the same {what}, but it differs between process 0 and '
+                        f'{", ".join(differing)}. {remedy}')
 
 
 def part(items):
-    """This process's contiguous part of a list, which differ in length by one at most."""
+    """This process's part of a list: contiguous slices whose lengths differ by at most one."""
     return items[len(items) * number() // count():len(items) * (number() + 1) // count()]
 
 
 def share(value):
-    """Process 0's value, in all."""
+    """Process 0's value, in all processes."""
     values = [value]
     if count() > 1:
         dist.broadcast_object_list(values, src=0)
@@ -116,7 +128,7 @@ def share(value):
 
 
 def gather(value):
-    """The values of all, in their order."""
+    """The values of all processes, in order of their numbers."""
     values = [value] * count()
     if count() > 1:
         dist.all_gather_object(values, value)
@@ -124,12 +136,13 @@ def gather(value):
 
 
 def wait():
+    """Returns once all processes have come here."""
     if count() > 1:
         dist.barrier()
 
 
 def any_of(flag):
-    """Whether it is true in any; a number that travels through main memory, so no device is waited for."""
+    """Whether `flag` is true in any process. It travels through main memory, so no device is waited for."""
     if count() == 1:
         return flag
     number = torch.tensor([int(flag)])
@@ -138,7 +151,7 @@ def any_of(flag):
 
 
 def mean(tensor):
-    """The mean over all, rounded once: equal values stay as they are."""
+    """The mean over all processes, rounded once, so that equal values stay as they are."""
     if count() == 1:
         return tensor
     total = tensor.to('cpu', torch.float64, copy=True)
@@ -147,6 +160,7 @@ def mean(tensor):
 
 
 def minimum(tensor):
+    """The elementwise minimum over all processes."""
     if count() == 1:
         return tensor
     least = tensor.to('cpu', copy=True)
@@ -154,36 +168,44 @@ def minimum(tensor):
     return least.to(tensor.device)
 
 
+def average_buffers(module):
+    """Replaces the floating-point buffers of `module` (running statistics) by their means over all processes."""
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(mean(buffer))
+
+
 def to_first(rows):
-    """The rows of all, in their order, in process 0; None in the others."""
+    """The rows of all processes, in order of their numbers, in process 0; None in the others."""
     lengths = gather(len(rows))
     if number() > 0:
         if len(rows):
             dist.send(rows.contiguous(), 0)
         return None
     whole = torch.empty(sum(lengths), *rows.shape[1:], dtype=rows.dtype)
-    for process, of in enumerate(whole.split(lengths)):
+    for process, block in enumerate(whole.split(lengths)):
         if process == 0:
-            of.copy_(rows)
-        elif len(of):
-            dist.recv(of, process)
+            block.copy_(rows)
+        elif len(block):
+            dist.recv(block, process)
     return whole
 
 
 def group_of(device):
-    """The group whose messages are tensors of `device`, None for one process alone. Every process has to call it."""
+    """The group that sends tensors of `device`; None for a run of one process. All processes have to call it."""
     if count() == 1:
         return None
     return dist.new_group(backend='nccl', device_id=device) if device.type == 'cuda' else dist.group.WORLD
 
 
 class GatherWithGradient(torch.autograd.Function):
-    """The tensors of all, stacked in their order; each gets the sum of the gradients that it has in all processes."""
+    """Stacks the tensors of all processes; the gradient of each is summed over all processes."""
 
     @staticmethod
     def forward(ctx, tensor, group):
         ctx.group = group
-        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format)
+                 for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, tensor.contiguous(), group=group)
         return torch.stack(parts)
 
@@ -195,5 +217,5 @@ class GatherWithGradient(torch.autograd.Function):
 
 
 def gather_with_gradient(tensor, dim, group):
-    """The tensors of all, one behind the other along `dim`."""
+    """The tensors of all processes, concatenated along `dim` in order of their numbers."""
     return torch.cat(GatherWithGradient.apply(tensor, group).unbind(), dim)

@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import re
 import resource
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from mgn.ops.errors import UserError
 from mgn.runs import checkpoint
 
 CONTENT = {'config': "seed = 3\n# ü", 'step': 12, 'mAP': 0.25, 'resume': None, 'names': ['a', 'b'],
@@ -89,7 +91,7 @@ def test_a_failing_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch, f
     path = tmp_path / 'last.pth'
     checkpoint.save(str(path), {**BIG, 'step': 1})
     before = path.read_bytes()
-    with pytest.raises(OSError, match='last.pth, got: .*the previous one is unharmed.*free disk space'):
+    with pytest.raises(OSError, match='last.pth could not be written: .*The previous file is unharmed.*Free disk space'):
         with failure(monkeypatch):
             checkpoint.save(str(path), {**BIG, 'step': 2})
     assert path.read_bytes() == before
@@ -98,7 +100,7 @@ def test_a_failing_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch, f
 
 @FAILURES
 def test_a_failing_first_write_leaves_nothing(tmp_path, monkeypatch, failure):
-    with pytest.raises(OSError, match='last.pth, got: .*there was none before'):
+    with pytest.raises(OSError, match='last.pth could not be written: .*There was none before'):
         with failure(monkeypatch):
             checkpoint.save(str(tmp_path / 'last.pth'), BIG)
     assert os.listdir(tmp_path) == []
@@ -113,7 +115,7 @@ def test_a_folder_that_may_not_be_written_is_a_clear_error():
         folder.chmod(0o555)
         if user == 0:
             os.seteuid(65534)  # root may write anywhere
-        with pytest.raises(OSError, match='want to write the checkpoint .*last.pth, got: .*denied'):
+        with pytest.raises(OSError, match='last.pth could not be written: .*denied'):
             checkpoint.save(str(path), {'step': 2})
         os.seteuid(user)
         assert os.listdir(folder) == ['last.pth']
@@ -125,13 +127,13 @@ def test_a_folder_that_may_not_be_written_is_a_clear_error():
 
 
 def test_a_missing_folder_is_a_clear_error(tmp_path):
-    with pytest.raises(OSError, match='want to write the checkpoint .*nowhere/last.pth'):
+    with pytest.raises(OSError, match='nowhere/last.pth could not be written'):
         checkpoint.save(str(tmp_path / 'nowhere' / 'last.pth'), {'step': 1})
 
 
 @pytest.mark.parametrize('path', ['nowhere.pth', '.'])
 def test_what_is_no_file_is_not_found(tmp_path, path):
-    with pytest.raises(FileNotFoundError, match='want a checkpoint, found no file'):
+    with pytest.raises(FileNotFoundError, match='no file .*, where a checkpoint was expected'):
         checkpoint.load(str(tmp_path / path))
 
 
@@ -141,7 +143,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path, length):
     checkpoint.save(str(path), CONTENT)
     whole = path.read_bytes()
     path.write_bytes(whole[:int(length * len(whole)) if length == 0.5 else length])
-    with pytest.raises(ValueError, match='want a checkpoint written by mgn.train, got .*last.pth'):
+    with pytest.raises(ValueError, match='last.pth.*checkpoint of mgn.train'):
         checkpoint.load(str(path))
 
 
@@ -188,7 +190,7 @@ class Code:
 def test_what_is_no_checkpoint_is_refused_and_not_run(tmp_path, write):
     path, marker = tmp_path / 'best.pth', tmp_path / 'executed'
     write(path, marker)
-    with pytest.raises(ValueError, match='want a checkpoint written by mgn.train, got .*best.pth'):
+    with pytest.raises(ValueError, match='best.pth.*checkpoint of mgn.train'):
         checkpoint.load(str(path))
     assert not marker.exists()
 
@@ -218,13 +220,43 @@ def test_missing_unexpected_and_ill_shaped_keys_are_all_listed_and_nothing_is_lo
     state['trunk.0.weight'] = state.pop('heads.0.reduction.bias')
     target = model(3)
     before = {name: value.clone() for name, value in target.state_dict().items()}
-    with pytest.raises(ValueError, match='want weights of the configured architecture, my.pth does not fit') as raised:
+    with pytest.raises(ValueError, match='my.pth do not fit the configured architecture') as raised:
         checkpoint.load_model(target, state, 'my.pth')
-    for problem in ('missing heads.0.reduction.bias\n', 'unexpected trunk.0.weight\n',
-                    'heads.0.reduction.weight: want shape (2, 4), got (2, 5)\n',
-                    'heads.0.classifier.weight: want shape (3, 2), got (7, 2)\n'):
+    for problem in ('heads.0.reduction.bias is missing\n', 'trunk.0.weight is unexpected\n',
+                    'heads.0.reduction.weight has shape (2, 5) instead of (2, 4)\n',
+                    'heads.0.classifier.weight has shape (7, 2) instead of (3, 2)\n'):
         assert problem in str(raised.value)
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+
+
+def test_ten_keys_are_listed_and_the_others_counted():
+    source = {f'layer{number}': torch.zeros(1) for number in range(13)}
+    with pytest.raises(UserError) as raised:
+        checkpoint.load_model(nn.Module(), source, 'my.pth', remedy='Bind another output_dir.')
+    assert str(raised.value).count('is unexpected') == 10
+    assert str(raised.value).endswith('\n  and 3 more\nBind another output_dir.')
+
+
+def test_weights_of_another_project_are_loaded_from_a_plain_state_dict(tmp_path, monkeypatch):
+    source, target = nn.Linear(3, 2), nn.Linear(3, 2)
+    torch.save(source.state_dict(), tmp_path / 'weights.pth')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    checkpoint.load_pretrained(target, '~/weights.pth')
+    assert torch.equal(target.weight, source.weight)
+
+
+@pytest.mark.parametrize('write, message', [
+    (lambda path, marker: None, 'but there is no file .*weights.pth'),
+    (lambda path, marker: path.write_text('text'), 'weights.pth does not fit'),
+    (lambda path, marker: torch.save([1], path), 'weights.pth does not fit'),
+    (lambda path, marker: torch.save({'weight': Code(marker)}, path), 'weights.pth does not fit'),
+    (lambda path, marker: torch.save(nn.Linear(3, 3).state_dict(), path), '(?s)weights.pth does not fit.*size mismatch'),
+    (lambda path, marker: torch.save(nn.Linear(3, 2, bias=False).state_dict(), path), '(?s)does not fit.*Missing')])
+def test_other_files_are_no_weights_of_another_project_and_are_not_run(tmp_path, write, message):
+    write(tmp_path / 'weights.pth', tmp_path / 'executed')
+    with pytest.raises(UserError, match='MGN.pretrained should be a state dict of mynet, ') as raised:
+        checkpoint.load_pretrained(nn.Linear(3, 2), str(tmp_path / 'weights.pth'), 'mynet')
+    assert re.search(message, str(raised.value)) and not (tmp_path / 'executed').exists()
 
 
 @pytest.mark.parametrize('classes', [0, 7])
@@ -243,7 +275,7 @@ def test_where_features_are_wanted_classifiers_are_dropped(classes):
 
 def test_where_features_are_wanted_everything_else_is_still_checked():
     state = {**model(7, width=5).state_dict(), 'trunk.0.weight': torch.zeros(1)}
-    with pytest.raises(ValueError, match=r'heads.0.reduction.weight: want shape \(2, 4\), got \(2, 5\)') as raised:
+    with pytest.raises(ValueError, match=r'heads.0.reduction.weight has shape \(2, 5\) instead of \(2, 4\)') as raised:
         checkpoint.load_model(model(0), state, 'best.pth', features_only=True)
-    assert 'unexpected trunk.0.weight' in str(raised.value)
+    assert 'trunk.0.weight is unexpected' in str(raised.value)
     assert 'classifier' not in str(raised.value)

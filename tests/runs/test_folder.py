@@ -1,4 +1,4 @@
-"""One run at a time writes in a folder, and what a killed one left half-written is removed."""
+"""One run at a time writes in a folder, and temporary files of a killed one are removed."""
 
 import os
 import signal
@@ -47,8 +47,8 @@ def test_the_second_run_in_a_folder_is_refused_by_the_name_of_the_first(market, 
     folder = tmp_path / 'run'
     with another_process(lambda: lock(folder)) as process:
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
-        with pytest.raises(ValueError, match=f'want an output_dir that no other run writes to, got {folder}, where process {process} on '
-                                             f'{socket.gethostname()} is training; wait for it'):
+        with pytest.raises(ValueError, match=f'Another run is training in output_dir {folder}: process {process} on '
+                                             f'{socket.gethostname()}. Wait for it'):
             train(market, folder)
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     train(market, folder, 'total_steps = 1')  # the lock of a dead process is none
@@ -59,7 +59,7 @@ def test_a_holder_that_has_not_written_its_name_yet_is_one_all_the_same(tmp_path
         held = lock(tmp_path)
         os.truncate(tmp_path / runfolder.LOCK, 0)
         return held
-    with another_process(lock_namelessly), pytest.raises(ValueError, match='where another process is training'):
+    with another_process(lock_namelessly), pytest.raises(ValueError, match='Another run is training.*: another process'):
         with locked(str(tmp_path)):
             pass
 
@@ -102,16 +102,16 @@ def test_what_a_killed_run_was_writing_is_removed_and_nothing_else(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
     (tmp_path / 'file').write_text('')
-    with pytest.raises(OSError, match='want to write to output_dir, got: .*file.*bind another output_dir'):
+    with pytest.raises(OSError, match='output_dir cannot be written to: .*file.*Bind another output_dir'):
         with locked(str(tmp_path / 'file' / 'run')):
             pass
 
 
 def test_a_thread_of_the_same_process_is_refused_too(tmp_path):
     with locked(str(tmp_path)):
-        with pytest.raises(ValueError, match='where this very process is training'), locked(str(tmp_path / '.')):
+        with pytest.raises(ValueError, match='training in .*: this very process'), locked(str(tmp_path / '.')):
             pass
-        with pytest.raises(ValueError, match='is training'), another_process_has(tmp_path):
+        with pytest.raises(ValueError, match='Another run is training'), another_process_has(tmp_path):
             pass
 
 
@@ -121,7 +121,7 @@ def another_process_has(folder):
     read, write = os.pipe()
     process = os.fork()
     if process == 0:
-        runfolder._held.clear()
+        runfolder._locked_here.clear()
         try:
             with locked(str(folder)):
                 pass
@@ -139,7 +139,11 @@ def another_process_has(folder):
 
 def test_a_lock_file_that_is_removed_ends_the_run_before_it_writes_again(market, tmp_path, thin, monkeypatch):
     real = training.train_step
-    monkeypatch.setattr(training, 'train_step', lambda *args: ((tmp_path / 'run' / runfolder.LOCK).unlink(missing_ok=True), real(*args))[1])
-    with pytest.raises(ValueError, match='want .*run.lock as long as this run writes there, found it removed'):
+
+    def step(*args):
+        (tmp_path / 'run' / runfolder.LOCK).unlink(missing_ok=True)
+        return real(*args)
+    monkeypatch.setattr(training, 'train_step', step)
+    with pytest.raises(ValueError, match='run.lock was removed or replaced while this run was using the folder'):
         train(market, tmp_path / 'run')
     assert checkpoint.load(str(tmp_path / 'run' / 'last.pth'))['step'] == 0

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run behind its step, with a checkpoint and a status of its own; the same command ends as if nothing had been."""
+"""SIGTERM and SIGINT end a run after its step, with a checkpoint; resumed, it is bit-identical to an uninterrupted one."""
 
 import json
 import os
@@ -16,7 +16,8 @@ from mgn.runs import checkpoint, interruption
 pytestmark = pytest.mark.usefixtures('thin')
 
 KINDS = {'float32': (), 'bfloat16, average, workers': ("train.precision = 'bfloat16'", 'train.ema_decay = 0.9', 'workers = 2')}
-LONG_KINDS = {f'{precision}, {decay}, {workers}': (f"train.precision = '{precision}'", f'train.ema_decay = {decay}', f'workers = {workers}')
+LONG_KINDS = {f'{precision}, {decay}, {workers}': (f"train.precision = '{precision}'", f'train.ema_decay = {decay}',
+                                                   f'workers = {workers}')
               for precision in ('float32', 'bfloat16') for decay in (None, 0.9) for workers in (0, 2)}
 
 
@@ -48,22 +49,24 @@ def signalled(monkeypatch, name, call, number=signal.SIGTERM):
         yield
 
 
-@pytest.mark.parametrize('call, number, kind', [(0, signal.SIGTERM, 'float32'), (4, signal.SIGINT, 'bfloat16, average, workers'), *(
-    pytest.param(call, signal.SIGTERM, kind, marks=pytest.mark.long) for call in (0, 4, 6) for kind in LONG_KINDS)])
-def test_the_step_is_finished_and_saved_and_the_run_goes_on_bit_for_bit(market, tmp_path, monkeypatch, uninterrupted, capfd, kind, call, number):
+@pytest.mark.parametrize('call, number, kind', [
+    (0, signal.SIGTERM, 'float32'), (4, signal.SIGINT, 'bfloat16, average, workers'),
+    *(pytest.param(call, signal.SIGTERM, kind, marks=pytest.mark.long) for call in (0, 4, 6) for kind in LONG_KINDS)])
+def test_the_step_is_finished_and_saved_and_the_run_goes_on_bit_for_bit(market, tmp_path, monkeypatch, uninterrupted,
+                                                                        capfd, kind, call, number):
     kind = {**KINDS, **LONG_KINDS}[kind]
     handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     with signalled(monkeypatch, 'train_step', call, number), pytest.raises(SystemExit) as left:
         train(market, tmp_path, *kind)
     assert left.value.code == interruption.STATUS == 75
-    assert f'{number.name}: the run ends behind this step' in capfd.readouterr().err
+    assert f'{number.name}: the run ends after this step' in capfd.readouterr().err
     assert checkpoint.load(str(tmp_path / 'last.pth'))['step'] == call + 1
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
     train(market, tmp_path, *kind)
     assert_same(outcome(tmp_path), outcome(uninterrupted(*kind)))
 
 
-@pytest.mark.parametrize('name', ['evaluate', 'write_results', 'save', 'average_statistics'])
+@pytest.mark.parametrize('name', ['evaluate', 'write_results', 'save_last', 'write_text'])
 def test_wherever_a_signal_comes_the_run_goes_on_bit_for_bit(market, tmp_path, monkeypatch, uninterrupted, name):
     with signalled(monkeypatch, name, 1), pytest.raises(SystemExit) as left:
         train(market, tmp_path)
@@ -72,12 +75,12 @@ def test_wherever_a_signal_comes_the_run_goes_on_bit_for_bit(market, tmp_path, m
     assert_same(outcome(tmp_path), outcome(uninterrupted()))
 
 
-def test_an_evaluation_is_broken_off_at_once(market, tmp_path, monkeypatch):
-    after, real = [], training.write_results
-    monkeypatch.setattr(training, 'write_results', lambda *args: (after.append(0), real(*args)))
+def test_an_evaluation_is_aborted_at_once(market, tmp_path, monkeypatch):
+    written, real = [], training.write_results
+    monkeypatch.setattr(training, 'write_results', lambda *args: (written.append(0), real(*args)))
     with signalled(monkeypatch, 'evaluate', 1), pytest.raises(SystemExit):
         train(market, tmp_path)
-    assert len(after) == 1 and checkpoint.load(str(tmp_path / 'last.pth'))['step'] == 4
+    assert len(written) == 1 and checkpoint.load(str(tmp_path / 'last.pth'))['step'] == 4
     lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
     assert [line['step'] for line in lines if 'mAP' in line] == [0]
 
@@ -110,7 +113,7 @@ def test_signals_that_are_ignored_stay_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-def test_an_error_that_a_signal_has_brought_about_in_an_evaluation_is_none():
+def test_an_error_that_a_signal_caused_in_an_evaluation_is_hidden():
     with interruption.Interruption() as interrupted, pytest.raises(SystemExit) as left, interrupted.at_once():
         interrupted.noted = signal.SIGTERM  # as where the handler's own exception got lost in a callback
         raise RuntimeError('DataLoader worker exited unexpectedly')
@@ -143,7 +146,7 @@ with Interruption():
         torch.linalg.multi_dot([big] * 400)  # takes long, in one call
 """
     ended = run_program(program)
-    assert ended.returncode == 143 and 'SIGTERM: the run ends behind this step' in ended.stderr
+    assert ended.returncode == 143 and 'SIGTERM: the run ends after this step' in ended.stderr
 
 
 # A step that takes long: the first signal waits for its end, the second does not.
@@ -168,12 +171,13 @@ config.run(lambda files, bindings: train({data!r}, {folder!r}))
 """
 
 
-@pytest.mark.parametrize('signals, status', [([15], 75), ([2, 2], 130), *(pytest.param(*case, marks=pytest.mark.long) for case in (
-    ([2], 75), ([15, 15], 143), ([15, 2], 130)))])
+@pytest.mark.parametrize('signals, status', [
+    ([15], 75), ([2, 2], 130),
+    *(pytest.param(*case, marks=pytest.mark.long) for case in (([2], 75), ([15, 15], 143), ([15, 2], 130)))])
 def test_the_status_tells_an_interrupted_run_and_the_second_signal_ends_it_at_once(market, tmp_path, signals, status):
     program = PROGRAM.format(root=str(ROOT), tests=str(ROOT / 'tests'), signals=signals, data=str(market), folder=str(tmp_path / 'run'))
     ended = run_program(program)
     assert ended.returncode == status, ended.stderr
     assert ('signals sent' in ended.stdout) == (status == 75)
-    assert ('ended behind step 1, which last.pth holds; the same command goes on' in ended.stdout) == (status == 75)
+    assert ('ended after step 1, which last.pth holds; the same command resumes' in ended.stdout) == (status == 75)
     assert checkpoint.load(str(tmp_path / 'run' / 'last.pth'))['step'] == (1 if status == 75 else 0)

@@ -1,0 +1,40 @@
+"""Step → factor of the learning rate. Another schedule, such as one cycle, goes here and into `train.schedule`.
+
+Steps count from 0. A schedule raises UserError at every step if it does not fit into total_steps.
+"""
+
+import math
+from bisect import bisect_right
+
+import gin
+
+from mgn.ops.errors import UserError
+
+
+@gin.configurable(denylist=['step', 'total_steps'])
+def multi_step(step, total_steps, warmup_steps=2000, warmup_factor=0.01, milestones=(8000, 14000), gamma=0.1):
+    """Linear warm-up, and × gamma at every milestone."""
+    check_fits(total_steps, {'multi_step.warmup_steps': [warmup_steps], 'multi_step.milestones': milestones})
+    return warmup(step, warmup_steps, warmup_factor) * gamma ** bisect_right(milestones, step)
+
+
+@gin.configurable(denylist=['step', 'total_steps'])
+def cosine(step, total_steps, warmup_steps=2000, warmup_factor=0.01, start=0, final_factor=0.0):
+    """Linear warm-up, constant until step `start`, then half a cosine to final_factor at total_steps."""
+    check_fits(total_steps, {'cosine.warmup_steps': [warmup_steps], 'cosine.start': [start]})
+    progress = min(max(step - start, 0) / max(total_steps - start, 1), 1)
+    return warmup(step, warmup_steps, warmup_factor) * (
+        final_factor + (1 - final_factor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def warmup(step, warmup_steps, warmup_factor):
+    return 1 if step >= warmup_steps else warmup_factor + (1 - warmup_factor) * step / warmup_steps
+
+
+def check_fits(total_steps, bindings):
+    """Raises UserError for the first of {binding: steps} that has a step beyond total_steps."""
+    for name, steps in bindings.items():
+        for step in steps:
+            if step > total_steps:
+                raise UserError(f'{name} has step {step}, but training ends at total_steps = {total_steps}. '
+                                f'Bind a {name} that fits, or more total_steps.')

@@ -1,0 +1,62 @@
+"""One training step: a batch → losses → gradients → new weights, in one process or several."""
+
+import inspect
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from mgn.data.augmentation import Draws
+from mgn.losses import mgn_losses
+from mgn.model import MGNOutput
+from mgn.runs import processes
+
+
+def train_step(model, optimizer, augmentation, batch, device, precision, clip_gradient_norm, group=None, scaler=None,
+               losses=mgn_losses):
+    """One optimizer step on a TrainBatch; returns the losses by name, left on the device.
+
+    group: of the processes whose images are mined together; None: each its own. scaler: GradScaler of the loss in
+    float16. losses: mgn_losses, or a module that is called like it and whose parameters `optimizer` has, too.
+    """
+    images, labels, *draws = (x.to(device, non_blocking=True) for x in (batch.images, batch.labels, *batch.draws))
+    images = augmentation(images, Draws(*draws)).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W) float32
+    with torch.autocast(device.type, getattr(torch, precision), enabled=precision != 'float32'):
+        output = model(images)
+    if precision != 'float32':
+        output = MGNOutput(tuple(x.float() for x in output.logits), output.embeddings.float(), output.features)
+    candidates = ()
+    if group:
+        candidates = (processes.gather_with_gradient(output.embeddings, 1, group),
+                      processes.gather_with_gradient(labels, 0, group))
+    terms = losses(output, labels, *candidates)
+    loss = sum(terms.values())
+    optimizer.zero_grad()
+    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+    scaler.scale(loss).backward()
+    if clip_gradient_norm is not None:
+        scaler.unscale_(optimizer)
+        modules = [module for module in (model, losses) if isinstance(module, torch.nn.Module)]
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        torch.nn.utils.clip_grad_norm_(parameters, clip_gradient_norm)
+    scaler.step(optimizer)  # in float16 not where a gradient is not finite
+    scaler.update()
+    return {name: value.detach() for name, value in {'loss': loss, **terms}.items()}
+
+
+def set_lr(optimizer, factor):
+    """Sets every group to factor × its initial learning rate; returns that of the weights."""
+    for group in optimizer.param_groups:
+        group['lr'] = group['initial_lr'] * factor
+    return optimizer.param_groups[0]['lr']
+
+
+def distributed(module, device, group, sync_bn=False):
+    """The module to call in training: one that averages gradients over the processes, if there are several."""
+    if processes.count() == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
+        return module
+    if sync_bn:
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(module, group)
+    options = inspect.signature(DistributedDataParallel).parameters
+    buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in options else 'broadcast_buffers'  # up to torch 2.14
+    return DistributedDataParallel(module, device_ids=[device] if device.type == 'cuda' else None, process_group=group,
+                                   gradient_as_bucket_view=True, **{buffers: False})
