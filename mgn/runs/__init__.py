@@ -1,4 +1,4 @@
-"""What survives a run or speaks for it: its folder and lock, checkpoints, log and meter, interruption, processes.
+"""What a training run leaves and what happens to it: checkpoints, its folder and log, signals, its processes.
 
-Read folder, checkpoint, log, meter, interruption, processes.
+Read processes, files, checkpoint, folder, log, meter, interruption.
 """

@@ -1,0 +1,42 @@
+"""Files that are written whole or not at all."""
+
+import contextlib
+import os
+
+from mgn.ops.errors import FileError
+
+
+@contextlib.contextmanager
+def replacing(path, mode='w', keep_as=None):
+    """Opens a temporary file that takes the name `path` at the end of the block, once its content is on the disk.
+
+    keep_as: new path of the file that was there before; None: it is replaced.
+    Raises FileError where something cannot be written. After any error the file that was there before is unharmed.
+    """
+    temporary = f'{path}.{os.getpid()}.tmp'
+    try:
+        with open(temporary, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_as and os.path.exists(path):
+            os.replace(path, keep_as)
+        os.replace(temporary, path)
+        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        try:
+            os.fsync(folder)  # else a power cut may undo the renaming
+        finally:
+            os.close(folder)
+    except OSError as error:
+        before = 'The previous file is unharmed.' if os.path.exists(path) else 'There was none before.'
+        raise FileError(f'{path} could not be written: {error}. {before} '
+                        f'Free disk space or choose another folder.') from error
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def write_text(path, text):
+    """Writes a small file as `replacing` does."""
+    with replacing(path) as file:
+        file.write(text)
