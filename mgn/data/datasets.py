@@ -177,11 +177,11 @@ def check_dataset(dataset):
 
 def report(dataset, published):
     """Logs the sizes of a data set, warns where they differ from the published ones; returns the data set."""
-    found = Counts(len({s.pid for s in dataset.train}), len(dataset.train), len(dataset.query), len(dataset.gallery),
+    counts = Counts(len({s.pid for s in dataset.train}), len(dataset.train), len(dataset.query), len(dataset.gallery),
                    len({s.camid for part in dataset[2:] for s in part}))
     logger.info('%s in %s: %d identities and %d images to train, %d query, %d gallery, %d cameras', dataset.name,
-                dataset.root, *found)
-    for field, count, published_count in zip(Counts._fields, found, published or found):
+                dataset.root, *counts)
+    for field, count, published_count in zip(Counts._fields, counts, published or counts):
         if count != published_count:
             logger.warning('%s should have %d %s as published, but has %d; its figures are not comparable',
                            dataset.name, published_count, field, count)

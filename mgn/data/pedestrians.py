@@ -60,7 +60,7 @@ class Shot(NamedTuple):
 
 
 def write_pedestrians(folder, seed=0):
-    """Writes about 1,600 small JPEG files to `folder`/bounding_box_train, /query and /bounding_box_test, once.
+    """Writes about 1,400 small JPEG files to `folder`/bounding_box_train, /query and /bounding_box_test, once.
 
     A complete set of this version and seed stays as it is; any other set of ours is replaced. The files are written
     beside `folder` and moved there in one step, so it never holds half a set, also where two processes start together.
@@ -130,8 +130,8 @@ def take(shot, seed):
     foot = complex(w * rng.normal(0.5, 0.03), h * rng.normal(0.5, 0.015) + 0.5 * height)
     if shot.pid < 0:
         foot += 0.5j * h  # the legs are below the image
-    stranger, passer_by = rng.integers(10**6, 10**9, 2)
-    people = [(foot, height, shot.pid if shot.pid > 0 else stranger)]
+    unknown, passer_by = rng.integers(10**6, 10**9, 2)
+    people = [(foot, height, shot.pid if shot.pid > 0 else unknown)]
     if rng.random() < 0.25:  # somebody passes by, behind or in front
         aside = rng.choice((-1, 1)) * rng.uniform(0.4, 0.6) * w
         people.insert(rng.integers(2), (foot + aside, height * rng.uniform(0.6, 0.9), passer_by))
