@@ -16,7 +16,8 @@ from mgn.runs import processes
 from mgn.data.augmentation import Augmentation, Draws
 from mgn.averaging import WeightAverage
 from mgn.data.datasets import check_dataset, train_labels
-from mgn.evaluation import evaluate, find_device, table, write_results
+from mgn.evaluation import evaluate
+from mgn.results import table, write_results
 from mgn.features import check_alike
 from mgn.data.images import TrainBatches
 from mgn.runs.interruption import STATUS, Interruption
@@ -25,7 +26,7 @@ from mgn.runs.meter import Meter, check_finite
 from mgn.model import MGN, MGNOutput
 from mgn.ops import implementation
 from mgn.optim import make_optimizer, multi_step
-from mgn.precision import resolve
+from mgn.devices import find_device, resolve_precision
 from mgn.runs.folder import last_good, locked, newest, save
 from mgn.runs.log import RunLog, progress, write_text
 from mgn.data.sampler import IdentitySampler
@@ -74,7 +75,7 @@ def train(default_output_dir, dataset=gin.REQUIRED, output_dir=None, input_size=
     check_dataset(dataset)
     output_dir = output_dir or os.path.abspath(default_output_dir)
     device = find_device(device)
-    precision = resolve(precision, device, 'train.precision')
+    precision = resolve_precision(precision, device, 'train.precision')
     processes.check_same('precision', precision, "bind train.precision to one that all machines are fast at, e.g. 'float32'")
     check_split(P, mining, sync_bn, device)
     first = processes.number() == 0

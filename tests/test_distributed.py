@@ -148,7 +148,7 @@ def test_a_run_goes_on_with_another_number_of_processes(trained, home):
 MISTAKES = [
     (["data_root = 'nowhere'"], 'tried.*nowhere/bounding_box_train'),
     (['P = 4'], 'P, the identities of a batch, as a multiple of the processes, got P = 4 and 3 processes'),
-    (["device = 'cuda:0'"], "device 'cuda' or 'cpu' for 3 processes, got 'cuda:0'"),
+    (["device = 'cuda:0'"], "3 processes need the device 'cuda' or 'cpu', found 'cuda:0'"),
 ]
 
 

@@ -15,7 +15,8 @@ from mgn import training
 from mgn.runs import processes
 from mgn.data.augmentation import Augmentation
 from mgn.data.datasets import Dataset, Sample, market_layout, train_labels
-from mgn.features import check_alike, check_shared
+from mgn.feature_files import check_shared
+from mgn.features import check_alike
 from mgn.data.images import TrainBatches
 from mgn.runs.interruption import Interruption
 from mgn.losses import mgn_losses
@@ -191,5 +192,5 @@ def check_a_folder_that_not_all_see_is_refused_in_all(folder):
     check_shared(str(folder))
     (folder / f'own{rank}').mkdir()
     (folder / f'own{rank}' / 'shared').write_text('of another time')
-    with pytest.raises(ValueError, match='want a features_dir that all processes share, got .*own., where 1.* cannot see what 0 writes'):
+    with pytest.raises(ValueError, match='All processes must share the features_dir, but what process 0 writes to .*own. is not seen by process 1'):
         check_shared(str(folder / f'own{rank}'))

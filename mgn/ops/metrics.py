@@ -2,6 +2,8 @@
 
 import numpy as np
 
+METRICS = ('rank1', 'rank5', 'rank10', 'mAP', 'mAP_trapezoid', 'mINP')
+
 
 def retrieval_metrics(offsets, ranks, top=(1, 5, 10)):
     """Means over the queries that have a match.

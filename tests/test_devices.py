@@ -1,11 +1,11 @@
-"""What 'auto' chooses on a device, that the log says why, and that unknown names are refused."""
+"""What precision 'auto' means on a device, that the log says why, and that unknown names are refused."""
 
 import logging
 
 import pytest
 import torch
 
-from mgn.precision import DTYPES, resolve
+from mgn.devices import DTYPES, peak_memory, resolve_precision
 
 CPU = torch.device('cpu')
 
@@ -21,16 +21,16 @@ def cpu_with(monkeypatch):
 @pytest.mark.parametrize('precision', DTYPES)
 def test_a_precision_asked_for_is_taken(precision, cpu_with, caplog):
     cpu_with(False, False)
-    assert resolve(precision, CPU, 'evaluate.precision') == precision
+    assert resolve_precision(precision, CPU, 'evaluate.precision') == precision
     assert not caplog.records
 
 
 @pytest.mark.parametrize('units, want', [((False, False), 'float32'), ((True, False), 'bfloat16'), ((False, True), 'bfloat16')])
 def test_auto_on_a_cpu_is_bfloat16_where_it_has_units_for_it(units, want, cpu_with, caplog):
     cpu_with(*units)
-    with caplog.at_level(logging.INFO, 'mgn.precision'):
-        assert resolve('auto', CPU, 'evaluate.precision') == want
-    said = f"evaluate.precision = 'auto' is {want}: cpu is {'' if any(units) else 'not '}a CPU with AVX512-BF16 or AMX"
+    with caplog.at_level(logging.INFO, 'mgn.devices'):
+        assert resolve_precision('auto', CPU, 'evaluate.precision') == want
+    said = f"evaluate.precision = 'auto' means {want}: cpu is {'' if any(units) else 'not '}a CPU with AVX512-BF16 or AMX"
     assert [record.getMessage() for record in caplog.records] == [said]
 
 
@@ -38,14 +38,22 @@ def test_auto_on_a_cpu_is_bfloat16_where_it_has_units_for_it(units, want, cpu_wi
 def test_auto_on_a_gpu_goes_by_its_capability(capability, want, monkeypatch):
     monkeypatch.setattr(torch.version, 'hip', None)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
-    assert resolve('auto', torch.device('cuda:0'), 'evaluate.precision') == want
+    assert resolve_precision('auto', torch.device('cuda:0'), 'evaluate.precision') == want
 
 
 def test_auto_elsewhere_is_float32():
-    assert resolve('auto', torch.device('mps'), 'evaluate.precision') == 'float32'
+    assert resolve_precision('auto', torch.device('mps'), 'evaluate.precision') == 'float32'
 
 
 @pytest.mark.parametrize('precision', ['int8', None, 16, ['float32']])
 def test_other_names_are_refused(precision):
-    with pytest.raises(ValueError, match="want evaluate.precision to be one of 'auto', 'float32', 'bfloat16', 'float16', got .*; 'float32' runs"):
-        resolve(precision, CPU, 'evaluate.precision')
+    with pytest.raises(ValueError, match="evaluate.precision must be one of 'auto', 'float32', 'bfloat16', 'float16', found .*; 'float32' runs"):
+        resolve_precision(precision, CPU, 'evaluate.precision')
+
+
+def test_the_peak_of_memory_covers_what_was_held_before():
+    before = peak_memory(CPU)['peak_memory_mb']
+    block = torch.ones(2 ** 28, dtype=torch.uint8)
+    del block
+    after = peak_memory(CPU)
+    assert after.keys() == {'peak_memory_mb'} and max(before, 256) <= after['peak_memory_mb'] < 10 ** 6
