@@ -11,7 +11,7 @@ flags.DEFINE_multi_string('gin_bindings', [], 'Gin binding, e.g. "data_root=\'da
 
 
 def run(main):
-    """Runs a binary's main(gin_files, bindings). A UserError ends it with its message alone, which one process prints."""
+    """Runs a binary's main(gin_files, bindings). A UserError ends it with its message alone, printed by one process."""
     def absl_main(argv):
         from mgn.ops.errors import UserError
         from mgn.runs import processes

@@ -22,11 +22,12 @@ from mgn.runs import checkpoint
 
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
 DEFAULTS = os.path.join(PACKAGE, 'defaults.gin')
-RECIPES = PACKAGE if os.path.isdir(os.path.join(PACKAGE, 'gin')) else os.path.dirname(PACKAGE)  # a wheel's; a checkout's
+INSTALLED = os.path.isdir(os.path.join(PACKAGE, 'gin'))  # a checkout has the recipes beside the package
+RECIPES = PACKAGE if INSTALLED else os.path.dirname(PACKAGE)
 SHARED = ('dataset', 'input_size')  # training and evaluation have to agree on them
 PATH_MACROS = ('data_root', 'output_dir', 'weights', 'features_dir')
 MACRO = 'gin.macro'
-# Parameters in configurations that earlier versions saved → their names of today; None: another binding says the same.
+# Parameters in configurations that earlier versions saved → their names of today; None: another binding has the value.
 EXTRACTION = ('input_size', 'batch_size', 'workers', 'flip_test', 'precision')
 MOVED = {**{f'evaluate.{name}': f'Extractor.{name}' for name in EXTRACTION},
          **{f'write_features.{name}': None for name in EXTRACTION}}
@@ -82,7 +83,7 @@ def parse(gin_files, bindings, saved=''):
 
 
 def parse_file(path, including_folder=''):
-    """Parses a gin file that is found beside the including file, in the working folder or among the package's recipes."""
+    """Parses a gin file, which is looked for beside the including file, in the working folder and among the recipes."""
     folders = [including_folder or os.getcwd(), os.getcwd(), RECIPES]
     tried = list(dict.fromkeys(os.path.join(folder, os.path.expanduser(path)) for folder in folders))
     found = next(filter(os.path.isfile, tried), None)
@@ -93,7 +94,7 @@ def parse_file(path, including_folder=''):
 
 
 def parse_text(text, path=''):
-    """Parses gin text, of the file `path` if there is one. gin itself would look for includes in the working folder first."""
+    """Parses gin text, of the file `path` if there is one. gin itself would look for includes in the working folder."""
     start = 0
     for include in [*re.finditer(r'''(?m)^include\s+["'](.+?)["'][ \t]*(?:#.*)?$''', text), None]:
         part = io.StringIO('\n' * text.count('\n', 0, start) + text[start:include and include.start()])
@@ -121,10 +122,10 @@ def check_names(config):
             raise UserError(f'Nothing uses the macro {scope!r}{nearest(scope, default_macros())}')
         for name in SHARED:
             if str(parameters.get(name, f'%{name}')) != f'%{name}':
-                raise UserError(f'Training and evaluation share {name}, so it must be bound as a macro, found {selector}.{name} = '
-                                f'{parameters[name]}; bind {name} = …')
+                raise UserError(f'Training and evaluation share {name}, so it must be bound as a macro, found '
+                                f'{selector}.{name} = {parameters[name]}; bind {name} = …')
         if selector != MACRO and scope and scope not in used_scopes:
-            raise UserError(f'No reference enters the scope {scope!r} of {scope}/{selector}{nearest(scope, used_scopes)}')
+            raise UserError(f'No reference enters the scope {scope!r} of {selector}{nearest(scope, used_scopes)}')
 
 
 @gin.config.register_finalize_hook

@@ -12,16 +12,16 @@ WIDE = 128           # input and output channels from which the gradient of the 
 class ProductConv(nn.Conv2d):
     """An nn.Conv2d that uses matrix products on CPUs where they are faster.
 
-    For 1×1 and 3×3 weights with padding that keeps the map, stride 1 or 2, no dilation and one group. oneDNN reaches half
-    the speed of its own matrix product or less in the gradient of weights, and in everything on maps of a few pixels
-    (benchmarks/convolutions.py). In channels-last layout, pixels are runs of C numbers and weights already are matrices.
+    For 1×1 and 3×3 weights with padding that keeps the map, stride 1 or 2, no dilation and one group. oneDNN reaches
+    half the speed of its own matrix product or less in the gradient of weights, and in everything on maps of a few
+    pixels (benchmarks/convolutions.py). Channels-last, pixels are runs of C numbers and weights already are matrices.
     """
 
     @classmethod
     def like(cls, layer):
         """The layer that takes the place of an nn.Conv2d, with its parameters themselves."""
         own = cls(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-                  bias=layer.bias is not None, device='meta')  # where initial weights take neither memory nor random draws
+                  bias=layer.bias is not None, device='meta')  # so that no random numbers are drawn for weights
         own.weight, own.bias = layer.weight, layer.bias
         return own
 
@@ -31,7 +31,7 @@ class ProductConv(nn.Conv2d):
             return super().forward(x)
         height, width = ((pixels - 1) // stride + 1 for pixels in x.shape[2:])
         if height * width <= SMALL_MAP and k == 3:
-            pixels = torch.cat(list(windows(x, k, stride, height, width)), dim=3)            # (B, h, w, 9C)
+            pixels = torch.cat(list(windows(x, k, stride, height, width)), dim=3)  # (B, h, w, 9C)
             return F.linear(pixels, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
         learning = self.weight.requires_grad and torch.is_grad_enabled()
         plain = self.bias is None and x.dtype == self.weight.dtype and not torch.is_autocast_enabled('cpu')
@@ -41,7 +41,7 @@ class ProductConv(nn.Conv2d):
 
 
 class ProductGradient(torch.autograd.Function):
-    """A convolution whose gradient of weights is k² products (O, pixels) · (pixels, C), one for each place in the window."""
+    """A convolution whose gradient of weights is k² products (O, pixels) · (pixels, C), one per place in a window."""
 
     @staticmethod
     def forward(ctx, x, weight, stride):
@@ -59,17 +59,16 @@ class ProductGradient(torch.autograd.Function):
             x_gradient, _, _ = torch.ops.aten.convolution_backward(
                 gradient, x, weight, None, [stride] * 2, [k // 2] * 2, [1, 1], False, [0, 0], 1, [True, False, False])
         if ctx.needs_input_grad[1]:
-            rows = gradient.permute(0, 2, 3, 1).flatten(0, 2).t()                            # (O, Bhw)
+            rows = gradient.permute(0, 2, 3, 1).flatten(0, 2).t()  # (O, Bhw)
             weight_gradient = weight.new_empty(out, k, k, channels)
-            places = weight_gradient.flatten(1, 2).unbind(1)
-            for place, pixels in zip(places, windows(x, k, stride, height, width)):
+            for place, pixels in zip(weight_gradient.flatten(1, 2).unbind(1), windows(x, k, stride, height, width)):
                 torch.mm(rows, pixels.flatten(0, 2), out=place)
             weight_gradient = weight_gradient.permute(0, 3, 1, 2)
         return x_gradient, weight_gradient, None
 
 
 def windows(x, k, stride, height, width):
-    """For each place in a k×k window, row by row, the pixels under it: views (B, height, width, C) of the padded map."""
+    """For each place in a k×k window, by rows, the pixels under it: views (B, height, width, C) of the padded map."""
     padded = x.permute(0, 2, 3, 1)
     if k > 1:
         padded = F.pad(padded, (0, 0, *4 * (k // 2,)))

@@ -31,9 +31,9 @@ def find_device(name):
         device = torch.device(f'cuda:{processes.number_on_this_machine()}' if several and name == 'cuda' else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # CPU builds of torch assert
-        remedy = "bind device = 'cpu' or 'auto'" + (', or start fewer processes' if several else '')
-        raise UserError(f'The device {name!r} is not available {"to each process" if several else "here"}: this machine '
-                        f'or this build of torch lacks it ({str(error).splitlines()[0]}); {remedy}') from None
+        where, remedy = ('for each process', ', or start fewer processes') if several else ('here', '')
+        raise UserError(f'The device {name!r} is not available {where}: this machine or this build of torch lacks it '
+                        f"({str(error).splitlines()[0]}); bind device = 'cpu' or 'auto'{remedy}") from None
     if several and device.type == 'cuda':
         torch.cuda.set_device(device)
     return device
@@ -52,8 +52,8 @@ def resolve_precision(precision, device, name):
         return precision
     chosen = available('bfloat16', device)
     units = {'cuda': 'a GPU of capability 8.0 or higher', 'cpu': 'a CPU with AVX512-BF16 or AMX'}.get(device.type)
-    why = f'{device} is {"" if chosen == "bfloat16" else "not "}{units}' if units else f'nothing is known about bfloat16 on {device}'
-    logger.info("%s = 'auto' means %s: %s", name, chosen, why)
+    why = f'is {"" if chosen == "bfloat16" else "not "}{units}' if units else 'may have no units for bfloat16'
+    logger.info("%s = 'auto' means %s: %s %s", name, chosen, device, why)
     return chosen
 
 

@@ -38,7 +38,8 @@ def evaluate_checkpoint(checkpoint, weights=gin.REQUIRED, dataset=gin.REQUIRED, 
     """
     device = find_device(device)
     model = load_for_features(checkpoint, weights, device)
-    results = {'weights': weights, 'step': checkpoint['step'], **evaluate(model, dataset, device, features_dir=features_dir)}
+    results = {'weights': weights, 'step': checkpoint['step'],
+               **evaluate(model, dataset, device, features_dir=features_dir)}
     if processes.number() == 0:
         print(table(results))
         write_results(results, output_dir or os.getcwd())
@@ -47,7 +48,7 @@ def evaluate_checkpoint(checkpoint, weights=gin.REQUIRED, dataset=gin.REQUIRED, 
 
 @gin.configurable(denylist=['checkpoint'])
 def extract_checkpoint(checkpoint, weights=gin.REQUIRED, dataset=gin.REQUIRED, device='auto', features_dir=None):
-    """Writes the features of a loaded checkpoint on `dataset` into features_dir (`mgn.feature_files.write_features`)."""
+    """Writes the features of a loaded checkpoint on `dataset` into features_dir (`mgn.feature_files`)."""
     check_dataset(dataset)
     if features_dir is None:
         raise UserError("mgn.extract needs a folder for the features; give --gin_bindings=\"features_dir='features'\"")
@@ -76,8 +77,8 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_ca
         extractor: mgn.features.Extractor; None: as it is configured.
         cross_camera: a true match comes from another camera. False is for data of one camera or of none: then only the
             query's own file, known by its name, is left out.
-        query_expansion: gallery items averaged into each query (`mgn.ops.query_expansion.expand_queries`), at most 4096;
-            0: none. alpha: exponent of their weights.
+        query_expansion: gallery items averaged into each query (`mgn.ops.query_expansion.expand_queries`), 0 to 4096.
+            alpha: exponent of their weights.
         rerank: re-rank the features, of expanded queries if there are any, by `mgn.ops.k_reciprocal_ranks` with k1, k2
             and lambda_value. As published, neighbours are the whole gallery, also what a query's ranks leave out.
     Returns:
@@ -97,10 +98,10 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_ca
     extracted = time.perf_counter()
     ranks = (match_ranks_sharded if processes.count() > 1 else match_ranks)(query, gallery, *map(processes.part, ids))
     results = {'dataset': dataset.name, 'data_root': dataset.root, **retrieval_metrics(ranks.offsets, ranks.ranks),
-               **counts(dataset, ranks), 'cross_camera': cross_camera, **extractor.settings(), 'features_dir': features_dir,
-               'processes': processes.count(), 'features_s': round(extracted - start, 3),
+               **counts(dataset, ranks), 'cross_camera': cross_camera, **extractor.settings(),
+               'features_dir': features_dir, 'processes': processes.count(), 'features_s': round(extracted - start, 3),
                'ranking_s': round(time.perf_counter() - extracted, 3), **peak_memory(device)}
-    logger.info('%s %.3f s, matrix product and counting %.3f s, float64 settled %.4f %% of the pairs, peak memory %d MB',
+    logger.info('%s %.3f s, ranking %.3f s, float64 settled %.4f %% of the pairs, peak memory %d MB',
                 'opening features' if features_dir else 'decoding and features', results['features_s'],
                 results['ranking_s'], 100 * results['redecided'], results['peak_memory_mb'])
     if query_expansion or rerank:
@@ -122,9 +123,9 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_ca
 
 def check_options(query_expansion, alpha, rerank, k1, k2, lambda_value):
     """UserError for options out of range, before any image is read."""
-    if isinstance(query_expansion, bool) or not isinstance(query_expansion, int) or not 0 <= query_expansion <= LARGEST_K:
-        raise UserError(f'evaluate.query_expansion must be an integer from 0 to {LARGEST_K}, found {query_expansion!r}; '
-                        f'it is how many gallery items are averaged into a query, 0 for none')
+    if type(query_expansion) is not int or not 0 <= query_expansion <= LARGEST_K:
+        raise UserError(f'evaluate.query_expansion must be an integer from 0 to {LARGEST_K}, found '
+                        f'{query_expansion!r}; it is the number of gallery items averaged into a query, 0 for none')
     if not isinstance(rerank, bool):
         raise UserError(f'evaluate.rerank must be True or False, found {rerank!r}; '
                         f'bind evaluate.k1, k2 and lambda_value for its parameters')
@@ -133,9 +134,9 @@ def check_options(query_expansion, alpha, rerank, k1, k2, lambda_value):
 
 
 def identities(dataset, cross_camera):
-    """pids of query and gallery, then camids of both; without cross_camera the numbers of their files in place of camids.
+    """pids of query and gallery, then camids of both. UserError where no query could have a match.
 
-    UserError where no query could have a match.
+    Without cross_camera the numbers of their files, by name, take the place of camids.
     """
     parts = dataset.query, dataset.gallery
     pids = [[sample.pid for sample in part] for part in parts]
@@ -146,8 +147,8 @@ def identities(dataset, cross_camera):
     for sample in dataset.gallery:
         cameras_of.setdefault(sample.pid, set()).add(sample.camid)
     if len(cameras) == 1:
-        raise UserError(f'Query and gallery of {dataset.root} must come from several cameras, found camera {cameras.pop()} '
-                        f'alone; bind evaluate.cross_camera = False')
+        raise UserError(f'Query and gallery of {dataset.root} must come from several cameras, found camera '
+                        f'{cameras.pop()} alone; bind evaluate.cross_camera = False')
     if not any(cameras_of.get(sample.pid, set()) - {sample.camid} for sample in dataset.query):
         raise UserError(f'No query of {dataset.root} has an image of its identity from another camera in the gallery; '
                         f'check the folders, or bind evaluate.cross_camera = False')
@@ -180,7 +181,7 @@ def gathered(query, gallery):
     """The features of all processes, on the device of `query`, in process 0; None and None in the others."""
     rows = torch.as_tensor(query), torch.as_tensor(gallery)
     if processes.count() > 1:
-        logger.info('query expansion and re-ranking run in process 0 alone, on the features of all %d', processes.count())
+        logger.info('query expansion and re-ranking run in process 0, on the features of all %d', processes.count())
         rows = [processes.to_first(part.cpu()) for part in rows]
     return [part if part is None else part.to(query.device) for part in rows]
 

@@ -1,4 +1,4 @@
-"""Features as files, which evaluation reads in place of the images: written by mgn.extract, checked where they are read.
+"""Features as files: written by mgn.extract, checked and read by evaluation in place of the images.
 
 A folder holds for `query` and `gallery` each _features.npy (n, D), _pids.npy and _camids.npy (n,) int64 and _paths.npy
 (n,) UTF-8 bytes, relative to the data set's folder. manifest.json, written last, says what the features were made of:
@@ -42,7 +42,7 @@ def write_features(model, dataset, extractor, features_dir, storage='float32'):
         raise UserError(f'write_features.storage must be one of {", ".join(STORAGES)}, found {storage!r}')
     manifest = os.path.join(features_dir, MANIFEST)
     if processes.share(os.path.exists(manifest)):
-        raise UserError(f'The features_dir holds features already: {manifest}; remove the folder or bind another features_dir')
+        raise UserError(f'The features_dir holds features already: {manifest}; remove it or bind another features_dir')
     check_alike(dataset, PARTS, model)
     first = processes.number() == 0
     try:
@@ -51,12 +51,13 @@ def write_features(model, dataset, extractor, features_dir, storage='float32'):
         check_shared(features_dir)
         for part in PARTS:
             samples, path = getattr(dataset, part), file_of(features_dir, part, 'features')
+            rows = processes.part(range(len(samples)))
             if first:
                 for name, array in image_lists(dataset, part).items():
                     np.save(file_of(features_dir, part, name), array)
                 np.lib.format.open_memmap(path, 'w+', storage, (len(samples), model.feature_dim))
             processes.wait()
-            write_rows(path, processes.part(range(len(samples))).start, extractor.batches(model, processes.part(samples)))
+            write_rows(path, rows.start, extractor.batches(model, samples[rows.start:rows.stop]))
         processes.wait()
         if first:
             write_text(manifest, json.dumps({
@@ -66,7 +67,7 @@ def write_features(model, dataset, extractor, features_dir, storage='float32'):
     except OSError as error:
         raise FileError(f'Features cannot be written to {features_dir}: {error}; free disk space or bind another '
                         f'features_dir, in a file system that all processes share') from error
-    logger.info('features of %d query and %d gallery images are in %s', len(dataset.query), len(dataset.gallery), features_dir)
+    logger.info('%d query and %d gallery features: %s', len(dataset.query), len(dataset.gallery), features_dir)
 
 
 def write_rows(path, row, batches):
@@ -80,8 +81,7 @@ def write_rows(path, row, batches):
         file.seek(array.offset + row * array.strides[0])
         for features in batches:
             if not features.isfinite().all():
-                raise UserError("The features hold NaN or infinity and are not finite; look at the weights, "
-                                "or bind feature_precision = 'float32'")
+                raise UserError("A feature is NaN or infinite; look at the weights, or bind feature_precision = 'float32'")
             file.write(features.numpy().astype(array.dtype).tobytes())
         file.flush()
         os.fsync(file.fileno())
@@ -89,17 +89,11 @@ def write_rows(path, row, batches):
 
 def check_shared(folder):
     """UserError in all processes where one of them does not see what process 0 writes into the folder."""
-    path = os.path.join(folder, 'shared')
-    token = processes.share(uuid.uuid4().hex)
+    path = os.path.join(folder, f'shared {processes.share(uuid.uuid4().hex)}')
     if processes.number() == 0:
-        write_text(path, token)
+        write_text(path, '')
     processes.wait()
-    try:
-        with open(path) as file:
-            seen = file.read() == token
-    except OSError:
-        seen = False
-    blind = [str(process) for process, sees in enumerate(processes.gather(seen)) if not sees]
+    blind = [str(process) for process, sees in enumerate(processes.gather(os.path.exists(path))) if not sees]
     if processes.number() == 0:
         os.remove(path)
     if blind:
@@ -115,8 +109,8 @@ def read_features(features_dir, model, dataset, extractor):
     """
     path = os.path.join(features_dir, MANIFEST)
     if not os.path.isfile(path):
-        raise MissingFile(f'{features_dir} does not hold all features of an extraction: there is no {path}, which mgn.extract '
-                          f'writes last; correct features_dir or extract them again')
+        raise MissingFile(f'The features_dir holds no complete extraction: there is no {path}, which mgn.extract '
+                          f'writes last; correct features_dir or extract again')
     try:
         with open(path) as file:
             found = json.load(file)
@@ -130,7 +124,7 @@ def read_features(features_dir, model, dataset, extractor):
             found.update({f'{part} {name}': array for name, array in lists.items()})
         differences = list(filter(None, (difference(name, value, found[name]) for name, value in expected.items())))
     except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
-        raise UserError(f'The features in {features_dir} are damaged or incomplete: {error!r}; extract them again') from error
+        raise UserError(f'The features in {features_dir} are damaged: {error!r}; extract them again') from error
     if differences:
         raise UserError(f'The features in {features_dir} are of other weights, settings or images:\n  '
                         + '\n  '.join(differences) + '\nbind what they were made of, or extract them again')

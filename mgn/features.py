@@ -51,7 +51,7 @@ class Extractor:
         return {'input_size': list(self.input_size), 'flip_test': self.flip_test, 'precision': self.precision}
 
     def features(self, model, samples):
-        """The features of `samples` in their order: (len(samples), D) float32 on the CPU; UserError for unreadable images."""
+        """The features of `samples` in order: (len(samples), D) float32 on the CPU. UserError for unreadable images."""
         return torch.cat([torch.empty(0, model.feature_dim), *self.batches(model, samples)])
 
     @torch.no_grad()
@@ -64,8 +64,9 @@ class Extractor:
             for batch in loader:
                 leave_if_nothing_is_lost()
                 if batch.unreadable:
-                    raise UserError('Evaluation needs every image, and these cannot be read:\n  '
-                                    + '\n  '.join(batch.unreadable) + '\nrestore the files or remove them from the data set')
+                    unreadable = '\n  '.join(batch.unreadable)
+                    raise UserError(f'Evaluation needs every image, and these cannot be read:\n  {unreadable}\n'
+                                    f'restore the files or remove them from the data set')
                 features = self.forward(model, batch.images)
                 yield features
                 done += len(features)
@@ -97,20 +98,19 @@ def evaluation_mode(model):
 
 
 def check_alike(dataset, parts, model=None):
-    """UserError in all processes where their lists of images or their models' weights differ, as machines' own copies may."""
+    """UserError in all processes where their images or weights differ, as copies on several machines may."""
     if processes.count() > 1:
-        processes.check_same(f'images of {dataset.name}', [hash_of(image_lists(dataset, part).values()) for part in parts],
-                             'give all machines the same files in data_root')
-        if model:
-            processes.check_same('weights', hash_of_weights(model), 'give all machines the same checkpoint')
+        images = [hash_of(image_lists(dataset, part).values()) for part in parts]
+        processes.check_same(f'images of {dataset.name}', images, 'give all machines the same files in data_root')
+    if processes.count() > 1 and model:
+        processes.check_same('weights', hash_of_weights(model), 'give all machines the same checkpoint')
 
 
 def image_lists(dataset, part):
-    """pids, camids and paths (UTF-8 bytes, relative to the data set's folder) of 'train', 'query' or 'gallery': (n,) arrays."""
+    """The pids, camids and paths (UTF-8 bytes, relative to the data set's folder) of a part's n images: (n,) arrays."""
     samples = getattr(dataset, part)
-    paths = [os.path.relpath(sample.path, dataset.root).replace(os.sep, '/').encode() for sample in samples]
-    return {'pids': np.array([sample.pid for sample in samples]), 'camids': np.array([sample.camid for sample in samples]),
-            'paths': np.array(paths)}
+    ids = {f'{name}s': np.array([getattr(sample, name) for sample in samples]) for name in ('pid', 'camid')}
+    return {**ids, 'paths': np.array([os.path.relpath(sample.path, dataset.root).encode() for sample in samples])}
 
 
 def hash_of_weights(model):

@@ -59,8 +59,8 @@ class MGN(nn.Module):
         width = resnet.fc.in_features
         self.parts = tuple(parts)
         self.architecture = {  # all that features depend on, beside the weights
-            'backbone': backbone, 'parts': list(parts), 'last_strides': list(last_strides), 'embedding_dim': embedding_dim,
-            'pooling': pooling, 'bnneck': bnneck}
+            'backbone': backbone, 'parts': list(parts), 'last_strides': list(last_strides),
+            'embedding_dim': embedding_dim, 'pooling': pooling, 'bnneck': bnneck}
         self.trunk = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool, resnet.layer1, resnet.layer2,
                                    resnet.layer3[0])
         self.branches = nn.ModuleList(
@@ -74,9 +74,9 @@ class MGN(nn.Module):
         self.feature_dim = embedding_dim * len(self.heads)
 
     def forward(self, images):
-        """images: (B, 3, H, W) float32, normalised → MGNOutput. Shapes in comments: ResNet-50, 384×128, parts (1, 2, 3).
+        """images: (B, 3, H, W) float32, normalised → MGNOutput. UserError where H is too low for the stripes.
 
-        Raises UserError where images are too low for the stripes.
+        Shapes in comments: ResNet-50, 384×128, parts (1, 2, 3).
         """
         shared = self.trunk(images)                                            # (B, 1024, 24, 8)
         wholes, stripes = [], []
@@ -123,7 +123,7 @@ class Head(nn.Module):
 
 
 class MaxPool(nn.Module):
-    """(B, C, H, W) → the maxima of n horizontal stripes, each (B, C). If n does not divide H, stripes overlap by a row."""
+    """(B, C, H, W) → the maxima of n horizontal stripes, (B, C) each. If n does not divide H, stripes share rows."""
 
     def forward(self, feature_map, n):
         return F.adaptive_max_pool2d(feature_map, (n, 1)).squeeze(3).unbind(2)
@@ -176,8 +176,8 @@ def make_resnet(backbone, pretrained):
         try:
             resnet.load_state_dict(weights.get_state_dict(check_hash=True))
         except (OSError, RuntimeError) as error:  # RuntimeError: the downloaded file has another hash
-            raise FileError(f'The ImageNet weights {weights.url} could not be downloaded ({error}); bring that file and bind '
-                            f"MGN.pretrained = '<its path>', or train from scratch with MGN.pretrained = False") from error
+            raise FileError(f'The ImageNet weights {weights.url} could not be downloaded ({error}); bring the file and '
+                            f"bind MGN.pretrained = '<its path>', or False to train from scratch") from error
     elif pretrained:
         path = os.path.expanduser(pretrained)
         if not os.path.isfile(path):
@@ -185,5 +185,5 @@ def make_resnet(backbone, pretrained):
         try:
             resnet.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
         except Exception as error:
-            raise UserError(f'MGN.pretrained must be a torchvision state dict of {backbone}, {path} is not: {error}') from error
+            raise UserError(f'MGN.pretrained needs a state dict of {backbone}, {path} is not one: {error}') from error
     return resnet

@@ -12,11 +12,11 @@ def table(results):
     stages = {results['dataset']: results, '+ query expansion': results.get('query_expansion'),
               '+ re-ranking': results.get('rerank')}
     rows = [['data set', *METRICS]]
-    rows += [[label, *(f'{100 * figures[name]:.2f}' for name in METRICS)] for label, figures in stages.items() if figures]
+    rows += [[label, *(f'{100 * stage[name]:.2f}' for name in METRICS)] for label, stage in stages.items() if stage]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ['  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    return '\n'.join([*lines, f"per cent; {results['queries']} queries, {results['queries_without_match']} of them "
-                              f"without a match; {results['gallery']} in the gallery"])
+    notes = '{queries} queries, {queries_without_match} of them without a match; {gallery} in the gallery'
+    return '\n'.join([*lines, 'per cent; ' + notes.format(**results)])
 
 
 def write_results(results, output_dir):

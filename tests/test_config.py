@@ -189,7 +189,7 @@ def test_a_binding_that_this_binary_does_not_use_is_fine(binding):
 def test_macros_and_scopes_of_ones_own_are_fine_where_something_uses_them():
     config.load([], ['rate = 0.5', 'lr = %rate', 'dataset = @own/market_layout()', "own/market_layout.root = 'x'"])
     assert gin.get_bindings('Adam')['lr'] == 0.5
-    assert value('own/market_layout.root') == os.path.abspath('x')  # a checkpoint's configuration serves from any folder
+    assert value('own/market_layout.root') == os.path.abspath('x')  # so a checkpoint's configuration serves anywhere
 
 
 @pytest.mark.parametrize('binding', ['train.input_size = (64, 32)', 'Extractor.input_size = (64, 32)',
@@ -357,6 +357,10 @@ def test_importing_the_package_and_its_ops_is_light():
 
 
 def test_help_does_not_wait_for_torch():
-    program = "import sys; from mgn import train, eval, extract; print(sorted({'torch', 'torchvision'} & set(sys.modules)))"
+    program = """
+import sys
+from mgn import eval, extract, train
+print(sorted({'torch', 'torchvision'} & set(sys.modules)))
+"""
     done = subprocess.run([sys.executable, '-c', program], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert done.stdout == '[]\n'

@@ -25,12 +25,14 @@ def test_a_precision_asked_for_is_taken(precision, cpu_with, caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize('units, want', [((False, False), 'float32'), ((True, False), 'bfloat16'), ((False, True), 'bfloat16')])
+@pytest.mark.parametrize('units, want', [
+    ((False, False), 'float32'), ((True, False), 'bfloat16'), ((False, True), 'bfloat16')])
 def test_auto_on_a_cpu_is_bfloat16_where_it_has_units_for_it(units, want, cpu_with, caplog):
     cpu_with(*units)
     with caplog.at_level(logging.INFO, 'mgn.devices'):
         assert resolve_precision('auto', CPU, 'evaluate.precision') == want
-    said = f"evaluate.precision = 'auto' means {want}: cpu is {'' if any(units) else 'not '}a CPU with AVX512-BF16 or AMX"
+    units = f"{'' if any(units) else 'not '}a CPU with AVX512-BF16 or AMX"
+    said = f"evaluate.precision = 'auto' means {want}: cpu is {units}"
     assert [record.getMessage() for record in caplog.records] == [said]
 
 
@@ -47,7 +49,8 @@ def test_auto_elsewhere_is_float32():
 
 @pytest.mark.parametrize('precision', ['int8', None, 16, ['float32']])
 def test_other_names_are_refused(precision):
-    with pytest.raises(ValueError, match="evaluate.precision must be one of 'auto', 'float32', 'bfloat16', 'float16', found .*; 'float32' runs"):
+    choices = "'auto', 'float32', 'bfloat16', 'float16'"
+    with pytest.raises(ValueError, match=f"evaluate.precision must be one of {choices}, found .*; 'float32' runs"):
         resolve_precision(precision, CPU, 'evaluate.precision')
 
 

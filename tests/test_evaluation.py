@@ -190,7 +190,7 @@ def test_no_query_with_a_match_is_an_error(model, tmp_path):
     root = write_market(tmp_path / 'data')
     for path in (root / 'query').iterdir():
         path.rename(path.with_name(path.name.replace('0', '9', 1)))
-    with pytest.raises(ValueError, match='No query of .*data has an image of its identity from another camera in the gallery'):
+    with pytest.raises(ValueError, match='No query of .*data has .* its identity from another camera in the gallery'):
         evaluate(model, market_layout(str(root)), CPU, extractor=extractor())
     with pytest.raises(ValueError, match='at least one query with a true match'):
         evaluate(model, market_layout(str(root)), CPU, extractor=extractor(), cross_camera=False)
@@ -218,7 +218,7 @@ def test_without_cameras_only_the_querys_own_file_is_left_out(model, tmp_path, r
     for part in ('bounding_box_train', 'query', 'bounding_box_test'):
         for path in list((root / part).iterdir()):
             path.rename(rename(path))
-    with pytest.raises(ValueError, match='must come from several cameras, found camera . alone; bind evaluate.cross_camera = False'):
+    with pytest.raises(ValueError, match='several cameras, found camera . alone; bind evaluate.cross_camera = False'):
         evaluate(model, market_layout(str(root)), CPU, extractor=extractor())
     got = evaluate(model, market_layout(str(root)), CPU, extractor=extractor(), cross_camera=False)
     for path in list(root.glob('*/*')):  # the naive pipeline wants a camera in every name
@@ -259,12 +259,14 @@ def test_each_stage_has_the_figures_of_the_naive_pipeline_and_the_plain_ones_sta
     got = evaluate(model, market_layout(str(folder)), CPU, extractor=extractor(), **options)
     stages = {name: got.pop(name) for name in ('query_expansion', 'rerank') if name in got}
     measured = {'features_s', 'ranking_s', 'peak_memory_mb'}
-    assert {name: got[name] for name in got.keys() - measured} == {name: plain[name] for name in plain.keys() - measured}
+    same = plain.keys() - measured
+    assert got.keys() == plain.keys() and {name: got[name] for name in same} == {name: plain[name] for name in same}
 
     k, alpha = options.get('query_expansion', 0), options.get('alpha', 3.0)
     parameters = {name: options.get(name, default) for name, default in (('k1', 20), ('k2', 6), ('lambda_value', 0.3))}
     expanded, reranked = naive_stages(model, folder, k, alpha, **parameters)
-    want = {'query_expansion': {'k': k, 'alpha': alpha, **expanded}, 'rerank': {**parameters, 'expanded': k > 0, **reranked}}
+    want = {'query_expansion': {'k': k, 'alpha': alpha, **expanded},
+            'rerank': {**parameters, 'expanded': k > 0, **reranked}}
     assert stages.keys() == {name for name in want if options.get(name)}
     for name, stage in stages.items():
         assert stage.pop('seconds') >= 0 and stage.pop('peak_memory_mb') >= got['peak_memory_mb']
@@ -278,7 +280,7 @@ def test_without_cameras_the_stages_leave_out_what_plain_ranking_does(model, tmp
         shutil.copy(path, root / 'bounding_box_test' / path.name)
     got = evaluate(model, market_layout(str(root)), CPU, extractor=extractor(), cross_camera=False, query_expansion=1,
                    rerank=True, k1=1, k2=1, lambda_value=1)
-    # A query's nearest item is its own image, which is left out of its ranks alone; and λ = 1 ranks by the original distance.
+    # A query's nearest item is its own image, which is left out of its ranks alone; λ = 1 ranks by the original distance.
     for name in METRICS:
         assert got[name] == got['query_expansion'][name] == got['rerank'][name]
 
@@ -292,7 +294,8 @@ def test_each_stage_says_its_time_and_memory_and_has_a_row(model, folder, caplog
     labels = ['data set', 'own', '+ query expansion', '+ re-ranking']
     assert len(rows) == 5 and len({len(row) for row in rows[:4]}) == 1
     for row, label, figures in zip(rows[1:], labels[1:], (got, got['query_expansion'], got['rerank'])):
-        assert row.startswith(label + ' ') and row[len(label):].split() == [f'{100 * figures[name]:.2f}' for name in METRICS]
+        assert row.startswith(label + ' ')
+        assert row[len(label):].split() == [f'{100 * figures[name]:.2f}' for name in METRICS]
     without = {name: value for name, value in got.items() if name != 'query_expansion'}
     assert [row.split('  ')[0] for row in table(without).splitlines()[:3]] == ['data set', 'own', '+ re-ranking']
     assert len(table({name: value for name, value in without.items() if name != 'rerank'}).splitlines()) == 3
@@ -360,8 +363,8 @@ def test_bindings_override_what_a_checkpoint_carries(model, folder, saved, marke
 def test_query_expansion_and_re_ranking_are_bound_by_macros(model, folder, saved, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     content = checkpoint.load(saved)
-    config.load([], [f"weights = '{saved}'", 'query_expansion = 3', 'rerank = True', 'evaluate.alpha = 2.0', 'evaluate.k1 = 5',
-                     'evaluate.k2 = 3', 'evaluate.lambda_value = 0.5'], saved=content['config'])
+    config.load([], [f"weights = '{saved}'", 'query_expansion = 3', 'rerank = True', 'evaluate.alpha = 2.0',
+                     'evaluate.k1 = 5', 'evaluate.k2 = 3', 'evaluate.lambda_value = 0.5'], saved=content['config'])
     got = evaluation.evaluate_checkpoint(content)
     assert json.loads(Path('eval.json').read_text()) == got
     plain, _ = naive_results(model, folder)

@@ -54,7 +54,8 @@ def test_files_hold_features_ids_and_paths_in_order(model, root, tmp_path, flip_
         assert got.dtype == storage and np.array_equal(got, own.features(model, samples).numpy().astype(storage))
         assert np.load(folder / f'{part}_pids.npy').tolist() == [s.pid for s in samples]
         assert np.load(folder / f'{part}_camids.npy').tolist() == [s.camid for s in samples]
-        assert [f'{root}/{path.decode()}' for path in np.load(folder / f'{part}_paths.npy')] == [s.path for s in samples]
+        paths = np.load(folder / f'{part}_paths.npy')
+        assert [f'{root}/{path.decode()}' for path in paths] == [s.path for s in samples]
     results, plain = (evaluate(model, dataset, CPU, features_dir=place, extractor=own) for place in (str(folder), None))
     assert results['features_dir'] == str(folder) and plain['features_dir'] is None
     if storage == 'float32':
@@ -63,7 +64,8 @@ def test_files_hold_features_ids_and_paths_in_order(model, root, tmp_path, flip_
 
 @pytest.mark.parametrize('precision, flip_test', [('bfloat16', False), ('float16', True)])
 def test_the_forward_pass_runs_in_the_precision_asked_for(model, root, tmp_path, precision, flip_test):
-    dataset, folder, own = market_layout(str(root)), tmp_path / 'features', extractor(flip_test=flip_test, precision=precision)
+    dataset, folder = market_layout(str(root)), tmp_path / 'features'
+    own = extractor(flip_test=flip_test, precision=precision)
     write_features(model, dataset, own, str(folder))
     assert json.loads((folder / 'manifest.json').read_text())['precision'] == precision
     got = read_features(str(folder), model, dataset, own)[1]
@@ -87,7 +89,7 @@ def test_what_differs_is_named(written, model, root, tmp_path):
     dataset = market_layout(str(root))
 
     def refused(message, model=model, dataset=dataset, **settings):
-        with pytest.raises(ValueError, match=f'(?s)are of other weights, settings or images:.*{message}.*extract them again'):
+        with pytest.raises(ValueError, match=f'(?s)of other weights, settings or images:.*{message}.*extract them'):
             read_features(str(written), model, dataset, extractor(**settings))
     refused('weights: expected [0-9a-f]{64}, found [0-9a-f]{64}', model=MGN(0, embedding_dim=8))
     for other in ({'pooling': 'avg'}, {'last_strides': (2, 2, 1)}):  # which no weight shows
@@ -97,7 +99,8 @@ def test_what_differs_is_named(written, model, root, tmp_path):
     refused(r'input_size: expected \[48, 32\], found \[48, 24\]', size=(48, 32))
     refused('flip_test: expected True, found False', flip_test=True)
     refused('precision: expected bfloat16, found float32', precision='bfloat16')
-    refused(r'gallery paths: expected an array of shape \(9,\), found \(10,\)', dataset=dataset._replace(gallery=dataset.gallery[1:]))
+    refused(r'gallery paths: expected an array of shape \(9,\), found \(10,\)',
+            dataset=dataset._replace(gallery=dataset.gallery[1:]))
     refused(r"query paths: 2 of 3 differ, the first at 0: expected b'query/0102_.*found b'query/0101_",
             dataset=dataset._replace(query=[*dataset.query[1::-1], *dataset.query[2:]]))
     refused('query camids: 1 of 3 differ, the first at 1: expected 7, found 1',
@@ -135,7 +138,7 @@ def lost_pages(folder):
                                     lambda folder: (folder / 'manifest.json').write_text('{')])
 def test_damaged_files_are_refused(written, model, root, damage):
     damage(written)
-    with pytest.raises(ValueError, match='The features in .*features are damaged or incomplete: .*; extract them again'):
+    with pytest.raises(ValueError, match='The features in .*features are damaged: .*; extract them again'):
         read_features(str(written), model, market_layout(str(root)), extractor())
 
 
@@ -147,14 +150,14 @@ def test_ids_of_another_shape_are_named(written, model, root):
 
 def test_features_that_are_not_finite_are_not_written(model, root, tmp_path):
     torch.nn.init.constant_(model.heads[0].norm.running_mean, torch.nan)
-    with pytest.raises(ValueError, match='The features hold NaN or infinity and are not finite; look at the weights'):
+    with pytest.raises(ValueError, match='A feature is NaN or infinite; look at the weights'):
         write_features(model, market_layout(str(root)), extractor(), str(tmp_path / 'features'))
     assert not (tmp_path / 'features' / 'manifest.json').exists()
 
 
 def test_an_extraction_that_was_stopped_is_no_features_and_may_be_repeated(written, model, root):
     (written / 'manifest.json').unlink()
-    with pytest.raises(FileNotFoundError, match='does not hold all features of an extraction: there is no .*manifest.json'):
+    with pytest.raises(FileNotFoundError, match='holds no complete extraction: there is no .*manifest.json'):
         read_features(str(written), model, market_layout(str(root)), extractor())
     write_features(model, market_layout(str(root)), extractor(), str(written))
     assert len(read_features(str(written), model, market_layout(str(root)), extractor())[0]) == 3
@@ -180,7 +183,7 @@ def test_a_file_that_cannot_be_written_to_the_end_is_an_error_and_no_signal(mode
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # bytes of a file: less than the gallery's
     try:
-        with pytest.raises(FileError, match='Features cannot be written to .*features: .*File too large; free disk space'):
+        with pytest.raises(FileError, match='cannot be written to .*features: .*File too large; free disk space'):
             write_features(model, market_layout(str(root)), extractor(), str(tmp_path / 'features'))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
