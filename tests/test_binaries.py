@@ -267,6 +267,8 @@ device = 'cpu'
 MGN.backbone = 'resnet18'
 MGN.pretrained = False
 MGN.embedding_dim = 8
+MGN.parts = (1, 2)
+MGN.last_strides = (2, 2)
 """
 
 

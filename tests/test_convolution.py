@@ -32,7 +32,7 @@ def assert_same(plain, own, x, bound=1e-12):
         torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # one setting for all examples
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])  # one fixture for all examples
 @given(st.integers(0, 3), st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 3]), st.sampled_from([1, 2]),
        st.booleans(), st.integers(0, 99))
 def test_it_is_the_convolution(always, images, height, width, k, stride, channels_last, seed):
