@@ -25,13 +25,12 @@ from benchmarks.machine import cpu_model
 from benchmarks.peers import fastreid_mgn
 from mgn.data.augmentation import Augmentation, Draws, normalise
 from mgn.data.datasets import Sample
-from mgn.folding import folded
 from mgn.data.images import TrainBatch, TrainBatches
 from mgn.data.loader import start_workers
 from mgn.losses import mgn_losses
 from mgn.model import MGN, MGNOutput
 from mgn.optim import make_optimizer
-from mgn.precision import DTYPES
+from mgn.devices import DTYPES
 from mgn.data.sampler import IdentitySampler
 
 IDENTITIES, SIZE, K = 751, (384, 128), 4
@@ -114,7 +113,6 @@ def check(images, labels):
     want = our_features(model.eval(), 'float32', images)
     got = peer_features(peer.eval(), images.float())
     assert (got - want).norm() < 1e-4 * want.norm(), 'fast-reid finds other features'
-    assert (our_features(folded(model), 'float32', images) - want).norm() < 1e-5 * want.norm(), 'folded, features are others'
     ours = mgn_losses(model.train()(normalise(images)), labels)['cross_entropy']
     with importlib.import_module('fastreid.utils.events').EventStorage():
         theirs = sum(loss for name, loss in peer.train()({'images': images.float(), 'targets': labels}).items() if '_cls_' in name)
@@ -165,11 +163,10 @@ def steps(images, labels, rounds, precisions, clock):
 
 def extractions(images, rounds, precisions, clock):
     peer, model = fastreid_mgn(IDENTITIES, images.device.type)[0].eval(), new_model(images.device).eval()
-    small, pixels = folded(model), images.float(memory_format=torch.contiguous_format)
+    pixels = images.float(memory_format=torch.contiguous_format)
     return alternating({
         'fast-reid': functools.partial(extraction, peer_features, peer, pixels),
-        'mgn, float32, nothing folded': functools.partial(extraction, our_features, model, 'float32', images),
-        **{f'mgn, {precision}': functools.partial(extraction, our_features, small, precision, images) for precision in precisions},
+        **{f'mgn, {precision}': functools.partial(extraction, our_features, model, precision, images) for precision in precisions},
     }, rounds, clock)
 
 

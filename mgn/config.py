@@ -1,89 +1,66 @@
-"""Flags and gin files → bindings, read strictly: a binding that reaches nothing is an error.
+"""Gin files and bindings, read strictly: a binding that reaches nothing is an error. For binaries only.
 
-Order: defaults.gin, the configuration saved in a checkpoint (mgn.eval), every --gin_file, every --gin_bindings; later
-ones win. Import this from binaries only.
+Order: defaults.gin, the configuration saved in a checkpoint (mgn.eval, mgn.extract), every --gin_file, every
+--gin_bindings; later ones win.
 """
 
 import contextlib
 import difflib
 import inspect
-import logging
+import io
 import os
 import re
-import sys
 import tokenize
 
 import gin
-from absl import app, flags
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-flags.DEFINE_multi_string('gin_file', [], 'Gin file, e.g. gin/market.gin; repeatable, later ones win.')
-flags.DEFINE_multi_string('gin_bindings', [], 'Gin binding, e.g. "data_root=\'datasets\'"; repeatable, later ones win.')
+# All that can be configured: a recipe may bind what the binary at hand does not use.
+from mgn import evaluation, features, losses, model, optim, training  # noqa: F401
+from mgn.data import augmentation, datasets  # noqa: F401
+from mgn.ops.errors import MissingFile, UserError
+from mgn.runs import checkpoint
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+PACKAGE = os.path.dirname(os.path.abspath(__file__))
+DEFAULTS = os.path.join(PACKAGE, 'defaults.gin')
+INSTALLED = os.path.isdir(os.path.join(PACKAGE, 'gin'))  # a checkout has the recipes beside the package
+RECIPES = PACKAGE if INSTALLED else os.path.dirname(PACKAGE)
 SHARED = ('dataset', 'input_size')  # training and evaluation have to agree on them
 PATH_MACROS = ('data_root', 'output_dir', 'weights', 'features_dir')
 MACRO = 'gin.macro'
-
-
-def run(main):
-    """Runs a binary's main(gin_files, bindings) under absl; a user's mistake ends it with its message alone, said by one process."""
-    def absl_main(argv):
-        from mgn.runs import processes  # and torch, which --help need not wait for
-
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter('%(asctime)s %(levelname).1s %(message)s', '%H:%M:%S'))
-        package = logging.getLogger('mgn')
-        package.addHandler(handler)
-        package.setLevel(logging.INFO)
-        package.propagate = False  # absl prints the root logger's messages too
-        try:
-            processes.join()
-            if processes.number() > 0:
-                package.setLevel(logging.CRITICAL)  # process 0 says it
-            if len(argv) > 1:
-                raise ValueError(f'want flags only, got {argv[1:]}; give --gin_file=FILE or --gin_bindings="name=value"')
-            with logging_redirect_tqdm([package]):
-                main(flags.FLAGS.gin_file, flags.FLAGS.gin_bindings)
-            processes.leave()
-        except SystemExit:  # a run that was interrupted, in all processes
-            processes.leave()
-            raise
-        except Exception as error:
-            if not processes.first_to_fail():
-                sys.exit(1)
-            if flags.FLAGS.verbosity > 0 or not (isinstance(error, (ValueError, TypeError, OSError)) or processes.lost(error)):
-                raise
-            sys.exit(f'error: {processes.lost(error) or error}\n(--verbosity=1 shows where)')
-    app.run(absl_main)
+# Parameters in configurations that earlier versions saved → their names of today; None: another binding has the value.
+EXTRACTION = ('input_size', 'batch_size', 'workers', 'flip_test', 'precision')
+MOVED = {**{f'evaluate.{name}': f'Extractor.{name}' for name in EXTRACTION},
+         **{f'write_features.{name}': None for name in EXTRACTION}}
 
 
 def load(gin_files, bindings, saved=''):
     """Parses everything into gin's global configuration and locks it.
 
     Args:
-        gin_files: paths, looked for in the working folder, then in the project's folder; what they include, beside
-            the including file first.
+        gin_files: paths, looked for in the working folder, then in the package; what they include, beside the
+            including file first.
         bindings: strings. saved: the gin text of a checkpoint; its output_dir and features_dir are not taken over.
     Raises:
-        ValueError: unknown names, with the nearest valid one. FileNotFoundError: the paths tried.
+        UserError: unknown names, with the nearest valid one. MissingFile: a gin file, with the paths tried.
     """
     parse(gin_files, bindings, saved)
-    try:
+    with gin_errors_explained():
         gin.finalize()
-    except ValueError as error:
-        undefined = re.match(r"No bindings specified for '(.*?)/gin.macro'", str(error))
-        if undefined is None:
-            raise
-        raise ValueError(f'want the macro %{undefined[1]} defined, found no value{nearest(undefined[1], default_macros())}') from None
+
+
+def load_checkpoint(gin_files, bindings):
+    """The content of the checkpoint that the flags bind to `weights`. Its configuration is loaded, below theirs."""
+    content = checkpoint.load(bound_weights(gin_files, bindings))
+    load(gin_files, bindings, saved=content['config'])
+    return content
 
 
 def bound_weights(gin_files, bindings):
-    """The path that the flags bind to `weights`; ValueError where they bind none."""
+    """The path that the flags bind to `weights`; UserError where they bind none."""
     parse(gin_files, bindings)
     weights = gin.query_parameter('%weights')
     if weights is None:
-        raise ValueError("want a checkpoint in `weights`, got none; give --gin_bindings=\"weights='runs/market/best.pth'\"")
+        raise UserError("No checkpoint is named; give --gin_bindings=\"weights='runs/market/best.pth'\"")
     return os.path.abspath(os.path.expanduser(weights))
 
 
@@ -94,58 +71,61 @@ def default_output_dir(gin_files):
 
 
 def parse(gin_files, bindings, saved=''):
-    # For their configurables: a recipe may bind what the binary at hand does not use.
-    from mgn import evaluation, features, losses, model, optim, training
-    from mgn.data import augmentation, datasets  # noqa: F401
-
     gin.clear_config()
-    gin.config._FILE_READERS[:] = [(open_gin_file, lambda path: True)]  # gin's own would look in the working folder first
-    try:
-        gin.parse_config_file(os.path.join(HERE, 'defaults.gin'))
-        gin.parse_config(saved)
+    with gin_errors_explained():
+        parse_file(DEFAULTS)
+        gin.parse_config(translated(saved))
         for name in ('output_dir', 'features_dir') if saved else ():
             gin.bind_parameter(f'{name}/macro.value', None)
         for gin_file in gin_files:
-            gin.parse_config_file(gin_file)
-        gin.parse_config(bindings)
-    except (SyntaxError, tokenize.TokenError) as error:
-        raise ValueError(f'want gin bindings such as P = 16, got what cannot be parsed: {error}') from None
-    except ValueError as error:
-        raise ValueError(str(error) + hint(str(error))) from None
+            parse_file(gin_file)
+        parse_text('\n'.join(bindings))
 
 
-@contextlib.contextmanager
-def open_gin_file(path, including=[]):
-    """Opens a gin file; `including` holds the folders of the files being read, the innermost last."""
-    folders = [*including[-1:], os.getcwd(), os.path.dirname(HERE)]
-    tried = [os.path.join(folder, os.path.expanduser(path)) for folder in folders]
-    found = next((candidate for candidate in tried if os.path.isfile(candidate)), None)
+def parse_file(path, including_folder=''):
+    """Parses a gin file, which is looked for beside the including file, in the working folder and among the recipes."""
+    folders = [including_folder or os.getcwd(), os.getcwd(), RECIPES]
+    tried = list(dict.fromkeys(os.path.join(folder, os.path.expanduser(path)) for folder in folders))
+    found = next(filter(os.path.isfile, tried), None)
     if found is None:
-        raise FileNotFoundError(f'want the gin file {path}, found none; tried {", ".join(dict.fromkeys(tried))}')
-    including.append(os.path.dirname(found))
-    try:
-        with open(found) as file:
-            yield file
-    finally:
-        including.pop()
+        raise MissingFile(f'There is no gin file {path}; tried {", ".join(tried)}')
+    with open(found) as file:
+        parse_text(file.read(), found)
+
+
+def parse_text(text, path=''):
+    """Parses gin text, of the file `path` if there is one. gin itself would look for includes in the working folder."""
+    start = 0
+    for include in [*re.finditer(r'''(?m)^include\s+["'](.+?)["'][ \t]*(?:#.*)?$''', text), None]:
+        part = io.StringIO('\n' * text.count('\n', 0, start) + text[start:include and include.start()])
+        part.name = path  # for gin's messages, as are the empty lines
+        gin.parse_config(part)
+        if include:
+            parse_file(include[1], os.path.dirname(path))
+            start = include.end()
+
+
+def translated(saved):
+    """A configuration that an earlier version saved, with today's names."""
+    for old, new in MOVED.items():  # gin indents the lines of a value that takes several
+        saved = re.sub(rf'(?m)^{re.escape(old)} =(.*\n?(?:    .*\n?)*)', rf'{new} =\1' if new else '', saved)
+    return saved
 
 
 @gin.config.register_finalize_hook
 def check_names(config):
     """Rejects what gin accepts silently: macros that nothing uses and scopes that nothing enters."""
-    used = {ref.config_key for ref in gin.config.iterate_references(config)}
+    used = {reference.config_key for reference in gin.config.iterate_references(config)}
     used_scopes = {scope for scope, _ in used if scope}  # a macro's value is made in a scope of the macro's name
-    for scope, selector in config:
+    for (scope, selector), parameters in config.items():
         if selector == MACRO and (scope, MACRO) not in used and scope not in default_macros():
-            raise ValueError(f'want a name that something uses, got the macro {scope!r}, which nothing does'
-                             + nearest(scope, default_macros()))
+            raise UserError(f'Nothing uses the macro {scope!r}{nearest(scope, default_macros())}')
         for name in SHARED:
-            if name in config[scope, selector] and str(config[scope, selector][name]) != f'%{name}':
-                raise ValueError(f'want {name} bound as a macro, which training and evaluation share, got {selector}.{name} = '
-                                 f'{config[scope, selector][name]}; bind {name} = …')
+            if str(parameters.get(name, f'%{name}')) != f'%{name}':
+                raise UserError(f'Training and evaluation share {name}, so it must be bound as a macro, found '
+                                f'{selector}.{name} = {parameters[name]}; bind {name} = …')
         if selector != MACRO and scope and scope not in used_scopes:
-            raise ValueError(f'want a scope that a reference enters, got {scope!r} in {scope}/{selector}, which none does'
-                             + nearest(scope, used_scopes))
+            raise UserError(f'No reference enters the scope {scope!r} of {selector}{nearest(scope, used_scopes)}')
 
 
 @gin.config.register_finalize_hook
@@ -157,21 +137,40 @@ def absolute_paths(config):
 
 
 def default_macros():
-    with open(os.path.join(HERE, 'defaults.gin')) as lines:
+    with open(DEFAULTS) as lines:
         return [line.split(' ')[0] for line in lines if re.match(r'\w+ = ', line)]
 
 
-def hint(message):
-    """The nearest valid name for gin's own complaints."""
-    configurable = re.search(r"No configurable matching (?:reference )?'@?([^'()]*)", message)
-    if configurable:
-        names = [name.rsplit('.', 1)[-1] for name, _ in gin.config._REGISTRY.items()]  # gin has no public list
-        return nearest(configurable[1], names)
-    parameter = re.search(r"Configurable '(.*?)' doesn't have a parameter named '(.*?)'", message)
-    if parameter:
-        configurable = gin.config._REGISTRY.get_match(parameter[1])
-        return nearest(parameter[2], inspect.signature(configurable.wrapped).parameters)
-    return ''
+def configurables():
+    """What can be configured, by its short name. gin has no public list of it."""
+    return {name.rsplit('.', 1)[-1]: configurable.wrapped for name, configurable in gin.config._REGISTRY.items()}
+
+
+@contextlib.contextmanager
+def gin_errors_explained():
+    """What gin refuses is a user's mistake, said with the nearest valid name."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (SyntaxError, tokenize.TokenError) as error:
+        raise UserError(f'A gin binding looks like P = 16, and this is none: {error}') from None
+    except ValueError as error:
+        raise UserError(explained(str(error))) from None
+
+
+def explained(message):
+    """gin's message with the nearest valid name, or the one that a parameter has today."""
+    if macro := re.match(r"No bindings specified for '(.*?)/gin.macro'", message):
+        return f'The macro %{macro[1]} is used, but has no value{nearest(macro[1], default_macros())}'
+    if configurable := re.search(r"No configurable matching (?:reference )?'@?([^'()]*)", message):
+        return message + nearest(configurable[1], configurables())
+    if parameter := re.search(r"Configurable '(?:.*\.)?(.*?)' doesn't have a parameter named '(.*?)'", message):
+        name, parameter = parameter.groups()
+        if f'{name}.{parameter}' in MOVED:
+            return f'{message}; it is called Extractor.{parameter}'
+        return message + nearest(parameter, inspect.signature(configurables()[name]).parameters)
+    return message
 
 
 def nearest(name, names):

@@ -1,16 +1,13 @@
 """Evaluates a checkpoint as it was trained: python -m mgn.eval --gin_bindings="weights='runs/market/best.pth'" """
 
-from mgn import config
+from mgn import command_line
 
 
 def main(gin_files, bindings):
-    from mgn import evaluation
-    from mgn.runs import checkpoint  # and torch, which --help need not wait for
+    from mgn import config, evaluation  # and torch, which --help need not wait for
 
-    content = checkpoint.load(config.bound_weights(gin_files, bindings))
-    config.load(gin_files, bindings, saved=content['config'])
-    evaluation.evaluate_checkpoint(content)
+    evaluation.evaluate_checkpoint(config.load_checkpoint(gin_files, bindings))
 
 
 if __name__ == '__main__':
-    config.run(main)
+    command_line.run(main)

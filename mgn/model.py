@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mgn.convolution import ProductConv
+from mgn.ops.errors import FileError, UserError
 from mgn.runs.checkpoint import load_pretrained
 
 BACKBONES = ('resnet18', 'resnet34', 'resnet50', 'resnet101')
@@ -46,48 +47,51 @@ class MGN(nn.Module):
                  embedding_dim=256, pooling='max', bnneck=True, paper_heads=False, fresh=True):
         super().__init__()
         if len(parts) == 0 or len(parts) != len(last_strides) or min(parts) < 1 or not set(last_strides) <= {1, 2}:
-            raise ValueError(f'want a part count >= 1 and a last stride of 1 or 2 for every branch, got parts={parts}, '
-                             f'last_strides={last_strides}; bind MGN.parts and MGN.last_strides to one length')
+            raise UserError(f'Every branch needs a part count from 1 and a last stride of 1 or 2, found parts={parts}, '
+                            f'last_strides={last_strides}; bind MGN.parts and MGN.last_strides to one length')
         if pooling not in POOLINGS:
-            raise ValueError(f'want MGN.pooling to be one of {", ".join(POOLINGS)}, got {pooling!r}')
+            raise UserError(f'MGN.pooling must be one of {", ".join(POOLINGS)}, found {pooling!r}')
         if paper_heads and bnneck:
-            raise ValueError('the paper has no BNNeck: with MGN.paper_heads = True bind MGN.bnneck = False')
+            raise UserError('The paper has no BNNeck: with MGN.paper_heads = True bind MGN.bnneck = False')
         resnet = make_resnet(backbone, pretrained if fresh else False)
-        for layer in resnet.modules():
-            if isinstance(layer, nn.Conv2d) and layer is not resnet.conv1:
-                layer.__class__ = ProductConv  # the same parameters, another forward
+        for block in (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4):
+            use_products(block)
         width = resnet.fc.in_features
         self.parts = tuple(parts)
-        self.architecture = {'backbone': backbone, 'parts': list(parts), 'last_strides': list(last_strides), 'embedding_dim': embedding_dim,
-                             'pooling': pooling, 'bnneck': bnneck}  # all that features depend on, beside the weights
+        self.architecture = {  # all that features depend on, beside the weights
+            'backbone': backbone, 'parts': list(parts), 'last_strides': list(last_strides),
+            'embedding_dim': embedding_dim, 'pooling': pooling, 'bnneck': bnneck}
         self.trunk = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool, resnet.layer1, resnet.layer2,
                                    resnet.layer3[0])
         self.branches = nn.ModuleList(
             nn.Sequential(*copy.deepcopy(resnet.layer3[1:]), *with_stride(copy.deepcopy(resnet.layer4), stride))
             for stride in last_strides)
         self.pools = nn.ModuleList(POOLINGS[pooling]() for _ in parts)
-        heads_of_branch = [1 if n == 1 else 1 + n for n in self.parts]
+        stripe_count = sum(n for n in self.parts if n > 1)
         wholes = [Head(width, embedding_dim, num_classes, bnneck, paper_heads) for _ in parts]
-        stripes = [Head(width, embedding_dim, num_classes, bnneck, False) for _ in range(sum(heads_of_branch) - len(parts))]
+        stripes = [Head(width, embedding_dim, num_classes, bnneck, False) for _ in range(stripe_count)]
         self.heads = nn.ModuleList(wholes + stripes)
         self.feature_dim = embedding_dim * len(self.heads)
 
     def forward(self, images):
-        """images: (B, 3, H, W) float32, normalised → MGNOutput. Shapes in comments: ResNet-50, 384×128, parts (1, 2, 3)."""
+        """images: (B, 3, H, W) float32, normalised → MGNOutput. UserError where H is too low for the stripes.
+
+        Shapes in comments: ResNet-50, 384×128, parts (1, 2, 3).
+        """
         shared = self.trunk(images)                                            # (B, 1024, 24, 8)
         wholes, stripes = [], []
         for branch, pool, n in zip(self.branches, self.pools, self.parts):
             feature_map = branch(shared)                                       # (B, 2048, 24, 8), branch 1: 12×4
             if feature_map.shape[2] < n:
-                raise ValueError(f'want a feature map of at least {n} rows for {n} stripes, got {feature_map.shape[2]} '
-                                 f'from images {images.shape[2]} pixels high; bind a higher input_size')
+                raise UserError(f'{n} stripes need a feature map of at least {n} rows, found {feature_map.shape[2]} '
+                                f'from images {images.shape[2]} pixels high; bind a higher input_size')
             wholes += pool(feature_map, 1)
             if n > 1:
                 stripes += pool(feature_map, n)
         outputs = [head(pooled) for head, pooled in zip(self.heads, wholes + stripes)]  # pooled: (B, 2048)
         reduced, features, logits = zip(*outputs)
-        return MGNOutput(tuple(x for x in logits if x is not None), torch.stack(reduced[:len(wholes)]),
-                         torch.cat(features, dim=1))
+        logits = tuple(x for x in logits if x is not None)
+        return MGNOutput(logits, torch.stack(reduced[:len(wholes)]), torch.cat(features, dim=1))
 
 
 class Head(nn.Module):
@@ -119,7 +123,7 @@ class Head(nn.Module):
 
 
 class MaxPool(nn.Module):
-    """(B, C, H, W) → the maxima of n horizontal stripes, each (B, C). Where n does not divide H stripes overlap by a row."""
+    """(B, C, H, W) → the maxima of n horizontal stripes, (B, C) each. If n does not divide H, stripes share rows."""
 
     def forward(self, feature_map, n):
         return F.adaptive_max_pool2d(feature_map, (n, 1)).squeeze(3).unbind(2)
@@ -143,6 +147,15 @@ class GeMPool(nn.Module):
 POOLINGS = {'max': MaxPool, 'avg': AvgPool, 'gem': GeMPool}
 
 
+def use_products(module):
+    """Replaces the convolutions inside `module` by ProductConvs of the same parameters."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Conv2d):
+            setattr(module, name, ProductConv.like(child))
+        else:
+            use_products(child)
+
+
 def with_stride(layer4, stride):
     """Sets the stride of a ResNet's layer4, wherever its first block carries it (torchvision builds 2)."""
     for conv in layer4.modules():
@@ -154,7 +167,7 @@ def with_stride(layer4, stride):
 def make_resnet(backbone, pretrained):
     """A torchvision ResNet, with ImageNet weights where `pretrained` is True, or those of a file where it is a path."""
     if backbone not in BACKBONES:
-        raise ValueError(f'want MGN.backbone to be one of {", ".join(BACKBONES)}, got {backbone!r}')
+        raise UserError(f'MGN.backbone must be one of {", ".join(BACKBONES)}, found {backbone!r}')
     import torchvision  # takes as long to import as torch, which --help need not wait for
 
     resnet = torchvision.models.get_model(backbone, weights=None)
@@ -162,9 +175,9 @@ def make_resnet(backbone, pretrained):
         weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
         try:
             resnet.load_state_dict(weights.get_state_dict(check_hash=True))
-        except (OSError, RuntimeError) as error:  # RuntimeError: what came has another hash
-            raise OSError(f'want the ImageNet weights {weights.url}, could not download them ({error}); bring that file '
-                          f"and bind MGN.pretrained = '<its path>', or train from scratch with MGN.pretrained = False") from error
+        except (OSError, RuntimeError) as error:  # RuntimeError: the downloaded file has another hash
+            raise FileError(f'The ImageNet weights {weights.url} could not be downloaded ({error}); bring the file and '
+                            f"bind MGN.pretrained = '<its path>', or False to train from scratch") from error
     elif pretrained:
         load_pretrained(resnet, pretrained, backbone)
     return resnet

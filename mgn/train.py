@@ -1,14 +1,14 @@
 """Trains MGN: python -m mgn.train --gin_file=gin/market.gin --gin_bindings="data_root='datasets'" """
 
-from mgn import config
+from mgn import command_line
 
 
 def main(gin_files, bindings):
-    from mgn import training  # and torch, which --help need not wait for
+    from mgn import config, training  # and torch, which --help need not wait for
 
     config.load(gin_files, bindings)
     training.train(default_output_dir=config.default_output_dir(gin_files))
 
 
 if __name__ == '__main__':
-    config.run(main)
+    command_line.run(main)

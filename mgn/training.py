@@ -16,7 +16,8 @@ from mgn.data.datasets import Dataset, check_dataset, train_labels
 from mgn.data.images import TrainBatches
 from mgn.data.sampler import IdentitySampler
 from mgn.data.loader import count_unreadable, load_batches
-from mgn.evaluation import evaluate, find_device, table, write_results
+from mgn.devices import find_device, resolve_precision
+from mgn.evaluation import evaluate
 from mgn.features import check_alike
 from mgn.losses import check_reference, make_losses, mgn_losses
 from mgn.model import MGN
@@ -24,7 +25,7 @@ from mgn.ops import implementation
 from mgn.ops.errors import UserError
 from mgn.ops.metrics import METRICS
 from mgn.optim import make_optimizer
-from mgn.precision import resolve
+from mgn.results import table, write_results
 from mgn.runs import checkpoint as checkpoints
 from mgn.runs import processes
 from mgn.runs.checkpoint import State
@@ -123,7 +124,7 @@ class Training:
         self.schedule(0, self.total_steps)  # refuses what does not fit
         self.output_dir = self.output_dir or os.path.abspath(self.default_output_dir)
         self.device = find_device(self.device)
-        self.precision = resolve(self.precision, self.device, 'train.precision')
+        self.precision = resolve_precision(self.precision, self.device, 'train.precision')
         processes.check_same('precision', self.precision,
                              "Bind train.precision to one that all machines are fast at, e.g. 'float32'.")
         check_split(self.P, self.mining, self.sync_bn, self.device)
@@ -206,8 +207,7 @@ class Training:
                                 self.clip_gradient_norm, self.mining_group, state.scaler, self.network_losses)
         except UserError as error:  # on the CPU mining refuses features that are not finite
             state.check_finite(self.last_good())  # an earlier loss, or a weight, tells more
-            message = str(error).split('\n  In call to configurable')[0]
-            raise UserError(f'{message} (step {state.step}; {self.last_good()})') from None
+            raise UserError(f'{error.message} (step {state.step}; {self.last_good()})') from None
         if state.average:
             state.average.update(state.model, state.step)
         state.meter.add(losses, state.step)

@@ -12,23 +12,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import write_image, write_market
-from rankings import naive_expansion, naive_key, published_distances as final_distances
+from rankings import naive_expansion, naive_key, published_distances
 from thin import thin  # noqa: F401
 from torchvision.io import ImageReadMode, decode_image, read_file, write_png
 
 from mgn import config, evaluation
 from mgn.runs import checkpoint
 from mgn.data.datasets import market_layout
-from mgn.evaluation import evaluate, extract_features, table
-from mgn.ops.metrics import retrieval_metrics
+from mgn.evaluation import evaluate
+from mgn.features import Extractor
+from mgn.ops.metrics import METRICS, retrieval_metrics
 from mgn.model import MGN
 from mgn.ops import match_ranks_from_distance
+from mgn.results import table
 
 pytestmark = pytest.mark.usefixtures('thin')
 
 CPU = torch.device('cpu')
 SIZE = (48, 24)  # smaller than the images
-NAMES = ('rank1', 'rank5', 'rank10', 'mAP', 'mAP_trapezoid', 'mINP')
+
+
+def extractor(batch_size=64, workers=0, flip_test=False):
+    return Extractor(CPU, SIZE, batch_size, workers, flip_test)
 
 
 @pytest.fixture
@@ -95,16 +100,16 @@ def naive_results(model, root, flip_test=False, cross_camera=True):
         collected.append([ranks[0] <= 1, ranks[0] <= 5, ranks[0] <= 10, sum(precision) / len(ranks),
                           sum((p + b) / 2 for p, b in zip(precision, before)) / len(ranks), len(ranks) / ranks[-1]])
     means = [sum(values) / len(collected) for values in zip(*collected)]
-    return dict(zip(NAMES, means)), unmatched
+    return dict(zip(METRICS, means)), unmatched
 
 
-@pytest.mark.parametrize('batch_size, workers', [(1, 0), (3, 2), (64, 0)])
+@pytest.mark.parametrize('batch_size, workers', [pytest.param(1, 0, marks=pytest.mark.long), (3, 2), (64, 0)])
 @pytest.mark.parametrize('flip_test', [False, True])
 def test_the_results_are_those_of_the_naive_pipeline(model, folder, batch_size, workers, flip_test):
-    got = evaluate(model, market_layout(str(folder)), CPU, SIZE, batch_size, workers, flip_test)
+    got = evaluate(model, market_layout(str(folder)), CPU, extractor=extractor(batch_size, workers, flip_test))
     want, unmatched = naive_results(model, folder, flip_test)
     assert 0 < want['mAP'] < 1
-    assert {name: got[name] for name in NAMES} == pytest.approx(want, abs=1e-12)
+    assert {name: got[name] for name in METRICS} == pytest.approx(want, abs=1e-12)
     assert (got['queries'], got['queries_without_match'], got['gallery']) == (5, unmatched, 22)
 
 
@@ -114,7 +119,7 @@ def test_features_are_those_of_one_image_at_a_time_in_order(model, folder, flip_
     paths = [sample.path for sample in dataset.gallery]
     want = torch.stack(naive_features(model, paths, flip_test))
     model.train()
-    got = extract_features(model, dataset.gallery, CPU, SIZE, 5, 0, flip_test)
+    got = extractor(5, 0, flip_test).features(model, dataset.gallery)
     assert got.shape == (22, 8 * 256)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got.norm(dim=1), torch.ones(22))
@@ -126,18 +131,31 @@ def test_the_flip_test_is_the_mean_of_image_and_mirrored_image(model, tmp_path):
     for path in (tmp_path / 'b').glob('query/*.png'):
         write_png(decode_image(read_file(str(path))).flip(2), str(path))
     plain, mirrored = (market_layout(str(tmp_path / name)).query for name in 'ab')
-    both = [extract_features(model, samples, CPU, SIZE, 2, 0, True) for samples in (plain, mirrored)]
+    both = [extractor(2, 0, True).features(model, samples) for samples in (plain, mirrored)]
     torch.testing.assert_close(both[0], both[1], rtol=1e-5, atol=1e-6)
-    alone = [extract_features(model, samples, CPU, SIZE, 2, 0, False) for samples in (plain, mirrored)]
+    alone = [extractor(2, 0, False).features(model, samples) for samples in (plain, mirrored)]
     assert (alone[0] - alone[1]).abs().max() > 1e-3
     assert (alone[0] - both[0]).abs().max() > 1e-3
+
+
+def test_a_model_of_mixed_modes_runs_in_evaluation_mode_and_gets_them_back_after_errors_too(model, folder):
+    model.trunk.eval()  # frozen statistics, say
+    modes = [module.training for module in model.modules()]
+    seen = []
+    model.register_forward_hook(lambda module, inputs, output: seen.extend(part.training for part in model.modules()))
+    samples = market_layout(str(folder)).query
+    extractor().features(model, samples)
+    assert seen and not any(seen) and [module.training for module in model.modules()] == modes
+    with pytest.raises(ValueError, match='nowhere.png'):
+        extractor().features(model, [*samples, samples[0]._replace(path='nowhere.png')])
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_evaluation_leaves_the_model_as_it_was(model, folder):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for training in (True, False):
         model.train(training)
-        evaluate(model, market_layout(str(folder)), CPU, SIZE, 64, 0)
+        evaluate(model, market_layout(str(folder)), CPU, extractor=extractor())
         assert all(module.training is training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -145,13 +163,13 @@ def test_evaluation_leaves_the_model_as_it_was(model, folder):
 
 @pytest.mark.parametrize('where', ['query', 'bounding_box_test'])
 @pytest.mark.parametrize('damage', [lambda data: data[:len(data) // 2], lambda data: b'', lambda data: b'no image'])
-@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('workers', [0, pytest.param(1, marks=pytest.mark.long)])
 def test_an_unreadable_image_stops_it_and_is_named(model, folder, tmp_path, where, damage, workers):
     root = shutil.copytree(folder, tmp_path / 'data')
     path = sorted((root / where).glob('0101*'))[0]
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match='want readable images to evaluate') as raised:
-        evaluate(model, market_layout(str(root)), CPU, SIZE, 4, workers)
+    with pytest.raises(ValueError, match='Evaluation needs every image, and these cannot be read') as raised:
+        evaluate(model, market_layout(str(root)), CPU, extractor=extractor(4, workers))
     assert str(path) in str(raised.value) and 'Traceback' not in str(raised.value)
 
 
@@ -160,9 +178,9 @@ def test_queries_without_a_match_are_left_out_counted_and_reported(model, folder
     write_image(root / 'query' / '0555_c1s1_000000_00.jpg', 1)  # nobody in the gallery
     write_image(root / 'query' / '0556_c1s1_000000_00.jpg', 2)  # there, but of the same camera alone
     write_image(root / 'bounding_box_test' / '0556_c1s1_000001_00.jpg', 3)
-    got = evaluate(model, market_layout(str(root)), CPU, SIZE, 64, 0)
+    got = evaluate(model, market_layout(str(root)), CPU, extractor=extractor())
     want, unmatched = naive_results(model, root)
-    assert {name: got[name] for name in NAMES} == pytest.approx(want, abs=1e-12)
+    assert {name: got[name] for name in METRICS} == pytest.approx(want, abs=1e-12)
     assert (got['queries'], got['queries_without_match']) == (7, unmatched) == (7, 2)
     assert '2 of 7 queries have no true match and are left out' in caplog.text
 
@@ -171,16 +189,16 @@ def test_no_query_with_a_match_is_an_error(model, tmp_path):
     root = write_market(tmp_path / 'data')
     for path in (root / 'query').iterdir():
         path.rename(path.with_name(path.name.replace('0', '9', 1)))
-    with pytest.raises(ValueError, match='want a query of .*data whose identity another camera has in the gallery'):
-        evaluate(model, market_layout(str(root)), CPU, SIZE, 64, 0)
+    with pytest.raises(ValueError, match='No query of .*data has .* its identity from another camera in the gallery'):
+        evaluate(model, market_layout(str(root)), CPU, extractor=extractor())
     with pytest.raises(ValueError, match='at least one query with a true match'):
-        evaluate(model, market_layout(str(root)), CPU, SIZE, 64, 0, cross_camera=False)
+        evaluate(model, market_layout(str(root)), CPU, extractor=extractor(), cross_camera=False)
 
 
 def test_features_that_are_not_finite_are_an_error(model, folder):
     model.heads[3].norm.bias.data[0] = torch.nan
     with pytest.raises(ValueError, match='want finite query features, got NaN or infinity in row 0'):
-        evaluate(model, market_layout(str(folder)), CPU, SIZE, 64, 0)
+        evaluate(model, market_layout(str(folder)), CPU, extractor=extractor())
 
 
 def one_camera(path):
@@ -200,13 +218,13 @@ def test_without_cameras_only_the_querys_own_file_is_left_out(model, tmp_path, r
         for path in list((root / part).iterdir()):
             path.rename(rename(path))
     with pytest.raises(ValueError, match='several cameras, found camera . alone; bind evaluate.cross_camera = False'):
-        evaluate(model, market_layout(str(root)), CPU, SIZE, 64, 0)
-    got = evaluate(model, market_layout(str(root)), CPU, SIZE, 64, 0, cross_camera=False)
+        evaluate(model, market_layout(str(root)), CPU, extractor=extractor())
+    got = evaluate(model, market_layout(str(root)), CPU, extractor=extractor(), cross_camera=False)
     for path in list(root.glob('*/*')):  # the naive pipeline wants a camera in every name
         if '_c' not in path.name:
             path.rename(path.with_name(path.name.replace('_', '_c1s1_', 1)))
     want, unmatched = naive_results(model, root, cross_camera=False)
-    assert {name: got[name] for name in NAMES} == pytest.approx(want, abs=1e-12)
+    assert {name: got[name] for name in METRICS} == pytest.approx(want, abs=1e-12)
     assert got['queries_without_match'] == unmatched == 0 and not got['cross_camera']
     assert got['gallery'] == len(list((root / 'bounding_box_test').iterdir())) - 1  # without the junk box
 
@@ -214,16 +232,17 @@ def test_without_cameras_only_the_querys_own_file_is_left_out(model, tmp_path, r
 def naive_stages(model, root, k=0, alpha=3.0, k1=20, k2=6, lambda_value=0.3):
     """Figures by the cosine of expanded queries, and by the published formula of re-ranking on dense matrices."""
     dataset = market_layout(str(root))
-    features = extract_features(model, dataset.query + dataset.gallery, CPU, SIZE, 64, 0, False).numpy()
+    features = extractor(64, 0, False).features(model, dataset.query + dataset.gallery).numpy()
     query, gallery = features[:len(dataset.query)], features[len(dataset.query):]
     if k:
         query = naive_expansion(query, gallery, k, alpha).astype(np.float32)
     rows = [[float(x) for x in row] for row in np.concatenate((query, gallery))]
     keys = np.array([[naive_key(a, b) for b in rows] for a in rows])
-    final = final_distances(keys, np.maximum(1 + keys, 0) ** 2, len(query), k1, k2, lambda_value)
+    final = published_distances(keys, np.maximum(1 + keys, 0) ** 2, len(query), k1, k2, lambda_value)
 
     def figures(dist):
-        pids, camids = ([[getattr(sample, name) for sample in part] for part in (dataset.query, dataset.gallery)] for name in ('pid', 'camid'))
+        pids, camids = ([[getattr(sample, name) for sample in part] for part in (dataset.query, dataset.gallery)]
+                        for name in ('pid', 'camid'))
         offsets, ranks, _ = match_ranks_from_distance(dist, *pids, *camids)
         return retrieval_metrics(offsets, ranks)
     return figures(keys[:len(query), len(query):]), figures(final)
@@ -235,16 +254,18 @@ STAGES = [dict(query_expansion=3), dict(rerank=True), dict(query_expansion=2, al
 
 @pytest.mark.parametrize('options', STAGES, ids=str)
 def test_each_stage_has_the_figures_of_the_naive_pipeline_and_the_plain_ones_stay(model, folder, options):
-    plain = evaluate(model, market_layout(str(folder)), CPU, SIZE, 64, 0)
-    got = evaluate(model, market_layout(str(folder)), CPU, SIZE, 64, 0, **options)
+    plain = evaluate(model, market_layout(str(folder)), CPU, extractor=extractor())
+    got = evaluate(model, market_layout(str(folder)), CPU, extractor=extractor(), **options)
     stages = {name: got.pop(name) for name in ('query_expansion', 'rerank') if name in got}
     measured = {'features_s', 'ranking_s', 'peak_memory_mb'}
-    assert {name: got[name] for name in got.keys() - measured} == {name: plain[name] for name in plain.keys() - measured}
+    same = plain.keys() - measured
+    assert got.keys() == plain.keys() and {name: got[name] for name in same} == {name: plain[name] for name in same}
 
     k, alpha = options.get('query_expansion', 0), options.get('alpha', 3.0)
     parameters = {name: options.get(name, default) for name, default in (('k1', 20), ('k2', 6), ('lambda_value', 0.3))}
     expanded, reranked = naive_stages(model, folder, k, alpha, **parameters)
-    want = {'query_expansion': {'k': k, 'alpha': alpha, **expanded}, 'rerank': {**parameters, 'expanded': k > 0, **reranked}}
+    want = {'query_expansion': {'k': k, 'alpha': alpha, **expanded},
+            'rerank': {**parameters, 'expanded': k > 0, **reranked}}
     assert stages.keys() == {name for name in want if options.get(name)}
     for name, stage in stages.items():
         assert stage.pop('seconds') >= 0 and stage.pop('peak_memory_mb') >= got['peak_memory_mb']
@@ -256,43 +277,45 @@ def test_without_cameras_the_stages_leave_out_what_plain_ranking_does(model, tmp
     root = write_market(tmp_path / 'data', suffix='.png')
     for path in list((root / 'query').iterdir()):
         shutil.copy(path, root / 'bounding_box_test' / path.name)
-    got = evaluate(model, market_layout(str(root)), CPU, SIZE, 64, 0, cross_camera=False, query_expansion=1, rerank=True, k1=1, k2=1, lambda_value=1)
-    # A query's nearest item is its own image, which is left out of its ranks alone; and λ = 1 ranks by the original distance.
-    for name in NAMES:
+    got = evaluate(model, market_layout(str(root)), CPU, extractor=extractor(), cross_camera=False, query_expansion=1,
+                   rerank=True, k1=1, k2=1, lambda_value=1)
+    # A query's nearest item is its own image, which is left out of its ranks alone; λ = 1 ranks by the original distance.
+    for name in METRICS:
         assert got[name] == got['query_expansion'][name] == got['rerank'][name]
 
 
 def test_each_stage_says_its_time_and_memory_and_has_a_row(model, folder, caplog):
     caplog.set_level(logging.INFO, 'mgn')
-    got = evaluate(model, market_layout(str(folder)), CPU, SIZE, 64, 0, query_expansion=3, rerank=True)
+    got = evaluate(model, market_layout(str(folder)), CPU, extractor=extractor(), query_expansion=3, rerank=True)
     for stage in ('query expansion and ranking', 're-ranking'):
         assert len(re.findall(rf'{stage} \d+\.\d{{3}} s, peak memory \d+ MB', caplog.text)) == 1
     rows = table(got).splitlines()
     labels = ['data set', 'own', '+ query expansion', '+ re-ranking']
     assert len(rows) == 5 and len({len(row) for row in rows[:4]}) == 1
     for row, label, figures in zip(rows[1:], labels[1:], (got, got['query_expansion'], got['rerank'])):
-        assert row.startswith(label + ' ') and row[len(label):].split() == [f'{100 * figures[name]:.2f}' for name in NAMES]
+        assert row.startswith(label + ' ')
+        assert row[len(label):].split() == [f'{100 * figures[name]:.2f}' for name in METRICS]
     without = {name: value for name, value in got.items() if name != 'query_expansion'}
     assert [row.split('  ')[0] for row in table(without).splitlines()[:3]] == ['data set', 'own', '+ re-ranking']
     assert len(table({name: value for name, value in without.items() if name != 'rerank'}).splitlines()) == 3
 
 
 @pytest.mark.parametrize('options, message', [
-    (dict(query_expansion=-1), 'query_expansion as an integer from 0 to 4096, got -1'),
-    (dict(query_expansion=4097), 'query_expansion as an integer from 0 to 4096, got 4097'),
-    (dict(query_expansion=2.0), 'query_expansion as an integer from 0 to 4096, got 2.0'),
-    (dict(query_expansion=True), 'query_expansion as an integer from 0 to 4096, got True'),
-    (dict(query_expansion=False), 'query_expansion as an integer from 0 to 4096, got False'),
+    (dict(query_expansion=-1), 'query_expansion must be an integer from 0 to 4096, found -1'),
+    (dict(query_expansion=4097), 'query_expansion must be an integer from 0 to 4096, found 4097'),
+    (dict(query_expansion=2.0), 'query_expansion must be an integer from 0 to 4096, found 2.0'),
+    (dict(query_expansion=True), 'query_expansion must be an integer from 0 to 4096, found True'),
+    (dict(query_expansion=False), 'query_expansion must be an integer from 0 to 4096, found False'),
     (dict(query_expansion=3, alpha=-1.0), 'alpha as a finite number from 0, got -1.0'),
-    (dict(rerank=20), 'rerank True or False, got 20'),
-    (dict(rerank='False'), "rerank True or False, got 'False'"),
+    (dict(rerank=20), 'rerank must be True or False, found 20'),
+    (dict(rerank='False'), "rerank must be True or False, found 'False'"),
     (dict(rerank=True, k1=0), 'k1 as an integer from 1 to 2³¹ − 1, got 0'),
     (dict(rerank=True, k2=6.0), 'k2 as an integer from 1 to 2³¹ − 1, got 6.0'),
     (dict(rerank=True, lambda_value=1.1), 'lambda_value as a number from 0 to 1, got 1.1')], ids=str)
 def test_options_out_of_range_are_refused_before_an_image_is_read(model, folder, monkeypatch, options, message):
-    monkeypatch.setattr(evaluation, 'extract_features', None)
+    monkeypatch.setattr(Extractor, 'features', None)
     with pytest.raises(ValueError, match=message):
-        evaluate(model, market_layout(str(folder)), CPU, SIZE, 64, 0, **options)
+        evaluate(model, market_layout(str(folder)), CPU, extractor=extractor(), **options)
 
 
 @pytest.fixture
@@ -313,14 +336,14 @@ def test_a_checkpoint_alone_rebuilds_model_and_data(model, folder, saved, tmp_pa
     config.load([], [f"weights = '{saved}'"], saved=content['config'])
     got = evaluation.evaluate_checkpoint(content)
     want, _ = naive_results(model, folder)
-    assert {name: got[name] for name in NAMES} == pytest.approx(want, abs=1e-12)
+    assert {name: got[name] for name in METRICS} == pytest.approx(want, abs=1e-12)
     assert json.loads(Path('eval.json').read_text()) == got
     assert (got['weights'], got['step'], got['data_root'], got['dataset']) == (saved, 33, str(folder), 'own')
     assert (got['input_size'], got['flip_test'], got['cross_camera']) == ([48, 24], False, True)
-    assert set(NAMES) | {'queries', 'queries_without_match', 'gallery', 'features_s', 'ranking_s'} <= got.keys()
+    assert set(METRICS) | {'queries', 'queries_without_match', 'gallery', 'features_s', 'ranking_s'} <= got.keys()
     assert 0 <= got['redecided'] < 0.5 and 100 < got['peak_memory_mb'] < 1e5
     shown = capsys.readouterr().out
-    for name in NAMES:
+    for name in METRICS:
         assert re.search(rf'\b{100 * want[name]:.2f}\b', shown) and name in shown
     assert '5 queries, 0 of them without a match; 22 in the gallery' in shown
 
@@ -328,10 +351,10 @@ def test_a_checkpoint_alone_rebuilds_model_and_data(model, folder, saved, tmp_pa
 def test_bindings_override_what_a_checkpoint_carries(model, folder, saved, market, tmp_path):
     content = checkpoint.load(saved)
     config.load([], [f"weights = '{saved}'", f"data_root = '{market}'", f"output_dir = '{tmp_path / 'out'}'",
-                     'evaluate.flip_test = True', 'evaluate.batch_size = 3'], saved=content['config'])
+                     'flip_test = True', 'Extractor.batch_size = 3'], saved=content['config'])
     got = evaluation.evaluate_checkpoint(content)
     want, _ = naive_results(model, market, flip_test=True)
-    assert {name: got[name] for name in NAMES} == pytest.approx(want, abs=1e-12)
+    assert {name: got[name] for name in METRICS} == pytest.approx(want, abs=1e-12)
     assert got['data_root'] == str(market) and got['flip_test'] is True
     assert json.loads((tmp_path / 'out' / 'eval.json').read_text()) == got
 
@@ -339,14 +362,14 @@ def test_bindings_override_what_a_checkpoint_carries(model, folder, saved, marke
 def test_query_expansion_and_re_ranking_are_bound_by_macros(model, folder, saved, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     content = checkpoint.load(saved)
-    config.load([], [f"weights = '{saved}'", 'query_expansion = 3', 'rerank = True', 'evaluate.alpha = 2.0', 'evaluate.k1 = 5',
-                     'evaluate.k2 = 3', 'evaluate.lambda_value = 0.5'], saved=content['config'])
+    config.load([], [f"weights = '{saved}'", 'query_expansion = 3', 'rerank = True', 'evaluate.alpha = 2.0',
+                     'evaluate.k1 = 5', 'evaluate.k2 = 3', 'evaluate.lambda_value = 0.5'], saved=content['config'])
     got = evaluation.evaluate_checkpoint(content)
     assert json.loads(Path('eval.json').read_text()) == got
     plain, _ = naive_results(model, folder)
     expanded, reranked = naive_stages(model, folder, 3, 2.0, 5, 3, 0.5)
     for figures, want in ((got, plain), (got['query_expansion'], expanded), (got['rerank'], reranked)):
-        assert {name: figures[name] for name in NAMES} == pytest.approx(want, abs=1e-12)
+        assert {name: figures[name] for name in METRICS} == pytest.approx(want, abs=1e-12)
     assert table(got) in capsys.readouterr().out
 
     config.load([], [f"weights = '{saved}'", 'evaluate.rerank = True'], saved=content['config'])

@@ -267,8 +267,8 @@ def test_without_classes_there_are_no_classifiers_and_the_same_features():
     (dict(parts=(1, 2)), r'parts=\(1, 2\), last_strides=\(2, 1, 1\)'),
     (dict(parts=(1, 2, 3, 4)), 'one length'),
     (dict(last_strides=(2, 1, 4)), 'last stride of 1 or 2'),
-    (dict(pooling='min'), "max, avg, gem, got 'min'"),
-    (dict(backbone='resnet152'), "resnet18, resnet34, resnet50, resnet101, got 'resnet152'"),
+    (dict(pooling='min'), "max, avg, gem, found 'min'"),
+    (dict(backbone='resnet152'), "resnet18, resnet34, resnet50, resnet101, found 'resnet152'"),
     (dict(paper_heads=True), 'no BNNeck'),
 ])
 def test_impossible_options_are_errors(options, message):
@@ -278,5 +278,5 @@ def test_impossible_options_are_errors(options, message):
 
 @pytest.mark.parametrize('height, rows', [(32, 2), (1, 1)])
 def test_an_image_with_fewer_rows_than_stripes_is_an_error(height, rows):
-    with pytest.raises(ValueError, match=f'at least 3 rows for 3 stripes, got {rows} from images {height} pixels high'):
+    with pytest.raises(ValueError, match=f'3 stripes need .* at least 3 rows, found {rows} from images {height} pixels high'):
         make(parts=(3,), last_strides=(1,)).eval()(images(1, height))

@@ -19,7 +19,8 @@ from mgn import training
 from mgn.runs import checkpoint, processes
 from mgn.data.augmentation import Augmentation
 from mgn.data.datasets import Dataset, Sample, market_layout, train_labels
-from mgn.features import check_alike, check_shared
+from mgn.feature_files import check_shared
+from mgn.features import check_alike
 from mgn.data.images import TrainBatches
 from mgn.runs.interruption import Interruption
 from mgn.losses import make_losses, mgn_losses
@@ -267,6 +268,6 @@ def check_a_folder_that_not_all_see_is_refused_in_all(folder):
     rank = dist.get_rank()
     check_shared(str(folder))
     (folder / f'own{rank}').mkdir()
-    (folder / f'own{rank}' / 'shared').write_text('old')
-    with pytest.raises(ValueError, match='features_dir .*own.,.* 1'):
+    (folder / f'own{rank}' / 'shared').write_text('of another time')
+    with pytest.raises(ValueError, match='All processes must share .* writes to .*own. is not seen by process 1'):
         check_shared(str(folder / f'own{rank}'))

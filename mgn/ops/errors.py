@@ -2,7 +2,14 @@
 
 
 class UserError(ValueError):
-    """Ends a binary with its message alone; every other exception keeps its traceback."""
+    """Ends a binary with its message alone; every other exception keeps its traceback.
+
+    `message` is the sentence itself: gin appends the configurables that were being called to `str(error)`.
+    """
+
+    def __init__(self, message):
+        super().__init__(message)
+        self.message = message
 
 
 class FileError(UserError, OSError):

@@ -154,7 +154,7 @@ PROGRAM = """
 import os, signal, sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
 from thin import ThinResNet, train
-from mgn import config, model, training
+from mgn import command_line, model, training
 model.make_resnet = lambda backbone, pretrained: ThinResNet()
 real, signals = training.train_step, {signals}
 
@@ -167,7 +167,7 @@ def step(*args):
 
 training.train_step = step
 sys.argv = ['mgn.train']
-config.run(lambda files, bindings: train({data!r}, {folder!r}))
+command_line.run(lambda files, bindings: train({data!r}, {folder!r}))
 """
 
 

@@ -1,0 +1,66 @@
+"""The device that a configuration names, the precision of forward passes on it, and the memory that it has taken."""
+
+import logging
+import resource
+import sys
+
+import torch
+
+from mgn.ops.errors import UserError
+from mgn.ops.filter import available
+from mgn.runs import processes
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+
+def find_device(name):
+    """torch.device of 'auto' (cuda, else mps, else cpu) or of a device's name; UserError where this machine lacks it.
+
+    If several processes run on a machine, each gets the GPU of its own number.
+    """
+    several = processes.count() > 1
+    if name == 'auto':
+        mps = torch.backends.mps.is_available() and not several
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
+    if several and (str(name) == 'mps' or str(name).startswith('cuda:')):
+        raise UserError(f"{processes.count()} processes need the device 'cuda' or 'cpu', found {name!r}; "
+                        f"bind device = 'cuda' for one GPU each")
+    try:
+        device = torch.device(f'cuda:{processes.number_on_this_machine()}' if several and name == 'cuda' else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # CPU builds of torch assert
+        where, remedy = ('for each process', ', or start fewer processes') if several else ('here', '')
+        raise UserError(f'The device {name!r} is not available {where}: this machine or this build of torch lacks it '
+                        f"({str(error).splitlines()[0]}); bind device = 'cpu' or 'auto'{remedy}") from None
+    if several and device.type == 'cuda':
+        torch.cuda.set_device(device)
+    return device
+
+
+def resolve_precision(precision, device, name):
+    """'float32', 'bfloat16' or 'float16': `precision` itself, or what 'auto' means on `device`, a torch.device.
+
+    'auto' is bfloat16 where the device computes fast in it, else float32; the log says why.
+    `name` is the binding that `precision` comes from, for the log and for the UserError on any other precision.
+    """
+    if precision not in ('auto', *DTYPES):
+        choices = ', '.join(map(repr, ('auto', *DTYPES)))
+        raise UserError(f"{name} must be one of {choices}, found {precision!r}; 'float32' runs everywhere")
+    if precision != 'auto':
+        return precision
+    chosen = available('bfloat16', device)
+    units = {'cuda': 'a GPU of capability 8.0 or higher', 'cpu': 'a CPU with AVX512-BF16 or AMX'}.get(device.type)
+    why = f'is {"" if chosen == "bfloat16" else "not "}{units}' if units else 'may have no units for bfloat16'
+    logger.info("%s = 'auto' means %s: %s %s", name, chosen, device, why)
+    return chosen
+
+
+def peak_memory(device):
+    """The most memory that this process has held so far, in MiB: main memory and, with a GPU, its memory."""
+    unit = 2 ** 20 if sys.platform == 'darwin' else 2 ** 10  # of ru_maxrss: bytes on macOS, KiB elsewhere
+    peaks = {'peak_memory_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit}
+    if device.type == 'cuda':
+        peaks['peak_gpu_memory_mb'] = torch.cuda.max_memory_allocated(device) // 2 ** 20
+    return peaks
