@@ -24,7 +24,8 @@ def test_a_precision_asked_for_is_taken(precision, cpu_with, caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize('units, want', [((False, False), 'float32'), ((True, False), 'bfloat16'), ((False, True), 'bfloat16')])
+@pytest.mark.parametrize('units, want',
+                         [((False, False), 'float32'), ((True, False), 'bfloat16'), ((False, True), 'bfloat16')])
 def test_auto_on_a_cpu_is_bfloat16_where_it_has_units_for_it(units, want, cpu_with, caplog):
     cpu_with(*units)
     with caplog.at_level(logging.INFO, 'mgn.precision'):
@@ -46,5 +47,7 @@ def test_auto_elsewhere_is_float32():
 
 @pytest.mark.parametrize('precision', ['int8', None, 16, ['float32']])
 def test_other_names_are_refused(precision):
-    with pytest.raises(ValueError, match="want evaluate.precision to be one of 'auto', 'float32', 'bfloat16', 'float16', got .*; 'float32' runs"):
+    with pytest.raises(ValueError,
+                       match="want evaluate.precision to be one of 'auto', 'float32', 'bfloat16', 'float16', got .*; "
+                             "'float32' runs"):
         resolve(precision, CPU, 'evaluate.precision')
