@@ -94,8 +94,7 @@ def re_ranking(q_g_dist, q_q_dist, g_g_dist, k1=20, k2=6, lambda_value=0.3):
 
 
 def nearest_of_all(q_g, q_q, g_g, count):
-    """The nearest of queries and gallery to each of them, (Q + G, count), and its largest distance, (Q + G,)
-    float64."""
+    """The nearest to each query and item, (Q + G, count), and its largest distance, (Q + G,) float64."""
     queries, total = len(q_g), sum(q_g.shape)
     items, maxima = torch.empty(total, count, dtype=torch.int64), np.zeros(total)
     dtype = torch.promote_types(torch.promote_types(q_g.dtype, q_q.dtype), g_g.dtype)
@@ -119,8 +118,7 @@ def nearest_of_all(q_g, q_q, g_g, count):
 
 
 def distances_of_pairs(q_g, q_q, g_g, owners, others):
-    """Entries (owners[p], others[p]) of the matrix over queries and gallery, float64. As published, of its
-    transpose."""
+    """Entries (owners[p], others[p]), float64, of the transposed matrix over queries and gallery, as published."""
     owners, others = torch.from_numpy(owners), torch.from_numpy(others)
     queries, distances = len(q_g), np.empty(len(owners))
     own_is_query, other_is_query = owners < queries, others < queries
