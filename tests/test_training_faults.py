@@ -62,7 +62,7 @@ def test_features_that_are_not_finite_stop_the_run_at_once_and_name_the_step(mar
         return real(output._replace(embeddings=output.embeddings * (torch.nan if len(calls) == 4 else 1)), labels)
 
     monkeypatch.setattr(training, 'mgn_losses', spoilt)
-    with pytest.raises(ValueError, match=r'want finite anchors, got nan in head 0, row 0, .*\(step 3; the last good checkpoint is .*last.pth'):
+    with pytest.raises(ValueError, match=r'anchors must be finite, but head 0, row 0, .* is nan; .*\(step 3; the last good checkpoint is .*last.pth'):
         train(market, tmp_path, 'train.log_every = 99')
     assert len(calls) == 4
 
