@@ -12,7 +12,6 @@ from mgn.ops.ranking.reranking import encode, final_distances, relative, rows_be
 from mgn.ops.ranking.tiles import denormals, spans
 
 ROWS = 2 ** 23  # numbers of dense rows at a time
-PAIRS = 2 ** 20
 
 
 def evaluate_rank(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=50, use_metric_cuhk03=False, use_cython=True):
@@ -74,11 +73,7 @@ def re_ranking(q_g_dist, q_q_dist, g_g_dist, k1=20, k2=6, lambda_value=0.3):
     neighbours, maxima = nearest_of_all(q_g, q_q, g_g, min(max(k1 + 1, k2), total))
 
     def relative_squares(owners, others):
-        squares = np.empty(len(owners))
-        for part in spans(len(owners), PAIRS):
-            distances = distances_of_pairs(q_g, q_q, g_g, owners[part], others[part])
-            squares[part] = np.square(relative(distances, maxima[owners[part]]))
-        return squares
+        return np.square(relative(distances_of_pairs(q_g, q_q, g_g, owners, others), maxima[owners]))
     encodings, sparse = encode(neighbours, k1, k2, relative_squares), sparse_kernels()
     columns = sparse.transpose(*rows_between(encodings, queries, total), total)
     final = np.empty(q_g.shape, np.float32)

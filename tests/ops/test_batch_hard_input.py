@@ -176,7 +176,8 @@ good = [x, labels, None, None, torch.empty(1, 8), torch.empty(1, 8), labels[None
         None, None, None]
 torch.ops.mgn_cpu.batch_hard(*good)
 for place, bad in ((0, x[0]), (0, x.half()), (0, x.expand(2, 8, 4)), (1, labels[:7]), (1, labels.int()),
-                   (2, x[:, :, :3]), (4, torch.empty(1, 7)), (4, torch.empty(1, 8, dtype=torch.float64)), (6, labels[None, :3]), (8, torch.empty(0))):
+                   (2, x[:, :, :3]), (4, torch.empty(1, 7)), (4, torch.empty(1, 8, dtype=torch.float64)),
+                   (6, labels[None, :3]), (8, torch.empty(0))):
     try:
         torch.ops.mgn_cpu.batch_hard(*good[:place], bad, *good[place + 1:])
     except RuntimeError as error:

@@ -96,7 +96,8 @@ def test_references_on_request():
     done = run_program(PROGRAM, env={'MGN_REFERENCE': '1'})
     assert done.stdout.splitlines() == [
         '[2, 2, 1, 4, 3, 3] reference: switched off by MGN_REFERENCE=1',
-        'mgn.ops runs its PyTorch references on cpu, which are exact but slower: switched off by MGN_REFERENCE=1'], done.stderr
+        'mgn.ops runs its PyTorch references on cpu, which are exact but slower: '
+        'switched off by MGN_REFERENCE=1'], done.stderr
 
 
 @pytest.mark.parametrize('content, reason',
