@@ -16,8 +16,10 @@ import torch
 from benchmarks.machine import cpu_model
 from benchmarks.peers import torchreid_re_ranking
 from benchmarks.ranking import D, alternate, peak_mb, problem
-from mgn.ops.metrics import retrieval_metrics
-from mgn.ops import filter, implementation, k_reciprocal_ranks, match_ranks, match_ranks_from_distance, topk, topk_from_distance
+from mgn.ops import (implementation, k_reciprocal_ranks, match_ranks, match_ranks_from_distance, retrieval_metrics,
+                     topk,
+                     topk_from_distance)
+from mgn.ops.ranking import product
 
 MARKET = {'queries': 3_368, 'gallery': 15_913, 'identities': 750, 'cameras': 6}
 MSMT17 = {'queries': 11_659, 'gallery': 82_161, 'identities': 3_060, 'cameras': 15}
@@ -29,12 +31,13 @@ def distances(rounds):
     sides = {'mgn': lambda: topk_from_distance(dist, 30), 'torch.topk': lambda: torch.topk(dist, 30, largest=False)}
     assert torch.equal(sides['mgn']().distances, sides['torch.topk']().values), 'other neighbours'
     seconds = alternate(sides, rounds)
-    print(f'mgn {seconds["mgn"]:.3f} s, torch.topk {seconds["torch.topk"]:.3f} s: {seconds["torch.topk"] / seconds["mgn"]:.1f}× faster; '
-          f'{dist.nbytes / seconds["mgn"] / 1e9:.1f} GB/s')
+    print(f'mgn {seconds["mgn"]:.3f} s, torch.topk {seconds["torch.topk"]:.3f} s: '
+          f'{seconds["torch.topk"] / seconds["mgn"]:.1f}× faster; {dist.nbytes / seconds["mgn"] / 1e9:.1f} GB/s')
 
 
 def features(rounds):
-    """k = 30 of MSMT17's gallery for 4,096 queries, against faiss's exact index, which orders by its float32 products, and products alone."""
+    """k = 30 of MSMT17's gallery for 4,096 queries, against faiss's exact index (by float32 products), and products
+    alone."""
     import faiss
 
     query, gallery, *_ = problem(4096)
@@ -45,35 +48,38 @@ def features(rounds):
     (_, ours), (_, theirs) = (side() for side in sides.values())
     agree = (ours.numpy() == theirs).mean()
     assert agree > 0.999, f'other neighbours: {1 - agree:.2%}'
-    products = {way.__name__: (lambda way=way: [way(query, tile) for tile in gallery.split(2048)]) for way in filter.gemms(query.device)}
+    products = {gemm.__name__: (lambda gemm=gemm: [gemm(query, tile) for tile in gallery.split(2048)])
+                for gemm in product.gemms(query.device)}
     products["NumPy's OpenBLAS"] = lambda: [query.numpy() @ tile.numpy().T for tile in gallery.split(2048)]
     seconds = alternate({**sides, **products}, rounds)
-    print(f'mgn {seconds["mgn"]:.2f} s, faiss IndexFlatIP {seconds["faiss"]:.2f} s: {seconds["faiss"] / seconds["mgn"]:.2f}× its speed; products alone: '
-          + ', '.join(f'{name} {seconds[name]:.2f} s' for name in products) + f'; {1 - agree:.4%} of faiss\'s neighbours in another place')
+    alone = ', '.join(f'{name} {seconds[name]:.2f} s' for name in products)
+    print(f'mgn {seconds["mgn"]:.2f} s, faiss IndexFlatIP {seconds["faiss"]:.2f} s: '
+          f'{seconds["faiss"] / seconds["mgn"]:.2f}× its speed; products alone: {alone}; '
+          f"{1 - agree:.4%} of faiss's neighbours in another place")
 
 
 @contextmanager
 def products_timed():
     """Yields a list that gets the seconds of every matrix product of mgn.ops."""
-    seconds, products = [], filter.products
+    seconds, products = [], product.products
 
     def timed(*args):
         start = time.perf_counter()
-        product = products(*args)
+        result = products(*args)
         seconds.append(time.perf_counter() - start)
-        return product
-    filter.products = timed
+        return result
+    product.products = timed
     try:
         yield seconds
     finally:
-        filter.products = products
+        product.products = products
 
 
 def market(rounds):
     """Re-ranking of Market-1501's size, against one product of all features and torchreid's function."""
     args = problem(**MARKET)
     every = torch.cat(args[:2])
-    products = {way.__name__: (lambda way=way: way(every, every)) for way in filter.gemms(every.device)}
+    products = {gemm.__name__: (lambda gemm=gemm: gemm(every, every)) for gemm in product.gemms(every.device)}
     k_reciprocal_ranks(*(x[:256] for x in args))  # warms up
     total, inside, alone = [], [], {name: [] for name in products}
     for _ in range(rounds):
@@ -84,14 +90,15 @@ def market(rounds):
             total.append(time.perf_counter() - start)
         inside.append(sum(seconds))
         peak = peak_mb() - before
-        for name, product in products.items():
+        for name, run in products.items():
             start = time.perf_counter()
-            product()
+            run()
             alone[name].append(time.perf_counter() - start)
     total, inside, rest = (statistics.median(x) for x in (total, inside, [t - i for t, i in zip(total, inside)]))
     alone = min(map(statistics.median, alone.values()))
-    print(f'mgn {total:.2f} s, {inside:.2f} of them products: {total / alone:.2f}× one N×N product ({alone:.2f} s); {peak:.0f} MB beyond the features; '
-          f'mAP {retrieval_metrics(*ours[:2])["mAP"]:.1%}, plain {retrieval_metrics(*match_ranks(*args)[:2])["mAP"]:.1%}')
+    plain = retrieval_metrics(*match_ranks(*args)[:2])['mAP']
+    print(f'mgn {total:.2f} s, {inside:.2f} of them products: {total / alone:.2f}× one N×N product ({alone:.2f} s); '
+          f'{peak:.0f} MB beyond the features; mAP {retrieval_metrics(*ours[:2])["mAP"]:.1%}, plain {plain:.1%}')
     before = peak_mb(anew=True)
     start = time.perf_counter()
     query, gallery = args[:2]
@@ -100,10 +107,13 @@ def market(rounds):
     start = time.perf_counter()
     theirs = torchreid_re_ranking()(*matrices)
     seconds = time.perf_counter() - start
-    got, expected = (retrieval_metrics(*ranks[:2])['mAP'] for ranks in (ours, match_ranks_from_distance(theirs, *args[2:])))
+    got, expected = (retrieval_metrics(*ranks[:2])['mAP']
+                     for ranks in (ours, match_ranks_from_distance(theirs, *args[2:])))
     assert abs(got - expected) < 1e-3, f'mAP {got} and {expected}'
-    print(f'torchreid re_ranking {seconds:.1f} s after {made:.1f} s for its matrices, {peak_mb() - before:.0f} MB: what is not products '
-          f'{seconds / rest:.1f}× faster here ({rest:.2f} s), all of it {(made + seconds) / total:.1f}×; mAP {expected:.1%}')
+    print(f'torchreid re_ranking {seconds:.1f} s after {made:.1f} s for its matrices, {peak_mb() - before:.0f} MB: '
+          f'what is not products '
+          f'{seconds / rest:.1f}× faster here ({rest:.2f} s), all of it {(made + seconds) / total:.1f}×; mAP '
+          f'{expected:.1%}')
 
 
 def msmt17(_):
@@ -127,7 +137,8 @@ def main():
     parser.add_argument('works', nargs='*', choices=[*WORKS, []])
     parser.add_argument('--rounds', type=int, default=5)
     args = parser.parse_args()
-    print(f'{cpu_model()}, {torch.get_num_threads()} threads; torch {torch.__version__}; mgn.ops {implementation("cpu")}')
+    print(f'{cpu_model()}, {torch.get_num_threads()} threads; torch {torch.__version__}; mgn.ops '
+          f'{implementation("cpu")}')
     for work in args.works or WORKS:
         print(f'{work}: ', end='', flush=True)
         WORKS[work](args.rounds)

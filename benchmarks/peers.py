@@ -9,7 +9,8 @@ from importlib.util import find_spec
 
 def without_init(*names):
     """Makes the packages importable without running their __init__, whose imports are out of date."""
-    root = find_spec(names[0]).submodule_search_locations[0] if names[0] not in sys.modules else sys.modules[names[0]].__path__[0]
+    imported = sys.modules.get(names[0])
+    root = imported.__path__[0] if imported else find_spec(names[0]).submodule_search_locations[0]
     for name in names:
         if name not in sys.modules:
             sys.modules[name] = types.ModuleType(name)
@@ -23,7 +24,7 @@ def fastreid_triplet_loss():
 
 
 def fastreid_loader(size, is_train=True):
-    """paths → (B, 3, H, W) float32, normalised, by fast-reid's read_image, its transforms as projects/MGN sets them, and its model's normalisation.
+    """paths → (B, 3, H, W) float32 by fast-reid's read_image, transforms as projects/MGN sets them, and normalisation.
 
     Images are stacked by torch: its own collator imports what torch no longer has, and would fill with zeros and add.
     """
@@ -40,7 +41,8 @@ def fastreid_loader(size, is_train=True):
 
 
 def fastreid_evaluate_rank(use_cython=True):
-    """fastreid.evaluation.rank's evaluate_cy, compiled on first use, or evaluate_py: (distmat, pids and camids, max_rank=50)."""
+    """fastreid.evaluation.rank's evaluate_cy, compiled on first use, or evaluate_py: (distmat, pids and camids,
+    max_rank=50)."""
     import numpy as np
     import pyximport
 
@@ -56,20 +58,25 @@ def fastreid_evaluate_rank(use_cython=True):
 
 
 def fastreid_mgn(num_classes, device='cpu'):
-    """fastreid.modeling.meta_arch.mgn.MGN, its optimiser and what this wraps the parameters in, both as its trainer builds them.
+    """fastreid.modeling.meta_arch.mgn.MGN, its optimiser and what this wraps the parameters in, both as its trainer
+    builds them.
 
-    Without pretrained weights; bound as its projects/MGN is. In training the model takes {'images': (B, 3, H, W) float32 in
-    0…255, 'targets': (B,)} and returns losses by name, inside an EventStorage; otherwise images, to (B, 2048).
+    Without pretrained weights; bound as its projects/MGN is. In training the model takes {'images': (B, 3, H, W)
+    float32 in 0…255, 'targets': (B,)} and returns losses by name, inside an EventStorage; otherwise images, to (B,
+    2048).
     """
     without_init('fastreid')
-    config, modeling, solver = (importlib.import_module(f'fastreid.{name}') for name in ('config', 'modeling', 'solver.build'))
+    config, modeling, solver = (importlib.import_module(f'fastreid.{name}')
+                                for name in ('config', 'modeling', 'solver.build'))
     settings = config.get_cfg()
     settings.merge_from_list([
-        'MODEL.DEVICE', device, 'MODEL.META_ARCHITECTURE', 'MGN', 'MODEL.BACKBONE.LAST_STRIDE', 2, 'MODEL.HEADS.NUM_CLASSES', num_classes,
+        'MODEL.DEVICE', device, 'MODEL.META_ARCHITECTURE', 'MGN', 'MODEL.BACKBONE.LAST_STRIDE', 2,
+        'MODEL.HEADS.NUM_CLASSES', num_classes,
         'MODEL.HEADS.EMBEDDING_DIM', 256, 'MODEL.HEADS.WITH_BNNECK', True, 'MODEL.HEADS.NECK_FEAT', 'after',
         'MODEL.HEADS.POOL_LAYER', 'GlobalMaxPool', 'MODEL.LOSSES.NAME', ('CrossEntropyLoss', 'TripletLoss'),
         'MODEL.LOSSES.CE.EPSILON', 0.1, 'MODEL.LOSSES.CE.SCALE', 2.0,  # times the 0.125 of its heads: 0.25
-        'MODEL.LOSSES.TRI.MARGIN', 1.2, 'MODEL.LOSSES.TRI.HARD_MINING', True, 'MODEL.LOSSES.TRI.SCALE', 5 / 3,  # times its 0.2: 1/3
+        'MODEL.LOSSES.TRI.MARGIN', 1.2, 'MODEL.LOSSES.TRI.HARD_MINING', True,
+        'MODEL.LOSSES.TRI.SCALE', 5 / 3,  # times its 0.2: 1/3
         'SOLVER.OPT', 'Adam', 'SOLVER.BASE_LR', 3.5e-4, 'SOLVER.WEIGHT_DECAY', 5e-4, 'SOLVER.BIAS_LR_FACTOR', 2.0,
         'SOLVER.WEIGHT_DECAY_BIAS', 0.0])
     model = modeling.build_model(settings)
@@ -77,7 +84,8 @@ def fastreid_mgn(num_classes, device='cpu'):
 
 
 def torchreid_evaluate_rank():
-    """torchreid.reid.metrics.rank.eval_market1501, which PyPI has without its Cython: (distmat, pids and camids, max_rank) → cmc, mAP."""
+    """torchreid.reid.metrics.rank.eval_market1501, which PyPI has without its Cython: (distmat, pids and camids,
+    max_rank) → cmc, mAP."""
     without_init('torchreid', 'torchreid.reid', 'torchreid.reid.metrics')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')

@@ -2,7 +2,8 @@
 
     make peers && python -m benchmarks.ranking [work …] [--device=cuda] [--rounds=5]
 
-Works: subspace, large, isotropic, bfloat16, metrics, distances, msmt17; all by default. Sides alternate; prints medians and ratios.
+Works: subspace, large, isotropic, bfloat16, metrics, distances, msmt17; all by default. Sides alternate; prints medians
+and ratios.
 """
 
 import argparse
@@ -18,26 +19,27 @@ import torch.nn.functional as F
 
 from benchmarks.machine import cpu_model
 from benchmarks.peers import fastreid_evaluate_rank, torchreid_evaluate_rank
+from mgn.ops import evaluate_rank, implementation, match_ranks
 from mgn.ops.metrics import query_metrics
-from mgn.ops import evaluate_rank, filter, implementation, match_ranks
+from mgn.ops.ranking import product
 
 G, D, IDENTITIES, CAMERAS = 82_161, 2048, 3_060, 15  # MSMT17's gallery
 
 
 def problem(queries, dimensions=64, noise=1.3, gallery=G, identities=IDENTITIES, cameras=CAMERAS):
-    """Cluster centres and noise in a random subspace; 64 dimensions and 1.3: mAP 26 %; 2048 and 5.3: 1.5 %. L2-normalised, as in use."""
+    """Cluster centres and noise in a random subspace, L2-normalised. 64 dimensions, 1.3: mAP 26 %; 2048, 5.3: 1.5 %."""
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((identities, dimensions), np.float32)
     basis = torch.from_numpy(rng.standard_normal((dimensions, D), np.float32))
     pids = [rng.integers(0, identities, n) for n in (queries, gallery)]
     camids = [rng.integers(0, cameras, n) for n in (queries, gallery)]
     features = []
-    for of in pids:
-        rows = torch.empty(len(of), D)
-        for start in range(0, len(of), 4096):
-            some = torch.from_numpy(centres[of[start:start + 4096]])
-            some += noise * torch.from_numpy(rng.standard_normal(some.shape, np.float32))
-            rows[start:start + 4096] = F.normalize(some if dimensions == D else some @ basis)
+    for identity in pids:
+        rows = torch.empty(len(identity), D)
+        for start in range(0, len(identity), 4096):
+            block = torch.from_numpy(centres[identity[start:start + 4096]])
+            block += noise * torch.from_numpy(rng.standard_normal(block.shape, np.float32))
+            rows[start:start + 4096] = F.normalize(block if dimensions == D else block @ basis)
         features.append(rows)
     return *features, *pids, *camids
 
@@ -60,14 +62,16 @@ def against_product(queries, rounds, device, dimensions=64, noise=1.3, precision
     """Ranks from features against the fastest float32 product of that shape that torch has here, alone."""
     args = problem(queries, dimensions, noise)
     features = [x.to(device) for x in args[:2]]
-    products = {f'product by {way.__name__}': (lambda way=way: way(*features)) for way in filter.gemms(features[0].device)}
+    products = {f'product by {gemm.__name__}': (lambda gemm=gemm: gemm(*features))
+                for gemm in product.gemms(features[0].device)}
     results = []
-    seconds = alternate({'match_ranks': lambda: results.append(match_ranks(*features, *args[2:], precision=precision)), **products}, rounds)
+    sides = {'match_ranks': lambda: results.append(match_ranks(*features, *args[2:], precision=precision)), **products}
+    seconds = alternate(sides, rounds)
     ours = seconds.pop('match_ranks')
     print(', '.join(f'{name} {value:.3f} s' for name, value in seconds.items()))
     result = results[-1]
-    print(f'match_ranks {ours:.3f} s: {ours / min(seconds.values()):.2f}× the fastest product; mAP {query_metrics(*result[:2])[1].mean():.1%}, '
-          f'{result.redecided / queries:.0f} pairs a query by key')
+    print(f'match_ranks {ours:.3f} s: {ours / min(seconds.values()):.2f}× the fastest product; '
+          f'mAP {query_metrics(*result[:2])[1].mean():.1%}, {result.redecided / queries:.0f} pairs a query by key')
     if precision != 'float32':
         assert np.array_equal(result.ranks, match_ranks(*features, *args[2:]).ranks), 'another precision, other ranks'
 
@@ -84,15 +88,20 @@ def evaluation_sides():
 
 
 def metrics(rounds):
-    """Features → metrics, against fast-reid's 1 − mm and compiled ranking; peak memories of one call each in a process of its own."""
+    """Features → metrics, against fast-reid's 1 − mm and compiled ranking; peak memories of one call each in a process
+    of its own."""
     args = problem(512)
     sides = evaluation_sides()
     got, expected = (side(*args) for side in sides.values())
-    assert abs(got[1].mean() - expected[1].mean()) < 1e-5 and abs(got[3].mean() - expected[2].mean()) < 1e-5, 'other metrics'
+    same_precision = abs(got[1].mean() - expected[1].mean()) < 1e-5
+    assert same_precision and abs(got[3].mean() - expected[2].mean()) < 1e-5, 'other metrics'
     seconds = alternate({name: lambda side=side: side(*args) for name, side in sides.items()}, rounds)
-    peaks = {name: json.loads(subprocess.run([sys.executable, '-m', 'benchmarks.ranking', f'--peak={name}'], capture_output=True, text=True,
-                                             check=True).stdout) for name in sides}
-    print(f'mgn {seconds["mgn"]:.3f} s, fast-reid {seconds["fast-reid"]:.3f} s: {seconds["fast-reid"] / seconds["mgn"]:.1f}× faster; '
+    peaks = {}
+    for name in sides:
+        command = [sys.executable, '-m', 'benchmarks.ranking', f'--peak={name}']
+        peaks[name] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    ratio = seconds['fast-reid'] / seconds['mgn']
+    print(f'mgn {seconds["mgn"]:.3f} s, fast-reid {seconds["fast-reid"]:.3f} s: {ratio:.1f}× faster; '
           f'peak beyond the features: mgn {peaks["mgn"]:.0f} MB, fast-reid {peaks["fast-reid"]:.0f} MB')
 
 
@@ -122,13 +131,15 @@ def distances(rounds):
     sides = {'mgn': evaluate_rank, 'fast-reid': fastreid_evaluate_rank()}
     cmc, precision, penalty = evaluate_rank(dist, *ids)
     expected = sides['fast-reid'](dist, *ids)
-    assert np.allclose(cmc, expected[0], atol=2e-3) and abs(precision.mean() - expected[1].mean()) < 1e-5, 'other metrics'
+    assert np.allclose(cmc, expected[0],
+                       atol=2e-3) and abs(precision.mean() - expected[1].mean()) < 1e-5, 'other metrics'
     seconds = alternate({name: lambda side=side: side(dist, *ids) for name, side in sides.items()}, rounds)
     start = time.perf_counter()  # once: it takes minutes
     assert abs(torchreid_evaluate_rank()(dist, *ids)[1] - precision.mean()) < 1e-5, 'other metrics'
     torchreid = time.perf_counter() - start
-    print(f'mgn {seconds["mgn"]:.4f} s; fast-reid {seconds["fast-reid"]:.2f} s, {seconds["fast-reid"] / seconds["mgn"]:.0f}× as long; '
-          f'torchreid (in Python, once) {torchreid:.1f} s, {torchreid / seconds["mgn"]:.0f}×')
+    print(f'mgn {seconds["mgn"]:.4f} s; fast-reid {seconds["fast-reid"]:.2f} s, '
+          f'{seconds["fast-reid"] / seconds["mgn"]:.0f}× as long; torchreid (in Python, once) {torchreid:.1f} s, '
+          f'{torchreid / seconds["mgn"]:.0f}×')
 
 
 def msmt17(device):
@@ -139,7 +150,8 @@ def msmt17(device):
     result = match_ranks(*features, *args[2:])
     seconds = time.perf_counter() - start
     flops = 2 * 11_659 * G * D
-    print(f'{seconds:.1f} s ({flops / seconds / 1e9:.0f} GFLOP/s of the product), {peak_mb() - before:.0f} MB beyond the features, '
+    print(f'{seconds:.1f} s ({flops / seconds / 1e9:.0f} GFLOP/s of the product), {peak_mb() - before:.0f} MB beyond '
+          f'the features, '
           f'mAP {query_metrics(*result[:2])[1].mean():.1%}, {result.redecided / 11_659:.0f} pairs a query by key')
 
 
@@ -161,10 +173,12 @@ def main():
         'distances': lambda: distances(args.rounds),
         'msmt17': lambda: msmt17(args.device),
     }
-    name = torch.cuda.get_device_name(args.device) if args.device.startswith('cuda') else f'{cpu_model()}, {torch.get_num_threads()} threads'
+    name = f'{cpu_model()}, {torch.get_num_threads()} threads'
+    if args.device.startswith('cuda'):
+        name = torch.cuda.get_device_name(args.device)
     print(f'{name}; torch {torch.__version__}; mgn.ops {implementation(args.device)}')
     for work in args.works or works:
-        if work == 'bfloat16' and filter.available('bfloat16', torch.device(args.device)) != 'bfloat16':
+        if work == 'bfloat16' and product.available('bfloat16', torch.device(args.device)) != 'bfloat16':
             print('bfloat16: this device has no units for it')
             continue
         print(f'{work}: ', end='', flush=True)

@@ -30,16 +30,20 @@ QUERIES = 512
 
 
 def processes(rounds):
-    """Each number of processes in a run of torchrun, of one thread each; they hold equal parts of queries and gallery."""
+    """Each number of processes in a run of torchrun, of one thread each; they hold equal parts of queries and
+    gallery."""
     results = {}
     for count in (1, 2):
-        command = [sys.executable, '-m', 'torch.distributed.run', f'--nproc-per-node={count}', '-m', 'benchmarks.sharding', 'part', f'--rounds={rounds}']
-        out = subprocess.run(command, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, check=True).stdout
+        command = [sys.executable, '-m', 'torch.distributed.run', f'--nproc-per-node={count}', '-m',
+                   'benchmarks.sharding', 'part', f'--rounds={rounds}']
+        environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+        out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
         results[count] = json.loads(out.strip().splitlines()[-1])
     assert results[1]['hash'] == results[2]['hash'], 'other ranks'
     one, two = (results[count] for count in (1, 2))
-    print(f'{QUERIES} × {G} × {D}: 1 process {one["seconds"]:.3f} s, 2 processes {two["seconds"]:.3f} s, {one["seconds"] / two["seconds"]:.2f}×; '
-          f'{two["traffic"] / 1e6:.2f} MB over the loopback interface, of query features {QUERIES * D * 4 / 1e6:.2f} MB, of the gallery '
+    print(f'{QUERIES} × {G} × {D}: 1 process {one["seconds"]:.3f} s, 2 processes {two["seconds"]:.3f} s, '
+          f'{one["seconds"] / two["seconds"]:.2f}×; {two["traffic"] / 1e6:.2f} MB over the loopback interface, of '
+          f'query features {QUERIES * D * 4 / 1e6:.2f} MB, of the gallery '
           f'{G * D * 4 / 1e6:.0f} MB; {two["matches"]} matches; exchange alone {two["exchange"]:.3f} s')
 
 
@@ -59,8 +63,9 @@ def part(rounds):
         match_ranks_sharded(mine[0], mine[1][:0], mine[2], mine[3][:0], mine[4], mine[5][:0])
         exchanges.append(time.perf_counter() - start)
     if dist.get_rank() == 0:
-        print(json.dumps({'seconds': statistics.median(seconds[1:]), 'traffic': statistics.median(sent[1:]), 'matches': len(ranks.ranks),
-                          'exchange': statistics.median(exchanges[1:]), 'hash': hashlib.sha256(ranks.ranks.tobytes() + ranks.offsets.tobytes()).hexdigest()}))
+        digest = hashlib.sha256(ranks.ranks.tobytes() + ranks.offsets.tobytes()).hexdigest()
+        print(json.dumps({'seconds': statistics.median(seconds[1:]), 'traffic': statistics.median(sent[1:]),
+                          'matches': len(ranks.ranks), 'exchange': statistics.median(exchanges[1:]), 'hash': digest}))
     dist.destroy_process_group()
 
 
@@ -77,7 +82,7 @@ def file(rounds):
     with tempfile.TemporaryDirectory(dir='.') as folder:
         path = os.path.join(folder, 'gallery.npy')
         np.save(path, gallery.numpy())
-        in_memory, want = gallery, match_ranks(query, gallery, *ids)
+        in_memory, expected = gallery, match_ranks(query, gallery, *ids)
 
         def forget():
             descriptor = os.open(path, os.O_RDONLY)
@@ -92,8 +97,9 @@ def file(rounds):
                 while stream.readinto(buffer):
                     pass
 
-        def ranks(of=None):
-            assert np.array_equal(match_ranks(query, np.load(path, mmap_mode='r') if of is None else of, *ids).ranks, want.ranks), 'other ranks'
+        def ranks(features=None):
+            features = np.load(path, mmap_mode='r') if features is None else features
+            assert np.array_equal(match_ranks(query, features, *ids).ranks, expected.ranks), 'other ranks'
         times = alternate({'memory': lambda: ranks(in_memory), 'cached': ranks}, rounds)
         cold = {'read': [], 'ranks': []}
         for _ in range(rounds):
@@ -102,9 +108,11 @@ def file(rounds):
                 start = time.perf_counter()
                 run()
                 cold[name].append(time.perf_counter() - start)
-        cold = {name: statistics.median(of) for name, of in cold.items()}
-    print(f'{QUERIES} × {rows} × {D} (2 GB): in memory {times["memory"]:.3f} s, file in the cache {times["cached"]:.3f} s '
-          f'({times["cached"] / times["memory"]:.2f}×), file on disk {cold["ranks"]:.3f} s; reading the file alone {cold["read"]:.3f} s')
+        cold = {name: statistics.median(seconds) for name, seconds in cold.items()}
+    print(f'{QUERIES} × {rows} × {D} (2 GB): in memory {times["memory"]:.3f} s, file in the cache '
+          f'{times["cached"]:.3f} s '
+          f'({times["cached"] / times["memory"]:.2f}×), file on disk {cold["ranks"]:.3f} s; reading the file alone '
+          f'{cold["read"]:.3f} s')
 
 
 WORKS = {'processes': processes, 'file': file}

@@ -66,7 +66,8 @@ def measure(shape, rounds, device):
 def peak_memory(side, shape, device):
     """Bytes beyond inputs at the peak of one step, told by a process of its own."""
     program = f'from benchmarks.triplet import print_peak; print_peak({side!r}, {shape!r}, {device!r})'
-    return json.loads(subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True).stdout)
+    return json.loads(subprocess.run([sys.executable, '-c', program], capture_output=True, text=True,
+                                     check=True).stdout)
 
 
 def print_peak(side, shape, device):
@@ -96,14 +97,17 @@ def main():
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     device = parser.parse_args().device
     machine = torch.cuda.get_device_name() if device == 'cuda' else f'{cpu_model()}, {torch.get_num_threads()} threads'
-    print(f'{machine}, torch {torch.__version__}, mgn {implementation(device)}; medians of forward and backward, alternating\n')
-    print('| heads × N × D | mgn, ms | fast-reid, ms | ratio | pytorch-metric-learning, ms | ratio | peak memory: mgn, fast-reid, p-m-l, MiB |')
+    print(f'{machine}, torch {torch.__version__}, mgn {implementation(device)}; medians of forward and backward, '
+          f'alternating\n')
+    print('| heads × N × D | mgn, ms | fast-reid, ms | ratio | pytorch-metric-learning, ms | ratio | peak memory: mgn, '
+          'fast-reid, p-m-l, MiB |')
     print('|---|---|---|---|---|---|---|')
     for shape, rounds in SHAPES.items():
         times = measure(shape, rounds, device)
         own, fastreid, metric_learning = (1000 * seconds for seconds in times.values())
         memory = ', '.join(f'{peak_memory(side, shape, device) / 2**20:.1f}' for side in times)
-        print(f'| {" × ".join(map(str, shape))} | {own:.2f} | {fastreid:.2f} | {fastreid / own:.1f}× | {metric_learning:.2f} | '
+        print(f'| {" × ".join(map(str, shape))} | {own:.2f} | {fastreid:.2f} | {fastreid / own:.1f}× | '
+              f'{metric_learning:.2f} | '
               f'{metric_learning / own:.1f}× | {memory} |', flush=True)
 
 

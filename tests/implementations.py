@@ -1,4 +1,5 @@
-"""Each way to run the operations of mgn.ops: compiled for the best instruction set here, as reference, compiled for every other set."""
+"""Each way to run the operations of mgn.ops: compiled for the best instruction set here, as reference, compiled for
+every other set."""
 
 import functools
 

@@ -1,4 +1,5 @@
-"""Batch-hard mining by loops in float64, what a right result is, and the cases that every implementation is tried on."""
+"""Batch-hard mining by loops in float64, what a right result is, and the cases that every implementation is tried
+on."""
 
 import hashlib
 import math
@@ -9,12 +10,14 @@ import torch
 from hypothesis import strategies as st
 
 TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-RELATIVE_ERROR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}  # half types: of what they hold
+RELATIVE_ERROR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-5,
+                  torch.bfloat16: 1e-5}  # half types: of what they hold
 
 
 def distances(head, candidates):
     """(N, D), (M, D) → (N, M) in float64, scaled so that no square leaves its range."""
-    difference = np.abs(head[:, None] - candidates[None]) if head.shape[1] else np.zeros((len(head), len(candidates), 1))
+    difference = np.abs(head[:,
+                             None] - candidates[None]) if head.shape[1] else np.zeros((len(head), len(candidates), 1))
     largest = difference.max(-1, initial=0)
     with np.errstate(invalid='ignore', divide='ignore'):
         scaled = np.where(largest[..., None] > 0, difference / largest[..., None], 0)
@@ -25,9 +28,12 @@ COMPUTED = {}  # results of naive by what they are of, for every implementation 
 
 
 def naive(anchors, labels, candidates=None, candidate_labels=None):
-    """(..., N, D) finite features → dist_ap, dist_an, pos_idx, neg_idx as lists of one list per head, a pair at a time."""
-    given = [x if x is None else (x.double() if x.is_floating_point() else x).detach().cpu() for x in (anchors, labels, candidates, candidate_labels)]
-    of = hashlib.sha256(b''.join(b'none' if x is None else f'{x.dtype} {x.shape}'.encode() + x.numpy().tobytes() for x in given)).digest()
+    """(..., N, D) finite features → dist_ap, dist_an, pos_idx, neg_idx as lists of one list per head, a pair at a
+    time."""
+    given = [x if x is None else (x.double() if x.is_floating_point() else x).detach().cpu()
+             for x in (anchors, labels, candidates, candidate_labels)]
+    of = hashlib.sha256(b''.join(b'none' if x is None else f'{x.dtype} {x.shape}'.encode() + x.numpy().tobytes()
+                                 for x in given)).digest()
     if of not in COMPUTED:
         COMPUTED[of] = naive_anew(anchors, labels, candidates, candidate_labels)
     return tuple(column.copy() for column in COMPUTED[of])
@@ -68,7 +74,8 @@ def naive_loss(dist_ap, dist_an, margin):
 
 
 def assert_mined(got, anchors, labels, candidates=None, candidate_labels=None):
-    """The result is of hardest pairs to within the type's error, measured on those very pairs, the first of duplicates."""
+    """The result is of hardest pairs to within the type's error, measured on those very pairs, the first of
+    duplicates."""
     tolerance = RELATIVE_ERROR[anchors.dtype]
     wide = torch.float64 if anchors.dtype == torch.float64 else torch.float32
     assert got.dist_ap.dtype == got.dist_an.dtype == wide and got.pos_idx.dtype == got.neg_idx.dtype == torch.int64
@@ -87,7 +94,8 @@ def assert_mined(got, anchors, labels, candidates=None, candidate_labels=None):
         for head, i in zip(*np.nonzero(idx >= 0)):
             j = idx[head, i]
             assert j < len(candidate_labels) and (candidate_labels[j] == labels[i]) == positive
-            np.testing.assert_allclose(dist[head, i], distances(x[head, i:i + 1], y[head, j:j + 1])[0, 0], rtol=max(tolerance / 10, 1e-14))
+            np.testing.assert_allclose(dist[head, i], distances(x[head, i:i + 1], y[head, j:j + 1])[0, 0],
+                                       rtol=max(tolerance / 10, 1e-14))
             same = (y[head, :j] == y[head, j]).all(-1) & ((candidate_labels[:j] == labels[i]) == positive)
             assert not same.any(), f'candidate {j} was taken, its duplicate {same.argmax()} stands before it'
 
@@ -103,7 +111,8 @@ def random_labels(n, classes=4, seed=0, device='cpu'):
 
 def random_candidates(heads, m, width, dtype=torch.float32, classes=4, device='cpu'):
     """(features, labels) of M candidates; () for m None: none, so the anchors are their own."""
-    return () if m is None else (random_features(*heads, m, width, dtype=dtype, seed=1, device=device), random_labels(m, classes, 1, device))
+    return () if m is None else (random_features(*heads, m, width, dtype=dtype, seed=1, device=device),
+                                 random_labels(m, classes, 1, device))
 
 
 def examples(usual):
@@ -113,7 +122,8 @@ def examples(usual):
 
 @st.composite
 def cases(draw, largest=70):
-    """(anchors, labels, candidates or None, their labels or None, margin): sizes, types, ties, duplicates, scales, offsets."""
+    """(anchors, labels, candidates or None, their labels or None, margin): sizes, types, ties, duplicates, scales,
+    offsets."""
     dtype = draw(st.sampled_from(TYPES))
     heads = draw(st.sampled_from([(), (1,), (3,), (2, 2)]))
     n, width = draw(st.integers(0, largest)), draw(st.sampled_from([0, 1, 3, 31, 33, 130]))
@@ -138,5 +148,6 @@ def cases(draw, largest=70):
 
     classes = draw(st.sampled_from([1, 2, 5, 100]))
     anchors, labels = features(n), torch.randint(classes, (n,), generator=generator)
-    candidates, candidate_labels = (None, None) if m is None else (features(m), torch.randint(classes, (m,), generator=generator))
+    candidates, candidate_labels = (None, None) if m is None else (features(m),
+                                                                   torch.randint(classes, (m,), generator=generator))
     return anchors, labels, candidates, candidate_labels, draw(st.sampled_from([None, 0.0, 0.3, 1.2]))

@@ -29,7 +29,8 @@ def naive_key(q, g, metric='cosine'):
 
 
 def naive_keys(query, gallery, metric='cosine'):
-    """naive_key of all pairs at once, bit for bit: one element of the rows at a time, each into its partial sum. (Q, G) float64."""
+    """naive_key of all pairs at once, bit for bit: one element of the rows at a time, each into its partial sum. (Q, G)
+    float64."""
     query, gallery = (np.asarray(features, np.float64) for features in (query, gallery))
 
     def sum_of(term, *shape):
@@ -51,7 +52,8 @@ def naive_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery_
     """The ranks of each query, by sorting pure Python numbers."""
     gallery_pids, gallery_camids = (list(map(int, ids)) for ids in (gallery_pids, gallery_camids))
     result = []
-    for keys, pid, camid in zip(naive_keys(query, gallery, metric).tolist(), map(int, query_pids), map(int, query_camids)):
+    for keys, pid, camid in zip(naive_keys(query, gallery, metric).tolist(), map(int, query_pids),
+                                map(int, query_camids)):
         ranked = []
         for index, key in enumerate(keys):
             own_view = gallery_pids[index] == pid and gallery_camids[index] == camid

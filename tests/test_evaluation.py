@@ -191,13 +191,13 @@ def test_no_query_with_a_match_is_an_error(model, tmp_path):
         path.rename(path.with_name(path.name.replace('0', '9', 1)))
     with pytest.raises(ValueError, match='No query of .*data has .* its identity from another camera in the gallery'):
         evaluate(model, market_layout(str(root)), CPU, extractor=extractor())
-    with pytest.raises(ValueError, match='at least one query with a true match'):
+    with pytest.raises(ValueError, match='At least one query must have a true match'):
         evaluate(model, market_layout(str(root)), CPU, extractor=extractor(), cross_camera=False)
 
 
 def test_features_that_are_not_finite_are_an_error(model, folder):
     model.heads[3].norm.bias.data[0] = torch.nan
-    with pytest.raises(ValueError, match='want finite query features, got NaN or infinity in row 0'):
+    with pytest.raises(ValueError, match='query features must be finite, but row 0 has NaN or infinity'):
         evaluate(model, market_layout(str(folder)), CPU, extractor=extractor())
 
 
@@ -301,17 +301,17 @@ def test_each_stage_says_its_time_and_memory_and_has_a_row(model, folder, caplog
 
 
 @pytest.mark.parametrize('options, message', [
-    (dict(query_expansion=-1), 'query_expansion must be an integer from 0 to 4096, found -1'),
-    (dict(query_expansion=4097), 'query_expansion must be an integer from 0 to 4096, found 4097'),
-    (dict(query_expansion=2.0), 'query_expansion must be an integer from 0 to 4096, found 2.0'),
-    (dict(query_expansion=True), 'query_expansion must be an integer from 0 to 4096, found True'),
-    (dict(query_expansion=False), 'query_expansion must be an integer from 0 to 4096, found False'),
-    (dict(query_expansion=3, alpha=-1.0), 'alpha as a finite number from 0, got -1.0'),
-    (dict(rerank=20), 'rerank must be True or False, found 20'),
-    (dict(rerank='False'), "rerank must be True or False, found 'False'"),
-    (dict(rerank=True, k1=0), 'k1 as an integer from 1 to 2³¹ − 1, got 0'),
-    (dict(rerank=True, k2=6.0), 'k2 as an integer from 1 to 2³¹ − 1, got 6.0'),
-    (dict(rerank=True, lambda_value=1.1), 'lambda_value as a number from 0 to 1, got 1.1')], ids=str)
+    (dict(query_expansion=-1), 'query_expansion must be an integer from 0 to 4096, not -1'),
+    (dict(query_expansion=4097), 'query_expansion must be an integer from 0 to 4096, not 4097'),
+    (dict(query_expansion=2.0), 'query_expansion must be an integer from 0 to 4096, not 2.0'),
+    (dict(query_expansion=True), 'query_expansion must be an integer from 0 to 4096, not True'),
+    (dict(query_expansion=False), 'query_expansion must be an integer from 0 to 4096, not False'),
+    (dict(query_expansion=3, alpha=-1.0), 'alpha must be a finite number from 0, not -1.0'),
+    (dict(rerank=20), 'rerank must be True or False, not 20'),
+    (dict(rerank='False'), "rerank must be True or False, not 'False'"),
+    (dict(rerank=True, k1=0), 'k1 must be an integer from 1 to 2147483647, not 0'),
+    (dict(rerank=True, k2=6.0), 'k2 must be an integer from 1 to 2147483647, not 6.0'),
+    (dict(rerank=True, lambda_value=1.1), 'lambda_value must be a finite number from 0 to 1, not 1.1')], ids=str)
 def test_options_out_of_range_are_refused_before_an_image_is_read(model, folder, monkeypatch, options, message):
     monkeypatch.setattr(Extractor, 'features', None)
     with pytest.raises(ValueError, match=message):

@@ -65,7 +65,7 @@ def test_features_that_are_not_finite_stop_the_run_at_once_and_name_the_step(mar
         return mgn_losses(output._replace(embeddings=output.embeddings * factor), labels)
 
     monkeypatch.setattr(training, 'make_losses', lambda *_: FunctionLosses(spoilt))
-    with pytest.raises(UserError, match=r'anchors.*head 0, row 0, .*\(step 3; the last good checkpoint is .*last.pth'):
+    with pytest.raises(UserError, match=r'anchors must be finite, but head 0, row 0, .* is nan.*\(step 3; the last good checkpoint is .*last.pth'):
         train(market, tmp_path, 'train.log_every = 99')
     assert len(calls) == 4
 

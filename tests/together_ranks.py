@@ -1,4 +1,5 @@
-"""mgn.ops.match_ranks_sharded: the ranks of one process, from parts of any size, for any data; mistakes are told everywhere."""
+"""mgn.ops.match_ranks_sharded: the ranks of one process, from parts of any size, for any data; mistakes are told
+everywhere."""
 
 import re
 
@@ -55,7 +56,8 @@ def check_ranks_are_those_of_one_process(folder):
 def check_every_type_and_container_and_the_reference(folder):
     whole, rng = problem(12, 90, 40, levels=4), np.random.default_rng(0)
     want = ops.match_ranks(*whole)
-    for convert in (torch.from_numpy, lambda x: torch.from_numpy(x).half(), lambda x: torch.from_numpy(x).bfloat16(), np.asfortranarray,
+    for convert in (torch.from_numpy, lambda x: torch.from_numpy(x).half(), lambda x: torch.from_numpy(x).bfloat16(),
+                    np.asfortranarray,
                     lambda x: np.repeat(x, 2, 1)[:, ::2]):
         mine = part_of(whole, rng, 'random')
         assert same(ops.match_ranks_sharded(convert(mine[0]), convert(mine[1]), *mine[2:]), want)
@@ -66,7 +68,8 @@ def check_every_type_and_container_and_the_reference(folder):
 
 def check_a_process_without_images_need_not_know_width_or_type(folder):
     whole = problem(6, 50, 16)
-    mine = whole if dist.get_rank() == 1 else (np.empty((0, 0), np.float16), np.empty((0, 0), np.float32), [], [], [], [])
+    mine = whole if dist.get_rank() == 1 else (np.empty((0, 0), np.float16), np.empty((0, 0), np.float32), [], [], [],
+                                               [])
     assert same(ops.match_ranks_sharded(*mine), ops.match_ranks(*whole))
 
 
@@ -94,7 +97,8 @@ def check_what_one_process_gets_wrong_is_told_in_all(folder):
             ops.match_ranks_sharded(*mine, **options)
 
     def with_nan(which):
-        return lambda mine: [np.where(np.arange(len(x))[:, None] == 2, np.float32('nan'), x) if i == which else x for i, x in enumerate(mine)]
+        return lambda mine: [np.where(np.arange(len(x))[:, None] == 2, np.float32('nan'), x) if i == which else x for i,
+                             x in enumerate(mine)]
     refused('query and gallery must have rows of one width', lambda mine: [mine[0][:, :5], *mine[1:]])
     refused('query_pids must have the shape', lambda mine: [*mine[:2], mine[2][1:], *mine[3:]])
     refused('gallery features must have .* float32', lambda mine: [mine[0], mine[1].astype(np.float64), *mine[2:]])
@@ -104,11 +108,15 @@ def check_what_one_process_gets_wrong_is_told_in_all(folder):
     with pytest.raises(ValueError, match=want):  # all have them
         mine = part_of(whole, rng, 'even')
         ops.match_ranks_sharded(*(with_nan(0)(mine) if rank == 1 else mine))
-    for name, options, altered in (('metric', {'metric': 'euclidean'}, 'euclidean'), ('junk_pid', {'junk_pid': None}, 'None')):
-        with pytest.raises(ValueError, match=f'{name} must be the same in all processes, but is .*{altered} in process 1.*; pass the same'):
+    for name, options, altered in (('metric', {'metric': 'euclidean'}, 'euclidean'),
+                                   ('junk_pid', {'junk_pid': None}, 'None')):
+        with pytest.raises(ValueError,
+                           match=f'{name} must be the same in all processes, but is .*{altered} in process 1.*; pass '
+                                 f'the same'):
             ops.match_ranks_sharded(*part_of(whole, rng, 'even'), **(options if rank == 1 else {}))
     mine = part_of(whole, rng, 'even')
-    for name, altered in (('width D', [x[:, :5] for x in mine[:2]]), ('type of queries', [mine[0].astype(np.float16), mine[1]])):
+    for name, altered in (('width D', [x[:, :5] for x in mine[:2]]),
+                          ('type of queries', [mine[0].astype(np.float16), mine[1]])):
         with pytest.raises(ValueError, match=f'{name} must be the same in all processes, but is .* in process 1'):
             ops.match_ranks_sharded(*(altered if rank == 1 else mine[:2]), *mine[2:])
     assert same(ops.match_ranks_sharded(*mine), ops.match_ranks(*whole))  # and they are in step still

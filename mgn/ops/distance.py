@@ -15,8 +15,7 @@ DISTANCES = ('euclidean', 'sqeuclidean', 'cosine')  # as csrc/kernels count them
 
 
 def pairwise_distance(x, y, metric='euclidean'):
-    """The distance of every row of x from every row of y, with a relative error of at most 1e-5, however near or far
-    from the origin.
+    """The distance of every row of x from every row of y, to a relative error of 1e-5, near duplicates included.
 
     Sums squared differences, in float32 (float64 for float64 rows) where their rounding allows, else in float64; never
     x² + y² − 2xy, and no matrix product. On CUDA the error is that for D up to 3072 (4096 for the Euclidean ones), on

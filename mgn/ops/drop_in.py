@@ -12,7 +12,6 @@ from mgn.ops.ranking.reranking import encode, final_distances, relative, rows_be
 from mgn.ops.ranking.tiles import denormals, spans
 
 ROWS = 2 ** 23  # numbers of dense rows at a time
-PAIRS = 2 ** 20
 
 
 def evaluate_rank(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=50, use_metric_cuhk03=False, use_cython=True):
@@ -74,11 +73,7 @@ def re_ranking(q_g_dist, q_q_dist, g_g_dist, k1=20, k2=6, lambda_value=0.3):
     neighbours, maxima = nearest_of_all(q_g, q_q, g_g, min(max(k1 + 1, k2), total))
 
     def relative_squares(owners, others):
-        squares = np.empty(len(owners))
-        for part in spans(len(owners), PAIRS):
-            distances = distances_of_pairs(q_g, q_q, g_g, owners[part], others[part])
-            squares[part] = np.square(relative(distances, maxima[owners[part]]))
-        return squares
+        return np.square(relative(distances_of_pairs(q_g, q_q, g_g, owners, others), maxima[owners]))
     encodings, sparse = encode(neighbours, k1, k2, relative_squares), sparse_kernels()
     columns = sparse.transpose(*rows_between(encodings, queries, total), total)
     final = np.empty(q_g.shape, np.float32)
@@ -94,8 +89,7 @@ def re_ranking(q_g_dist, q_q_dist, g_g_dist, k1=20, k2=6, lambda_value=0.3):
 
 
 def nearest_of_all(q_g, q_q, g_g, count):
-    """The nearest of queries and gallery to each of them, (Q + G, count), and its largest distance, (Q + G,)
-    float64."""
+    """The nearest to each query and item, (Q + G, count), and its largest distance, (Q + G,) float64."""
     queries, total = len(q_g), sum(q_g.shape)
     items, maxima = torch.empty(total, count, dtype=torch.int64), np.zeros(total)
     dtype = torch.promote_types(torch.promote_types(q_g.dtype, q_q.dtype), g_g.dtype)
@@ -119,8 +113,7 @@ def nearest_of_all(q_g, q_q, g_g, count):
 
 
 def distances_of_pairs(q_g, q_q, g_g, owners, others):
-    """Entries (owners[p], others[p]) of the matrix over queries and gallery, float64. As published, of its
-    transpose."""
+    """Entries (owners[p], others[p]), float64, of the transposed matrix over queries and gallery, as published."""
     owners, others = torch.from_numpy(owners), torch.from_numpy(others)
     queries, distances = len(q_g), np.empty(len(owners))
     own_is_query, other_is_query = owners < queries, others < queries

@@ -14,8 +14,7 @@ BLOCK = 2 ** 20  # numbers of a block of queries: 8 MB
 @uncompiled
 @torch.no_grad()
 def expand_queries(query, gallery, k, alpha=3.0):
-    """α query expansion (Radenović, Tolias, Chum, "Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI
-    2019).
+    """α query expansion (Radenović et al., "Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI 2019).
 
     The sum, in float64, of the L2-normalised query and its k most similar L2-normalised gallery items, nearest first,
     each times max(cosine similarity, 0) ** alpha; normalised. The query's own weight is 1. alpha=0 is the plain

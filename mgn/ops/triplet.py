@@ -221,8 +221,7 @@ def _batch_hard_backward(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx
 
 
 def pairs_by_candidate(pos_idx, neg_idx, m, scanned=2**24):
-    """The mined pairs of each candidate, as the CUDA kernel gathers them: entries (heads, 2N) sorted by candidate,
-    offsets (heads, M + 1).
+    """The mined pairs by candidate, as the CUDA kernel gathers them: entries (heads, 2N), offsets (heads, M + 1).
 
     Entry e < N stands for anchor e and its positive, N + e for e and its negative. (None, None) up to `scanned` anchors
     × candidates of a head: looking through all pairs costs the kernel less than sorting them.
@@ -235,8 +234,7 @@ def pairs_by_candidate(pos_idx, neg_idx, m, scanned=2**24):
 
 
 def backward_reference(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx, grad_ap, grad_an, slope):
-    """Gradients of Σ grad_ap·dist_ap + grad_an·dist_an; with a slope of the loss, whose gradient grad_ap (heads,) then
-    is."""
+    """Gradients of Σ grad_ap·dist_ap + grad_an·dist_an; with a slope, of the loss, and grad_ap (heads,) is its own."""
     # In float64 not for its digits: PyTorch adds float32 rows with atomics on CPUs, in any order.
     dtype = reference_type(anchors.device)
     if slope is not None:
@@ -259,8 +257,7 @@ def backward_reference(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx, 
 # its time.
 
 def _without_autograd(operator, implementation, *inputs):
-    """operator(*inputs) without autograd; its implementation directly where no subclass or mode watches, as tracers
-    do."""
+    """operator(*inputs) without autograd; its implementation directly where no subclass or mode (a tracer) watches."""
     if type(inputs[0]) in (torch.Tensor, torch.nn.Parameter) and watching_modes() == 0:
         return implementation(*inputs)
     with below_autograd():

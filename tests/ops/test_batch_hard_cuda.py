@@ -1,4 +1,5 @@
-"""What only a GPU can show: that nothing waits for it, that streams and graphs are kept, and how features that are not finite go."""
+"""What only a GPU can show: that nothing waits for it, that streams and graphs are kept, and how features that are not
+finite go."""
 
 import pytest
 import torch
@@ -67,6 +68,7 @@ def test_an_odd_feature_makes_its_own_distances_nan_and_the_loss(device, dtype, 
     loss.sum().backward()
     torch.cuda.set_sync_debug_mode('default')
     assert loss[0].isfinite() and loss[1].isnan() and mined.dist_ap[0].isfinite().all()
-    assert mined.pos_idx[1, 7] == mined.neg_idx[1, 7] == -1 and mined.dist_ap[1, 7].isnan() and mined.dist_an[1, 7].isnan()
+    assert mined.pos_idx[1, 7] == mined.neg_idx[1, 7] == -1 and mined.dist_ap[1,
+                                                                              7].isnan() and mined.dist_an[1, 7].isnan()
     assert (mined.dist_ap[1].isnan() == (labels == labels[7])).all()
     assert anchors.grad[0].isfinite().all() and anchors.grad[1, 7].isnan().all()

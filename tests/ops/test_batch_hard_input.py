@@ -12,7 +12,8 @@ X, LABELS = torch.ones(3, 8, 4), torch.zeros(8, dtype=torch.int64)
 
 
 @pytest.mark.parametrize('arguments, message', [
-    ((X[0, 0], LABELS), r'anchors must have the shape \(..., rows, D\) and a real floating type, not \(4,\) and torch.float32; '
+    ((X[0, 0], LABELS),
+     r'anchors must have the shape \(..., rows, D\) and a real floating type, not \(4,\) and torch.float32; '
                         'reshape'),
     ((X.long(), LABELS), r'anchors must have .* not \(3, 8, 4\) and torch.int64'),
     ((X.to(torch.complex64), LABELS), 'anchors must have .* a real floating type, not .* torch.complex64'),
@@ -57,7 +58,9 @@ def test_features_that_are_not_finite_are_named_on_the_cpu(monkeypatch, referenc
         monkeypatch.setattr(triplet, 'kernels', lambda device: None)
     spoilt = X.to(dtype).clone()
     spoilt[1, 5, 2] = value
-    with pytest.raises(ValueError, match=f'anchors must be finite, but head 1, row 5, dimension 2 is {value}; look for what diverged'):
+    with pytest.raises(ValueError,
+                       match=f'anchors must be finite, but head 1, row 5, dimension 2 is {value}; look for what '
+                             f'diverged'):
         batch_hard_triplet_loss(spoilt, LABELS)
     with pytest.raises(ValueError, match='candidates must be finite, but head 1, row 5, dimension 2 is '):
         batch_hard(X.to(dtype), LABELS, spoilt, LABELS)
@@ -102,7 +105,8 @@ def test_results_can_be_changed_in_place(device, heads):
     pytest.param(dtype, own, marks=pytest.mark.long) for dtype in TYPES for own in (True, False)
     if dtype not in (torch.float32, torch.bfloat16) or (dtype, own) == (torch.bfloat16, True))])
 def test_opcheck(device, dtype, own):
-    anchors, labels = random_features(2, 6, 3, dtype=dtype, device=device).requires_grad_(), random_labels(6, device=device)
+    anchors, labels = random_features(2, 6, 3, dtype=dtype,
+                                      device=device).requires_grad_(), random_labels(6, device=device)
     others = (None, None) if own else (random_features(2, 5, 3, dtype=dtype, seed=1, device=device).requires_grad_(),
                                        random_labels(5, seed=1, device=device))
     torch.library.opcheck(torch.ops.mgn.batch_hard, (anchors, labels, *others))
@@ -110,8 +114,10 @@ def test_opcheck(device, dtype, own):
         torch.library.opcheck(torch.ops.mgn.batch_hard_triplet_loss, (anchors, labels, *others, margin))
     mined = [tensor.detach() for tensor in torch.ops.mgn.batch_hard(anchors, labels, *others)]
     inputs = anchors.detach(), None if own else others[0].detach()
-    torch.library.opcheck(torch.ops.mgn.batch_hard_backward, (*inputs, *mined, torch.ones_like(mined[0]), torch.ones_like(mined[0]), None))
-    torch.library.opcheck(torch.ops.mgn.batch_hard_backward, (*inputs, *mined, torch.ones_like(mined[0][:, 0]), None, torch.ones_like(mined[0])))
+    torch.library.opcheck(torch.ops.mgn.batch_hard_backward,
+                          (*inputs, *mined, torch.ones_like(mined[0]), torch.ones_like(mined[0]), None))
+    torch.library.opcheck(torch.ops.mgn.batch_hard_backward,
+                          (*inputs, *mined, torch.ones_like(mined[0][:, 0]), None, torch.ones_like(mined[0])))
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -155,7 +161,8 @@ def test_a_tracer_sees_the_operators(device, mode):
     called = {str(node.target) for node in graph.graph.nodes}
     assert {'mgn.batch_hard_triplet_loss.default', 'mgn.batch_hard_backward.default'} <= called
     other = random_features(2, 20, 8, seed=1, device=device)
-    assert torch.equal(graph(other, labels), step(other, labels)) and not torch.equal(graph(other, labels), step(anchors, labels))
+    assert torch.equal(graph(other, labels),
+                       step(other, labels)) and not torch.equal(graph(other, labels), step(anchors, labels))
 
 
 def test_raw_operators_refuse_what_would_touch_memory_that_is_not_theirs():
@@ -165,10 +172,12 @@ import torch
 from mgn.ops import native
 assert native.missing('_C') is None
 x, labels = torch.ones(1, 8, 4), torch.zeros(8, dtype=torch.int64)
-good = [x, labels, None, None, torch.empty(1, 8), torch.empty(1, 8), labels[None].clone(), labels[None].clone(), None, None, None]
+good = [x, labels, None, None, torch.empty(1, 8), torch.empty(1, 8), labels[None].clone(), labels[None].clone(),
+        None, None, None]
 torch.ops.mgn_cpu.batch_hard(*good)
-for place, bad in ((0, x[0]), (0, x.half()), (0, x.expand(2, 8, 4)), (1, labels[:7]), (1, labels.int()), (2, x[:, :, :3]), (4, torch.empty(1, 7)),
-                   (4, torch.empty(1, 8, dtype=torch.float64)), (6, labels[None, :3]), (8, torch.empty(0))):
+for place, bad in ((0, x[0]), (0, x.half()), (0, x.expand(2, 8, 4)), (1, labels[:7]), (1, labels.int()),
+                   (2, x[:, :, :3]), (4, torch.empty(1, 7)), (4, torch.empty(1, 8, dtype=torch.float64)),
+                   (6, labels[None, :3]), (8, torch.empty(0))):
     try:
         torch.ops.mgn_cpu.batch_hard(*good[:place], bad, *good[place + 1:])
     except RuntimeError as error:

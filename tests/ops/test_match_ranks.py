@@ -50,7 +50,8 @@ def test_keys_apart_by_rounding_alone_are_ordered_by_the_canonical_sum(ranking, 
     assert ranks_of(*args, metric=metric) == naive_ranks(*args, metric=metric)
 
 
-@settings(deadline=None, derandomize=True, max_examples=examples(160), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, derandomize=True, max_examples=examples(160),
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_ranks_equal_the_naive_loop_on_anything(ranking, data):
     Q, G, D = (data.draw(st.integers(low, high)) for low, high in ((0, 4), (0, 24), (1, 20)))
@@ -63,7 +64,8 @@ def test_ranks_equal_the_naive_loop_on_anything(ranking, data):
     assert ranks_of(query, gallery, *ids, **options) == naive_ranks(query, gallery, *ids, **options)
 
 
-@settings(deadline=None, derandomize=True, max_examples=examples(40), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, derandomize=True, max_examples=examples(40),
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2 ** 32 - 1), st.integers(1, 40), st.sampled_from([2, 5, 16]), st.sampled_from(METRICS))
 def test_near_ties_equal_the_naive_loop(ranking, seed, D, pids, metric):
     args = near_ties(2, 16, D, seed, pids)
@@ -219,7 +221,8 @@ def test_features_that_are_not_finite_are_named(ranking, which, value):
 
 
 @pytest.mark.parametrize('which, bad, message', [
-    (0, np.zeros((3, 6), np.float32), 'query and gallery must have rows of one width'), (0, np.zeros(5, np.float32), 'query features'),
+    (0, np.zeros((3, 6), np.float32), 'query and gallery must have rows of one width'),
+    (0, np.zeros(5, np.float32), 'query features'),
     (1, np.zeros((4, 5, 1), np.float32), 'gallery features'), (2, [1, 2], r'query_pids must have the shape \(3,\)'),
     (3, [1, 2, 3], r'gallery_pids must have the shape \(4,\)'), (4, [1.0, 2.0, 3.0], 'query_camids .*integer type'),
     (5, [[1], [2], [3], [4]], r'gallery_camids must have the shape \(4,\)'), (3, [], 'gallery_pids')])
@@ -231,7 +234,8 @@ def test_shapes_and_types_that_do_not_fit_are_named(which, bad, message):
 
 
 @pytest.mark.parametrize('options, message', [({'metric': 'manhattan'}, "'cosine' or 'euclidean', not 'manhattan'"),
-                                              ({'precision': 'float16'}, "'float32' or 'tf32' or 'bfloat16', not 'float16'")])
+                                              ({'precision': 'float16'},
+                                               "'float32' or 'tf32' or 'bfloat16', not 'float16'")])
 def test_unknown_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         match_ranks(*problem(3, 4, 5), **options)

@@ -1,4 +1,5 @@
-"""What only a GPU can show of ranking: that real cuBLAS products of every precision leave the ranks as they are on the CPU."""
+"""What only a GPU can show of ranking: that real cuBLAS products of every precision leave the ranks as they are on the
+CPU."""
 
 import numpy as np
 import pytest
@@ -14,14 +15,17 @@ pytestmark = pytest.mark.usefixtures('gpu')
 
 @pytest.mark.parametrize('precision', PRECISIONS)
 @pytest.mark.parametrize('metric', METRICS)
-@pytest.mark.parametrize('make, size', [(problem, (33, 2500, 129)), (near_ties, (9, 300, 33)), (extremes, (20, 500, 64)), (problem, (2, 1, 1)),
+@pytest.mark.parametrize('make, size',
+                         [(problem, (33, 2500, 129)), (near_ties, (9, 300, 33)), (extremes, (20, 500, 64)),
+                          (problem, (2, 1, 1)),
                                         (problem, (700, 9000, 256))])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
 def test_ranks_equal_those_of_the_cpu(device, make, size, metric, precision, dtype):
     query, gallery, *ids = make(*size)
     features = [torch.from_numpy(x).clamp(-6e4, 6e4).to(dtype) for x in (query, gallery)]
     expected = match_ranks(*features, *ids, metric=metric)
-    got = match_ranks(*(x.to(device) for x in features), *(torch.from_numpy(x).to(device) for x in ids), metric=metric, precision=precision)
+    got = match_ranks(*(x.to(device) for x in features), *(torch.from_numpy(x).to(device) for x in ids), metric=metric,
+                      precision=precision)
     assert np.array_equal(got.offsets, expected.offsets) and np.array_equal(got.ranks, expected.ranks)
 
 

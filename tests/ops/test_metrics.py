@@ -104,7 +104,8 @@ def test_rank_k_counts_the_first_match_at_exactly_k():
 
 @pytest.mark.parametrize('ranks', [[], [[]], [[], [], []]])
 def test_no_query_with_a_match_is_an_error(ranks):
-    with pytest.raises(ValueError, match='At least one query must have a true match in the gallery, but none has; check pids'):
+    with pytest.raises(ValueError,
+                       match='At least one query must have a true match in the gallery, but none has; check pids'):
         metrics(ranks)
 
 

@@ -1,4 +1,5 @@
-"""mgn.ops.pairwise_distance, as compiled for every instruction set here and as a reference, against the formula in float64."""
+"""mgn.ops.pairwise_distance, as compiled for every instruction set here and as a reference, against the formula in
+float64."""
 
 import itertools
 import subprocess
@@ -28,7 +29,8 @@ def naive(x, y, metric):
     def norm(rows):
         largest = rows.abs().sum(-1, keepdim=True)
         ratios = rows / largest
-        return torch.where((largest > 0) & largest.isfinite(), ratios.nan_to_num(0).square().sum(-1, keepdim=True).sqrt() * largest, largest)
+        return torch.where((largest > 0) & largest.isfinite(),
+                           ratios.nan_to_num(0).square().sum(-1, keepdim=True).sqrt() * largest, largest)
 
     def unit(rows):
         return torch.where(norm(rows) == 0, 0, rows / norm(rows))
@@ -39,7 +41,8 @@ def naive(x, y, metric):
 
 
 def assert_right(got, x, y, metric, tolerance=1e-5):
-    """To a relative error, but for what the type rounds to 0 or near it, and for the rounding of unit vectors in float64."""
+    """To a relative error, but for what the type rounds to 0 or near it, and for the rounding of unit vectors in
+    float64."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     assert got.dtype == wide and got.shape == (len(x), len(y))
     expected = naive(x, y, metric)
@@ -47,7 +50,8 @@ def assert_right(got, x, y, metric, tolerance=1e-5):
     assert (got.cpu()[same] == 0).all()
     expected[same] = 0
     smallest = {torch.float32: 1.5e-45, torch.float64: 5e-324}[wide]
-    torch.testing.assert_close(got.cpu().double(), expected.to(wide).double(), rtol=tolerance, atol=1e-21 if metric == 'cosine' else smallest,
+    torch.testing.assert_close(got.cpu().double(), expected.to(wide).double(), rtol=tolerance,
+                               atol=1e-21 if metric == 'cosine' else smallest,
                                equal_nan=True)
 
 
@@ -87,8 +91,8 @@ def test_near_duplicates_far_from_the_origin_keep_their_distances(implementation
 @pytest.mark.parametrize('metric', METRICS)
 @pytest.mark.parametrize('width, angle', [*itertools.product([2048, 3072, 16384], [0.12, 0.13, 0.2, 0.7, 1.5])])
 def test_the_error_of_long_sums_stays_within_1e_5(implementation, device, metric, width, angle):
-    """Equal terms, so that roundings of a running sum would add up instead of cancelling; around the angle from which the cosine is
-    measured in float32."""
+    """Equal terms, so that roundings of a running sum would add up instead of cancelling; around the angle from which
+    the cosine is measured in float32."""
     width = width if device == 'cpu' else min(width, 3072)
     x = torch.ones(1, width, device=device)
     sides = torch.tensor([1.0, -1.0], device=device).repeat(width // 2)
@@ -97,8 +101,10 @@ def test_the_error_of_long_sums_stays_within_1e_5(implementation, device, metric
 
 
 @pytest.mark.parametrize('metric', METRICS)
-@pytest.mark.parametrize('dtype, scale', [(torch.float32, 1e20), (torch.float32, 1e-20), (torch.float32, 1e-30), (torch.float32, 1e-42),
-                                          (torch.float64, 1e200), (torch.float64, 1e-200), (torch.bfloat16, 1e20), (torch.float16, 1e-6)])
+@pytest.mark.parametrize('dtype, scale',
+                         [(torch.float32, 1e20), (torch.float32, 1e-20), (torch.float32, 1e-30), (torch.float32, 1e-42),
+                                          (torch.float64, 1e200), (torch.float64, 1e-200), (torch.bfloat16, 1e20),
+                                          (torch.float16, 1e-6)])
 def test_squares_beyond_the_range_of_their_type(implementation, device, metric, dtype, scale):
     """With rows of ordinary size beside them."""
     x, y = (random_features(30, 9, dtype=torch.float64, seed=seed, device=device) for seed in (0, 1))
@@ -128,27 +134,32 @@ def test_what_is_not_finite_goes_where_the_formula_says(implementation, device, 
         if metric == 'cosine':
             unit = [rows.cpu().double() / rows.cpu().double().norm(dim=-1, keepdim=True) for rows in (x, y)]
             expected = (unit[0][:, None] - unit[1]).square().sum(-1) / 2
-        torch.testing.assert_close(pairwise_distance(x, y, metric).cpu().double(), expected, rtol=1e-5, atol=1e-14, equal_nan=True)
+        torch.testing.assert_close(pairwise_distance(x, y, metric).cpu().double(), expected, rtol=1e-5, atol=1e-14,
+                                   equal_nan=True)
 
 
 @pytest.mark.parametrize('metric', METRICS)
 def test_zero_vectors(implementation, device, metric):
     x, y = torch.tensor([[0.0, 0.0], [3.0, 4.0]], device=device), torch.tensor([[0.0, 0.0], [0.0, 5.0]], device=device)
-    expected = {'euclidean': [[0, 5], [5, 10**0.5]], 'sqeuclidean': [[0, 25], [25, 10]], 'cosine': [[0, 0.5], [0.5, 0.2]]}[metric]
-    torch.testing.assert_close(pairwise_distance(x, y, metric).cpu(), torch.tensor(expected, dtype=torch.float32), rtol=1e-6, atol=0)
+    expected = {'euclidean': [[0, 5], [5, 10**0.5]], 'sqeuclidean': [[0, 25], [25, 10]],
+                'cosine': [[0, 0.5], [0.5, 0.2]]}[metric]
+    torch.testing.assert_close(pairwise_distance(x, y, metric).cpu(), torch.tensor(expected, dtype=torch.float32),
+                               rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize('metric', METRICS)
 @pytest.mark.parametrize('n, m, width', [(0, 3, 2), (3, 0, 2), (0, 0, 2), (3, 4, 0), (0, 4, 0)])
 def test_empty_operands(implementation, device, metric, n, m, width):
-    x, y = torch.ones(n, width, device=device, requires_grad=True), torch.ones(m, width, device=device, requires_grad=True)
+    x, y = torch.ones(n, width, device=device, requires_grad=True), torch.ones(m, width, device=device,
+                                                                               requires_grad=True)
     got = pairwise_distance(x, y, metric)
     assert got.shape == (n, m) and (got == 0).all()
     got.sum().backward()
     assert x.grad.shape == x.shape and (x.grad == 0).all() and y.grad.shape == y.shape and (y.grad == 0).all()
 
 
-@pytest.mark.parametrize('metric, dtype', [('euclidean', torch.float32), ('sqeuclidean', torch.bfloat16), ('cosine', torch.float64),
+@pytest.mark.parametrize('metric, dtype',
+                         [('euclidean', torch.float32), ('sqeuclidean', torch.bfloat16), ('cosine', torch.float64),
                                            ('cosine', torch.float16)])
 def test_strided_rows_are_taken_and_tiles_join(implementation, device, metric, dtype):
     """More rows than a tile of those that have to be copied."""
@@ -158,7 +169,8 @@ def test_strided_rows_are_taken_and_tiles_join(implementation, device, metric, d
     assert_right(got, x, y, metric)
     assert torch.equal(pairwise_distance(y, x, metric), got.T)
     assert_right(pairwise_distance(x[::50, ::2], y[::3, ::2], metric), x[::50, ::2], y[::3, ::2], metric)
-    assert_right(pairwise_distance(x[:1].expand(5, -1), y[:, :1].expand(-1, 6), metric), x[:1].expand(5, -1), y[:, :1].expand(-1, 6), metric)
+    assert_right(pairwise_distance(x[:1].expand(5, -1), y[:, :1].expand(-1, 6), metric), x[:1].expand(5, -1),
+                 y[:, :1].expand(-1, 6), metric)
 
 
 @pytest.mark.parametrize('metric', METRICS)
@@ -186,7 +198,8 @@ def cases(draw):
     n, m, width = draw(st.integers(0, 70)), draw(st.integers(0, 70)), draw(st.sampled_from([0, 1, 3, 31, 33, 130]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     rows = torch.randn(n + m, width, generator=generator, dtype=torch.float64)
-    kind = draw(st.sampled_from(['normal', 'small integers', 'duplicates', 'far', 'tiny', 'huge', 'mixed', 'collapsed']))
+    kind = draw(st.sampled_from(['normal', 'small integers', 'duplicates', 'far', 'tiny', 'huge', 'mixed',
+                                 'collapsed']))
     exponent = {torch.float64: 150, torch.float16: 3}.get(dtype, 30)
     if kind == 'small integers':
         rows = rows.round().clamp(-1, 1)
@@ -195,7 +208,8 @@ def cases(draw):
     elif kind == 'far':
         rows = 1e3 + 1e-2 * rows
     elif kind in ('tiny', 'huge', 'mixed'):
-        powers = {'tiny': torch.tensor([-exponent]), 'huge': torch.tensor([exponent])}.get(kind, torch.randint(-exponent, exponent, (n + m, 1)))
+        powers = {'tiny': torch.tensor([-exponent]),
+                  'huge': torch.tensor([exponent])}.get(kind, torch.randint(-exponent, exponent, (n + m, 1)))
         rows = rows * 10.0 ** powers.double()
     elif kind == 'collapsed':
         rows = torch.ones_like(rows)
@@ -223,7 +237,8 @@ def gradients(x, y, metric, upstream):
 
 
 @pytest.mark.parametrize('metric', METRICS)
-@pytest.mark.parametrize('dtype, far', [(torch.float32, 0), (torch.float32, 1e2), (torch.float64, 1e2), (torch.bfloat16, 0)])
+@pytest.mark.parametrize('dtype, far',
+                         [(torch.float32, 0), (torch.float32, 1e2), (torch.float64, 1e2), (torch.bfloat16, 0)])
 @pytest.mark.parametrize('implementation', ['compiled'], indirect=True)
 def test_gradients_equal_those_of_the_formula(implementation, device, metric, dtype, far):
     x, y = (far + random_features(rows, 33, seed=rows, device=device) for rows in (20, 730))
@@ -234,7 +249,8 @@ def test_gradients_equal_those_of_the_formula(implementation, device, metric, dt
     tolerance = {torch.float64: 1e-8, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
     for got, want in zip((x.grad, y.grad), gradients(x, y, metric, upstream)):
         assert got.dtype == dtype
-        torch.testing.assert_close(got.cpu().double(), want, rtol=tolerance, atol=tolerance * 1e-1 * want.abs().max().item())
+        torch.testing.assert_close(got.cpu().double(), want, rtol=tolerance,
+                                   atol=tolerance * 1e-1 * want.abs().max().item())
 
 
 @pytest.mark.parametrize('metric', METRICS)
@@ -260,7 +276,9 @@ def test_gradient_is_0_at_distance_0_and_of_zero_vectors(implementation, device,
 def test_a_second_derivative_is_refused(device):
     x = random_features(3, 4, device=device).requires_grad_()
     grad, = torch.autograd.grad(pairwise_distance(x, x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match='pairwise_distance has first derivatives only, but a second was asked for by create_graph=True'):
+    with pytest.raises(RuntimeError,
+                       match='pairwise_distance has first derivatives only, but a second was asked for by '
+                             'create_graph=True'):
         grad.sum().backward()
 
 

@@ -1,4 +1,5 @@
-"""What only a GPU can show of pairwise distances: that nothing waits for it, that streams and graphs are kept, large grids."""
+"""What only a GPU can show of pairwise distances: that nothing waits for it, that streams and graphs are kept, large
+grids."""
 
 import pytest
 import torch

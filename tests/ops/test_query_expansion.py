@@ -17,8 +17,10 @@ def unit(features):
 
 
 @pytest.mark.parametrize('k, alpha', [(1, 3.0), (3, 0.0), (3, 3), (4, 0.5), (30, 1.0), (31, 2.5), (4096, 3.0)])
-@pytest.mark.parametrize('make', [lambda: problem(7, 30, 5), lambda: problem(4, 30, 33, levels=2), lambda: extremes(9, 30, 6),
-                                  lambda: problem(1, 30, 1, seed=1)], ids=['random', 'few levels', 'extremes', 'one number'])
+@pytest.mark.parametrize('make',
+                         [lambda: problem(7, 30, 5), lambda: problem(4, 30, 33, levels=2), lambda: extremes(9, 30, 6),
+                                  lambda: problem(1, 30, 1, seed=1)],
+                                  ids=['random', 'few levels', 'extremes', 'one number'])
 def test_it_is_what_the_naive_loop_computes(make, k, alpha, device):
     query, gallery = make()[:2]
     got = expand_queries(*tensors(device, query, gallery), k=k, alpha=alpha)

@@ -1,4 +1,5 @@
-"""Ranks from a matrix of distances against a loop that sorts; the stand-in for fast-reid's evaluate_rank against its definition."""
+"""Ranks from a matrix of distances against a loop that sorts; the stand-in for fast-reid's evaluate_rank against its
+definition."""
 
 import importlib.util
 
@@ -40,14 +41,16 @@ def test_ranks_equal_the_sorting_loop(ranking, dtype, levels, Q, G):
     assert ranks_of(*args) == naive_ranks(*args)
 
 
-@settings(deadline=None, derandomize=True, max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, derandomize=True, max_examples=examples(60),
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_ranks_equal_the_sorting_loop_on_anything(ranking, data):
     Q, G = data.draw(st.integers(0, 4)), data.draw(st.integers(0, 30))
     dtype = data.draw(st.sampled_from([np.float16, np.float32, np.float64]))
     values = data.draw(st.sampled_from([st.sampled_from([0.0, -0.0, 1.0, np.inf, -np.inf]),
                                         st.floats(width=np.dtype(dtype).itemsize * 8, allow_nan=False)]))
-    dist = np.array(data.draw(st.lists(st.lists(values, min_size=G, max_size=G), min_size=Q, max_size=Q)), dtype).reshape(Q, G)
+    dist = np.array(data.draw(st.lists(st.lists(values, min_size=G, max_size=G), min_size=Q, max_size=Q)),
+                    dtype).reshape(Q, G)
     ids = [data.draw(st.lists(st.integers(low, 2), min_size=n, max_size=n)) for low in (-1, 1) for n in (Q, G)]
     junk_pid = data.draw(st.sampled_from([-1, 0, None]))
     assert ranks_of(dist, *ids, junk_pid=junk_pid) == naive_ranks(dist, *ids, junk_pid=junk_pid)
@@ -75,7 +78,8 @@ def test_containers_and_layouts(ranking, dtype):
         array = dist.numpy()
         frozen = array.copy()
         frozen.flags.writeable = False
-        for same in (array, np.asfortranarray(array), array[:, ::-1].copy()[:, ::-1], array.astype(array.dtype.newbyteorder()), frozen):
+        for same in (array, np.asfortranarray(array), array[:, ::-1].copy()[:, ::-1],
+                     array.astype(array.dtype.newbyteorder()), frozen):
             assert ranks_of(same, *(x.astype(np.int32) for x in ids)) == expected
 
 
@@ -117,8 +121,11 @@ def test_a_nan_is_an_error_that_names_its_place(ranking, pid):
             match_ranks_from_distance(dist, query_pids + 100, gallery_pids, *camids)
 
 
-@pytest.mark.parametrize('dist, message', [(np.zeros((3, 4), int), 'floating-point'), (np.zeros(4), r'\(Q, G\)'), (np.zeros((2, 4)), 'query_pids'),
-                                           (np.zeros((3, 5)), 'gallery_pids'), (np.zeros((3, 4), np.longdouble), 'float128|longdouble'),
+@pytest.mark.parametrize('dist, message',
+                         [(np.zeros((3, 4), int), 'floating-point'), (np.zeros(4), r'\(Q, G\)'),
+                          (np.zeros((2, 4)), 'query_pids'),
+                                           (np.zeros((3, 5)), 'gallery_pids'),
+                                           (np.zeros((3, 4), np.longdouble), 'float128|longdouble'),
                                            (np.zeros((3, 4), complex), 'complex')])
 def test_matrices_that_do_not_fit_are_refused(dist, message):
     with pytest.raises(ValueError, match=message):
@@ -128,7 +135,8 @@ def test_matrices_that_do_not_fit_are_refused(dist, message):
 def test_distances_of_features_give_the_ranks_of_features():
     query, gallery, *ids = problem(20, 200, 16)
     dist = np.linalg.norm(query[:, None].astype(np.float64) - gallery, axis=2)
-    assert ranks_of(dist, *ids) == ranks_of(torch.cdist(*(torch.from_numpy(x).double() for x in (query, gallery))), *ids)
+    assert ranks_of(dist, *ids) == ranks_of(torch.cdist(*(torch.from_numpy(x).double() for x in (query, gallery))),
+                                            *ids)
     features = match_ranks(query, gallery, *ids, metric='euclidean')
     assert np.array_equal(features.ranks, match_ranks_from_distance(dist, *ids).ranks)
 
@@ -159,10 +167,12 @@ def test_evaluate_rank_gives_the_numbers_of_its_definition(levels, G):
         for values, expected in zip(got, naive_evaluate(dist, *ids, min(max_rank, G))):
             assert values.dtype == np.float32 and isinstance(values, np.ndarray)
             assert values.tolist() == pytest.approx(list(expected), rel=1e-6)
-    assert all(np.array_equal(*pair) for pair in zip(got, evaluate_rank(torch.from_numpy(dist), *ids, 50, False, False)))
+    assert all(np.array_equal(*pair)
+               for pair in zip(got, evaluate_rank(torch.from_numpy(dist), *ids, 50, False, False)))
     metrics = retrieval_metrics(*match_ranks_from_distance(dist, *ids, junk_pid=None)[:2])
     assert (got[0][[0, 4, 9]].tolist() == pytest.approx([metrics[f'rank{k}'] for k in (1, 5, 10)], rel=1e-6)
-            and got[1].mean() == pytest.approx(metrics['mAP'], rel=1e-5) and got[2].mean() == pytest.approx(metrics['mINP'], rel=1e-5))
+            and got[1].mean() == pytest.approx(metrics['mAP'], rel=1e-5) and got[2].mean()
+            == pytest.approx(metrics['mINP'], rel=1e-5))
 
 
 def test_evaluate_rank_leaves_out_queries_without_a_match():
@@ -173,12 +183,14 @@ def test_evaluate_rank_leaves_out_queries_without_a_match():
         evaluate_rank(dist, [7, 7, 7], [1, 2, 3, 1], [0, 0, 0], [1, 0, 1, 1])
     with pytest.raises(ValueError, match='max_rank must be an integer from 1 .*, not 0'):
         evaluate_rank(dist, [1, 7, 2], [1, 2, 3, 1], [0, 0, 0], [1, 0, 1, 1], max_rank=0)
-    assert evaluate_rank(dist.tolist(), [1, 7, 2], [1, 2, 3, 1], [0, 0, 0], [1, 0, 1, 1])[1].tolist() == precision.tolist()
+    assert evaluate_rank(dist.tolist(), [1, 7, 2], [1, 2, 3, 1], [0, 0, 0],
+                         [1, 0, 1, 1])[1].tolist() == precision.tolist()
     with pytest.raises(ValueError, match='use_metric_cuhk03=False'):
         evaluate_rank(dist, [1, 7, 2], [1, 2, 3, 1], [0, 0, 0], [1, 0, 1, 1], use_metric_cuhk03=True)
 
 
-@pytest.mark.skipif(importlib.util.find_spec('fastreid') is None, reason='an optional comparison: make peers installs fast-reid')
+@pytest.mark.skipif(importlib.util.find_spec('fastreid') is None,
+                    reason='an optional comparison: make peers installs fast-reid')
 def test_numbers_equal_fast_reids():
     from benchmarks.peers import fastreid_evaluate_rank
     for seed in range(5):
@@ -188,7 +200,8 @@ def test_numbers_equal_fast_reids():
                 np.testing.assert_allclose(got, expected, rtol=2e-6)
 
 
-@pytest.mark.skipif(importlib.util.find_spec('torchreid') is None, reason='an optional comparison: make peers installs torchreid')
+@pytest.mark.skipif(importlib.util.find_spec('torchreid') is None,
+                    reason='an optional comparison: make peers installs torchreid')
 def test_numbers_equal_torchreids():
     from benchmarks.peers import torchreid_evaluate_rank
     for seed in range(3):

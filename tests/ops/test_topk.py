@@ -1,4 +1,5 @@
-"""The k nearest by features against a loop that computes every canonical key and sorts, and by distances against a stable sort."""
+"""The k nearest by features against a loop that computes every canonical key and sorts, and by distances against a
+stable sort."""
 
 
 import numpy as np
@@ -64,7 +65,8 @@ def test_neighbours_equal_the_naive_loop_on_anything(implementation, data):
     values = data.draw(st.sampled_from([quantised, st.floats(width=32, allow_nan=False, allow_infinity=False)]))
     query, gallery = (np.array(data.draw(st.lists(st.lists(values, min_size=D, max_size=D), min_size=n, max_size=n)),
                                np.float32).reshape(n, D) for n in (Q, G))
-    metric, one, exclude_self = (data.draw(st.sampled_from(choices)) for choices in (METRICS, [True, False], [True, False]))
+    metric, one, exclude_self = (data.draw(st.sampled_from(choices))
+                                 for choices in (METRICS, [True, False], [True, False]))
     check(gallery if one else query, gallery, k, metric, one and exclude_self)
 
 
@@ -81,7 +83,8 @@ def test_more_ties_than_are_selected_and_some_that_are_nearer(implementation, me
     rng = np.random.default_rng(0)
     gallery = rng.standard_normal((150, 17)).astype(np.float32)
     gallery[rng.permutation(150)[:110]] = gallery[7]
-    query = np.concatenate((gallery[7:8] + np.float32(0.01), rng.standard_normal((5, 17)).astype(np.float32), gallery[7:8]))
+    query = np.concatenate((gallery[7:8] + np.float32(0.01), rng.standard_normal((5, 17)).astype(np.float32),
+                            gallery[7:8]))
     for k in (1, 50, 130):
         check(query, gallery, k, metric)
         check(gallery, gallery, k, metric, exclude_self=True)
@@ -92,7 +95,8 @@ def test_more_near_ties_than_are_selected_beside_the_query_itself(implementation
     rng = np.random.default_rng(0)
     row = rng.standard_normal(8).astype(np.float32)
     gallery = np.stack([rng.permutation(row) for _ in range(220)])
-    gallery[:40] = np.abs(rng.standard_normal((40, 1))).astype(np.float32)  # equally near to all the others, but for rounding
+    # Equally near to all the others, but for rounding.
+    gallery[:40] = np.abs(rng.standard_normal((40, 1))).astype(np.float32)
     for exclude_self in (False, True):
         check(gallery, gallery, 60, metric, exclude_self)
 
@@ -101,7 +105,8 @@ def test_zero_vectors_and_features_of_width_0(implementation):
     check(np.zeros((2, 4), np.float32), problem(1, 9, 4)[1], 5)
     check(problem(1, 9, 4)[1], np.zeros((30, 4), np.float32), 5)
     for metric in METRICS:
-        assert topk(np.empty((2, 0), np.float32), np.empty((5, 0), np.float32), 3, metric).indices.tolist() == [[0, 1, 2]] * 2
+        assert topk(np.empty((2, 0), np.float32), np.empty((5, 0), np.float32), 3,
+                    metric).indices.tolist() == [[0, 1, 2]] * 2
 
 
 def clustered(Q=40, G=1500, D=64, seed=0):
@@ -156,12 +161,14 @@ def test_a_coarse_product_leaves_more_to_the_keys_and_changes_nothing(implementa
 def test_every_container_type_and_layout(implementation):
     query, gallery = (x.astype(np.float16).astype(np.float32) for x in problem(6, 65, 33)[:2])
     expected = naive(query, gallery, 9)[0]
-    for q, g in ((query.astype(np.float16), gallery.astype(np.float16)), (np.asfortranarray(query), np.repeat(gallery, 2, 0)[::2])):
+    for q, g in ((query.astype(np.float16), gallery.astype(np.float16)),
+                 (np.asfortranarray(query), np.repeat(gallery, 2, 0)[::2])):
         result = topk(q, g, 9)
         assert isinstance(result.indices, np.ndarray) and result.indices.tolist() == expected
         assert (result.distances.dtype, result.indices.dtype) == (np.float64, np.int64)
     query, gallery = torch.from_numpy(query), torch.from_numpy(gallery)
-    for q, g in ((query, gallery), (query.half(), gallery.half()), (query.bfloat16().half(), gallery), (query.requires_grad_(), gallery),
+    for q, g in ((query, gallery), (query.half(), gallery.half()), (query.bfloat16().half(), gallery),
+                 (query.requires_grad_(), gallery),
                  (query.detach().T.contiguous().T, gallery)):
         result = topk(q, g, 9)
         assert isinstance(result.indices, torch.Tensor) and not result.distances.requires_grad
@@ -187,8 +194,10 @@ def test_k_out_of_range_is_refused(k):
 
 def test_bad_features_and_options_are_refused_by_name(implementation):
     query, gallery, *_ = problem(33, 33, 5)
-    for args, message in (((query, gallery[:, :4], 3), 'must have rows of one width'), ((query.astype(float), gallery, 3), 'query features must'),
-                          ((query, gallery, 3, 'manhattan'), "not 'manhattan'"), ((query, gallery, 3, 'cosine', 'int8'), "not 'int8'"),
+    for args, message in (((query, gallery[:, :4], 3), 'must have rows of one width'),
+                          ((query.astype(float), gallery, 3), 'query features must'),
+                          ((query, gallery, 3, 'manhattan'), "not 'manhattan'"),
+                          ((query, gallery, 3, 'cosine', 'int8'), "not 'int8'"),
                           ((query, gallery, 3, 'cosine', 'float32', True), 'same tensor for exclude_self=True')):
         with pytest.raises(ValueError, match=message):
             topk(*args)
@@ -225,11 +234,14 @@ def test_of_distances_the_first_of_a_stable_sort_on_anything(implementation, dat
     else:
         values = data.draw(st.sampled_from([st.sampled_from([0.0, -0.0, 1.0, np.inf, -np.inf]),
                                             st.floats(width=np.dtype(dtype).itemsize * 8, allow_nan=False)]))
-        dist = np.array(data.draw(st.lists(st.lists(values, min_size=G % 30, max_size=G % 30), min_size=Q, max_size=Q)), dtype).reshape(Q, G % 30)
+        dist = np.array(data.draw(st.lists(st.lists(values, min_size=G % 30, max_size=G % 30), min_size=Q, max_size=Q)),
+                        dtype).reshape(Q, G % 30)
     distances, indices = topk_from_distance(dist, k)
-    expected = np.array([sorted(range(dist.shape[1]), key=lambda j: (float(row[j]), j))[:k] for row in dist], int).reshape(indices.shape)
+    expected = np.array([sorted(range(dist.shape[1]), key=lambda j: (float(row[j]), j))[:k] for row in dist],
+                        int).reshape(indices.shape)
     assert np.array_equal(indices, expected)
-    assert distances.dtype == dtype and distances.tobytes() == np.take_along_axis(dist, expected, 1).tobytes()  # −0 stays −0
+    assert distances.dtype == dtype
+    assert distances.tobytes() == np.take_along_axis(dist, expected, 1).tobytes()  # −0 stays −0
 
 
 def test_features_that_are_never_negative_and_many_of_them_orthogonal(implementation):
@@ -268,7 +280,8 @@ def test_of_distances_in_any_layout_order_and_number_of_threads(implementation):
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            for laid_out in (dist, dist.T.contiguous().T, dist.repeat_interleave(2, 1)[:, ::2], dist.repeat(2, 1)[:40], dist.requires_grad_()):
+            for laid_out in (dist, dist.T.contiguous().T, dist.repeat_interleave(2, 1)[:, ::2], dist.repeat(2, 1)[:40],
+                             dist.requires_grad_()):
                 result = topk_from_distance(laid_out, 60)
                 assert all(torch.equal(*pair) for pair in zip(result, expected)) and not result.distances.requires_grad
             assert np.array_equal(topk_from_distance(dist.detach().numpy()[:, ::-1], 60).distances, expected[0])
@@ -288,7 +301,9 @@ def test_of_distances_a_nan_is_named(implementation, dtype):
                 topk_from_distance(laid_out, 5)
 
 
-@pytest.mark.parametrize('dist, message', [(np.zeros((3, 4), int), 'floating-point'), (np.zeros(4), r'dist \(Q, G\)'), (np.zeros((3, 4), complex), 'complex')])
+@pytest.mark.parametrize('dist, message',
+                         [(np.zeros((3, 4), int), 'floating-point'), (np.zeros(4), r'dist \(Q, G\)'),
+                          (np.zeros((3, 4), complex), 'complex')])
 def test_what_is_no_matrix_of_distances_is_refused(dist, message):
     with pytest.raises(ValueError, match=message):
         topk_from_distance(dist, 2)
@@ -333,7 +348,8 @@ print(high_water() - before, 2 ** 28 + 48 * (Q + G) + 46 * entries + 2 ** 30 * o
 '''
 
 
-@pytest.mark.parametrize('case', [(2000, 20_000, 128, 30, 0), (1200, 6_000, 64, 4096, 0), (15_000, 15_000, 32, 100, 1), (40, 400_000, 4, 7, 0)])
+@pytest.mark.parametrize('case', [(2000, 20_000, 128, 30, 0), *(pytest.param(case, marks=pytest.mark.long) for case in (
+    (1200, 6_000, 64, 4096, 0), (15_000, 15_000, 32, 100, 1), (40, 400_000, 4, 7, 0)))])
 @only_linux
 def test_memory_stays_within_its_bound(case):
     peak, bound = printed(MEMORY, *case)

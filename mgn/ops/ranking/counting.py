@@ -48,8 +48,7 @@ class Excluded(NamedTuple):
 
 
 class Overlaps(NamedTuple):
-    """Items whose encodings overlap query q's are offsets[q]:offsets[q + 1], ascending, with their Jaccard
-    distances."""
+    """The items that overlap query q's encoding are offsets[q]:offsets[q + 1], ascending, with Jaccard distances."""
     offsets: torch.Tensor  # (q + 1,) int64
     items: torch.Tensor    # (E,) int32
     jaccard: torch.Tensor  # (E,) float64

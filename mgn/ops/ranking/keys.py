@@ -33,8 +33,7 @@ def compared(query, gallery, metric, precision, streamed=False):
 
 
 def ranking_kernels(device):
-    """The compiled kernels of ranking for tensors of this device, or the references: the same functions, the same
-    bits."""
+    """The compiled kernels for tensors of this device, or the references: the same functions, the same bits."""
     return kernels(device) or reference
 
 

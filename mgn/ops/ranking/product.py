@@ -111,8 +111,7 @@ def summing(width, unit):
 
 @functools.cache
 def float32_is_float32(device):
-    """Whether products keep all 24 bits of an operand: environment variables can make them drop some, whatever torch is
-    told."""
+    """Whether products keep all 24 bits of an operand: environment variables, unlike torch, can make them drop some."""
     fine = torch.diag(torch.full((256,), 1 + 2.0 ** -23, dtype=torch.float32, device=device))
     one = torch.eye(256, dtype=torch.float32, device=device)
     with exact_float32():

@@ -105,8 +105,7 @@ def identities(ids, junk_pid):
 
 
 def sorted_matches(excluded, ids, keys_of):
-    """The true matches of every query: those of its identity, from another camera. keys_of(queries, items): their
-    keys."""
+    """Matches: the items of every query's identity from another camera. keys_of(queries, items) gives their keys."""
     order, begin, end, _ = excluded
     lengths = end - begin
     reached = np.cumsum(lengths)
@@ -176,8 +175,7 @@ def nonmatches_between(comparison, query_norms, first, matches, excluded, rerank
 
 
 def finite_tiles(comparison, items_at_once):
-    """Yields each part of the gallery, its rows on the query's device and their norms; UserError if one is not
-    finite."""
+    """Yields each part of the gallery, its rows on the query's device and their norms; UserError if not finite."""
     query, gallery, _, _ = comparison
     finite = torch.ones((), dtype=torch.bool, device=query.device)
     parts = spans(len(gallery), items_at_once)

@@ -1,10 +1,10 @@
-"""k-reciprocal re-ranking (Zhong et al., "Re-ranking Person Re-identification with k-reciprocal Encoding", CVPR 2017)
-in sparse rows.
+"""k-reciprocal re-ranking in sparse rows.
 
-Of N = Q + G items, i's encoding is V[i, j] = exp(−d²(i, j) / max d²(i, ·)), normalised, over its expanded k-reciprocal
-neighbours j, then the mean over i's k2 nearest. The final distance (1 − λ) · Jaccard + λ · d² / max d² differs from
-1 − λ + λ · d² / max d² only where two encodings overlap. So a query's gallery is counted as match_ranks counts it, and
-its few hundred overlaps one by one.
+Zhong et al., "Re-ranking Person Re-identification with k-reciprocal Encoding", CVPR 2017. Of N = Q + G items, i's
+encoding is V[i, j] = exp(−d²(i, j) / max d²(i, ·)), normalised, over its expanded k-reciprocal neighbours j, then the
+mean over i's k2 nearest. The final distance (1 − λ) · Jaccard + λ · d² / max d² differs from 1 − λ + λ · d² / max d²
+only where two encodings overlap. So a query's gallery is counted as match_ranks counts it, and its few hundred overlaps
+one by one.
 """
 
 import numpy as np

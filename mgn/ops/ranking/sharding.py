@@ -1,5 +1,4 @@
-"""Ranks in a gallery whose parts lie on several processes: counts of non-matches add, so the gallery does not
-travel."""
+"""Ranks in a gallery whose parts lie on several processes: counts of non-matches add, so the gallery stays."""
 
 import functools
 
@@ -95,8 +94,7 @@ def all_matches(own, counts, queries, group):
 
 
 def agreed(group, run):
-    """run() → (kept, shared) in every process: what this one keeps, and what each shares. What one raises, all
-    raise."""
+    """run() → (kept, shared): what this process keeps, and what each shares. What one process raises, all raise."""
     kept = shared = failure = None
     try:
         kept, shared = run()

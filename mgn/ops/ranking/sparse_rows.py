@@ -52,8 +52,7 @@ def transpose(offsets, columns, values, width):
 
 
 def overlap(offsets, columns, values, column_offsets, column_rows, column_values, items):
-    """Jaccard distances of each sparse row to those of `items` others, given as columns, that it overlaps; again as
-    sparse rows."""
+    """Jaccard distances of each row to those of `items` others, given as columns, that it overlaps; sparse rows."""
     dense, rows, jaccard = np.zeros(items), [], []
     for row in range(len(offsets) - 1):
         touched = [np.empty(0, np.int32)]
