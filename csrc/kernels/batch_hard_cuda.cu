@@ -4,7 +4,7 @@
 // slices of both in shared memory, a register tile a thread. It sums (x − y)² where a product sums x·y, so nothing
 // cancels between near duplicates and nothing has to be measured again. Then it mines the tile in registers; the
 // distances never reach memory. At the end each warp settles anchors: it measures the selected pairs in double, and
-// selects anew in double where squares left the range of their type. The last block of a head to finish sums that
+// selects again in double where squares left the range of their type. The last block of a head to finish sums that
 // head's loss in a fixed order.
 #include "batch_hard_cuda.h"
 

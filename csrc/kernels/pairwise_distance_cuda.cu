@@ -90,9 +90,9 @@ template <typename T> cudaError_t distances(const Pairs& p, cudaStream_t stream)
   const Tiles<T> tiles = {p.metric, p.n, p.m, p.d, static_cast<const T*>(p.x), static_cast<const T*>(p.y),
                           static_cast<C*>(p.out),
                           p.metric == Metric::cosine ? reinterpret_cast<Scale*>(p.scratch) : nullptr};
+  const int64_t blocks = (p.n + p.m + kWarps - 1) / kWarps;
   if (tiles.scales)
-    if (const cudaError_t error = launch(find_scales<T>, (p.n + p.m + kWarps - 1) / kWarps, kThreads, stream, tiles))
-      return error;
+    if (const cudaError_t error = launch(find_scales<T>, blocks, kThreads, stream, tiles)) return error;
   return launch(measure<T>, ((p.n + kRows - 1) / kRows) * ((p.m + kColumns - 1) / kColumns), kThreads, stream, tiles);
 }
 

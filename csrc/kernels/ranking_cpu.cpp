@@ -311,7 +311,7 @@ int64_t count_in_distances(const T* distances, int64_t queries, int64_t items, i
         if (m == 0) continue;
         counting.excluded_open.assign(std::min<int64_t>(m, kMany), 0);
         for_excluded(excluded, q, j, j + n,
-                     [&](int64_t item) {  // takes back in advance visit will be counted for this item
+                     [&](int64_t item) {  // takes back in advance what will be counted for this item
                        counting.excluded[item - j] = true;
                        const T value = -row[item - j];
                        const int64_t above = first_below(counting.high.data(), m, value);

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kGrain = 64;  // rows worth a thread
 
-// A dense row that knows visit was added to it.
+// A dense row that remembers which columns were added to.
 struct Sum {
   std::vector<double> dense;
   std::vector<char> seen;
