@@ -46,7 +46,8 @@ def train(default_output_dir):
     Resumes from output_dir/last.pth if there is one, or from the newest older checkpoint that is intact. Every random
     draw depends on (seed, step, position) alone, so on a CPU a run of one process that was interrupted and resumed ends
     with weights that are bit-identical to those of an uninterrupted one. At SIGTERM or SIGINT it ends after the present
-    step, with a checkpoint, by SystemExit(75); at a second signal at once.
+    step, with a checkpoint, by SystemExit(75); at a second signal at once. An evaluation is aborted; its checkpoint is
+    already saved, except for the very first one, before which a run leaves no checkpoint.
 
     Under torchrun each process takes P / processes of the identities, gradients are averaged, and process 0 alone
     writes. Batches, loss and gradient equal those of a single process. Exception: batch normalisation, whose statistics

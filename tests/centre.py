@@ -9,7 +9,7 @@ from mgn.losses import mgn_losses
 
 @gin.configurable(denylist=['num_classes', 'branches', 'embedding_dim'])
 class CentreLoss(nn.Module):
-    """MGN's losses, and the squared distance of each embedding to its identity's learnt centre (Wen et al., ECCV 2016)."""
+    """MGN's losses, and the squared distance of embeddings to learnt centres of identities (Wen et al., ECCV 2016)."""
 
     def __init__(self, num_classes, branches, embedding_dim, weight=0.1):
         super().__init__()

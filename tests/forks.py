@@ -1,4 +1,4 @@
-"""Programs in processes of their own, forked from a process that has imported torch and done nothing else, to save time."""
+"""Programs in processes of their own, forked from one that has imported torch and done nothing else: to save time."""
 
 import functools
 import json
@@ -33,12 +33,15 @@ exec(compile(program, '<string>', 'exec'), {'__name__': '__main__'})
 
 @functools.cache
 def server():
-    return subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE}
+    return subprocess.Popen([sys.executable, '-c', SERVER], text=True, cwd=ROOT, **pipes)
 
 
 def run_program(program, *arguments, cwd=ROOT, env=None):
-    """As subprocess.run([sys.executable, '-c', program, *arguments], capture_output=True, text=True), by default from the
-    project's folder; env: variables beside those of the environment."""
+    """As subprocess.run([sys.executable, '-c', program, *arguments], capture_output=True, text=True).
+
+    cwd: the project's folder by default. env: variables beside those of the environment.
+    """
     environment, arguments = {**os.environ, **(env or {})}, list(map(str, arguments))
     if not sys.platform.startswith('linux'):  # elsewhere a fork may not use what its parent has loaded
         command = [sys.executable, '-c', program, *arguments]

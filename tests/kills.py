@@ -62,7 +62,10 @@ def compare(folder):
 
 
 def run(data, output_dir, kind, place=None, when=0, part=0.0):
-    """Trains in a process of its own, killed at `place`: after `when` seconds, or at its call `when` there; returns its status."""
+    """Trains in a process of its own; returns its status.
+
+    It is killed at `place`: 'moment' after `when` seconds, else at call number `when` there.
+    """
     process = os.fork()
     if process == 0:
         try:
@@ -126,7 +129,8 @@ def beside_a_call(name, module):
 
 
 PLACES = {'within a checkpoint': within_a_file, 'beside fsync': beside_a_call('fsync', os),
-          'beside replace': beside_a_call('replace', os), 'beside the results': beside_a_call('write_results', training)}
+          'beside replace': beside_a_call('replace', os),
+          'beside the results': beside_a_call('write_results', training)}
 
 
 def main():
@@ -140,8 +144,8 @@ def main():
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             writing = survive(Path(folder), args.kills // len(KINDS), args.seed, kind)
-        print(f'{name}: {args.kills // len(KINDS)} kills, {writing} of them while writing; files as of an uninterrupted '
-              f'run ({time.monotonic() - began:.0f} s)', flush=True)
+        print(f'{name}: {args.kills // len(KINDS)} kills, {writing} of them while writing; files as of an '
+              f'uninterrupted run ({time.monotonic() - began:.0f} s)', flush=True)
 
 
 if __name__ == '__main__':

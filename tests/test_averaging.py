@@ -1,4 +1,4 @@
-"""The average of the weights: its numbers, that evaluations and best.pth have it, and that a run may take it up or drop it."""
+"""The average of the weights: its numbers, its use in evaluations and best.pth; a run may take it up or drop it."""
 
 import pytest
 import torch
@@ -50,7 +50,8 @@ def test_evaluations_and_best_have_the_average_and_last_has_both(market, tmp_pat
 
 
 def test_training_is_the_same_with_an_average_and_without(market, tmp_path):
-    one, other = (train(market, tmp_path / str(decay), f'train.ema_decay = {decay}').state_dict() for decay in (None, 0.8))
+    one, other = (train(market, tmp_path / str(decay), f'train.ema_decay = {decay}').state_dict()
+                  for decay in (None, 0.8))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 

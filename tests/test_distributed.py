@@ -1,5 +1,4 @@
-"""mgn.train, mgn.eval and mgn.extract under torchrun: one process writes and logs, a lost one ends the others, and a run
-resumes with any number of processes."""
+"""The binaries under torchrun: one process writes and logs, a lost one ends the others, any number of them resumes."""
 
 import json
 import os
@@ -26,8 +25,8 @@ from mgn.ops.metrics import METRICS
 from mgn.runs import checkpoint
 
 PROJECT = Path(mgn.__file__).parent.parent
-# mgn.train over a thin ResNet. KILL = 'number:call' or 'number:call:signal' sends that process a signal at that call of a
-# step, unless torchrun has restarted it.
+# mgn.train over a thin ResNet. KILL = 'number:call' or 'number:call:signal' sends that process a signal at that call of
+# a step, unless torchrun has restarted it.
 THIN_TRAIN = """
 import os, runpy, signal, sys
 sys.path.insert(0, TESTS)
@@ -56,7 +55,19 @@ def home(tmp_path_factory):
     write_market(home / 'data', identities=12)
     (home / 'my.gin').write_text(RECIPE.replace('P = 2', 'P = 6') + 'MGN.embedding_dim = 8\nworkers = 0\n')
     (home / 'thin_train.py').write_text(THIN_TRAIN)
+    (home / 'thin_eval.py').write_text(THIN_TRAIN.replace("'mgn.train'", "'mgn.eval'"))
     return home
+
+
+# What python FILE or python -m MODULE does.
+ALONE = """
+import runpy, sys
+sys.argv[:] = sys.argv[1:]
+if sys.argv[0].endswith('.py'):
+    runpy.run_path(sys.argv[0], run_name='__main__')
+else:
+    runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)
+"""
 
 
 def thin_train(home, processes, output_dir, *bindings, options=(), kill=None):
@@ -65,6 +76,8 @@ def thin_train(home, processes, output_dir, *bindings, options=(), kill=None):
     if kill:
         os.environ['KILL'] = kill
     try:
+        if processes == 1:
+            return run_program(ALONE, 'thin_train.py', '--gin_file=my.gin', *flags, cwd=home)
         return torchrun(processes, 'thin_train.py', '--gin_file=my.gin', *flags, options=options, cwd=home)
     finally:
         os.environ.pop('KILL', None)
@@ -97,7 +110,7 @@ def test_a_killed_process_ends_the_others_and_torchrun_starts_all_anew_from_the_
     run = thin_train(home, 2, 'again', options=['--max-restarts=1'], kill='1:5')
     assert run.returncode == 0, run.stderr
     assert 'from step 3 to 5' in run.stdout and re.search('exitcode *: -9', run.stderr)
-    assert len(re.findall('error: ', run.stdout + run.stderr)) <= 1  # lost connection, if torchrun had not ended it before
+    assert len(re.findall('error: ', run.stdout + run.stderr)) <= 1  # lost connection, if torchrun was slower
     one, other = (torch.load(run / 'last.pth') for run in (folder, home / 'again'))
     assert one['step'] == other['step'] == 5
     assert all(torch.equal(value, other['model'][name]) for name, value in one['model'].items())
@@ -112,7 +125,8 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(trained, home):
     run = thin_train(home, 2, 'signalled', kill='1:2:15')
     message = 'a signal to another process: ended after step 2, which last.pth holds'
     assert run.returncode != 0 and run.stdout.count(message) == 1, run.stderr
-    assert re.search('exitcode *: 75', run.stderr) and 'Traceback (most recent call last):\n  File "mgn' not in run.stderr
+    assert re.search('exitcode *: 75', run.stderr)
+    assert 'Traceback (most recent call last):\n  File "mgn' not in run.stderr
     assert torch.load(home / 'signalled' / 'last.pth')['step'] == 2
     assert thin_train(home, 2, 'signalled').returncode == 0
     one, other = (checkpoint.load(str(run / 'last.pth'))['optimizer'] for run in (folder, home / 'signalled'))
@@ -141,14 +155,26 @@ def test_machines_that_count_their_restarts_differently_meet_again(home):
     assert torch.load(home / 'machines' / 'last.pth')['step'] == 5
 
 
-def test_a_run_goes_on_with_another_number_of_processes(trained, home):
+@pytest.mark.parametrize('processes', [1, pytest.param(3, marks=pytest.mark.long)])
+def test_a_run_resumes_with_another_number_of_processes(trained, home, processes):
     folder, _ = trained
-    shutil.copytree(folder, home / 'other')
-    run = thin_train(home, 3, 'other', 'total_steps = 7')
+    other = shutil.copytree(folder, home / f'other{processes}')
+    run = thin_train(home, processes, other.name, 'total_steps = 7')
     assert run.returncode == 0, run.stderr
-    assert 'training on cpu in each of 3 processes from step 5 to 7' in run.stdout
-    assert [line['step'] for line in metrics(home / 'other')] == [0, 1, 2, 3, 4, 5, 5, 6, 7, 7]
-    assert metrics(home / 'other')[:7] == metrics(folder)
+    several = ' in each of 3 processes' if processes == 3 else ''
+    assert f'training on cpu{several} from step 5 to 7' in run.stdout
+    assert [line['step'] for line in metrics(other)] == [0, 1, 2, 3, 4, 5, 5, 6, 7, 7]
+    assert metrics(other)[:7] == metrics(folder)
+
+
+def test_one_process_evaluates_to_the_measures_of_several(trained, home):
+    folder, _ = trained
+    run = run_program(ALONE, 'thin_eval.py', f"--gin_bindings=weights = '{folder / 'last.pth'}'",
+                      "--gin_bindings=output_dir = 'alone'", cwd=home)
+    assert run.returncode == 0, run.stderr
+    one, several = (json.loads((path / 'eval.json').read_text()) for path in (home / 'alone', folder))
+    assert (one['processes'], several['processes'], several['step']) == (1, 2, 5)
+    assert {name: one[name] for name in METRICS} == pytest.approx({name: several[name] for name in METRICS}, abs=1e-4)
 
 
 MISTAKES = [
@@ -188,7 +214,6 @@ def evaluate(folder, weights, *bindings, processes=1, module='mgn.eval'):
     return run, json.loads((folder / 'eval.json').read_text()) if module == 'mgn.eval' else None
 
 
-ALONE = "import runpy, sys; sys.argv[:] = sys.argv[1:]; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
 
 
 @pytest.fixture(scope='module')
@@ -200,37 +225,50 @@ def weights(home):
     return home / 'plain' / 'last.pth'
 
 
+MORE = 'query_expansion = 2', 'rerank = True', 'evaluate.k1 = 3'
+
+
+def same_figures(results, others):
+    for stage in (None, 'query_expansion', 'rerank'):
+        one, other = (figures[stage] if stage else figures for figures in (results, others))
+        assert {name: one[name] for name in METRICS} == pytest.approx({name: other[name] for name in METRICS}, abs=1e-4)
+
+
 @pytest.mark.parametrize('readers', [1, pytest.param(2, marks=pytest.mark.long)])
 def test_features_are_extracted_by_several_processes_and_evaluated_by_any_number(weights, tmp_path, readers):
-    more = 'query_expansion = 2', 'rerank = True', 'evaluate.k1 = 3'
-    _, alone = evaluate(tmp_path / 'alone', weights, *more)
+    _, alone = evaluate(tmp_path / 'alone', weights, *MORE)
     features = tmp_path / 'features'
     evaluate(tmp_path, weights, f"features_dir = '{features}'", processes=2, module='mgn.extract')
     array = np.load(features / 'gallery_features.npy')
     assert array.shape == (10, 24) and np.allclose(np.linalg.norm(array, axis=1), 1, atol=1e-6)
-    run, sharded = evaluate(tmp_path / 'sharded', weights, *more, processes=3)
+    _, stored = evaluate(tmp_path / 'stored', weights, *MORE, f"features_dir = '{features}'", processes=readers)
+    same_figures(alone, stored)
+    assert (alone['processes'], stored['processes']) == (1, readers)
+    assert stored['features_dir'] == str(features)
+
+
+@pytest.mark.long
+def test_several_processes_evaluate_images_with_query_expansion_and_re_ranking(weights, tmp_path):
+    _, alone = evaluate(tmp_path / 'alone', weights, *MORE)
+    run, sharded = evaluate(tmp_path / 'sharded', weights, *MORE, processes=3)
     assert len(re.findall('re-ranking.* process 0', run.stdout)) == 1
     assert len(re.findall('rank10', run.stdout)) == 1
-    _, stored = evaluate(tmp_path / 'stored', weights, *more, f"features_dir = '{features}'", processes=readers)
-    for results in (sharded, stored):
-        for stage in (None, 'query_expansion', 'rerank'):
-            one, other = (figures[stage] if stage else figures for figures in (alone, results))
-            assert {name: one[name] for name in METRICS} == pytest.approx({name: other[name] for name in METRICS}, abs=1e-4)
-    assert (alone['processes'], sharded['processes'], stored['processes']) == (1, 3, readers)
-    assert stored['features_dir'] == str(features)
+    assert sharded['processes'] == 3
+    same_figures(alone, sharded)
 
 
 @pytest.mark.long
 def test_a_stopped_process_is_ended_by_torchrun_within_a_minute(home):
     """As test_a_killed_process…, by a signal from outside."""
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', 'thin_train.py', '--gin_file=my.gin',
-               "--gin_bindings=output_dir = 'stopped'", '--gin_bindings=total_steps = 100000']
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', 'thin_train.py',
+               '--gin_file=my.gin', "--gin_bindings=output_dir = 'stopped'", '--gin_bindings=total_steps = 100000']
     process = subprocess.Popen(command, cwd=home, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                text=True)
     for line in process.stdout:
         if 'step 3:' in line:
             break
-    children = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    listing = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True, check=True)
+    children = listing.stdout.split()
     began = time.monotonic()
     os.kill(int(children[0]), signal.SIGKILL)
     rest = process.communicate(timeout=60)[0]

@@ -116,8 +116,8 @@ def test_a_full_disk_stops_a_run_that_can_go_on_later(market, tmp_path, monkeypa
 
     def full(descriptor):
         calls.append(0)
-        if len(calls) > 14:  # file and folder: metrics.jsonl, then at 0 last.pth, config.gin, best.pth and eval.json, and
-            raise OSError(errno.ENOSPC, 'No space left on device')  # at 2 last.pth and config.gin
+        if len(calls) > 2 * 7:  # metrics.jsonl; last.pth, config.gin, best.pth, eval.json of 0; last.pth, config.gin of 2
+            raise OSError(errno.ENOSPC, 'No space left on device')
         fsync(descriptor)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match='No space left on device. The previous file is'):
@@ -210,13 +210,15 @@ def test_another_number_of_identities_is_refused(copy, tmp_path):
 
 
 def test_another_architecture_is_refused(market, copy):
-    refuses(market, copy, '(?s)do not fit the configured architecture.*heads.4.*is missing.*holds another run', 'MGN.parts = (1, 3)')
+    refuses(market, copy, '(?s)do not fit the configured architecture.*heads.4.*is missing.*holds another run',
+            'MGN.parts = (1, 3)')
 
 
 @pytest.mark.parametrize('before, after', [('Adam', 'SGD'), ('SGD', 'Adam')])
 def test_another_optimiser_is_refused(market, tmp_path, before, after):
     train(market, tmp_path, 'total_steps = 2', f'make_optimizer.optimizer = @{before}')
-    refuses(market, tmp_path, f'trained with the optimizer {before}, but {after} is configured', f'make_optimizer.optimizer = @{after}')
+    refuses(market, tmp_path, f'trained with the optimizer {before}, but {after} is configured',
+            f'make_optimizer.optimizer = @{after}')
 
 
 def test_weights_alone_are_refused(market, copy):
@@ -235,9 +237,9 @@ def flip_a_bit(path, place):
 
 
 @pytest.mark.parametrize('damage', [
-    lambda path: path.write_bytes(path.read_bytes()[:-33]), lambda path: path.write_bytes(b''), lambda path: path.unlink(),
-    *(lambda path, place=place: flip_a_bit(path, place) for place in (0.1, 0.5, 0.9))])
-def test_a_damaged_last_is_named_and_the_newest_whole_checkpoint_gone_on_from(market, copy, uninterrupted, caplog, damage):
+    lambda path: path.write_bytes(path.read_bytes()[:-33]), lambda path: path.write_bytes(b''),
+    lambda path: path.unlink(), *(lambda path, place=place: flip_a_bit(path, place) for place in (0.1, 0.5, 0.9))])
+def test_a_damaged_last_is_named_and_the_newest_intact_checkpoint_resumed(market, copy, uninterrupted, caplog, damage):
     (copy / 'step_3.pth').write_bytes((copy / 'step_6.pth').read_bytes())
     (copy / 'step_5.pth').mkdir()
     damage(copy / 'last.pth')

@@ -78,7 +78,8 @@ def test_a_cosine_that_starts_at_the_end_stays_at_1():
     (schedules.cosine, {'warmup_steps': 11}, 'cosine.warmup_steps', 11),
     (schedules.cosine, {'warmup_steps': 0, 'start': 11}, 'cosine.start', 11)])
 def test_steps_beyond_the_run_are_refused_and_both_are_named(schedule, options, name, step):
-    with pytest.raises(ValueError, match=f'{name} has step {step}, but training ends at total_steps = 10. Bind a {name}'):
+    message = f'{name} has step {step}, but training ends at total_steps = 10. Bind a {name}'
+    with pytest.raises(ValueError, match=message):
         schedule(0, 10, **options)
     fitting = {key: tuple(min(step, 10) for step in value) if isinstance(value, tuple) else min(value, 10)
                for key, value in options.items()}

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 from importlib.util import find_spec
 
@@ -238,7 +239,7 @@ def test_the_compiled_model_is_what_is_trained(market, tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_a_compiled_run_is_near_the_plain_one(market, tmp_path, monkeypatch):
-    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'compiled'))  # what an earlier, killed process left is not read
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'compiled'))  # others may be damaged
     one, other = (train(market, tmp_path / str(compiled), f'train.compile = {compiled}', 'total_steps = 2').state_dict()
                   for compiled in (False, True))
     for name, value in one.items():

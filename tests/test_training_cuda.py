@@ -23,12 +23,14 @@ def test_steps_wait_for_nothing(device, precision, clip_gradient_norm):
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     scaler, meter, average = torch.amp.GradScaler(device.type, enabled=False), Meter(), WeightAverage(model, 0.9)
     images, labels = torch.randint(0, 256, (8, 3, 64, 32), dtype=torch.uint8), torch.arange(8) // 2
-    batch = TrainBatch(images.pin_memory(), labels.pin_memory(), [draw.pin_memory() for draw in augmentation.draw(0, 0, 8, (64, 32))], [])
+    draws = [draw.pin_memory() for draw in augmentation.draw(0, 0, 8, (64, 32))]
+    batch = TrainBatch(images.pin_memory(), labels.pin_memory(), draws, [])
     try:
         for step in range(4):  # what is made once and kept is made in the first ones
             if step == 2:
                 torch.cuda.set_sync_debug_mode('error')
-            losses = training.train_step(model, optimizer, augmentation, batch, device, precision, clip_gradient_norm, None, scaler)
+            losses = training.train_step(model, optimizer, augmentation, batch, device, precision, clip_gradient_norm,
+                                         None, scaler)
             average.update(model, step)
             meter.add(losses, step)
     finally:

@@ -1,4 +1,4 @@
-"""train.losses: a function or a class of modules, whose parameters are trained, saved, resumed and left out of evaluation."""
+"""train.losses: a function, or a class whose parameters are trained, saved, resumed and left out of evaluation."""
 
 import json
 
@@ -80,8 +80,9 @@ def test_evaluation_takes_no_notice_of_them(market, tmp_path):
     assert one == other
 
 
-@pytest.mark.parametrize('kind', [(), ("train.precision = 'float16'", 'train.ema_decay = 0.9', 'train.clip_gradient_norm = 1.0')],
-                         ids=['plain', 'float16, average, clipped'])
+@pytest.mark.parametrize('kind', [
+    (), ("train.precision = 'float16'", 'train.ema_decay = 0.9', 'train.clip_gradient_norm = 1.0')],
+    ids=['plain', 'float16, average, clipped'])
 def test_a_resumed_run_is_bit_identical(market, tmp_path, monkeypatch, kind):
     train(market, tmp_path / 'whole', CENTRE, *kind)
     with monkeypatch.context() as patch, pytest.raises(Crash):
@@ -136,7 +137,7 @@ def test_a_class_is_also_made_from_a_reference_with_a_scope(market, tmp_path):
 
 
 @pytest.mark.parametrize('binding, message', [
-    ('@CentreLoss()', r'train.losses = @CentreLoss\(\) would be made before the seed.*parentheses: train.losses = @CentreLoss'),
+    ('@CentreLoss()', r'@CentreLoss\(\) would be made before the seed.*parentheses: train.losses = @CentreLoss'),
     ("'triplet'", "a function or a class of losses, but is 'triplet'.*@mgn_losses"),
     ('@Augmentation', 'is the class Augmentation, which is no torch.nn.Module')])
 def test_what_is_no_reference_to_losses_is_refused(market, tmp_path, binding, message):

@@ -1,4 +1,4 @@
-"""Checks that several processes make together. `torchrun` starts them once for all checks; pytest asks for each outcome.
+"""Checks that several processes make together. torchrun starts them once for all checks; pytest asks for each outcome.
 
 A check is a function check_…(folder) of a module together_….py. It runs in every process at once, with a gloo group.
 """
@@ -28,9 +28,10 @@ def checks():
 def torchrun(processes, *command, options=(), **keywords):
     """`torchrun --nproc-per-node processes command…` → its CompletedProcess; one thread in each process."""
     path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get('PYTHONPATH')])])
-    return subprocess.run([sys.executable, '-m', 'torch.distributed.run', f'--nproc-per-node={processes}', '--rdzv-backend=c10d',
-                           '--rdzv-endpoint=localhost:0', *options, *command], text=True, capture_output=True,
-                          env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'}, timeout=300, **keywords)
+    start = [sys.executable, '-m', 'torch.distributed.run', f'--nproc-per-node={processes}', '--rdzv-backend=c10d',
+             '--rdzv-endpoint=localhost:0', *options, *command]
+    return subprocess.run(start, text=True, capture_output=True, timeout=300, **keywords,
+                          env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'})
 
 
 def outcomes(processes, folder):

@@ -178,8 +178,9 @@ def check_with_mining_in_each_process_the_loss_is_the_mean_of_those_of_the_parts
     with torch.no_grad():
         output = model(Augmentation()(batch.images, batch.draws))
     parts = torch.arange(P * K).chunk(processes.count())
-    own_losses = [mgn_losses(output._replace(logits=[x[part] for x in output.logits], embeddings=output.embeddings[:, part]),
-                             batch.labels[part]) for part in parts]
+    outputs = [output._replace(logits=[x[part] for x in output.logits], embeddings=output.embeddings[:, part])
+               for part in parts]
+    own_losses = [mgn_losses(own, batch.labels[part]) for own, part in zip(outputs, parts)]
     means = {name: sum(losses[name] for losses in own_losses) / len(parts) for name in ('cross_entropy', 'triplet')}
     for name, expected in means.items():
         torch.testing.assert_close(processes.mean(got[name]), expected, rtol=1e-9, atol=0)
@@ -259,8 +260,8 @@ def check_copies_that_differ_are_refused_in_all(folder):
     check_alike(dataset, ('query', 'gallery'))
     other = dataset._replace(gallery=[Sample(str(folder / 'b.jpg'), 2, 2)]) if rank == N - 1 else dataset
     check_alike(other, ('query',))
-    with pytest.raises(ValueError, match=f'All {N} processes need the same images of own, but it differs between process '
-                                         f'0 and {N - 1}. (?i:give all machines)'):
+    with pytest.raises(ValueError, match=f'All {N} processes need the same images of own, but it differs between '
+                                         f'process 0 and {N - 1}. (?i:give all machines)'):
         check_alike(other, ('query', 'gallery'))
 
 

@@ -91,7 +91,7 @@ def test_a_failing_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch, f
     path = tmp_path / 'last.pth'
     checkpoint.save(str(path), {**BIG, 'step': 1})
     before = path.read_bytes()
-    with pytest.raises(OSError, match='last.pth could not be written: .*The previous file is unharmed.*Free disk space'):
+    with pytest.raises(OSError, match='last.pth could not be written: .*The previous file is unharmed.*Free disk'):
         with failure(monkeypatch):
             checkpoint.save(str(path), {**BIG, 'step': 2})
     assert path.read_bytes() == before
@@ -250,7 +250,7 @@ def test_weights_of_another_project_are_loaded_from_a_plain_state_dict(tmp_path,
     (lambda path, marker: path.write_text('text'), 'weights.pth does not fit'),
     (lambda path, marker: torch.save([1], path), 'weights.pth does not fit'),
     (lambda path, marker: torch.save({'weight': Code(marker)}, path), 'weights.pth does not fit'),
-    (lambda path, marker: torch.save(nn.Linear(3, 3).state_dict(), path), '(?s)weights.pth does not fit.*size mismatch'),
+    (lambda path, marker: torch.save(nn.Linear(3, 3).state_dict(), path), '(?s)does not fit.*size mismatch'),
     (lambda path, marker: torch.save(nn.Linear(3, 2, bias=False).state_dict(), path), '(?s)does not fit.*Missing')])
 def test_other_files_are_no_weights_of_another_project_and_are_not_run(tmp_path, write, message):
     write(tmp_path / 'weights.pth', tmp_path / 'executed')

@@ -59,7 +59,8 @@ def test_a_holder_that_has_not_written_its_name_yet_is_one_all_the_same(tmp_path
         held = lock(tmp_path)
         os.truncate(tmp_path / runfolder.LOCK, 0)
         return held
-    with another_process(lock_namelessly), pytest.raises(ValueError, match='Another run is training.*: another process'):
+    message = 'Another run is training.*: another process'
+    with another_process(lock_namelessly), pytest.raises(ValueError, match=message):
         with locked(str(tmp_path)):
             pass
 

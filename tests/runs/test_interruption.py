@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run after its step, with a checkpoint; resumed, it is bit-identical to an uninterrupted one."""
+"""SIGTERM and SIGINT end a run after its step, with a checkpoint; resumed, it is bit-identical to one left alone."""
 
 import json
 import os
@@ -15,7 +15,8 @@ from mgn.runs import checkpoint, interruption
 
 pytestmark = pytest.mark.usefixtures('thin')
 
-KINDS = {'float32': (), 'bfloat16, average, workers': ("train.precision = 'bfloat16'", 'train.ema_decay = 0.9', 'workers = 2')}
+KINDS = {'float32': (),
+         'bfloat16, average, workers': ("train.precision = 'bfloat16'", 'train.ema_decay = 0.9', 'workers = 2')}
 LONG_KINDS = {f'{precision}, {decay}, {workers}': (f"train.precision = '{precision}'", f'train.ema_decay = {decay}',
                                                    f'workers = {workers}')
               for precision in ('float32', 'bfloat16') for decay in (None, 0.9) for workers in (0, 2)}
@@ -175,7 +176,8 @@ command_line.run(lambda files, bindings: train({data!r}, {folder!r}))
     ([15], 75), ([2, 2], 130),
     *(pytest.param(*case, marks=pytest.mark.long) for case in (([2], 75), ([15, 15], 143), ([15, 2], 130)))])
 def test_the_status_tells_an_interrupted_run_and_the_second_signal_ends_it_at_once(market, tmp_path, signals, status):
-    program = PROGRAM.format(root=str(ROOT), tests=str(ROOT / 'tests'), signals=signals, data=str(market), folder=str(tmp_path / 'run'))
+    program = PROGRAM.format(root=str(ROOT), tests=str(ROOT / 'tests'), signals=signals, data=str(market),
+                             folder=str(tmp_path / 'run'))
     ended = run_program(program)
     assert ended.returncode == status, ended.stderr
     assert ('signals sent' in ended.stdout) == (status == 75)
