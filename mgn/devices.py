@@ -7,7 +7,7 @@ import sys
 import torch
 
 from mgn.ops.errors import UserError
-from mgn.ops.filter import available
+from mgn.ops.ranking.product import available
 from mgn.runs import processes
 
 logger = logging.getLogger(__name__)

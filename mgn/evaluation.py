@@ -15,10 +15,9 @@ from mgn.devices import find_device, peak_memory
 from mgn.feature_files import read_features, write_features
 from mgn.features import Extractor, check_alike
 from mgn.model import MGN
-from mgn.ops import k_reciprocal_ranks, match_ranks, match_ranks_sharded
+from mgn.ops import arguments, k_reciprocal_ranks, match_ranks, match_ranks_sharded
 from mgn.ops.errors import UserError
 from mgn.ops.metrics import retrieval_metrics
-from mgn.ops.arguments import LARGEST_K, check_alpha, check_reranking
 from mgn.ops.query_expansion import expand_queries
 from mgn.results import table, write_results
 from mgn.runs import checkpoint as checkpoints
@@ -122,14 +121,11 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_ca
 
 def check_options(query_expansion, alpha, rerank, k1, k2, lambda_value):
     """UserError for options out of range, before any image is read."""
-    if type(query_expansion) is not int or not 0 <= query_expansion <= LARGEST_K:
-        raise UserError(f'evaluate.query_expansion must be an integer from 0 to {LARGEST_K}, found '
-                        f'{query_expansion!r}; it is the number of gallery items averaged into a query, 0 for none')
-    if not isinstance(rerank, bool):
-        raise UserError(f'evaluate.rerank must be True or False, found {rerank!r}; '
-                        f'bind evaluate.k1, k2 and lambda_value for its parameters')
-    check_alpha(alpha)
-    check_reranking(k1, k2, lambda_value)
+    arguments.integer(query_expansion, 'evaluate.query_expansion', 0, arguments.LARGEST_K,
+                      'so many gallery items are averaged into a query, 0 for none')
+    arguments.truth(rerank, 'evaluate.rerank', 'evaluate.k1, k2 and lambda_value are its parameters')
+    arguments.check_alpha(alpha)
+    arguments.check_reranking(k1, k2, lambda_value)
 
 
 def identities(dataset, cross_camera):

@@ -81,7 +81,8 @@ def write_rows(path, row, batches):
         file.seek(array.offset + row * array.strides[0])
         for features in batches:
             if not features.isfinite().all():
-                raise UserError("A feature is NaN or infinite; look at the weights, or bind feature_precision = 'float32'")
+                raise UserError('A feature is NaN or infinite; look at the weights, or bind '
+                                "feature_precision = 'float32'")
             file.write(features.numpy().astype(array.dtype).tobytes())
         file.flush()
         os.fsync(file.fileno())
