@@ -381,5 +381,5 @@ def test_weights_of_another_architecture_are_an_error(saved):
     content = checkpoint.load(saved)
     config.load([], [f"weights = '{saved}'", 'MGN.parts = (1, 2)', 'MGN.last_strides = (2, 1)'],
                 saved=content['config'])
-    with pytest.raises(ValueError, match='(?s)best.pth does not fit it.*unexpected branches.2.*unexpected heads.7'):
+    with pytest.raises(ValueError, match='(?s)best.pth do not fit.*branches.2.*is unexpected.*heads.7.*is unexpected'):
         evaluation.evaluate_checkpoint(content)

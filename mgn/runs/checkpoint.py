@@ -21,7 +21,7 @@ from mgn.runs.files import replacing
 logger = logging.getLogger(__name__)
 
 FORMAT = 'mgn checkpoint 1'
-SHOWN = 10  # keys that an error lists
+SHOWN = 5  # keys that an error lists from the beginning and from the end
 
 
 class Damaged(UserError):
@@ -172,7 +172,7 @@ def first_line(error):
 def load_model(model, state, path, features_only=False, remedy='Bind MGN as it was trained, or give other weights.'):
     """Loads a state dict strictly; with features_only its classifiers are left out.
 
-    Raises UserError with the first missing, unexpected and ill-shaped keys; nothing is loaded then.
+    Raises UserError with missing, unexpected and ill-shaped keys, ten at most; nothing is loaded then.
     """
     if features_only:
         state = {key: value for key, value in state.items() if '.classifier.' not in key}
@@ -182,9 +182,10 @@ def load_model(model, state, path, features_only=False, remedy='Bind MGN as it w
     problems += [f'{key} has shape {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}'
                  for key in expected if key in state and expected[key].shape != state[key].shape]
     if problems:
-        more = [f'and {len(problems) - SHOWN} more'] if len(problems) > SHOWN else []
+        if len(problems) > 2 * SHOWN:
+            problems[SHOWN:-SHOWN] = [f'… {len(problems) - 2 * SHOWN} more …']
         raise UserError(f'The weights in {path} do not fit the configured architecture:\n  '
-                        + '\n  '.join(problems[:SHOWN] + more) + f'\n{remedy}')
+                        + '\n  '.join(problems) + f'\n{remedy}')
     model.load_state_dict(state)
 
 

@@ -234,7 +234,8 @@ def test_ten_keys_are_listed_and_the_others_counted():
     with pytest.raises(UserError) as raised:
         checkpoint.load_model(nn.Module(), source, 'my.pth', remedy='Bind another output_dir.')
     assert str(raised.value).count('is unexpected') == 10
-    assert str(raised.value).endswith('\n  and 3 more\nBind another output_dir.')
+    assert '\n  … 3 more …\n' in str(raised.value) and 'layer12 is' in str(raised.value)
+    assert str(raised.value).endswith('\nBind another output_dir.')
 
 
 def test_weights_of_another_project_are_loaded_from_a_plain_state_dict(tmp_path, monkeypatch):
