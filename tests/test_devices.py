@@ -13,8 +13,7 @@ CPU = torch.device('cpu')
 @pytest.fixture
 def cpu_with(monkeypatch):
     def cpu_with(avx512_bf16, amx):
-        monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: avx512_bf16)
-        monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
+        monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx512_bf16': avx512_bf16, 'amx_tile': amx})
     return cpu_with
 
 

@@ -89,7 +89,7 @@ def test_a_worker_process_that_dies_in_an_evaluation_is_replaced(market, tmp_pat
         calls.append(0)
         return real(batch)
     monkeypatch.setattr(features, 'normalise', normalise)
-    train(market, tmp_path / 'run', 'workers = 1', 'total_steps = 1', 'evaluate.batch_size = 1')
+    train(market, tmp_path / 'run', 'workers = 1', 'total_steps = 1', 'Extractor.batch_size = 1')
     assert any(message.startswith('data-loading workers died (number 1, before batch') for message in caplog.messages)
 
 
