@@ -15,7 +15,7 @@ import torch
 
 from mgn.ops import implementation
 
-PYTHON, PYTEST = [sys.executable], [sys.executable, '-m', 'pytest', '--device=cuda']
+PYTHON, PYTEST = [sys.executable], [sys.executable, '-m', 'pytest', '-n', '0', '--device=cuda']
 # Under a tool that slows kernels down a hundredfold: every kernel, fewer random cases.
 SANITIZED = [*PYTEST, '-p', 'no:cacheprovider', '-x', 'tests/ops/test_batch_hard.py',
              'tests/ops/test_batch_hard_cuda.py', 'tests/ops/test_pairwise_distance.py',

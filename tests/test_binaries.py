@@ -170,7 +170,7 @@ MISTAKES = [
     ('mgn.train', ['--gin_bindings=P ='], 'A gin binding looks like P = 16, and this is none: '),
     ('mgn.train', ['--gin_bindings=P = (3'], 'A gin binding looks like P = 16, and this is none: '),
     ('mgn.train', ['--gin_file=nowhere.gin'], 'nowhere.gin.*tried'),
-    ('mgn.train', ['--gin_file=my.gin', "--gin_bindings=data_root = 'nowhere'"], 'tried.*nowhere/bounding_box_train'),
+    ('mgn.train', ['--gin_file=my.gin', "--gin_bindings=data_root = 'nowhere'"], 'looked for.*nowhere/bounding_box_train'),
     ('mgn.train', ['--gin_file=my.gin', '--gin_bindings=P = 5'], 'at least P=5 identities, found 4'),
     ('mgn.train', ['--gin_file=my.gin', "--gin_bindings=device = 'cuda:99'"], "device 'cuda:99'"),
     ('mgn.train', ['--gin_file=my.gin', "--gin_bindings=MGN.pretrained = 'nowhere.pth'"], 'no file nowhere.pth'),
@@ -180,7 +180,7 @@ MISTAKES = [
     ('mgn.eval', ["--gin_bindings=weights = 'my.gin'"], 'my.gin.*checkpoint of mgn.train'),
     ('mgn.eval', ["--gin_bindings=weight = 'my.gin'"], 'weights'),
     ('mgn.train', ['--gin_file=my.gin', "--gin_bindings=output_dir = 'bad'", '--gin_bindings=rerank = 20'],
-     'evaluate.rerank must be True or False, found 20'),
+     'evaluate.rerank must be True or False, not 20'),
     ('mgn.train', ['--gin_bindings=evaluate.flip_test = True'], 'it is called Extractor.flip_test'),
     ('mgn.extract', ["--gin_bindings=features_dir = 'features'"], '--gin_bindings="weights='),
 ]
