@@ -1,22 +1,22 @@
 .PHONY: build test long gpu peers bench
 
-build:       # anew after an edit in csrc/: an editable install does not see it
+build:       # again, after an edit in csrc/: an editable install does not see it
 	pip install --no-build-isolation -e .
 
 test:        # what CI runs
 	pytest
 
-long:        # the whole matrix, and twenty times the random cases
+long:        # every test, and twenty times the random cases
 	MGN_TIMES=10 pytest -m ''
 
-gpu:         # on a machine with a GPU: build, the whole suite on it, compute-sanitizer, benchmarks; prints a table to keep
+gpu:         # on a machine with a GPU: build, the whole suite, compute-sanitizer, benchmarks; prints a table to keep
 	python -m benchmarks.gpu
 
-peers:       # what the benchmarks measure against; without their dependencies, which pin a torch of 2022
+peers:       # what the benchmarks compare with; without their dependencies, which pin a torch of 2022
 	pip install --no-deps fastreid torchreid
 	pip install pytorch-metric-learning cython faiss-cpu yacs termcolor
 
-bench:       # ratios against named peers, on this machine
+bench:       # speeds beside those of named peers, on this machine
 	python -m benchmarks.loading
 	python -m benchmarks.convolutions
 	python -m benchmarks.triplet
