@@ -53,7 +53,7 @@ def main(weights='runs/demo/best.pth', output='docs/pedestrians.jpg', images='~/
             colour, strokes = (GREEN, TICK) if same_identity[q, g] else (RED, CROSS)
             tile = framed(f'{images}/{gallery[3][g].decode()}', colour, strokes)
             picture.paste(tile, (column * STRIDE_X + GAP, row * STRIDE_Y))
-    picture.save(output, quality=88)
+    picture.save(output, quality=86)
 
 
 if __name__ == '__main__':
