@@ -90,7 +90,8 @@ def main():
         seconds = {name: statistics.median(of_work[1:]) for name, of_work in times.items()}
         print(f'sources {size[1]}×{size[0]}')
         for name in works:
-            print(f'  {name:24} {BATCH / seconds[name]:8.0f} images/s  {seconds["fast-reid"] / seconds[name]:5.2f} × fast-reid')
+            print(f'  {name:24} {BATCH / seconds[name]:8.0f} images/s  '
+                  f'{seconds["fast-reid"] / seconds[name]:5.2f} × fast-reid')
 
 
 if __name__ == '__main__':
