@@ -90,8 +90,8 @@ def peer_features(model, images):
 
 
 def become(peer, model):
-    """Makes fast-reid's MGN the function that `model` is: its weights, its first pooling (padded), and batch normalisation
-    and ReLU after each reduction, which fast-reid's project had, but its later releases do not."""
+    """Makes fast-reid's MGN the function that `model` is: its weights, its first pooling (padded), and batch
+    normalisation and ReLU after each reduction, which fast-reid's project had, but its later releases do not."""
     for theirs, ours in zip((peer.backbone, peer.b1, peer.b2, peer.b3), (model.trunk, *model.branches)):
         theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True)))
     peer.backbone[3] = model.trunk[3]
