@@ -1,6 +1,7 @@
 .PHONY: build test long gpu peers bench
 
 build:       # again, after an edit in csrc/: an editable install does not see it
+	pip install -q 'setuptools>=77' ninja
 	pip install --no-build-isolation -e .
 
 test:        # what CI runs

@@ -35,7 +35,8 @@ def shapes_of(size, options):
 
 
 def main():
-    print(f'{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}; medians of {ROUNDS} rounds, forward + backward, ms')
+    print(f'{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}; '
+          f'medians of {ROUNDS} rounds, forward + backward, ms')
     for name, (images, size, options) in SETTINGS.items():
         totals = [0, 0]
         print(f'{name}, {images} images')
@@ -60,8 +61,9 @@ def main():
                     spent.append((forward - start, time.perf_counter() - forward))
             peer, own = ([1000 * statistics.median(part) for part in zip(*spent[1:])] for spent in times)
             totals = [total + count * sum(spent) for total, spent in zip(totals, (peer, own))]
-            print(f'  {channels:4} → {out:4}, {k}×{k}, {height:2}×{width:2}, stride {stride}: conv2d {peer[0]:6.1f} + {peer[1]:6.1f}, '
-                  f'ours {own[0]:6.1f} + {own[1]:6.1f}, {sum(peer) / sum(own):.2f}× faster{", one product" if small else ""}', flush=True)
+            print(f'  {channels:4} → {out:4}, {k}×{k}, {height:2}×{width:2}, stride {stride}: '
+                  f'conv2d {peer[0]:6.1f} + {peer[1]:6.1f}, ours {own[0]:6.1f} + {own[1]:6.1f}, '
+                  f'{sum(peer) / sum(own):.2f}× faster{", one product" if small else ""}', flush=True)
         print(f'  these in a step: conv2d {totals[0]:.0f}, ours {totals[1]:.0f}, {totals[0] / totals[1]:.2f}× faster')
 
 

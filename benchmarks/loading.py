@@ -3,8 +3,8 @@
     make peers && python -m benchmarks.loading
 
 Sources are drawn in the run: 64×128 JPEGs as in Market-1501, and 150×350 ones as MSMT17 has.
-"loader_and_augmentation" and the chains do the same work: file → decoded, resized, mirrored, padded and cropped, erased,
-normalised, a float32 batch of 384×128 images. "loader" is what one worker does here (file → decoded, resized uint8
+"loader_and_augmentation" and the chains do the same work: file → decoded, resized, mirrored, padded and cropped,
+erased, normalised, a float32 batch of 384×128 images. "loader" is what one worker does here (file → decoded, resized uint8
 image). fast-reid normalises in its model; that is counted here too. One thread each, whose time on the core is counted.
 """
 
@@ -62,7 +62,7 @@ def write_sources(folder, size):
 
 
 def check(paths):
-    """Without random draws both sides have one result, to what two decoders and two resizers round: a level is 0.017."""
+    """Without random draws both sides have one result, to the roundings of decoders and resizers: a level is 0.017."""
     ours, theirs = normalise(loader(paths)), fastreid_loader(SIZE, is_train=False)(paths)
     difference = (ours - theirs).abs()
     assert difference.mean() < 0.02 and difference.max() < 0.2, (
@@ -90,7 +90,8 @@ def main():
         seconds = {name: statistics.median(of_work[1:]) for name, of_work in times.items()}
         print(f'sources {size[1]}×{size[0]}')
         for name in works:
-            print(f'  {name:24} {BATCH / seconds[name]:8.0f} images/s  {seconds["fast-reid"] / seconds[name]:5.2f} × fast-reid')
+            print(f'  {name:24} {BATCH / seconds[name]:8.0f} images/s  '
+                  f'{seconds["fast-reid"] / seconds[name]:5.2f} × fast-reid')
 
 
 if __name__ == '__main__':

@@ -53,7 +53,7 @@ def fastreid_evaluate_rank(use_cython=True):
         rank = importlib.import_module('fastreid.evaluation.rank')
     finally:
         sys.meta_path[:] = before
-    assert rank.IS_CYTHON_AVAI, 'want fast-reid\'s compiled ranking; look at what pyximport said'
+    assert rank.IS_CYTHON_AVAI, 'fast-reid\'s ranking must be compiled, but is not; look at what pyximport printed'
     return lambda *args, max_rank=50: (rank.evaluate_cy if use_cython else rank.evaluate_py)(*args, max_rank, False)
 
 

@@ -1,11 +1,13 @@
 """A training step and feature extraction against fast-reid's MGN, alternating; where their time goes.
 
-    make peers && python -m benchmarks.training [--batch=64] [--rounds=5] [--precision=bfloat16] [--cpu-time | --device=cuda]
+    make peers && python -m benchmarks.training [--batch=64] [--rounds=5] [--precision=bfloat16]
+                                                [--cpu-time | --device=cuda]
 
-Both sides: ResNet-50 with random weights, 384×128, 751 identities, the same images in memory. fast-reid runs in its default float32 as its
-trainer runs it, with its Adam over one contiguous tensor; its losses weigh two triplet terms more. Before anything is timed, its MGN with our
-weights has to give our features, and our cross-entropy with its gradient. --precision runs both our parts in that precision as well.
---cpu-time counts the processor's seconds in place of the wall's: with OMP_NUM_THREADS=1, what a machine shared with others still tells.
+Both sides: ResNet-50 with random weights, 384×128, 751 identities, the same images in memory. fast-reid runs in its
+default float32 as its trainer runs it, with its Adam over one contiguous tensor; its losses weigh two triplet terms
+more. Before anything is timed, its MGN with our weights has to give our features, and our cross-entropy with its
+gradient. --precision runs both our parts in that precision as well. --cpu-time counts seconds of the processor instead
+of the wall clock's: use it with OMP_NUM_THREADS=1 on a machine that is shared with others.
 """
 
 import argparse
@@ -27,11 +29,11 @@ from mgn.data.augmentation import Augmentation, Draws, normalise
 from mgn.data.datasets import Sample
 from mgn.data.images import TrainBatch, TrainBatches
 from mgn.data.loader import start_workers
+from mgn.data.sampler import IdentitySampler
+from mgn.devices import DTYPES
 from mgn.losses import mgn_losses
 from mgn.model import MGN, MGNOutput
 from mgn.optim import make_optimizer
-from mgn.devices import DTYPES
-from mgn.data.sampler import IdentitySampler
 
 IDENTITIES, SIZE, K = 751, (384, 128), 4
 HEADS = ('b1', 'b2', 'b3', 'b21', 'b22', 'b31', 'b32', 'b33')
@@ -48,7 +50,8 @@ def our_step(model, optimizer, augmentation, precision, loader, device):
     with torch.autocast(device.type, DTYPES[precision], enabled=precision != 'float32'):
         output = model(images)
     yield 'forward'
-    losses = mgn_losses(MGNOutput(tuple(x.float() for x in output.logits), output.embeddings.float(), output.features), labels)
+    output = MGNOutput(tuple(x.float() for x in output.logits), output.embeddings.float(), output.features)
+    losses = mgn_losses(output, labels)
     yield 'losses'
     optimizer.zero_grad()
     sum(losses.values()).backward()
@@ -58,7 +61,7 @@ def our_step(model, optimizer, augmentation, precision, loader, device):
 
 
 def peer_step(model, optimizer, contiguous, images, labels):
-    """As fastreid.engine.train_loop.SimpleTrainer's; images: (B, 3, H, W) float32 in 0…255, as its transforms leave them."""
+    """As fastreid.engine.train_loop.SimpleTrainer's; images: (B, 3, H, W) float32 in 0…255, as its transforms do."""
     with importlib.import_module('fastreid.utils.events').EventStorage():
         losses = model({'images': images.clone(), 'targets': labels})  # it normalises in place
     yield 'forward and losses'
@@ -87,8 +90,8 @@ def peer_features(model, images):
 
 
 def become(peer, model):
-    """Makes fast-reid's MGN the function that `model` is: its weights, its first pooling (padded), and, as fast-reid's project had them but not
-    its later releases, batch normalisation and ReLU behind each reduction."""
+    """Makes fast-reid's MGN the function that `model` is: its weights, its first pooling (padded), and batch
+    normalisation and ReLU after each reduction, which fast-reid's project had, but its later releases do not."""
     for theirs, ours in zip((peer.backbone, peer.b1, peer.b2, peer.b3), (model.trunk, *model.branches)):
         theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True)))
     peer.backbone[3] = model.trunk[3]
@@ -110,15 +113,16 @@ def check(images, labels):
     with torch.no_grad():
         model.train()(normalise(images))  # statistics to evaluate with
     become(peer, model)
-    want = our_features(model.eval(), 'float32', images)
-    got = peer_features(peer.eval(), images.float())
-    assert (got - want).norm() < 1e-4 * want.norm(), 'fast-reid finds other features'
+    ours, theirs = our_features(model.eval(), 'float32', images), peer_features(peer.eval(), images.float())
+    assert (theirs - ours).norm() < 1e-4 * ours.norm(), 'fast-reid computes other features'
     ours = mgn_losses(model.train()(normalise(images)), labels)['cross_entropy']
     with importlib.import_module('fastreid.utils.events').EventStorage():
-        theirs = sum(loss for name, loss in peer.train()({'images': images.float(), 'targets': labels}).items() if '_cls_' in name)
-    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=0, msg='fast-reid finds another cross-entropy')
-    want, got = (torch.autograd.grad(loss, first.weight)[0] for loss, first in ((ours, model.trunk[0]), (theirs, peer.backbone[0])))
-    assert (got - want).norm() < 1e-2 * want.norm(), 'fast-reid finds another gradient'
+        losses = peer.train()({'images': images.float(), 'targets': labels})
+    theirs = sum(loss for name, loss in losses.items() if '_cls_' in name)
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=0, msg='fast-reid computes another cross-entropy')
+    ours, theirs = (torch.autograd.grad(loss, first.weight)[0]
+                    for loss, first in ((ours, model.trunk[0]), (theirs, peer.backbone[0])))
+    assert (theirs - ours).norm() < 1e-2 * ours.norm(), 'fast-reid computes another gradient'
 
 
 def new_model(device='cpu'):
@@ -136,7 +140,8 @@ def alternating(sides, rounds, clock):
                 now = clock()
                 times[name][-1][phase], before = now - before, now
             times[name][-1]['in all'] = before - start
-    return {name: {phase: statistics.median(lap[phase] for lap in laps[1:]) for phase in laps[0]} for name, laps in times.items()}
+    return {name: {phase: statistics.median(lap[phase] for lap in laps[1:]) for phase in laps[0]}
+            for name, laps in times.items()}
 
 
 def show(title, seconds, count):
@@ -157,7 +162,8 @@ def steps(images, labels, rounds, precisions, clock):
     loader = itertools.repeat(TrainBatch(images, labels, augmentation.draw(0, 0, len(images), SIZE), []))
     return alternating({
         'fast-reid': functools.partial(peer_step, *peer, pixels, labels),
-        **{f'mgn, {precision}': functools.partial(our_step, model, optimizer, augmentation, precision, loader, device) for precision in precisions},
+        **{f'mgn, {precision}': functools.partial(our_step, model, optimizer, augmentation, precision, loader, device)
+           for precision in precisions},
     }, rounds, clock)
 
 
@@ -166,7 +172,8 @@ def extractions(images, rounds, precisions, clock):
     pixels = images.float(memory_format=torch.contiguous_format)
     return alternating({
         'fast-reid': functools.partial(extraction, peer_features, peer, pixels),
-        **{f'mgn, {precision}': functools.partial(extraction, our_features, model, precision, images) for precision in precisions},
+        **{f'mgn, {precision}': functools.partial(extraction, our_features, model, precision, images)
+           for precision in precisions},
     }, rounds, clock)
 
 
@@ -177,16 +184,17 @@ def steps_from_files(batch_size, rounds, precision, device, clock):
     with tempfile.TemporaryDirectory() as folder:
         samples = [Sample(f'{folder}/{i}.jpg', i // K, i % 2) for i in range(2 * batch_size)]
         for sample in samples:
-            write_jpeg(F.interpolate(torch.rand(1, 3, 16, 8), (128, 64), mode='bilinear')[0].mul(255).to(torch.uint8), sample.path)
+            image = F.interpolate(torch.rand(1, 3, 16, 8), (128, 64), mode='bilinear')[0]
+            write_jpeg(image.mul(255).to(torch.uint8), sample.path)
         labels = [sample.pid for sample in samples]
         sampler = IdentitySampler(labels, [sample.camid for sample in samples], batch_size // K, K, 0)
         loader = start_workers(TrainBatches(samples, labels, sampler, augmentation, SIZE), range(1 + rounds), 1, device)
-        return alternating({precision: functools.partial(our_step, model, optimizer, augmentation, precision, loader, device)}, rounds,
-                           clock)[precision]
+        step = functools.partial(our_step, model, optimizer, augmentation, precision, loader, device)
+        return alternating({precision: step}, rounds, clock)[precision]
 
 
 def synchronised():
-    """The wall's clock, once the GPU has done what it was told."""
+    """The wall clock, once the GPU has finished."""
     torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -200,15 +208,18 @@ def main():
     parser.add_argument('--device', default='cpu', type=torch.device)
     options = parser.parse_args()
     if options.batch < 2 * K or options.batch % K:
-        parser.error(f'want --batch as a multiple of {K}, at least {2 * K}, got {options.batch}')
+        parser.error(f'--batch must be a multiple of {K}, at least {2 * K}, not {options.batch}')
     torch.manual_seed(0)
-    images = torch.randint(0, 256, (options.batch, 3, *SIZE), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    images = torch.randint(0, 256, (options.batch, 3, *SIZE), dtype=torch.uint8)
+    images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.arange(options.batch) // K
     wall = synchronised if options.device.type == 'cuda' else time.perf_counter
     clock = time.process_time if options.cpu_time else wall
     precisions = dict.fromkeys(('float32', options.precision))
-    print(f'{torch.cuda.get_device_name() if options.device.type == "cuda" else cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}; batches of {options.batch}, '
-          f'medians of {options.rounds} alternating rounds{", seconds of the processor" if options.cpu_time else ""}', flush=True)
+    processor = torch.cuda.get_device_name() if options.device.type == 'cuda' else cpu_model()
+    print(f'{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}; batches of {options.batch}, '
+          f'medians of {options.rounds} alternating rounds{", seconds of the processor" if options.cpu_time else ""}',
+          flush=True)
     check(images, labels)
     images, labels = images.to(options.device), labels.to(options.device)
     show('training step', steps(images, labels, options.rounds, precisions, clock), options.batch)

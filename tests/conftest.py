@@ -14,7 +14,7 @@ from mgn.data.images import decode, to_batch
 
 
 def write_image(path, seed, size=(64, 32)):
-    """A noisy image of one random colour, size=(H, W), as the suffix of `path` says; returns its (3, H, W) uint8 pixels."""
+    """A noisy image of one random colour, size=(H, W), in the format of the suffix; returns (3, H, W) uint8 pixels."""
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (3, 1, 1)) // 2 + rng.integers(0, 128, (3, *size))
     image = torch.from_numpy(pixels.astype(np.uint8))
@@ -38,7 +38,8 @@ def write_market(root, identities=6, images=4, cameras=2, suffix='.jpg', size=(6
     for pid in (101, 102, 103):
         write_image(root / 'query' / f'{pid:04d}_c1s1_000000_00{suffix}', seed, size)
         for i in range(3):
-            write_image(root / 'bounding_box_test' / f'{pid:04d}_c{i % cameras + 1}s1_{i + 1:06d}_01{suffix}', seed + i, size)
+            name = f'{pid:04d}_c{i % cameras + 1}s1_{i + 1:06d}_01{suffix}'
+            write_image(root / 'bounding_box_test' / name, seed + i, size)
         seed += 3
     write_image(root / 'bounding_box_test' / f'0000_c1s1_000009_01{suffix}', seed, size)
     write_image(root / 'bounding_box_test' / f'-1_c1s1_000009_01{suffix}', seed + 1, size)
@@ -51,7 +52,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope='session', autouse=True)
 def heard():
-    """SIGINT reaches the tests and their programs, also where pytest runs in the background of a script, which ignores it."""
+    """SIGINT reaches the tests and their programs, also if a script runs pytest in the background, which ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -5,7 +5,7 @@ import sys
 import pytest
 from forks import run_program
 
-only_linux = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='only Linux tells the most memory since a moment')
+only_linux = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='only Linux tells this peak')
 
 HIGH_WATER = '''
 def high_water(anew=False):
@@ -18,7 +18,7 @@ def high_water(anew=False):
 
 
 def printed(program, *args):
-    """The integers that a program prints, which knows high_water(anew): the most bytes held, since the last call with anew=True."""
+    """The integers that a program prints. It knows high_water(anew), the most bytes since the last anew=True."""
     done = run_program(HIGH_WATER + program, *args)
     assert done.returncode == 0, done.stderr
     return list(map(int, done.stdout.split()))

@@ -170,7 +170,8 @@ MISTAKES = [
     ('mgn.train', ['--gin_bindings=P ='], 'A gin binding looks like P = 16, and this is none: '),
     ('mgn.train', ['--gin_bindings=P = (3'], 'A gin binding looks like P = 16, and this is none: '),
     ('mgn.train', ['--gin_file=nowhere.gin'], 'nowhere.gin.*tried'),
-    ('mgn.train', ['--gin_file=my.gin', "--gin_bindings=data_root = 'nowhere'"], 'looked for.*nowhere/bounding_box_train'),
+    ('mgn.train', ['--gin_file=my.gin', "--gin_bindings=data_root = 'nowhere'"],
+     'looked for.*nowhere/bounding_box_train'),
     ('mgn.train', ['--gin_file=my.gin', '--gin_bindings=P = 5'], 'at least P=5 identities, found 4'),
     ('mgn.train', ['--gin_file=my.gin', "--gin_bindings=device = 'cuda:99'"], "device 'cuda:99'"),
     ('mgn.train', ['--gin_file=my.gin', "--gin_bindings=MGN.pretrained = 'nowhere.pth'"], 'no file nowhere.pth'),
@@ -251,7 +252,8 @@ def test_a_bug_keeps_its_traceback(mistaken):
     folder, _ = mistaken
     code, out, err = run(folder, '-c', BUG, '--gin_file=my.gin', "--gin_bindings=output_dir = 'bug'")
     assert code == 1 and 'error: ' not in err.replace('ValueError: ', '')
-    assert re.search(r'Traceback \(most.*in forward\n.*ValueError: the tensors of a new idea do not fit', err, re.DOTALL)
+    message = r'Traceback \(most.*in forward\n.*ValueError: the tensors of a new idea do not fit'
+    assert re.search(message, err, re.DOTALL)
 
 
 PAPER = """

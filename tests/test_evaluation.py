@@ -279,7 +279,7 @@ def test_without_cameras_the_stages_leave_out_what_plain_ranking_does(model, tmp
         shutil.copy(path, root / 'bounding_box_test' / path.name)
     got = evaluate(model, market_layout(str(root)), CPU, extractor=extractor(), cross_camera=False, query_expansion=1,
                    rerank=True, k1=1, k2=1, lambda_value=1)
-    # A query's nearest item is its own image, which is left out of its ranks alone; λ = 1 ranks by the original distance.
+    # A query's nearest item is its own image, which only its ranks leave out; λ = 1 ranks by the original distance.
     for name in METRICS:
         assert got[name] == got['query_expansion'][name] == got['rerank'][name]
 

@@ -116,7 +116,8 @@ def test_a_full_disk_stops_a_run_that_can_go_on_later(market, tmp_path, monkeypa
 
     def full(descriptor):
         calls.append(0)
-        if len(calls) > 2 * 7:  # metrics.jsonl; last.pth, config.gin, best.pth, eval.json of 0; last.pth, config.gin of 2
+        # Two each for metrics.jsonl; last.pth, config.gin, best.pth, eval.json of 0; last.pth, config.gin of 2
+        if len(calls) > 2 * 7:
             raise OSError(errno.ENOSPC, 'No space left on device')
         fsync(descriptor)
 
