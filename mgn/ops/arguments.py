@@ -75,36 +75,11 @@ def check_device(value, name, other, other_name):
 
 
 def check_alike(rows, name, other, other_name):
-    """Both agree in all but the number of rows."""
+    """Both agree in device, type and all but the number of rows."""
+    check_device(rows, name, other, other_name)
     if rows.dtype != other.dtype or rows.shape[:-2] != other.shape[:-2] or rows.shape[-1] != other.shape[-1]:
         raise UserError(f'{name} must be like {other_name}, {tuple(other.shape)} of {other.dtype}, in all but the '
                         f'number of rows, not {tuple(rows.shape)} of {rows.dtype}; cast or reshape one of them')
-
-
-def feature_pair(query, gallery, metric, precision, streamed=False):
-    """Query and gallery as detached tensors that fit each other, on a device with float64; the options checked.
-
-    One array given twice becomes one tensor. `streamed`: the gallery may lie on the CPU while the query does not.
-    """
-    if metric not in ('cosine', 'euclidean'):
-        raise UserError(f"metric must be 'cosine' or 'euclidean', not {metric!r}; pass the matrix of any other "
-                        'distance to match_ranks_from_distance or topk_from_distance')
-    if precision not in PRECISIONS:
-        raise UserError(f'precision must be {" or ".join(map(repr, PRECISIONS))}, not {precision!r}; '
-                        'it changes the time only')
-    is_one = query is gallery
-    query = as_features(query, 'query')
-    gallery = query if is_one else as_features(gallery, 'gallery')
-    if query.shape[1] != gallery.shape[1]:
-        raise UserError(f'query and gallery must have rows of one width, not {tuple(query.shape)} and '
-                        f'{tuple(gallery.shape)}; take both from one network')
-    if query.device != gallery.device and not (streamed and gallery.device.type == 'cpu'):
-        raise UserError(f'query and gallery must be on one device, not on {query.device} and {gallery.device}; '
-                        'move one with .to()')
-    if query.device.type not in ('cpu', 'cuda'):  # mps has no float64, which keys are
-        query = query.cpu()
-        gallery = query if is_one else gallery.cpu()
-    return query, gallery
 
 
 def as_features(features, name):

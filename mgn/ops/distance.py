@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.forward_ad import unpack_dual
 
-from mgn.ops.arguments import check_alike, check_device, check_rows
+from mgn.ops.arguments import check_alike, check_rows
 from mgn.ops.errors import UserError
 from mgn.ops.native import kernels
 from mgn.ops.private import sum_of_differences
@@ -38,7 +38,6 @@ def pairwise_distance(x, y, metric='euclidean'):
     """
     check_rows(x, 'x')
     check_rows(y, 'y')
-    check_device(y, 'y', x, 'x')
     check_alike(y, 'y', x, 'x')
     if metric not in DISTANCES:
         raise UserError(f'metric must be {", ".join(DISTANCES[:-1])} or {DISTANCES[-1]}, not {metric!r}')

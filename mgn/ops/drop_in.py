@@ -92,14 +92,13 @@ def nearest_of_all(q_g, q_q, g_g, count):
     """The nearest to each query and item, (Q + G, count), and its largest distance, (Q + G,) float64."""
     queries, total = len(q_g), sum(q_g.shape)
     items, maxima = torch.empty(total, count, dtype=torch.int64), np.zeros(total)
-    dtype = torch.promote_types(torch.promote_types(q_g.dtype, q_q.dtype), g_g.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
     for part in spans(total, ROWS // max(total, 1)):  # rows of the whole matrix, which is not made
         query_part = slice(part.start, min(part.stop, queries))
         gallery_part = slice(max(part.start - queries, 0), max(part.stop - queries, 0))
-        upper = torch.cat((q_q[:, query_part].T.to(dtype), q_g[query_part].to(dtype)), 1)
-        lower = torch.cat((q_g[:, gallery_part].T.to(dtype), g_g[:, gallery_part].T.to(dtype)), 1)
-        distances = torch.cat((upper, lower)).abs_()  # they are to be squared
+        upper = torch.cat((q_q[:, query_part].T, q_g[query_part]), 1)
+        lower = torch.cat((q_g[:, gallery_part].T, g_g[:, gallery_part].T), 1)
+        distances = torch.cat((upper, lower))
+        distances = distances.to(torch.promote_types(distances.dtype, torch.float32)).abs_()  # they are to be squared
         nearest_values = distances.new_empty(len(distances), count)
         bad_row = sparse_kernels().nearest_in_distances(distances, nearest_values, items[part])
         maxima[part] = distances.amax(1).double().numpy()

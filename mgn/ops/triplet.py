@@ -74,7 +74,6 @@ def _check(anchors, labels, candidates, candidate_labels):
         given, missing = ('candidate_labels', 'candidates')[::1 if candidates is None else -1]
         raise UserError(f'{given} came without {missing}; pass both, or neither to mine among the anchors')
     _check_labelled(candidates, 'candidates', candidate_labels, 'candidate_labels')
-    check_device(candidates, 'candidates', anchors, 'anchors')
     check_alike(candidates, 'candidates', anchors, 'anchors')
     if (candidate_labels.dtype == torch.uint64) != (labels.dtype == torch.uint64):
         raise UserError('labels and candidate_labels must both be uint64 or neither, not '

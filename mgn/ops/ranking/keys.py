@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mgn.ops.arguments import feature_pair
+from mgn.ops.arguments import PRECISIONS, as_features
 from mgn.ops.errors import UserError
 from mgn.ops.native import kernels
 from mgn.ops.ranking import reference
@@ -28,8 +28,29 @@ class Comparison(NamedTuple):
 
 
 def compared(query, gallery, metric, precision, streamed=False):
-    """The Comparison of what a user passes."""
-    return Comparison(*feature_pair(query, gallery, metric, precision, streamed), metric == 'cosine', precision)
+    """The Comparison of what a user passes, checked: detached tensors that fit each other, on a device with float64.
+
+    One array given twice becomes one tensor. `streamed`: the gallery may lie on the CPU while the query does not.
+    """
+    if metric not in ('cosine', 'euclidean'):
+        raise UserError(f"metric must be 'cosine' or 'euclidean', not {metric!r}; pass the matrix of any other "
+                        'distance to match_ranks_from_distance or topk_from_distance')
+    if precision not in PRECISIONS:
+        raise UserError(f'precision must be {" or ".join(map(repr, PRECISIONS))}, not {precision!r}; '
+                        'it changes the time only')
+    is_one = query is gallery
+    query = as_features(query, 'query')
+    gallery = query if is_one else as_features(gallery, 'gallery')
+    if query.shape[1] != gallery.shape[1]:
+        raise UserError(f'query and gallery must have rows of one width, not {tuple(query.shape)} and '
+                        f'{tuple(gallery.shape)}; take both from one network')
+    if query.device != gallery.device and not (streamed and gallery.device.type == 'cpu'):
+        raise UserError(f'query and gallery must be on one device, not on {query.device} and {gallery.device}; '
+                        'move one with .to()')
+    if query.device.type not in ('cpu', 'cuda'):  # mps has no float64, which keys are
+        query = query.cpu()
+        gallery = query if is_one else gallery.cpu()
+    return Comparison(query, gallery, metric == 'cosine', precision)
 
 
 def ranking_kernels(device):

@@ -91,10 +91,8 @@ def runs_of(items):
 @functools.cache
 def memory_advice():
     """The C library's madvise, None where there is none."""
-    try:
-        advise = ctypes.CDLL(None).madvise if hasattr(mmap, 'MADV_WILLNEED') else None
-    except (OSError, TypeError, AttributeError):
+    if not hasattr(mmap, 'MADV_WILLNEED'):
         return None
-    if advise:
-        advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return advise
