@@ -101,9 +101,9 @@ def check_alike(dataset, parts, model=None):
     """UserError in all processes where their images or weights differ, as copies on several machines may."""
     if processes.count() > 1:
         images = [hash_of(image_lists(dataset, part).values()) for part in parts]
-        processes.check_same(f'images of {dataset.name}', images, 'give all machines the same files in data_root')
+        processes.check_same(f'images of {dataset.name}', images, 'Give all machines the same files in data_root.')
     if processes.count() > 1 and model:
-        processes.check_same('weights', hash_of_weights(model), 'give all machines the same checkpoint')
+        processes.check_same('weights', hash_of_weights(model), 'Give all machines the same checkpoint.')
 
 
 def image_lists(dataset, part):
