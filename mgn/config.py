@@ -11,6 +11,7 @@ import io
 import os
 import re
 import tokenize
+from pathlib import Path
 
 import gin
 
@@ -22,8 +23,8 @@ from mgn.runs import checkpoint
 
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
 DEFAULTS = os.path.join(PACKAGE, 'defaults.gin')
-INSTALLED = os.path.isdir(os.path.join(PACKAGE, 'gin'))  # a checkout has the recipes beside the package
-RECIPES = PACKAGE if INSTALLED else os.path.dirname(PACKAGE)
+# A checkout has the recipes beside the package.
+RECIPES = PACKAGE if os.path.isdir(os.path.join(PACKAGE, 'gin')) else os.path.dirname(PACKAGE)
 SHARED = ('dataset', 'input_size')  # training and evaluation have to agree on them
 PATH_MACROS = ('data_root', 'output_dir', 'weights', 'features_dir')
 MACRO = 'gin.macro'
@@ -66,8 +67,7 @@ def bound_weights(gin_files, bindings):
 
 def default_output_dir(gin_files):
     """Where training writes unless output_dir is bound: runs/<name of the last gin file>."""
-    name = os.path.splitext(os.path.basename(gin_files[-1]))[0] if gin_files else 'mgn'
-    return os.path.join('runs', name)
+    return os.path.join('runs', Path(gin_files[-1]).stem if gin_files else 'mgn')
 
 
 def parse(gin_files, bindings, saved=''):
@@ -153,14 +153,15 @@ def gin_errors_explained():
         yield
     except UserError:
         raise
-    except (SyntaxError, tokenize.TokenError) as error:
-        raise UserError(f'A gin binding looks like P = 16, and this is none: {error}') from None
-    except ValueError as error:
-        raise UserError(explained(str(error))) from None
+    except (ValueError, SyntaxError, tokenize.TokenError) as error:
+        raise UserError(explained(error)) from None
 
 
-def explained(message):
+def explained(error):
     """gin's message with the nearest valid name, or the one that a parameter has today."""
+    message = str(error)
+    if not isinstance(error, ValueError):
+        return f'A gin binding looks like P = 16, and this is none: {message}'
     if macro := re.match(r"No bindings specified for '(.*?)/gin.macro'", message):
         return f'The macro %{macro[1]} is used, but has no value{nearest(macro[1], default_macros())}'
     if configurable := re.search(r"No configurable matching (?:reference )?'@?([^'()]*)", message):

@@ -5,10 +5,11 @@ A folder holds for `query` and `gallery` each _features.npy (n, D), _pids.npy an
 network, weights, settings and lists of images. Image contents are not checked.
 """
 
+import contextlib
 import json
 import logging
 import os
-import uuid
+import tempfile
 
 import gin
 import numpy as np
@@ -90,13 +91,10 @@ def write_rows(path, row, batches):
 
 def check_shared(folder):
     """UserError in all processes where one of them does not see what process 0 writes into the folder."""
-    path = os.path.join(folder, f'shared {processes.share(uuid.uuid4().hex)}')
-    if processes.number() == 0:
-        write_text(path, '')
-    processes.wait()
-    blind = [str(process) for process, sees in enumerate(processes.gather(os.path.exists(path))) if not sees]
-    if processes.number() == 0:
-        os.remove(path)
+    with tempfile.NamedTemporaryFile(dir=folder) if processes.number() == 0 else contextlib.nullcontext() as file:
+        name = processes.share(file and os.path.basename(file.name))
+        sees = processes.gather(os.path.exists(os.path.join(folder, name)))
+    blind = [str(process) for process, seen in enumerate(sees) if not seen]
     if blind:
         raise UserError(f'All processes must share the features_dir, but what process 0 writes to {folder} is not seen '
                         f'by process {", ".join(blind)}; bind a folder of a shared file system')

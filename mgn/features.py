@@ -15,6 +15,7 @@ from mgn.data.images import TestBatches
 from mgn.data.augmentation import normalise
 from mgn.data.loader import load_batches
 from mgn.devices import DTYPES, resolve_precision
+from mgn.ops import arguments
 from mgn.ops.errors import UserError
 from mgn.runs import processes
 from mgn.runs.interruption import leave_if_nothing_is_lost
@@ -40,8 +41,7 @@ class Extractor:
     """
 
     def __init__(self, device, input_size=gin.REQUIRED, batch_size=64, workers=4, flip_test=False, precision='float32'):
-        if batch_size < 1:
-            raise UserError(f'Extractor.batch_size must be at least 1, found {batch_size}')
+        arguments.integer(batch_size, 'Extractor.batch_size', 1, 2 ** 31 - 1, '64 is usual')
         self.device, self.batch_size, self.workers = device, batch_size, workers
         self.input_size, self.flip_test = input_size, flip_test
         self.precision = resolve_precision(precision, device, 'Extractor.precision')
@@ -101,9 +101,9 @@ def check_alike(dataset, parts, model=None):
     """UserError in all processes where their images or weights differ, as copies on several machines may."""
     if processes.count() > 1:
         images = [hash_of(image_lists(dataset, part).values()) for part in parts]
-        processes.check_same(f'images of {dataset.name}', images, 'give all machines the same files in data_root')
+        processes.check_same(f'images of {dataset.name}', images, 'Give all machines the same files in data_root.')
     if processes.count() > 1 and model:
-        processes.check_same('weights', hash_of_weights(model), 'give all machines the same checkpoint')
+        processes.check_same('weights', hash_of_weights(model), 'Give all machines the same checkpoint.')
 
 
 def image_lists(dataset, part):

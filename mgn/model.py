@@ -68,9 +68,8 @@ class MGN(nn.Module):
             for stride in last_strides)
         self.pools = nn.ModuleList(POOLINGS[pooling]() for _ in parts)
         stripe_count = sum(n for n in self.parts if n > 1)
-        wholes = [Head(width, embedding_dim, num_classes, bnneck, paper_heads) for _ in parts]
-        stripes = [Head(width, embedding_dim, num_classes, bnneck, False) for _ in range(stripe_count)]
-        self.heads = nn.ModuleList(wholes + stripes)
+        self.heads = nn.ModuleList(Head(width, embedding_dim, num_classes, bnneck, classify_pooled)
+                                   for classify_pooled in [paper_heads] * len(parts) + [False] * stripe_count)
         self.feature_dim = embedding_dim * len(self.heads)
 
     def forward(self, images):
@@ -149,11 +148,10 @@ POOLINGS = {'max': MaxPool, 'avg': AvgPool, 'gem': GeMPool}
 
 def use_products(module):
     """Replaces the convolutions inside `module` by ProductConvs of the same parameters."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.Conv2d):
-            setattr(module, name, ProductConv.like(child))
-        else:
-            use_products(child)
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Conv2d):
+                setattr(parent, name, ProductConv.like(child))
 
 
 def with_stride(layer4, stride):

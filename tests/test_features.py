@@ -171,7 +171,7 @@ def test_features_are_not_overwritten_and_options_are_checked(written, model, ro
         write_features(model, dataset, extractor(), str(tmp_path / 'other'), storage='int8')
     with pytest.raises(ValueError, match="Extractor.precision must be one of 'auto', 'float32', .*found 'int8'"):
         extractor(precision='int8')
-    with pytest.raises(ValueError, match='Extractor.batch_size must be at least 1, found 0'):
+    with pytest.raises(ValueError, match='Extractor.batch_size must be an integer from 1 to .*, not 0'):
         Extractor(CPU, SIZE, 0)
     (tmp_path / 'file').write_text('')
     with pytest.raises(OSError, match='Features cannot be written to .*file/x: .*; free disk space or bind another'):

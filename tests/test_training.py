@@ -221,8 +221,7 @@ def test_auto_is_what_the_device_is_fast_at(market, tmp_path, monkeypatch, caplo
     seen, real = [], training.train_step
     monkeypatch.setattr(training, 'train_step', lambda *args: (seen.append(args[5]), real(*args))[1])
     for units in (True, False):
-        monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: units)
-        monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: False)
+        monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx512_bf16': units, 'amx_tile': False})
         with caplog.at_level(logging.INFO):
             train(market, tmp_path / str(units), "train.precision = 'auto'", 'total_steps = 1')
     assert seen == ['bfloat16', 'float32']

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from mgn.data import random_streams
+from mgn.ops import arguments
 
 # ImageNet's mean and standard deviation per RGB channel, for pixels in 0…255.
 MEAN = (123.675, 116.28, 103.53)
@@ -136,8 +137,7 @@ def check_images(images):
 
 
 def check_draws(images, draws, padding):
-    if isinstance(padding, bool) or not isinstance(padding, int) or not 0 <= padding < 2 ** 31:
-        raise ValueError(f'padding must be an integer from 0 to 2³¹ − 1, but it is {padding!r}; 0 pads nothing')
+    arguments.integer(padding, 'padding', 0, 2 ** 31 - 1, '0 pads nothing')
     for name, draw in draws._asdict().items():
         shape = (len(images), 4) if name == 'erase' else (len(images),)
         dtype = torch.bool if name == 'flip' else torch.int64

@@ -46,17 +46,15 @@ class Counts(NamedTuple):
 @gin.configurable
 def market1501(root):
     """Market-1501 (Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV 2015) under `root`."""
-    folder = find_folder(root, ('Market-1501-v15.09.15', 'market1501', 'Market-1501', ''), MARKET_FOLDERS)
-    dataset = read_market_layout('Market-1501', folder, camera_required=True)
-    return report(dataset, Counts(751, 12936, 3368, 15913, 6))
+    aliases = ('Market-1501-v15.09.15', 'market1501', 'Market-1501', '')
+    return read_market_layout('Market-1501', root, aliases, Counts(751, 12936, 3368, 15913, 6))
 
 
 @gin.configurable
 def dukemtmcreid(root):
     """DukeMTMC-reID (Zheng et al., ICCV 2017; withdrawn by the authors of DukeMTMC in 2019) under `root`."""
-    folder = find_folder(root, ('DukeMTMC-reID', 'dukemtmcreid', 'dukemtmc-reid', ''), MARKET_FOLDERS)
-    dataset = read_market_layout('DukeMTMC-reID', folder, camera_required=True)
-    return report(dataset, Counts(702, 16522, 2228, 17661, 8))
+    aliases = ('DukeMTMC-reID', 'dukemtmcreid', 'dukemtmc-reid', '')
+    return read_market_layout('DukeMTMC-reID', root, aliases, Counts(702, 16522, 2228, 17661, 8))
 
 
 @gin.configurable
@@ -90,16 +88,15 @@ def market_layout(root):
 
     Without cameras every camid is 0; evaluate then with evaluate.cross_camera = False.
     """
-    folder = find_folder(root, ('',), MARKET_FOLDERS)
-    return report(read_market_layout(os.path.basename(folder), folder, camera_required=False), None)
+    root = os.path.abspath(os.path.expanduser(root))
+    return read_market_layout(os.path.basename(root), root, camera_required=False)
 
 
 @gin.configurable
 def pedestrians(root, seed=0):
     """Drawn pedestrians, written under `root` on first use, then read as any data set (mgn/data/pedestrians.py)."""
-    root = os.path.expanduser(root)
-    drawn_pedestrians.write_pedestrians(root, seed)
-    return report(read_market_layout('pedestrians', root, camera_required=True), None)
+    drawn_pedestrians.write_pedestrians(os.path.expanduser(root), seed)
+    return read_market_layout('pedestrians', root)
 
 
 MARKET_FOLDERS = ('bounding_box_train', 'query', 'bounding_box_test')
@@ -118,13 +115,16 @@ def find_folder(root, aliases, contents):
                       f"bind data_root to the folder that holds them, e.g. data_root='datasets'")
 
 
-def read_market_layout(name, folder, camera_required):
+def read_market_layout(name, root, aliases=('',), published=None, camera_required=True):
+    """The data set in the first root/alias that has Market-1501's folders. published: Counts to compare it with."""
+    folder = find_folder(root, aliases, MARKET_FOLDERS)
     parts = [read_market_folder(os.path.join(folder, part), camera_required) for part in MARKET_FOLDERS]
     without_camera = [sample.path for part in parts for sample in part if sample.camid is None]
     if without_camera and len(without_camera) < sum(map(len, parts)):
         raise UserError(f'Either all file names of {folder} contain a camera or none, but {without_camera[0]} has none '
                         f'among others with one; rename it as in 0002_c1_….jpg')
-    return Dataset(name, folder, *([sample._replace(camid=sample.camid or 0) for sample in part] for part in parts))
+    parts = [[sample._replace(camid=sample.camid or 0) for sample in part] for part in parts]
+    return report(Dataset(name, folder, *parts), published)
 
 
 def read_market_folder(folder, camera_required):

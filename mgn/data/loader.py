@@ -24,7 +24,6 @@ def load_batches(dataset, items, workers, device):
     deaths, in_a_row, item = 0, 0, items.start
     loader = start_workers(dataset, items, workers, device)
     while item < items.stop:
-        death = None
         try:
             batch = next(loader)
         except UserError as error:  # from a worker process it comes wrapped in the worker's traceback
@@ -33,7 +32,7 @@ def load_batches(dataset, items, workers, device):
             death = death_message(error, workers)
             if death is None:
                 raise
-        if death is None:
+        else:
             yield batch
             in_a_row, item = 0, item + 1
             continue

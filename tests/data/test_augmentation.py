@@ -162,8 +162,8 @@ DRAWS = torch.zeros(2, dtype=torch.bool), *torch.full((2, 2), 3), torch.zeros(2,
     (3, torch.tensor([-1, 7]), 'left must lie between 0 and 6, twice the padding, but it is -1 for image 0'),
     (4, DRAWS[3].int(), r'erase must have the shape \(2, 4\) and be torch.int64 .* torch.int32'),
     (4, DRAWS[3].to('meta'), 'erase must .* on meta'),
-    (5, -1, 'padding must be an integer from 0 .* it is -1; 0 pads nothing'),
-    (5, 2.0, 'padding must .* it is 2.0'),
+    (5, -1, 'padding must be an integer from 0 to 2147483647, not -1; 0 pads nothing'),
+    (5, 2.0, 'padding must .* not 2.0'),
 ])
 def test_what_does_not_fit_together_is_refused(place, wrong, message):
     arguments = [IMAGES, *DRAWS, 3]
