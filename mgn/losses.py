@@ -70,6 +70,6 @@ def make_losses(losses, num_classes, branches, embedding_dim):
     if inspect.isclass(kind) and issubclass(kind, nn.Module):
         return losses(num_classes=num_classes, branches=branches, embedding_dim=embedding_dim)
     if inspect.isclass(kind) or isinstance(losses, nn.Module) or not callable(losses):
-        raise UserError(f'train.losses should be a function or a subclass of torch.nn.Module itself, but is {losses!r}. '
+        raise UserError(f'train.losses should be a function or a subclass of torch.nn.Module, but is {losses!r}. '
                         f'Bind a reference, e.g. train.losses = @mgn_losses')
     return FunctionLosses(losses)
