@@ -8,8 +8,9 @@ import os
 import re
 import socket
 
-from mgn.ops.errors import FileError, UserError
+from mgn.ops.errors import UserError
 from mgn.runs import checkpoint as checkpoints
+from mgn.runs.files import writing
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +28,9 @@ def locked(output_dir):
     path, folder = os.path.join(output_dir, LOCK), os.path.realpath(output_dir)
     if folder in _locked_here:
         raise refused(output_dir, 'this very process')
-    try:
+    with writing(path, 'Bind another output_dir.'):
         os.makedirs(output_dir, exist_ok=True)
         file = open(path, 'a+')
-    except OSError as error:
-        raise FileError(f'output_dir cannot be written to: {error}. Bind another output_dir.') from error
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # worker processes do not inherit this kind of lock
@@ -42,9 +41,10 @@ def locked(output_dir):
             logger.warning('%s cannot be locked (%s): let no other run write there', output_dir, error)
         _locked_here.add(folder)
         try:
-            file.truncate(0)
-            file.write(f'process {os.getpid()} on {socket.gethostname()}')
-            file.flush()
+            with writing(path, 'Free disk space or bind another output_dir.'):
+                file.truncate(0)
+                file.write(f'process {os.getpid()} on {socket.gethostname()}')
+                file.flush()
             for leftover in glob.glob(os.path.join(glob.escape(output_dir), '*.tmp')):
                 if re.search(r'\.\d+\.tmp$', leftover):
                     os.remove(leftover)

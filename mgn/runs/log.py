@@ -7,10 +7,10 @@ import sys
 
 from tqdm import tqdm
 
-from mgn.ops.errors import FileError, UserError
+from mgn.ops.errors import UserError
 from mgn.ops.metrics import METRICS
 from mgn.runs import processes
-from mgn.runs.files import write_text
+from mgn.runs.files import write_text, writing
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +38,9 @@ class RunLog:
         if self.path is None:
             return
         self.records.append(record)
-        try:
+        with writing(self.path, 'Free disk space; the same command resumes from the last checkpoint.'):
             with open(self.path, 'a') as file:
                 file.write(json.dumps(record) + '\n')
-        except OSError as error:
-            raise FileError(f'{self.path} could not be written: {error}. Free disk space; the same command resumes '
-                            f'from the last checkpoint.') from error
         for name, value in record.items():
             if self.events and name != 'step':
                 kind = 'evaluation' if 'mAP' in record else 'training'
