@@ -94,13 +94,13 @@ class Training:
 
     def run(self):
         self.check_options()
-        first = processes.number() == 0
+        self.first = first = processes.number() == 0
         with locked(self.output_dir) if first else nullcontext() as self.check_lock, Interruption() as interruption:
             saved = processes.share(newest(self.output_dir, self.resume) if first else None)
             self.make_batches()
             self.make_state(saved)
             del saved  # as large as model and optimizer
-            self.log = RunLog(self.output_dir if first else None, self.state.step)
+            self.log = RunLog(self.output_dir, self.state.step) if first else None
             logger.info('training on %s%s from step %d to %d, %d steps an epoch, in %s, output in %s; mgn.ops: %s',
                         self.device, f' in each of {processes.count()} processes' if processes.count() > 1 else '',
                         self.state.step, self.total_steps, self.sampler.steps_per_epoch, self.precision,
@@ -108,8 +108,8 @@ class Training:
             start = self.state.step
             with progress(self.total_steps, initial=start) as self.bar:
                 self.loop(interruption)
-            self.log.close()
             if first:
+                self.log.close()
                 if self.state.step > start:  # else this process has not used the whole configuration
                     self.write_configuration()
                 print(self.log.summary())
@@ -143,8 +143,7 @@ class Training:
         """Makes model, losses and optimizer: fresh, or as in `saved`, the (path, content) of a checkpoint."""
         torch.backends.cudnn.benchmark = self.device.type == 'cuda'
         torch.manual_seed(self.seed)  # of the initial weights; nothing else draws from torch
-        first = processes.number() == 0
-        model = MGN(self.num_classes, fresh=saved is None and first)  # the others get these weights from process 0
+        model = MGN(self.num_classes, fresh=saved is None and self.first)  # the others get these weights from process 0
         losses = make_losses(self.losses, self.num_classes, len(model.parts), model.architecture['embedding_dim'])
         for module in (model, losses):
             module.to(self.device, memory_format=torch.channels_last).train()
@@ -157,7 +156,7 @@ class Training:
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == 'float16')
         self.state = State(model, losses, optimizer, scaler, Meter(), average, self.num_classes)
         self.saved_step = None  # of last.pth, if it is intact
-        self.best = best_so_far(self.output_dir) if saved and first else -1.0
+        self.best = best_so_far(self.output_dir) if saved and self.first else -1.0
         if saved:
             path, content = saved
             if content['step'] > self.total_steps:
@@ -177,7 +176,7 @@ class Training:
         while True:
             if interruption.asked():
                 self.leave(interruption)
-            if self.is_due(self.evaluate_every) and not processes.share(self.log.evaluated(state.step)):
+            if self.is_due(self.evaluate_every) and not processes.share(self.first and self.log.evaluated(state.step)):
                 with interruption.at_once():
                     self.measure()
             if state.step >= self.total_steps:
@@ -188,7 +187,7 @@ class Training:
             self.step(batch)
             record = self.report() if self.is_due(self.log_every) else None
             meter.seconds += time.perf_counter() - began
-            if record:
+            if record and self.first:
                 log_step(self.log, self.bar, {**record, **meter.speed(self.P * self.K)})
             self.bar.update()
             if self.is_due(self.checkpoint_every) or self.is_due(self.evaluate_every):
@@ -230,7 +229,7 @@ class Training:
         state = self.state
         state.join()
         state.check_finite(self.last_good())
-        if processes.number() == 0 and state.step != self.saved_step:
+        if self.first and state.step != self.saved_step:
             self.check_lock()
             self.log.flush()
             save_last(self.output_dir, state.content(), self.keep_last, self.saved_step)
@@ -259,7 +258,7 @@ class Training:
         results = {'step': state.step, **evaluate(state.evaluated, self.dataset, self.device)}
         if self.saved_step is None:
             self.save()  # a run whose first evaluation fails leaves no checkpoint
-        if processes.number() > 0:
+        if not self.first:
             return
         if results['mAP'] > self.best:
             checkpoints.save(os.path.join(self.output_dir, 'best.pth'), state.weights(results['mAP']))
