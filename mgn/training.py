@@ -165,7 +165,7 @@ class Training:
             self.state.restore(content, path)
             self.saved_step = self.state.step if os.path.basename(path) == 'last.pth' else None
         elif average:
-            average.restart(model)
+            average.model.load_state_dict(model.state_dict())  # which process 0 has sent to all
         self.state.check_finite(self.last_good())
         if self.compile:
             self.network = torch.compile(self.network)
@@ -272,11 +272,9 @@ def check_split(P, mining, sync_bn, device):
     """Raises UserError where the batch cannot be split, or the options do not fit the processes."""
     count = processes.count()
     if mining not in ('all', 'process'):
-        raise UserError(f"train.mining should be 'all' or 'process', but is {mining!r}. "
-                        f"'all' mines among the images of all processes.")
+        raise UserError(f"train.mining should be 'all' or 'process', but is {mining!r}.")
     if P % count:
-        raise UserError(f'P = {P}, the identities of a batch, is no multiple of the {count} processes. '
-                        f'Bind another P, or start another number of processes.')
+        raise UserError(f'P = {P}, the identities of a batch, is no multiple of the {count} processes. Bind another P.')
     if mining == 'process' and P == count > 1:
         raise UserError(f"Mining in each process needs 2 identities there, but P = {P} is split among {count} "
                         f"processes. Bind train.mining = 'all', or a larger P.")
@@ -287,9 +285,8 @@ def check_split(P, mining, sync_bn, device):
 
 def log_step(log, bar, record):
     log.write(record)
-    shown = {'loss': f'{record["loss"]:.3f}', 'lr': f'{record["lr"]:.2e}', 'images/s': f'{record["images_per_s"]:.1f}'}
-    bar.set_postfix(shown)
+    figures = {name.replace('_per_', '/'): f'{value:.4g}' for name, value in record.items()
+               if name not in ('step', 'epoch')}
+    bar.set_postfix(figures)
     if bar.disable:
-        details = ', '.join(f'{name} {value:.3f}' for name, value in record.items()
-                            if name not in ('step', 'epoch', 'loss', 'lr', 'images_per_s'))
-        logger.info('step %d: %s, %s', record['step'], ', '.join(f'{k} {v}' for k, v in shown.items()), details)
+        logger.info('step %d: %s', record['step'], ', '.join(f'{name} {value}' for name, value in figures.items()))
