@@ -24,10 +24,6 @@ class WeightAverage:
                             f'None is for no average.')
         self.decay, self.model = decay, copy.deepcopy(model).requires_grad_(False)
 
-    def restart(self, model):
-        """Forgets everything but the present weights of `model`."""
-        self.model.load_state_dict(model.state_dict())
-
     @torch.no_grad()
     def update(self, model, step):
         """Takes in the weights after step number `step`, from 0."""

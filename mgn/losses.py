@@ -50,10 +50,7 @@ class FunctionLosses(nn.Module):
 
 def check_reference():
     """Raises UserError where gin is to make the losses itself, without their arguments and before the seed is set."""
-    try:
-        reference = str(gin.query_parameter('train.losses'))
-    except ValueError:  # it is not bound
-        return
+    reference = str(gin.get_bindings('train', resolve_references=False).get('losses'))
     if reference.endswith('()'):
         raise UserError(f'train.losses = {reference} would be made before the seed is set. Bind the class without '
                         f'parentheses: train.losses = {reference[:-2]}')
@@ -67,17 +64,12 @@ def make_losses(losses, num_classes, branches, embedding_dim):
         losses: a function, or a subclass of torch.nn.Module, for losses with parameters. The class is called with
             the other three arguments by name.
     Raises:
-        UserError: anything else, such as a module that exists already.
+        UserError: anything else, such as a module that exists already, made before the seed was set.
     """
-    if isinstance(losses, nn.Module):
-        raise UserError(f'train.losses is a finished {type(losses).__name__}, made before the seed was set. '
-                        f'Give the class itself.')
-    if not callable(losses):
-        raise UserError(f'train.losses should be a function or a class of losses, but is {losses!r}. '
-                        f'Bind a reference, e.g. train.losses = @mgn_losses')
     kind = inspect.unwrap(losses)  # gin wraps a class that is referred to with a scope
-    if not inspect.isclass(kind):
-        return FunctionLosses(losses)
-    if not issubclass(kind, nn.Module):
-        raise UserError(f'train.losses is the class {kind.__name__}, which is no torch.nn.Module. Derive it from that.')
-    return losses(num_classes=num_classes, branches=branches, embedding_dim=embedding_dim)
+    if inspect.isclass(kind) and issubclass(kind, nn.Module):
+        return losses(num_classes=num_classes, branches=branches, embedding_dim=embedding_dim)
+    if inspect.isclass(kind) or isinstance(losses, nn.Module) or not callable(losses):
+        raise UserError(f'train.losses should be a function or a subclass of torch.nn.Module, but is {losses!r}. '
+                        f'Bind a reference, e.g. train.losses = @mgn_losses')
+    return FunctionLosses(losses)

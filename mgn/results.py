@@ -3,20 +3,17 @@
 import json
 import os
 
-from mgn.ops.metrics import METRICS
-from mgn.runs.log import write_text
+from mgn.runs.files import write_text
+from mgn.runs.log import aligned
 
 
 def table(results):
     """The results of `mgn.evaluation.evaluate` in per cent, a row for each stage."""
     stages = {results['dataset']: results, '+ query expansion': results.get('query_expansion'),
               '+ re-ranking': results.get('rerank')}
-    rows = [['data set', *METRICS]]
-    rows += [[label, *(f'{100 * stage[name]:.2f}' for name in METRICS)] for label, stage in stages.items() if stage]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ['  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    rows = aligned('data set', {label: stage for label, stage in stages.items() if stage})
     notes = '{queries} queries, {queries_without_match} of them without a match; {gallery} in the gallery'
-    return '\n'.join([*lines, 'per cent; ' + notes.format(**results)])
+    return f'{rows}\nper cent; {notes.format(**results)}'
 
 
 def write_results(results, output_dir):

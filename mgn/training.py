@@ -94,13 +94,13 @@ class Training:
 
     def run(self):
         self.check_options()
-        first = processes.number() == 0
+        self.first = first = processes.number() == 0
         with locked(self.output_dir) if first else nullcontext() as self.check_lock, Interruption() as interruption:
             saved = processes.share(newest(self.output_dir, self.resume) if first else None)
             self.make_batches()
             self.make_state(saved)
             del saved  # as large as model and optimizer
-            self.log = RunLog(self.output_dir if first else None, self.state.step)
+            self.log = RunLog(self.output_dir, self.state.step) if first else None
             logger.info('training on %s%s from step %d to %d, %d steps an epoch, in %s, output in %s; mgn.ops: %s',
                         self.device, f' in each of {processes.count()} processes' if processes.count() > 1 else '',
                         self.state.step, self.total_steps, self.sampler.steps_per_epoch, self.precision,
@@ -108,8 +108,8 @@ class Training:
             start = self.state.step
             with progress(self.total_steps, initial=start) as self.bar:
                 self.loop(interruption)
-            self.log.close()
             if first:
+                self.log.close()
                 if self.state.step > start:  # else this process has not used the whole configuration
                     self.write_configuration()
                 print(self.log.summary())
@@ -143,8 +143,7 @@ class Training:
         """Makes model, losses and optimizer: fresh, or as in `saved`, the (path, content) of a checkpoint."""
         torch.backends.cudnn.benchmark = self.device.type == 'cuda'
         torch.manual_seed(self.seed)  # of the initial weights; nothing else draws from torch
-        first = processes.number() == 0
-        model = MGN(self.num_classes, fresh=saved is None and first)  # the others get these weights from process 0
+        model = MGN(self.num_classes, fresh=saved is None and self.first)  # the others get these weights from process 0
         losses = make_losses(self.losses, self.num_classes, len(model.parts), model.architecture['embedding_dim'])
         for module in (model, losses):
             module.to(self.device, memory_format=torch.channels_last).train()
@@ -157,7 +156,7 @@ class Training:
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == 'float16')
         self.state = State(model, losses, optimizer, scaler, Meter(), average, self.num_classes)
         self.saved_step = None  # of last.pth, if it is intact
-        self.best = best_so_far(self.output_dir) if saved and first else -1.0
+        self.best = best_so_far(self.output_dir) if saved and self.first else -1.0
         if saved:
             path, content = saved
             if content['step'] > self.total_steps:
@@ -166,7 +165,7 @@ class Training:
             self.state.restore(content, path)
             self.saved_step = self.state.step if os.path.basename(path) == 'last.pth' else None
         elif average:
-            average.restart(model)
+            average.model.load_state_dict(model.state_dict())  # which process 0 has sent to all
         self.state.check_finite(self.last_good())
         if self.compile:
             self.network = torch.compile(self.network)
@@ -177,7 +176,7 @@ class Training:
         while True:
             if interruption.asked():
                 self.leave(interruption)
-            if self.is_due(self.evaluate_every) and not processes.share(self.log.evaluated(state.step)):
+            if self.is_due(self.evaluate_every) and not processes.share(self.first and self.log.evaluated(state.step)):
                 with interruption.at_once():
                     self.measure()
             if state.step >= self.total_steps:
@@ -188,7 +187,7 @@ class Training:
             self.step(batch)
             record = self.report() if self.is_due(self.log_every) else None
             meter.seconds += time.perf_counter() - began
-            if record:
+            if record and self.first:
                 log_step(self.log, self.bar, {**record, **meter.speed(self.P * self.K)})
             self.bar.update()
             if self.is_due(self.checkpoint_every) or self.is_due(self.evaluate_every):
@@ -230,7 +229,7 @@ class Training:
         state = self.state
         state.join()
         state.check_finite(self.last_good())
-        if processes.number() == 0 and state.step != self.saved_step:
+        if self.first and state.step != self.saved_step:
             self.check_lock()
             self.log.flush()
             save_last(self.output_dir, state.content(), self.keep_last, self.saved_step)
@@ -259,7 +258,7 @@ class Training:
         results = {'step': state.step, **evaluate(state.evaluated, self.dataset, self.device)}
         if self.saved_step is None:
             self.save()  # a run whose first evaluation fails leaves no checkpoint
-        if processes.number() > 0:
+        if not self.first:
             return
         if results['mAP'] > self.best:
             checkpoints.save(os.path.join(self.output_dir, 'best.pth'), state.weights(results['mAP']))
@@ -273,11 +272,9 @@ def check_split(P, mining, sync_bn, device):
     """Raises UserError where the batch cannot be split, or the options do not fit the processes."""
     count = processes.count()
     if mining not in ('all', 'process'):
-        raise UserError(f"train.mining should be 'all' or 'process', but is {mining!r}. "
-                        f"'all' mines among the images of all processes.")
+        raise UserError(f"train.mining should be 'all' or 'process', but is {mining!r}.")
     if P % count:
-        raise UserError(f'P = {P}, the identities of a batch, is no multiple of the {count} processes. '
-                        f'Bind another P, or start another number of processes.')
+        raise UserError(f'P = {P}, the identities of a batch, is no multiple of the {count} processes. Bind another P.')
     if mining == 'process' and P == count > 1:
         raise UserError(f"Mining in each process needs 2 identities there, but P = {P} is split among {count} "
                         f"processes. Bind train.mining = 'all', or a larger P.")
@@ -288,9 +285,8 @@ def check_split(P, mining, sync_bn, device):
 
 def log_step(log, bar, record):
     log.write(record)
-    shown = {'loss': f'{record["loss"]:.3f}', 'lr': f'{record["lr"]:.2e}', 'images/s': f'{record["images_per_s"]:.1f}'}
-    bar.set_postfix(shown)
+    figures = {name.replace('_per_', '/'): f'{value:.4g}' for name, value in record.items()
+               if name not in ('step', 'epoch')}
+    bar.set_postfix(figures)
     if bar.disable:
-        details = ', '.join(f'{name} {value:.3f}' for name, value in record.items()
-                            if name not in ('step', 'epoch', 'loss', 'lr', 'images_per_s'))
-        logger.info('step %d: %s, %s', record['step'], ', '.join(f'{k} {v}' for k, v in shown.items()), details)
+        logger.info('step %d: %s', record['step'], ', '.join(f'{name} {value}' for name, value in figures.items()))

@@ -3,6 +3,7 @@
 last.pth holds all of a run (`State.content`); best.pth holds the evaluated weights alone (`State.weights`).
 """
 
+import contextlib
 import difflib
 import errno
 import logging
@@ -135,38 +136,34 @@ def load(path):
     """
     if not os.path.isfile(path):
         raise MissingFile(f'There is no file {path}, where a checkpoint was expected. Correct the path.')
-    check_sums(path)
-    try:
+    with errors_explained(Damaged, f'{path} is damaged or no checkpoint of mgn.train'):
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # torch.load itself ignores the sums
+    if damaged:
+        raise Damaged(f'{path}, a checkpoint of mgn.train, is damaged: {damaged} in it has another checksum than was '
+                      f'written. Give another file.')
+    with errors_explained(UserError, f'{path} cannot be loaded as a checkpoint of mgn.train'):
         content = torch.load(path, map_location='cpu', weights_only=True)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # unpickling foreign bytes can raise nearly anything
-        kind = Damaged if 'PytorchStreamReader' in str(error) else UserError  # its headers lie between the tensors
-        raise kind(f'{path} cannot be loaded as a checkpoint of mgn.train ({first_line(error)}). '
-                   f'Give another file.') from error
     if not isinstance(content, dict) or content.get('format') != FORMAT:
         raise UserError(f'{path} is no checkpoint of mgn.train: it holds something else. Give another file; '
                         f'ImageNet weights go into MGN.pretrained.')
     return content
 
 
-def check_sums(path):
-    """Raises Damaged unless `path` is a zip file, as torch.save writes it, whose CRC-32 sums are right."""
+@contextlib.contextmanager
+def errors_explained(kind, message):
+    """Foreign or damaged bytes can raise nearly anything: within the block that becomes `kind`, or Damaged.
+
+    What the file's disk and the memory raise stays as it is, except EINVAL: damaged bytes lead outside the file.
+    """
     try:
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()  # torch.load itself ignores the sums
-    except Exception as error:  # damaged bytes can raise nearly anything, and EINVAL where they lead outside the file
+        yield
+    except Exception as error:
         if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
-        raise Damaged(f'{path} is damaged or no checkpoint of mgn.train ({first_line(error)}). '
-                      f'Give another file.') from error
-    if damaged:
-        raise Damaged(f'{path}, a checkpoint of mgn.train, is damaged: {damaged} in it has another checksum than was '
-                      f'written. Give another file.')
-
-
-def first_line(error):
-    return (str(error).splitlines() or [repr(error)])[0]
+        first_line = (str(error).splitlines() or [repr(error)])[0]
+        kind = Damaged if 'PytorchStreamReader' in str(error) else kind  # its headers lie between the tensors
+        raise kind(f'{message} ({first_line}). Give another file.') from error
 
 
 def load_model(model, state, path, features_only=False, remedy='Bind MGN as it was trained, or give other weights.'):

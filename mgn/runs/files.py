@@ -7,6 +7,15 @@ from mgn.ops.errors import FileError
 
 
 @contextlib.contextmanager
+def writing(path, advice):
+    """An OSError within the block becomes a FileError that names `path` and ends with `advice`."""
+    try:
+        yield
+    except OSError as error:
+        raise FileError(f'{path} could not be written: {error}. {advice}') from error
+
+
+@contextlib.contextmanager
 def replacing(path, mode='w', keep_as=None):
     """Opens a temporary file that takes the name `path` at the end of the block, once its content is on the disk.
 

@@ -1,17 +1,16 @@
 """The folder of a run: one run at a time writes there, and training resumes from its newest intact checkpoint."""
 
 import contextlib
-import errno
 import fcntl
 import glob
-import json
 import logging
 import os
 import re
 import socket
 
-from mgn.ops.errors import FileError, UserError
+from mgn.ops.errors import UserError
 from mgn.runs import checkpoint as checkpoints
+from mgn.runs.files import writing
 
 logger = logging.getLogger(__name__)
 
@@ -29,21 +28,23 @@ def locked(output_dir):
     path, folder = os.path.join(output_dir, LOCK), os.path.realpath(output_dir)
     if folder in _locked_here:
         raise refused(output_dir, 'this very process')
-    try:
+    with writing(path, 'Bind another output_dir.'):
         os.makedirs(output_dir, exist_ok=True)
         file = open(path, 'a+')
-    except OSError as error:
-        raise FileError(f'output_dir cannot be written to: {error}. Bind another output_dir.') from error
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # worker processes do not inherit this kind of lock
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise refused(output_dir, file.read() or 'another process') from None  # nothing: it is being written
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise refused(output_dir, owner(file)) from None
             logger.warning('%s cannot be locked (%s): let no other run write there', output_dir, error)
         _locked_here.add(folder)
         try:
-            write_owner(file)
+            with writing(path, 'Free disk space or bind another output_dir.'):
+                file.truncate(0)
+                file.write(f'process {os.getpid()} on {socket.gethostname()}')
+                file.flush()
             for leftover in glob.glob(os.path.join(glob.escape(output_dir), '*.tmp')):
                 if re.search(r'\.\d+\.tmp$', leftover):
                     os.remove(leftover)
@@ -55,25 +56,6 @@ def locked(output_dir):
             yield check
         finally:
             _locked_here.discard(folder)
-
-
-def write_owner(file):
-    try:
-        file.truncate(0)
-        file.write(json.dumps({'process': os.getpid(), 'machine': socket.gethostname()}))
-        file.flush()
-    except OSError as error:
-        raise FileError(f'{file.name} could not be written: {error}. Free disk space or bind another output_dir.'
-                        ) from error
-
-
-def owner(file):
-    file.seek(0)
-    try:
-        content = json.load(file)
-        return f'process {content["process"]} on {content["machine"]}'
-    except (ValueError, KeyError, TypeError):  # it is being written
-        return 'another process'
 
 
 def refused(output_dir, who):
@@ -98,10 +80,10 @@ def newest(output_dir, resume):
             content = checkpoints.load(path)
         except checkpoints.Damaged as error:
             damaged[path] = error
-            continue
-        for damaged_path, error in damaged.items():
-            set_aside(damaged_path, error)
-        return path, content
+        else:
+            for damaged_path, error in damaged.items():
+                set_aside(damaged_path, error)
+            return path, content
     if damaged:
         raise UserError('All checkpoints of this run are damaged:\n  ' + '\n  '.join(map(str, damaged.values()))
                         + '\nBring one back, or bind another output_dir.')

@@ -4,13 +4,14 @@ import json
 import logging
 import os
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
-from mgn.ops.errors import FileError, UserError
+from mgn.ops.errors import UserError
 from mgn.ops.metrics import METRICS
 from mgn.runs import processes
-from mgn.runs.files import write_text
+from mgn.runs.files import write_text, writing
 
 logger = logging.getLogger(__name__)
 
@@ -19,31 +20,27 @@ class RunLog:
     """Appends records {'step': int, name: number, …} to output_dir/metrics.jsonl, a line each.
 
     Opened at `step`, it drops the lines of later steps first: what a stopped run did after its last checkpoint is done
-    again. output_dir=None: nothing is written.
+    again. Process 0 alone has one.
     """
 
     def __init__(self, output_dir, step):
-        self.path, self.records, self.events = None, [], None
-        if output_dir is None:
-            return
         self.path = os.path.join(output_dir, 'metrics.jsonl')
         self.records = [record for record in read_records(self.path) if record['step'] <= step]
         write_text(self.path, ''.join(json.dumps(record) + '\n' for record in self.records))
-        self.events = event_writer(output_dir, step)
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+            self.events = SummaryWriter(output_dir, purge_step=step + 1 if step else None)
+        except ImportError:  # TensorBoard is not installed
+            self.events = None
 
     def evaluated(self, step):
         return any(record['step'] == step and 'mAP' in record for record in self.records)
 
     def write(self, record):
-        if self.path is None:
-            return
         self.records.append(record)
-        try:
+        with writing(self.path, 'Free disk space; the same command resumes from the last checkpoint.'):
             with open(self.path, 'a') as file:
                 file.write(json.dumps(record) + '\n')
-        except OSError as error:
-            raise FileError(f'{self.path} could not be written: {error}. Free disk space; the same command resumes '
-                            f'from the last checkpoint.') from error
         for name, value in record.items():
             if self.events and name != 'step':
                 kind = 'evaluation' if 'mAP' in record else 'training'
@@ -54,13 +51,9 @@ class RunLog:
         evaluations = [record for record in self.records if 'mAP' in record]
         if not evaluations:
             return f'{self.path} holds no evaluation'
-        widths = [max(len(name), 6) for name in METRICS]
-        lines = ['  '.join(['  step', *(name.rjust(width) for name, width in zip(METRICS, widths))])]
-        for record in (evaluations[0], max(evaluations, key=lambda record: record['mAP']), evaluations[-1]):
-            figures = (f'{100 * record[name]:{width}.2f}' for name, width in zip(METRICS, widths))
-            lines.append('  '.join([f'{record["step"]:6d}', *figures]))
-        folder = os.path.dirname(self.path)
-        return '\n'.join([*dict.fromkeys(lines), f'checkpoints, metrics and configuration are in {folder}'])
+        shown = evaluations[0], max(evaluations, key=lambda record: record['mAP']), evaluations[-1]
+        return (aligned('step', {str(record['step']): record for record in shown})
+                + f'\ncheckpoints, metrics and configuration are in {os.path.dirname(self.path)}')
 
     def flush(self):
         if self.events:
@@ -71,21 +64,17 @@ class RunLog:
             self.events.close()
 
 
-def event_writer(output_dir, step):
-    """TensorBoard's writer, which drops what was written after `step`; None where the package is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
-    except ImportError:
-        return None
-    return SummaryWriter(output_dir, purge_step=step + 1 if step else None)
+def aligned(heading, evaluations):
+    """A table in per cent: a row for each of {label: {measure: number}}, below `heading` and the names in METRICS."""
+    rows = [[heading, *METRICS]]
+    rows += [[label, *(f'{100 * results[name]:.2f}' for name in METRICS)] for label, results in evaluations.items()]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return '\n'.join('  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 
 
 def read_records(path):
     """The lines of a metrics.jsonl. A last line that a kill cut short is dropped; damage elsewhere is a UserError."""
-    if not os.path.exists(path):
-        return []
-    with open(path) as file:
-        lines = file.read().splitlines()
+    lines = Path(path).read_text().splitlines() if os.path.exists(path) else []
     records = []
     for number, line in enumerate(lines, 1):
         try:

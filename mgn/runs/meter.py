@@ -6,6 +6,9 @@ from mgn.ops.errors import UserError
 from mgn.runs import processes
 
 
+NEVER = torch.iinfo(torch.int64).max  # the first bad step of a loss that was always finite
+
+
 class Meter:
     """Sums of the losses since the last report and the first step at which each was not finite, kept on the device."""
 
@@ -18,9 +21,9 @@ class Meter:
         if self.names != list(losses):  # the first step, or the first one with other losses than a resumed run had
             self.names, self.sums, self.count = list(losses), torch.zeros_like(values), 0
         if self.bad_steps is None:
-            self.bad_steps = torch.full_like(values, -1, dtype=torch.int64)
+            self.bad_steps = torch.full_like(values, NEVER, dtype=torch.int64)
         self.sums = self.sums.to(values.device) + values
-        self.bad_steps = torch.where((self.bad_steps < 0) & ~values.isfinite(), step, self.bad_steps)
+        self.bad_steps = torch.where((self.bad_steps == NEVER) & ~values.isfinite(), step, self.bad_steps)
         self.count += 1
         self.timed_steps += 1
 
@@ -29,15 +32,13 @@ class Meter:
         if self.sums is not None:
             self.sums = processes.mean(self.sums)
         if self.bad_steps is not None:
-            never = torch.iinfo(torch.int64).max
-            first = processes.minimum(torch.where(self.bad_steps < 0, never, self.bad_steps))
-            self.bad_steps = torch.where(first == never, -1, first)
+            self.bad_steps = processes.reduced(self.bad_steps, 'MIN')
 
     def check(self, last_good):
         """Raises UserError with the first bad step and its losses. last_good: clause that names a good checkpoint."""
         if self.bad_steps is None:
             return
-        bad = {name: step for name, step in zip(self.names, self.bad_steps.tolist()) if step >= 0}
+        bad = {name: step for name, step in zip(self.names, self.bad_steps.tolist()) if step < NEVER}
         if bad:
             first = min(bad.values())
             names = ', '.join(name for name, step in bad.items() if step == first and name != 'loss') or 'loss'

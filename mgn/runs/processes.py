@@ -141,31 +141,25 @@ def wait():
         dist.barrier()
 
 
+def reduced(tensor, operation):
+    """`tensor` after an elementwise 'SUM', 'MIN' or 'MAX' over all processes."""
+    if count() == 1:
+        return tensor
+    result = tensor.to('cpu', copy=True)
+    dist.all_reduce(result, getattr(dist.ReduceOp, operation))
+    return result.to(tensor.device)
+
+
 def any_of(flag):
     """Whether `flag` is true in any process. It travels through main memory, so no device is waited for."""
-    if count() == 1:
-        return flag
-    number = torch.tensor([int(flag)])
-    dist.all_reduce(number, dist.ReduceOp.MAX)
-    return bool(number)
+    return bool(reduced(torch.tensor(int(flag)), 'MAX'))
 
 
 def mean(tensor):
     """The mean over all processes, rounded once, so that equal values stay as they are."""
     if count() == 1:
         return tensor
-    total = tensor.to('cpu', torch.float64, copy=True)
-    dist.all_reduce(total)
-    return (total / count()).to(tensor)
-
-
-def minimum(tensor):
-    """The elementwise minimum over all processes."""
-    if count() == 1:
-        return tensor
-    least = tensor.to('cpu', copy=True)
-    dist.all_reduce(least, dist.ReduceOp.MIN)
-    return least.to(tensor.device)
+    return (reduced(tensor.to('cpu', torch.float64), 'SUM') / count()).to(tensor)
 
 
 def average_buffers(module):

@@ -103,7 +103,7 @@ def test_what_a_killed_run_was_writing_is_removed_and_nothing_else(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
     (tmp_path / 'file').write_text('')
-    with pytest.raises(OSError, match='output_dir cannot be written to: .*file.*Bind another output_dir'):
+    with pytest.raises(OSError, match='run.lock could not be written: .*file.*Bind another output_dir'):
         with locked(str(tmp_path / 'file' / 'run')):
             pass
 

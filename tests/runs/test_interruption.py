@@ -76,6 +76,14 @@ def test_wherever_a_signal_comes_the_run_goes_on_bit_for_bit(market, tmp_path, m
     assert_same(outcome(tmp_path), outcome(uninterrupted()))
 
 
+def test_a_run_that_ends_in_its_first_evaluation_starts_anew(market, tmp_path, monkeypatch, uninterrupted):
+    with signalled(monkeypatch, 'evaluate', 0), pytest.raises(SystemExit) as left:
+        train(market, tmp_path)
+    assert left.value.code == 75 and not list(tmp_path.glob('*.pth'))
+    train(market, tmp_path)
+    assert_same(outcome(tmp_path), outcome(uninterrupted()))
+
+
 def test_an_evaluation_is_aborted_at_once(market, tmp_path, monkeypatch):
     written, real = [], training.write_results
     monkeypatch.setattr(training, 'write_results', lambda *args: (written.append(0), real(*args)))
