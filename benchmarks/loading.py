@@ -4,8 +4,9 @@
 
 Sources are drawn in the run: 64×128 JPEGs as in Market-1501, and 150×350 ones as MSMT17 has.
 "loader_and_augmentation" and the chains do the same work: file → decoded, resized, mirrored, padded and cropped,
-erased, normalised, a float32 batch of 384×128 images. "loader" is what one worker does here (file → decoded, resized uint8
-image). fast-reid normalises in its model; that is counted here too. One thread each, whose time on the core is counted.
+erased, normalised, a float32 batch of 384×128 images. "loader" is what one worker does here (file → decoded, resized
+uint8 image). fast-reid normalises in its model; that is counted here too. One thread each, whose time on the core is
+counted.
 """
 
 import statistics

@@ -58,7 +58,7 @@ def fastreid_evaluate_rank(use_cython=True):
 
 
 def fastreid_mgn(num_classes, device='cpu'):
-    """fastreid.modeling.meta_arch.mgn.MGN, its optimiser and what this wraps the parameters in, both as its trainer
+    """fastreid.modeling.meta_arch.mgn.MGN, its optimizer and what this wraps the parameters in, both as its trainer
     builds them.
 
     Without pretrained weights; bound as its projects/MGN is. In training the model takes {'images': (B, 3, H, W)

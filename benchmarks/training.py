@@ -57,7 +57,7 @@ def our_step(model, optimizer, augmentation, precision, loader, device):
     sum(losses.values()).backward()
     yield 'backward'
     optimizer.step()
-    yield 'optimiser'
+    yield 'optimizer'
 
 
 def peer_step(model, optimizer, contiguous, images, labels):
@@ -70,7 +70,7 @@ def peer_step(model, optimizer, contiguous, images, labels):
     yield 'backward'
     optimizer.step()
     contiguous.assert_buffer_is_valid()
-    yield 'optimiser'
+    yield 'optimizer'
 
 
 def extraction(features, *args):

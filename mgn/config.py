@@ -153,6 +153,12 @@ def gin_errors_explained():
         yield
     except UserError:
         raise
+    except ModuleNotFoundError as error:
+        missing = re.search(r"No module named '(.*)'\n.*\n\s+(?:import|from) \1\b", str(error))
+        if not missing:  # the module that gin imports was found, but imports one that was not
+            raise
+        raise UserError(f'The configuration imports {missing[1]}, which Python does not find; start in the folder of '
+                        f'{missing[1]}.py, or add that to PYTHONPATH') from None
     except (ValueError, SyntaxError, tokenize.TokenError) as error:
         raise UserError(explained(error)) from None
 

@@ -17,7 +17,7 @@ import numpy as np
 from mgn.features import check_alike, hash_of, hash_of_weights, image_lists
 from mgn.ops.errors import FileError, MissingFile, UserError
 from mgn.runs import processes
-from mgn.runs.log import write_text
+from mgn.runs.files import write_text
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
 """The training loop: batches → losses → steps, with logs, checkpoints and evaluations on the way."""
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from mgn.features import check_alike
 from mgn.losses import check_reference, make_losses, mgn_losses
 from mgn.model import MGN
 from mgn.ops import implementation
+from mgn.ops.arguments import integer, real
 from mgn.ops.errors import UserError
 from mgn.ops.metrics import METRICS
 from mgn.optim import make_optimizer
@@ -117,10 +119,11 @@ class Training:
 
     def check_options(self):
         """Raises UserError for what cannot be trained; replaces 'auto' and None by what they stand for."""
-        for name, least in (('log_every', 1), ('checkpoint_every', 1), ('keep_last', 0), ('evaluate_every', 1),
-                            ('total_steps', 1)):
-            if getattr(self, name) < least:
-                raise UserError(f'train.{name} should be at least {least}, but is {getattr(self, name)}.')
+        for name, least in (('P', 2), ('K', 1), ('total_steps', 1), ('workers', 0), ('log_every', 1), ('keep_last', 0),
+                            ('checkpoint_every', 1), ('evaluate_every', 1)):
+            integer(getattr(self, name), f'train.{name}', least, 2 ** 31 - 1, f'bind train.{name} = {least} or more')
+        if self.clip_gradient_norm is not None:
+            real(self.clip_gradient_norm, 'train.clip_gradient_norm', 0, math.inf, 'None clips nothing')
         check_dataset(self.dataset)
         self.schedule(0, self.total_steps)  # refuses what does not fit
         self.output_dir = self.output_dir or os.path.abspath(self.default_output_dir)

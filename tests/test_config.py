@@ -364,3 +364,12 @@ print(sorted({'torch', 'torchvision'} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, '-c', program], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert done.stdout == '[]\n'
+
+
+def test_a_module_that_is_not_there_is_named_and_a_broken_one_keeps_its_traceback(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match='imports nowhere_to_be_found, which .* start in .*PYTHONPATH'):
+        config.load([], ['import nowhere_to_be_found'])
+    (tmp_path / 'module_of_mine.py').write_text('import nowhere_to_be_found')
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError):
+        config.load([], ['import module_of_mine'])

@@ -74,7 +74,7 @@ def test_the_recipes_train_with_adam_at_their_learning_rate_and_decay(model, rec
 
 
 @pytest.mark.parametrize('optimizer', ['Adam', 'AdamW', 'SGD'])
-def test_the_macros_lr_and_weight_decay_reach_the_optimiser(model, optimizer):
+def test_the_macros_lr_and_weight_decay_reach_the_optimizer(model, optimizer):
     config.load([], [f'make_optimizer.optimizer = @{optimizer}', 'lr = 0.5', 'weight_decay = 0.25'])
     groups = optim.make_optimizer(model).param_groups
     assert [(group['lr'], group['weight_decay']) for group in groups] == [(0.5, 0.25), (1.0, 0)]

@@ -216,7 +216,7 @@ def test_another_architecture_is_refused(market, copy):
 
 
 @pytest.mark.parametrize('before, after', [('Adam', 'SGD'), ('SGD', 'Adam')])
-def test_another_optimiser_is_refused(market, tmp_path, before, after):
+def test_another_optimizer_is_refused(market, tmp_path, before, after):
     train(market, tmp_path, 'total_steps = 2', f'make_optimizer.optimizer = @{before}')
     refuses(market, tmp_path, f'trained with the optimizer {before}, but {after} is configured',
             f'make_optimizer.optimizer = @{after}')

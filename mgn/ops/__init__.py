@@ -1,8 +1,8 @@
 """The operations that other projects can use alone: they import torch and NumPy only.
 
 Read errors, arguments, native (what is compiled) and private (torch's names), then one file per operation with its
-reference: distance, triplet, ranking/, metrics, query_expansion, drop_in, augmentation. `python -m mgn.ops` lists what
-is compiled.
+reference: distance, triplet, ranking/, metrics, query_expansion, drop_in. `python -m mgn.ops` lists what is
+compiled.
 """
 
 from mgn.ops.distance import pairwise_distance

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mgn.ops.arguments import Ids, all_ids, as_junk_pid
+from mgn.ops.arguments import all_ids, as_junk_pid
 from mgn.ops.errors import UserError
 from mgn.ops.private import uncompiled
 from mgn.ops.ranking.counting import Matches
