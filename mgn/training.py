@@ -288,8 +288,9 @@ def check_split(P, mining, sync_bn, device):
 
 def log_step(log, bar, record):
     log.write(record)
-    figures = {name.replace('_per_', '/'): f'{value:.4g}' for name, value in record.items()
-               if name not in ('step', 'epoch')}
-    bar.set_postfix(figures)
+    shown = {'loss': f'{record["loss"]:.3f}', 'lr': f'{record["lr"]:.2e}', 'images/s': f'{record["images_per_s"]:.1f}'}
+    bar.set_postfix(shown)
     if bar.disable:
+        figures = {**shown, **{name: f'{value:.3f}' for name, value in record.items()
+                               if name not in ('step', 'epoch', 'loss', 'lr', 'images_per_s')}}
         logger.info('step %d: %s', record['step'], ', '.join(f'{name} {value}' for name, value in figures.items()))

@@ -52,7 +52,7 @@ class RunLog:
         if not evaluations:
             return f'{self.path} holds no evaluation'
         shown = evaluations[0], max(evaluations, key=lambda record: record['mAP']), evaluations[-1]
-        return (aligned('step', {str(record['step']): record for record in shown})
+        return (aligned('  step', {f'{record["step"]:6d}': record for record in shown})
                 + f'\ncheckpoints, metrics and configuration are in {os.path.dirname(self.path)}')
 
     def flush(self):
