@@ -3,43 +3,56 @@
 import logging
 import sys
 
-from absl import app, flags
-from tqdm.contrib.logging import logging_redirect_tqdm
-
-flags.DEFINE_multi_string('gin_file', [], 'Gin file, e.g. gin/market.gin; repeatable, later ones win.')
-flags.DEFINE_multi_string('gin_bindings', [], 'Gin binding, e.g. "data_root=\'datasets\'"; repeatable, later ones win.')
+from mgn.runs.interruption import Interruption, leave_if_nothing_is_lost
 
 
 def run(main):
     """Runs a binary's main(gin_files, bindings). A UserError ends it with its message alone, printed by one process."""
-    def absl_main(argv):
-        from mgn.ops.errors import UserError
-        from mgn.runs import processes
+    with Interruption(resumable=False):
+        from absl import app, flags
 
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter('%(asctime)s %(levelname).1s %(message)s', '%H:%M:%S'))
-        package = logging.getLogger('mgn')
-        package.addHandler(handler)
-        package.setLevel(logging.INFO)
-        package.propagate = False  # absl prints the root logger's messages too
-        try:
-            processes.join()
-            if processes.number() > 0:
-                package.setLevel(logging.CRITICAL)  # process 0 logs for all
-            if len(argv) > 1:
-                raise UserError(f'Only flags are understood, found {argv[1:]}; '
-                                f'give --gin_file=FILE or --gin_bindings="name=value"')
-            with logging_redirect_tqdm([package]):
-                main(flags.FLAGS.gin_file, flags.FLAGS.gin_bindings)
-            processes.leave()
-        except SystemExit:  # a run that was interrupted, in all processes
-            processes.leave()
+        flags.DEFINE_multi_string('gin_file', [], 'Gin file, e.g. --gin_file=gin/market.gin; repeatable, later ones '
+                                  'win. Looked for in the working folder, then among the recipes of this package.')
+        flags.DEFINE_multi_string('gin_bindings', [], 'Gin binding, e.g. --gin_bindings="data_root=\'datasets\'"; '
+                                  'repeatable, later ones win, and all of them win over gin files.')
+        for name in ('gin_file', 'gin_bindings'):  # so that --help shows them
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+        for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
+            stream.reconfigure(errors='backslashreplace')
+        app.run(lambda arguments: carry_out(main, flags.FLAGS, arguments[1:]))
+
+
+def carry_out(main, flags, arguments):
+    """The binary's work; what it raises becomes the way that it ends."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from mgn.ops.errors import UserError
+    from mgn.runs import processes
+
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter('%(asctime)s %(levelname).1s %(message)s', '%H:%M:%S'))
+    package = logging.getLogger('mgn')
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    package.propagate = False  # absl prints the root logger's messages too
+    try:
+        processes.join()
+        if processes.number() > 0:
+            package.setLevel(logging.CRITICAL)  # process 0 logs for all
+        if arguments:
+            raise UserError(f'Only flags are understood, found {arguments}; '
+                            f'give --gin_file=FILE or --gin_bindings="name=value"')
+        with logging_redirect_tqdm([package]):
+            main(flags.gin_file, flags.gin_bindings)
+        processes.leave()
+    except SystemExit:  # a run that was interrupted, in all processes
+        processes.leave()
+        raise
+    except Exception as error:
+        leave_if_nothing_is_lost()  # a signal may have broken what was going on
+        if not processes.first_to_fail():
+            sys.exit(1)
+        message = error.message if isinstance(error, UserError) else processes.lost(error)
+        if message is None:
             raise
-        except Exception as error:
-            if not processes.first_to_fail():
-                sys.exit(1)
-            message = error.message if isinstance(error, UserError) else processes.lost(error)
-            if message is None:
-                raise
-            sys.exit(f'error: {message}')
-    app.run(absl_main)
+        sys.exit(f'error: {message}')

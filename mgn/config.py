@@ -1,13 +1,15 @@
-"""Gin files and bindings, read strictly: a binding that reaches nothing is an error. For binaries only.
+"""Gin files and bindings, read strictly: a binding that reaches nothing or does not fit is an error. For binaries only.
 
 Order: defaults.gin, the configuration saved in a checkpoint (mgn.eval, mgn.extract), every --gin_file, every
---gin_bindings; later ones win.
+--gin_bindings; later ones win. Gin files are code of their author, as they may import modules. The configuration in a
+checkpoint is data: bindings alone, of what this process knows already.
 """
 
 import contextlib
 import difflib
 import inspect
 import io
+import logging
 import os
 import re
 import tokenize
@@ -16,33 +18,38 @@ from pathlib import Path
 import gin
 
 # All that can be configured: a recipe may bind what the binary at hand does not use.
-from mgn import evaluation, features, losses, model, optim, training  # noqa: F401
+from mgn import annotations, evaluation, features, losses, model, optim, training  # noqa: F401
 from mgn.data import augmentation, datasets  # noqa: F401
 from mgn.ops.errors import MissingFile, UserError
 from mgn.runs import checkpoint
+
+logger = logging.getLogger(__name__)
 
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
 DEFAULTS = os.path.join(PACKAGE, 'defaults.gin')
 # A checkout has the recipes beside the package.
 RECIPES = PACKAGE if os.path.isdir(os.path.join(PACKAGE, 'gin')) else os.path.dirname(PACKAGE)
 SHARED = ('dataset', 'input_size')  # training and evaluation have to agree on them
-PATH_MACROS = ('data_root', 'output_dir', 'weights', 'features_dir')
 MACRO = 'gin.macro'
+NOT_SAVED = {'output_dir', 'features_dir', 'weights'}  # what a checkpoint says of them is not taken over
+TRAINING = ('train', 'mgn_losses', 'make_optimizer', 'Adam', 'AdamW', 'SGD', 'multi_step', 'cosine', 'Augmentation')
 # Parameters in configurations that earlier versions saved → their names of today; None: another binding has the value.
 EXTRACTION = ('input_size', 'batch_size', 'workers', 'flip_test', 'precision')
 MOVED = {**{f'evaluate.{name}': f'Extractor.{name}' for name in EXTRACTION},
          **{f'write_features.{name}': None for name in EXTRACTION}}
+_saved_scopes = set()  # scopes and macros of the checkpoint at hand: what uses them may have been set aside
 
 
 def load(gin_files, bindings, saved=''):
-    """Parses everything into gin's global configuration and locks it.
+    """Parses everything into gin's global configuration, checks all of it, and locks it.
 
     Args:
         gin_files: paths, looked for in the working folder, then in the package; what they include, beside the
             including file first.
-        bindings: strings. saved: the gin text of a checkpoint; its output_dir and features_dir are not taken over.
+        bindings: strings. saved: the gin text of a checkpoint to evaluate (`bind_saved`).
     Raises:
-        UserError: unknown names, with the nearest valid one. MissingFile: a gin file, with the paths tried.
+        UserError: unknown names, with the nearest valid one; values that do not fit their parameter; a `saved` that is
+            not plain bindings. MissingFile: a gin file, with the paths tried.
     """
     parse(gin_files, bindings, saved)
     with gin_errors_explained():
@@ -60,8 +67,10 @@ def bound_weights(gin_files, bindings):
     """The path that the flags bind to `weights`; UserError where they bind none."""
     parse(gin_files, bindings)
     weights = gin.query_parameter('%weights')
-    if weights is None:
-        raise UserError("No checkpoint is named; give --gin_bindings=\"weights='runs/market/best.pth'\"")
+    if not weights or not isinstance(weights, str):
+        found = '' if weights is None else f', found weights = {weights!r}'
+        raise UserError(f'The path of a checkpoint is needed{found}; '
+                        f"give --gin_bindings=\"weights='runs/market/best.pth'\"")
     return os.path.abspath(os.path.expanduser(weights))
 
 
@@ -72,14 +81,43 @@ def default_output_dir(gin_files):
 
 def parse(gin_files, bindings, saved=''):
     gin.clear_config()
+    _saved_scopes.clear()
     with gin_errors_explained():
         parse_file(DEFAULTS)
-        gin.parse_config(translated(saved))
-        for name in ('output_dir', 'features_dir') if saved else ():
-            gin.bind_parameter(f'{name}/macro.value', None)
+        bind_saved(saved)
         for gin_file in gin_files:
             parse_file(gin_file)
         parse_text('\n'.join(bindings))
+
+
+def bind_saved(text):
+    """Binds what the configuration in a checkpoint says of evaluation, under today's names.
+
+    The names that it uses have to be known: those of this package, and those that the user's own gin files, parsed
+    before, have imported. Bindings that only training needs are set aside, as are folders of the training machine.
+    Raises UserError with the line for what is more than a binding.
+    """
+    aside = set()
+    for statement in gin.config_parser.ConfigParser(text, gin.config.ParserDelegate(skip_unknown=True)):
+        line = statement.location
+        if isinstance(statement, (gin.config_parser.ImportStatement, gin.config_parser.IncludeStatement)):
+            raise UserError(f'The configuration in a checkpoint should consist of bindings, but its line '
+                            f'{line.line_num} is {line.line_content.strip()!r}, which is not carried out. Give another '
+                            f'checkpoint.')
+        if not isinstance(statement, gin.config_parser.BindingStatement):
+            continue  # the head of a block of bindings
+        scope, selector, name, value, _ = statement
+        if not name:
+            scope, selector, name = '/'.join(filter(None, (scope, selector))), MACRO, 'value'
+        _saved_scopes.add(scope)
+        today = MOVED.get(f'{selector}.{name}', f'{selector}.{name}')
+        if selector in TRAINING or selector != MACRO and selector.split('.')[-1] not in configurables():
+            aside.add(selector)
+        elif today and not {name, scope} & NOT_SAVED:
+            with gin.utils.try_with_location(line):
+                gin.bind_parameter((scope, *today.rsplit('.', 1)), value)
+    if aside:
+        logger.info('set aside, as only training needs them: bindings of %s', ', '.join(sorted(aside)))
 
 
 def parse_file(path, including_folder=''):
@@ -105,20 +143,13 @@ def parse_text(text, path=''):
             start = include.end()
 
 
-def translated(saved):
-    """A configuration that an earlier version saved, with today's names."""
-    for old, new in MOVED.items():  # gin indents the lines of a value that takes several
-        saved = re.sub(rf'(?m)^{re.escape(old)} =(.*\n?(?:    .*\n?)*)', rf'{new} =\1' if new else '', saved)
-    return saved
-
-
 @gin.config.register_finalize_hook
 def check_names(config):
     """Rejects what gin accepts silently: macros that nothing uses and scopes that nothing enters."""
     used = {reference.config_key for reference in gin.config.iterate_references(config)}
-    used_scopes = {scope for scope, _ in used if scope}  # a macro's value is made in a scope of the macro's name
+    used_scopes = {scope for scope, _ in used if scope} | _saved_scopes  # a macro's value is made in its own scope
     for (scope, selector), parameters in config.items():
-        if selector == MACRO and (scope, MACRO) not in used and scope not in default_macros():
+        if selector == MACRO and (scope, MACRO) not in used and scope not in {*default_macros(), *_saved_scopes}:
             raise UserError(f'Nothing uses the macro {scope!r}{nearest(scope, default_macros())}')
         for name in SHARED:
             if str(parameters.get(name, f'%{name}')) != f'%{name}':
@@ -129,11 +160,31 @@ def check_names(config):
 
 
 @gin.config.register_finalize_hook
-def absolute_paths(config):
-    """Paths become absolute, so that a checkpoint's configuration serves from any folder."""
-    keys = [(name, MACRO, 'value') for name in PATH_MACROS] + [(*key, 'root') for key in config]
-    paths = {key: config.get(key[:2], {}).get(key[2]) for key in keys}
-    return {key: os.path.abspath(os.path.expanduser(path)) for key, path in paths.items() if isinstance(path, str)}
+def check_values(config):
+    """Rejects values that do not fit the annotation of their parameter."""
+    for (_, selector), parameters in config.items():
+        expected = annotations.of_parameters(gin.get_configurable(selector))
+        for name, value in parameters.items():
+            bound = value.config_key[0] if is_macro(value) else f'{selector.split(".")[-1]}.{name}'
+            value = without_macros(value, config)
+            if name in expected and not annotations.fits(value, expected[name]):
+                raise UserError(f'{bound} must be {annotations.in_words(expected[name])}, found {value!r}; bind '
+                                f'{bound} anew')
+
+
+def without_macros(value, config, inside=()):
+    """The value with the values of macros in their place."""
+    if isinstance(value, (tuple, list)):
+        return tuple(without_macros(item, config, inside) for item in value)
+    if not is_macro(value):
+        return value
+    if value.config_key in inside:
+        raise UserError(f'The macro {value} stands for itself; bind {str(value)[1:]} to a value')
+    return without_macros(config[value.config_key]['value'], config, (*inside, value.config_key))
+
+
+def is_macro(value):
+    return isinstance(value, gin.config.ConfigurableReference) and value.config_key[1] == MACRO
 
 
 def default_macros():
@@ -159,19 +210,22 @@ def gin_errors_explained():
             raise
         raise UserError(f'The configuration imports {missing[1]}, which Python does not find; start in the folder of '
                         f'{missing[1]}.py, or add that to PYTHONPATH') from None
-    except (ValueError, SyntaxError, tokenize.TokenError) as error:
+    except (ValueError, SyntaxError, tokenize.TokenError, RecursionError) as error:
         raise UserError(explained(error)) from None
 
 
 def explained(error):
     """gin's message with the nearest valid name, or the one that a parameter has today."""
     message = str(error)
+    if isinstance(error, RecursionError):
+        return 'Gin files must not include themselves, nor nest values deeply; look for an include of a file in itself'
     if not isinstance(error, ValueError):
         return f'A gin binding looks like P = 16, and this is none: {message}'
     if macro := re.match(r"No bindings specified for '(.*?)/gin.macro'", message):
         return f'The macro %{macro[1]} is used, but has no value{nearest(macro[1], default_macros())}'
     if configurable := re.search(r"No configurable matching (?:reference )?'@?([^'()]*)", message):
-        return message + nearest(configurable[1], configurables())
+        return (f'{message}{nearest(configurable[1], configurables())}; names of your own need the --gin_file that '
+                f'imports their module')
     if parameter := re.search(r"Configurable '(?:.*\.)?(.*?)' doesn't have a parameter named '(.*?)'", message):
         name, parameter = parameter.groups()
         if f'{name}.{parameter}' in MOVED:

@@ -1,18 +1,20 @@
 """Output of MGN → named losses, as in fast-reid's `projects/MGN`, and how `train.losses` refers to others."""
 
 import inspect
+import math
 
 import gin
 import torch.nn.functional as F
 from torch import nn
 
 from mgn.ops import batch_hard_triplet_loss
+from mgn.ops.arguments import real
 from mgn.ops.errors import UserError
 
 
 @gin.configurable(denylist=['output', 'labels', 'candidates', 'candidate_labels'])
-def mgn_losses(output, labels, candidates=None, candidate_labels=None, cross_entropy_weight=0.25, triplet_weight=1 / 3,
-               margin=1.2, smoothing=0.1):
+def mgn_losses(output, labels, candidates=None, candidate_labels=None, cross_entropy_weight: float = 0.25,
+               triplet_weight: float = 1 / 3, margin: float | None = 1.2, smoothing: float = 0.1) -> dict:
     """The weighted terms by name; their sum is what training minimises.
 
     Args:
@@ -24,7 +26,14 @@ def mgn_losses(output, labels, candidates=None, candidate_labels=None, cross_ent
         smoothing: ε of the label smoothing.
     Returns:
         {'cross_entropy': scalar, 'triplet': scalar}
+    Raises:
+        UserError: weights, a margin or a smoothing out of range.
     """
+    real(cross_entropy_weight, 'mgn_losses.cross_entropy_weight', 0, math.inf, '0.25 is published')
+    real(triplet_weight, 'mgn_losses.triplet_weight', 0, math.inf, '1/3 is published')
+    if margin is not None:
+        real(margin, 'mgn_losses.margin', 0, math.inf, 'None is the soft margin')
+    real(smoothing, 'mgn_losses.smoothing', 0, 1, '0 smoothes nothing')
     cross_entropy = sum(smoothed_cross_entropy(logits, labels, smoothing) for logits in output.logits)
     triplet = batch_hard_triplet_loss(output.embeddings, labels, margin, candidates, candidate_labels).sum()
     return {'cross_entropy': cross_entropy_weight * cross_entropy, 'triplet': triplet_weight * triplet}

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mgn.convolution import ProductConv
+from mgn.ops.arguments import integer
 from mgn.ops.errors import FileError, UserError
 from mgn.runs.checkpoint import load_pretrained
 
@@ -43,12 +44,17 @@ class MGN(nn.Module):
         fresh: False leaves `pretrained` aside, for a model whose weights a checkpoint will replace.
     """
 
-    def __init__(self, num_classes, backbone='resnet50', pretrained=True, parts=(1, 2, 3), last_strides=(2, 1, 1),
-                 embedding_dim=256, pooling='max', bnneck=True, paper_heads=False, fresh=True):
+    def __init__(self, num_classes: int, backbone: str = 'resnet50', pretrained: bool | str = True,
+                 parts: tuple[int, ...] = (1, 2, 3), last_strides: tuple[int, ...] = (2, 1, 1),
+                 embedding_dim: int = 256, pooling: str = 'max', bnneck: bool = True, paper_heads: bool = False,
+                 fresh: bool = True):
         super().__init__()
-        if len(parts) == 0 or len(parts) != len(last_strides) or min(parts) < 1 or not set(last_strides) <= {1, 2}:
-            raise UserError(f'Every branch needs a part count from 1 and a last stride of 1 or 2, found parts={parts}, '
-                            f'last_strides={last_strides}; bind MGN.parts and MGN.last_strides to one length')
+        fitting = {*parts} <= {*range(1, 129)} and {*last_strides} <= {1, 2}
+        if not fitting or not 1 <= len(parts) == len(last_strides):
+            raise UserError(f'Every branch needs a part count from 1 to 128 and a last stride of 1 or 2, found '
+                            f'parts={parts}, last_strides={last_strides}; bind MGN.parts and MGN.last_strides to one '
+                            f'length')
+        integer(embedding_dim, 'MGN.embedding_dim', 1, 2 ** 16, '256 is published')
         if pooling not in POOLINGS:
             raise UserError(f'MGN.pooling must be one of {", ".join(POOLINGS)}, found {pooling!r}')
         if paper_heads and bnneck:

@@ -1,24 +1,36 @@
 """Parameters → optimizer with its groups."""
 
+import math
+from collections.abc import Callable
+
 import gin
 import torch
+
+from mgn.ops.arguments import real
+from mgn.ops.errors import UserError
 
 for optimizer in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
     gin.external_configurable(optimizer, module='torch.optim')
 
 
 @gin.configurable(denylist=['model'])
-def make_optimizer(model, optimizer=gin.REQUIRED, bias_lr_factor=2.0, bias_weight_decay=0.0):
+def make_optimizer(model, optimizer: Callable[..., torch.optim.Optimizer] = gin.REQUIRED, bias_lr_factor: float = 2.0,
+                   bias_weight_decay: float = 0.0):
     """An optimizer over the trainable parameters of `model`, those whose name contains "bias" in a group of their own.
 
     `optimizer` is called with the groups alone: learning rate and weight decay are its own bindings (Adam.lr, …), so it
     has to be gin's version of a class (@Adam), which knows them. Biases get bias_lr_factor × lr and bias_weight_decay,
-    as in fast-reid. Each group keeps its `initial_lr`.
+    as in fast-reid. Each group keeps its `initial_lr`. Raises UserError for values out of range.
     """
+    real(bias_lr_factor, 'make_optimizer.bias_lr_factor', 0, math.inf, '2 is published, 1 treats all alike')
+    real(bias_weight_decay, 'make_optimizer.bias_weight_decay', 0, math.inf, '0 decays no bias')
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     weights = [p for name, p in named if 'bias' not in name]
     biases = [p for name, p in named if 'bias' in name]
-    result = optimizer([{'params': weights}, {'params': biases}])
+    try:
+        result = optimizer([{'params': weights}, {'params': biases}])
+    except ValueError as error:  # e.g. a negative learning rate; gin adds lines of its own
+        raise UserError(f'The optimizer refuses its bindings: {str(error).splitlines()[0]}; bind others') from None
     result.param_groups[1]['lr'] *= bias_lr_factor
     result.param_groups[1]['weight_decay'] = bias_weight_decay
     for group in result.param_groups:

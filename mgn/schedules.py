@@ -8,20 +8,25 @@ from bisect import bisect_right
 
 import gin
 
+from mgn.ops.arguments import real
 from mgn.ops.errors import UserError
 
 
 @gin.configurable(denylist=['step', 'total_steps'])
-def multi_step(step, total_steps, warmup_steps=2000, warmup_factor=0.01, milestones=(8000, 14000), gamma=0.1):
+def multi_step(step, total_steps, warmup_steps: int = 2000, warmup_factor: float = 0.01,
+               milestones: tuple[int, ...] = (8000, 14000), gamma: float = 0.1) -> float:
     """Linear warm-up, and × gamma at every milestone."""
-    check_fits(total_steps, {'multi_step.warmup_steps': [warmup_steps], 'multi_step.milestones': milestones})
+    check_steps(total_steps, {'multi_step.warmup_steps': [warmup_steps], 'multi_step.milestones': milestones})
+    check_factors({'multi_step.warmup_factor': warmup_factor, 'multi_step.gamma': gamma})
     return warmup(step, warmup_steps, warmup_factor) * gamma ** bisect_right(milestones, step)
 
 
 @gin.configurable(denylist=['step', 'total_steps'])
-def cosine(step, total_steps, warmup_steps=2000, warmup_factor=0.01, start=0, final_factor=0.0):
+def cosine(step, total_steps, warmup_steps: int = 2000, warmup_factor: float = 0.01, start: int = 0,
+           final_factor: float = 0.0) -> float:
     """Linear warm-up, constant until step `start`, then half a cosine to final_factor at total_steps."""
-    check_fits(total_steps, {'cosine.warmup_steps': [warmup_steps], 'cosine.start': [start]})
+    check_steps(total_steps, {'cosine.warmup_steps': [warmup_steps], 'cosine.start': [start]})
+    check_factors({'cosine.warmup_factor': warmup_factor, 'cosine.final_factor': final_factor})
     progress = min(max(step - start, 0) / max(total_steps - start, 1), 1)
     return warmup(step, warmup_steps, warmup_factor) * (
         final_factor + (1 - final_factor) * 0.5 * (1 + math.cos(math.pi * progress)))
@@ -31,10 +36,17 @@ def warmup(step, warmup_steps, warmup_factor):
     return 1 if step >= warmup_steps else warmup_factor + (1 - warmup_factor) * step / warmup_steps
 
 
-def check_fits(total_steps, bindings):
-    """Raises UserError for the first of {binding: steps} that has a step beyond total_steps."""
+def check_steps(total_steps, bindings):
+    """Raises UserError for the first of {binding: steps} with steps out of order, below 0 or beyond total_steps."""
     for name, steps in bindings.items():
+        if list(steps) != sorted(steps) or any(step < 0 for step in steps):
+            raise UserError(f'{name} must be steps from 0 on in ascending order, found {steps}. Bind others.')
         for step in steps:
             if step > total_steps:
                 raise UserError(f'{name} has step {step}, but training ends at total_steps = {total_steps}. '
                                 f'Bind a {name} that fits, or more total_steps.')
+
+
+def check_factors(bindings):
+    for name, factor in bindings.items():
+        real(factor, name, 0, 1, 'it is a share of the learning rate')

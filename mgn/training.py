@@ -49,7 +49,8 @@ def train(default_output_dir):
     draw depends on (seed, step, position) alone, so on a CPU a run of one process that was interrupted and resumed ends
     with weights that are bit-identical to those of an uninterrupted one. At SIGTERM or SIGINT it ends after the present
     step, with a checkpoint, by SystemExit(75); at a second signal at once. An evaluation is aborted; its checkpoint is
-    already saved, except for the very first one, before which a run leaves no checkpoint.
+    already saved, except for the very first one, before which a run leaves no checkpoint. A run that fails before its
+    first step leaves nothing behind.
 
     Under torchrun each process takes P / processes of the identities, gradients are averaged, and process 0 alone
     writes. Batches, loss and gradient equal those of a single process. Exception: batch normalisation, whose statistics
@@ -72,15 +73,17 @@ class Training:
     P: int = 16                        # identities in a batch
     K: int = 4                         # images of each
     total_steps: int = gin.REQUIRED
-    schedule: Callable = multi_step    # (step, total_steps) → factor of the learning rate
-    losses: Callable = mgn_losses      # (output, labels, candidates, candidate_labels) → {name: scalar}, or a class of
-    #                                    modules that are called so and have parameters of their own (mgn/losses.py)
+    schedule: Callable[..., float] = multi_step  # (step, total_steps) → factor of the learning rate
+    losses: Callable[..., dict | torch.nn.Module] = mgn_losses  # (output, labels, candidates, candidate_labels) →
+    #                                    {name: scalar}, or a class of modules that are called so and have parameters of
+    #                                    their own (mgn/losses.py)
     seed: int = 0
     workers: int = 4                   # processes that decode images; 0: the main process does
     device: str = 'auto'
     log_every: int = 50                # steps
     checkpoint_every: int = 1000       # steps; checkpoints are written before evaluations, too
-    evaluate_every: int = 2000         # steps; evaluations happen before the first step and after the last one, too
+    evaluate_every: int = 2000         # steps; an evaluation happens after the last one, too
+    evaluate_first: bool = True        # and before the first one
     keep_last: int = 1                 # older checkpoints kept beside last.pth, as step_<n>.pth
     clip_gradient_norm: float | None = None  # largest Euclidean norm of the whole gradient; None: any
     precision: str = 'auto'            # of forward and backward pass, by autocast: 'float32', 'bfloat16', 'float16'
@@ -96,21 +99,23 @@ class Training:
 
     def run(self):
         self.check_options()
-        self.first = first = processes.number() == 0
-        with locked(self.output_dir) if first else nullcontext() as self.check_lock, Interruption() as interruption:
-            saved = processes.share(newest(self.output_dir, self.resume) if first else None)
+        self.first, self.begun = processes.number() == 0, False
+        folder = locked(self.output_dir, lambda: self.begun) if self.first else nullcontext()
+        with folder as self.check_lock:
+            saved = processes.share_tensors(newest(self.output_dir, self.resume) if self.first else None)
+            self.begun = saved is not None
             self.make_batches()
             self.make_state(saved)
             del saved  # as large as model and optimizer
-            self.log = RunLog(self.output_dir, self.state.step) if first else None
+            self.log = RunLog(self.output_dir, self.state.step) if self.first else None
             logger.info('training on %s%s from step %d to %d, %d steps an epoch, in %s, output in %s; mgn.ops: %s',
                         self.device, f' in each of {processes.count()} processes' if processes.count() > 1 else '',
                         self.state.step, self.total_steps, self.sampler.steps_per_epoch, self.precision,
                         self.output_dir, implementation(self.device))
             start = self.state.step
-            with progress(self.total_steps, initial=start) as self.bar:
+            with Interruption() as interruption, progress(self.total_steps, initial=start) as self.bar:
                 self.loop(interruption)
-            if first:
+            if self.first:
                 self.log.close()
                 if self.state.step > start:  # else this process has not used the whole configuration
                     self.write_configuration()
@@ -119,14 +124,16 @@ class Training:
 
     def check_options(self):
         """Raises UserError for what cannot be trained; replaces 'auto' and None by what they stand for."""
-        for name, least in (('P', 2), ('K', 1), ('total_steps', 1), ('workers', 0), ('log_every', 1), ('keep_last', 0),
-                            ('checkpoint_every', 1), ('evaluate_every', 1)):
-            integer(getattr(self, name), f'train.{name}', least, 2 ** 31 - 1, f'bind train.{name} = {least} or more')
+        limits = {'P': (2, 2 ** 16), 'K': (1, 2 ** 16), 'seed': (0, 2 ** 63 - 1), 'workers': (0, 1024),
+                  'keep_last': (0, 2 ** 31 - 1)}
+        steps = dict.fromkeys(('total_steps', 'log_every', 'checkpoint_every', 'evaluate_every'), (1, 2 ** 31 - 1))
+        for name, (low, high) in {**limits, **steps}.items():
+            integer(getattr(self, name), f'train.{name}', low, high, f'bind train.{name} anew')
         if self.clip_gradient_norm is not None:
-            real(self.clip_gradient_norm, 'train.clip_gradient_norm', 0, math.inf, 'None clips nothing')
+            real(self.clip_gradient_norm, 'train.clip_gradient_norm', 1e-30, math.inf, 'None clips nothing')
         check_dataset(self.dataset)
         self.schedule(0, self.total_steps)  # refuses what does not fit
-        self.output_dir = self.output_dir or os.path.abspath(self.default_output_dir)
+        self.output_dir = os.path.abspath(os.path.expanduser(self.output_dir or self.default_output_dir))
         self.device = find_device(self.device)
         self.precision = resolve_precision(self.precision, self.device, 'train.precision')
         processes.check_same('precision', self.precision,
@@ -179,7 +186,7 @@ class Training:
         while True:
             if interruption.asked():
                 self.leave(interruption)
-            if self.is_due(self.evaluate_every) and not processes.share(self.first and self.log.evaluated(state.step)):
+            if self.evaluation_is_due() and not processes.share(self.first and self.log.evaluated(state.step)):
                 with interruption.at_once():
                     self.measure()
             if state.step >= self.total_steps:
@@ -199,6 +206,9 @@ class Training:
     def is_due(self, period):
         return self.state.step % period == 0 or self.state.step == self.total_steps
 
+    def evaluation_is_due(self):
+        return self.is_due(self.evaluate_every) and (self.state.step > 0 or self.evaluate_first)
+
     def step(self, batch):
         """Trains on one batch."""
         state = self.state
@@ -215,6 +225,7 @@ class Training:
             state.average.update(state.model, state.step)
         state.meter.add(losses, state.step)
         state.step += 1
+        self.begun = True
 
     def note_unreadable(self, paths):
         count_unreadable(self.unreadable, paths, len(self.dataset.train))
@@ -260,7 +271,7 @@ class Training:
         state = self.state
         results = {'step': state.step, **evaluate(state.evaluated, self.dataset, self.device)}
         if self.saved_step is None:
-            self.save()  # a run whose first evaluation fails leaves no checkpoint
+            self.save()
         if not self.first:
             return
         if results['mAP'] > self.best:

@@ -149,13 +149,13 @@ def test_a_precision_that_does_not_exist_is_an_error(market, tmp_path):
 
 
 def test_a_data_set_without_parentheses_is_an_error(market, tmp_path):
-    with pytest.raises(ValueError, match='bind it with parentheses'):
+    with pytest.raises(ValueError, match='a reference with parentheses'):
         train(market, tmp_path, 'dataset = @market1501')
 
 
 @pytest.mark.parametrize('seed', ['-1', '1.5'])
 def test_a_seed_that_is_none_is_an_error_before_anything_is_saved(market, tmp_path, seed):
-    with pytest.raises(ValueError, match='non-negative integer'):
+    with pytest.raises(ValueError, match='seed must be an integer'):
         train(market, tmp_path, f'seed = {seed}')
     assert not (tmp_path / 'last.pth').exists()
 

@@ -8,6 +8,7 @@ import difflib
 import errno
 import logging
 import os
+import re
 import zipfile
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from mgn.runs.files import replacing
 logger = logging.getLogger(__name__)
 
 FORMAT = 'mgn checkpoint 1'
+FIELDS = {'config': str, 'num_classes': int, 'step': int, 'model': dict, 'losses': dict | None, 'average': dict | None,
+          'mAP': float | None}  # what any checkpoint may hold; restoring a run checks the rest
 SHOWN = 5  # keys that an error lists from the beginning and from the end
 
 
@@ -51,7 +54,7 @@ class State:
 
     def content(self):
         """What last.pth holds."""
-        return {'config': gin.config_str(), 'num_classes': self.num_classes, 'step': self.step,
+        return {'config': configuration(), 'num_classes': self.num_classes, 'step': self.step,
                 'model': self.model.state_dict(), 'losses': self.losses.state_dict(),
                 'average': self.average.model.state_dict() if self.average else None,
                 'optimizer': self.optimizer.state_dict(), 'optimizer_class': type(self.optimizer).__name__,
@@ -59,7 +62,7 @@ class State:
 
     def weights(self, mAP):
         """What best.pth holds."""
-        return {'config': gin.config_str(), 'num_classes': self.num_classes, 'step': self.step, 'mAP': mAP,
+        return {'config': configuration(portable=True), 'num_classes': self.num_classes, 'step': self.step, 'mAP': mAP,
                 'model': self.evaluated.state_dict()}
 
     def restore(self, content, path):
@@ -83,14 +86,18 @@ class State:
                             f'@{content["optimizer_class"]}, or another output_dir.')
         remedy = 'This folder holds another run: bind MGN and train.losses as it was trained, or another output_dir.'
         load_model(self.model, content['model'], path, remedy=remedy)
-        load_model(self.losses, content.get('losses', {}), f'{path} (losses)', remedy=remedy)
+        load_model(self.losses, content.get('losses') or {}, f'{path} (losses)', remedy=remedy)
         if self.average:
             load_model(self.average.model, content.get('average') or content['model'], path)
         groups = self.optimizer.state_dict()['param_groups']
-        self.optimizer.load_state_dict({**content['optimizer'], 'param_groups': groups})
-        if self.scaler.is_enabled() and content.get('scaler'):
-            self.scaler.load_state_dict(content['scaler'])
-        self.meter.load_state(content['meter'])
+        with errors_explained(UserError, f'{path} holds no state of this optimizer and these losses'):
+            self.optimizer.load_state_dict({**content['optimizer'], 'param_groups': groups})
+            for parameter, values in self.optimizer.state.items():
+                if any(value.dim() and value.shape != parameter.shape for value in values.values()):
+                    raise ValueError('its state of a parameter has another shape')
+            if self.scaler.is_enabled() and content.get('scaler'):
+                self.scaler.load_state_dict(content['scaler'])
+            self.meter.load_state(content['meter'])
         self.step = content['step']
 
     def join(self):
@@ -111,9 +118,20 @@ class State:
                                 f'Lower lr, or bind train.clip_gradient_norm.')
 
 
+def configuration(portable=False):
+    """gin's configuration as text. Imports are left out: a checkpoint is data.
+
+    portable: bindings with absolute paths are left out too. They belong to this machine.
+    """
+    text = re.sub(r'(?m)^(import|from) .*\n', '', gin.config_str())
+    if portable:  # gin indents the lines of a value that takes several
+        text = re.sub(r'(?m)^\S+ =.*\n(    .*\n)*', lambda line: '' if re.search('[\'"]/', line[0]) else line[0], text)
+    return text
+
+
 def configuration_changes(before):
     """The lines that differ between a saved configuration and the present one, with - and + in front."""
-    lines = difflib.unified_diff(before.splitlines(), gin.config_str().splitlines(), n=0, lineterm='')
+    lines = difflib.unified_diff(before.splitlines(), configuration().splitlines(), n=0, lineterm='')
     return [line for line in lines if line[:1] in '+-' and line[:3] not in ('+++', '---')]
 
 
@@ -128,9 +146,10 @@ def save(path, content, keep_as=None):
             raise
 
 
-def load(path):
+def load(path, mmap=False):
     """The content of a checkpoint, tensors on the CPU, after its checksums were verified.
 
+    mmap: tensors stay in the file until they are read.
     Raises MissingFile, Damaged, UserError where the file is no checkpoint of this project, or OSError where it cannot
     be read.
     """
@@ -143,10 +162,14 @@ def load(path):
         raise Damaged(f'{path}, a checkpoint of mgn.train, is damaged: {damaged} in it has another checksum than was '
                       f'written. Give another file.')
     with errors_explained(UserError, f'{path} cannot be loaded as a checkpoint of mgn.train'):
-        content = torch.load(path, map_location='cpu', weights_only=True)
+        content = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     if not isinstance(content, dict) or content.get('format') != FORMAT:
         raise UserError(f'{path} is no checkpoint of mgn.train: it holds something else. Give another file; '
                         f'ImageNet weights go into MGN.pretrained.')
+    for name, kind in FIELDS.items():
+        if not isinstance(content.get(name), kind):
+            raise UserError(f'{path} is no checkpoint of mgn.train: its field {name!r} holds '
+                            f'{content.get(name)!r:.60}. Give another file.')
     return content
 
 
@@ -172,18 +195,28 @@ def load_model(model, state, path, features_only=False, remedy='Bind MGN as it w
     Raises UserError with missing, unexpected and ill-shaped keys, ten at most; nothing is loaded then.
     """
     if features_only:
-        state = {key: value for key, value in state.items() if '.classifier.' not in key}
+        state = {key: value for key, value in state.items() if '.classifier.' not in str(key)}
     expected = model.state_dict()
     problems = [f'{key} is missing' for key in expected if key not in state]
     problems += [f'{key} is unexpected' for key in state if key not in expected]
-    problems += [f'{key} has shape {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}'
-                 for key in expected if key in state and expected[key].shape != state[key].shape]
+    problems += [f'{key} {fault}' for key in expected if key in state and (fault := misfit(state[key], expected[key]))]
     if problems:
         if len(problems) > 2 * SHOWN:
             problems[SHOWN:-SHOWN] = [f'… {len(problems) - 2 * SHOWN} more …']
         raise UserError(f'The weights in {path} do not fit the configured architecture:\n  '
                         + '\n  '.join(problems) + f'\n{remedy}')
     model.load_state_dict(state)
+
+
+def misfit(value, expected):
+    """What keeps a value of a state dict from taking the place of a tensor; None where it fits."""
+    if not isinstance(value, torch.Tensor):
+        return f'is no tensor, but {value!r:.60}'
+    if value.shape != expected.shape:
+        return f'has shape {tuple(value.shape)} instead of {tuple(expected.shape)}'
+    plain = value.layout == torch.strided and value.device.type == 'cpu' and not value.is_quantized
+    if not plain or value.is_floating_point() != expected.is_floating_point():
+        return f'has type {value.dtype}, {value.layout} on {value.device} instead of {expected.dtype}'
 
 
 def load_pretrained(module, path, name='this network'):

@@ -15,17 +15,20 @@ from mgn.runs.files import writing
 logger = logging.getLogger(__name__)
 
 LOCK = 'run.lock'
+WRITTEN = ('last.pth', 'best.pth', 'metrics.jsonl', 'eval.json', 'config.gin', LOCK, 'events.out.tfevents.*')
 _locked_here = set()  # folders; to the system all threads of a process are one
 
 
 @contextlib.contextmanager
-def locked(output_dir):
+def locked(output_dir, begun=lambda: True):
     """Makes the folder if necessary and locks it; UserError where another run has it, also on another machine.
 
     The lock belongs to the process and ends with it; the file alone means nothing. Temporary files that a killed run
-    left are removed. Yields a function that raises UserError if the lock file has been removed since.
+    left are removed. Yields a function that raises UserError if the lock file has been removed since. If an error ends
+    the block while begun() is False, all that was written since is removed.
     """
     path, folder = os.path.join(output_dir, LOCK), os.path.realpath(output_dir)
+    before = set(os.listdir(output_dir)) if os.path.isdir(output_dir) else None
     if folder in _locked_here:
         raise refused(output_dir, 'this very process')
     with writing(path, 'Bind another output_dir.'):
@@ -54,8 +57,23 @@ def locked(output_dir):
                     raise UserError(f'{path} was removed or replaced while this run was using the folder, so another '
                                     f'run may write there too. Leave that file in place and start one run again.')
             yield check
+        except Exception:
+            if not begun():
+                remove_new(output_dir, before)
+            raise
         finally:
             _locked_here.discard(folder)
+
+
+def remove_new(output_dir, before):
+    """Removes the files of a run that were not in the set `before`; the folder too, if that is None and it is empty."""
+    for pattern in WRITTEN:
+        for path in glob.glob(os.path.join(glob.escape(output_dir), pattern)):
+            if os.path.basename(path) not in (before or ()):
+                os.remove(path)
+    if before is None:
+        with contextlib.suppress(OSError):
+            os.rmdir(output_dir)
 
 
 def refused(output_dir, who):
@@ -126,7 +144,7 @@ def best_so_far(output_dir):
     """The mAP of best.pth, or -1 if there is none; a damaged one is renamed to best.pth.damaged."""
     path = os.path.join(output_dir, 'best.pth')
     try:
-        return checkpoints.load(path)['mAP']
+        return checkpoints.load(path, mmap=True).get('mAP', -1.0)
     except FileNotFoundError:
         return -1.0
     except checkpoints.Damaged as error:

@@ -1,4 +1,6 @@
-"""SIGTERM and SIGINT: a run finishes its step, writes its checkpoint and ends with an exit status of its own."""
+"""SIGTERM and SIGINT: a run finishes its step, writes its checkpoint and ends with an exit status of its own; whatever
+else a binary does ends at once. Light to import, as it watches over the import of torch.
+"""
 
 import contextlib
 import os
@@ -6,8 +8,6 @@ import signal
 import socket
 import threading
 import time
-
-from mgn.runs import processes
 
 STATUS = 75            # EX_TEMPFAIL of sysexits.h: try again later
 REPEAT = 0.3           # seconds within which a second signal counts as the first one
@@ -20,17 +20,22 @@ class Interruption:
     """Within `with`, the first signal is noted, or raises SystemExit where nothing would be lost; the second one ends
     the process at once.
 
+    resumable: the process is a training run, which loses nothing within `at_once` alone and ends with STATUS. Others
+    never lose anything, and end with 128 + the signal's number as in a shell.
+
     A thread listens for signals, because Python runs handlers only after the main thread has returned from a long call
     into C++.
     """
 
-    def __init__(self):
-        self.noted, self.since, self.nothing_to_lose, self.process = None, None, False, os.getpid()
+    def __init__(self, resumable=True):
+        self.resumable, self.nothing_to_lose = resumable, not resumable
+        self.noted, self.since, self.process = None, None, os.getpid()
+        self.said = threading.Event()  # that the first signal has come
         self.handlers_before = {}
 
     def __enter__(self):
         global _running
-        _running = self
+        self.running_before, _running = _running, self
         if threading.current_thread() is threading.main_thread():  # only here can handlers be set
             reader, self.writer = socket.socketpair()
             self.writer.setblocking(False)
@@ -43,9 +48,10 @@ class Interruption:
 
     def __exit__(self, *_):
         global _running
-        _running = None
+        _running = self.running_before
         for number, handler in self.handlers_before.items():
-            signal.signal(number, handler)
+            # Behind a binary's work comes Python's own end, where its handler of SIGINT would print a traceback.
+            signal.signal(number, handler if self.resumable else signal.SIG_DFL)
         if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(self.descriptor_before)
             self.writer.close()
@@ -61,20 +67,24 @@ class Interruption:
         now = time.monotonic()
         if self.since is None:
             self.noted, self.since = signal.Signals(number), now
-            if processes.number() == 0:  # not by logging, whose lock the main thread may hold
+            if os.environ.get('RANK', '0') == '0':  # not by logging, whose lock the main thread may hold
+                what = 'the run ends after this step' if self.resumable else 'ending'
                 with contextlib.suppress(OSError):  # the same signal may have ended the reader of this message
-                    name = self.noted.name
-                    os.write(2, f'{name}: the run ends after this step; send it again to end at once\n'.encode())
-        elif now - self.since > (REPEAT if processes.count() == 1 else REPEAT_TORCHRUN):
+                    os.write(2, f'{self.noted.name}: {what}; send it again to end at once\n'.encode())
+            self.said.set()
+        elif now - self.since > (REPEAT_TORCHRUN if 'TORCHELASTIC_RUN_ID' in os.environ else REPEAT):
             os._exit(128 + number)
 
     def handle(self, number, _):
         if os.getpid() == self.process:  # not in a worker process just forked
             self.noted = signal.Signals(number)
+            self.said.wait(timeout=1)  # the other thread tells first
             leave_if_nothing_is_lost()
 
     def asked(self):
         """Whether any process has noted a signal, so that the run has to end here; the same answer in all processes."""
+        from mgn.runs import processes
+
         return processes.any_of(self.noted is not None)
 
     @contextlib.contextmanager
@@ -97,4 +107,4 @@ def leave_if_nothing_is_lost():
     Long work calls this again and again: an exception that a signal handler raises can get lost in a callback.
     """
     if _running and _running.noted and _running.nothing_to_lose:
-        raise SystemExit(STATUS)
+        raise SystemExit(STATUS if _running.resumable else 128 + _running.noted)

@@ -127,6 +127,34 @@ def share(value):
     return values[0]
 
 
+def share_tensors(value):
+    """The same for a value of dicts, lists and CPU tensors, which are sent one by one as they lie in memory."""
+    if count() == 1:
+        return value
+    # Dense ones keep their strides, in which an optimizer expects its state.
+    value = with_tensors(value, lambda tensor: tensor if is_dense(tensor) else tensor.contiguous())
+    shapes = share(with_tensors(value, lambda tensor: torch.empty_like(tensor, device='meta')))
+    if number() > 0:
+        value = with_tensors(shapes, lambda tensor: torch.empty_like(tensor, device='cpu'))
+    with_tensors(value, lambda tensor: dist.broadcast(tensor.as_strided([tensor.numel()], [1]), src=0))
+    return value
+
+
+def is_dense(tensor):
+    return torch.empty_like(tensor, device='meta').stride() == tensor.stride()
+
+
+def with_tensors(value, function):
+    """`value` with function(tensor) in place of each tensor in its dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: with_tensors(item, function) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [with_tensors(item, function) for item in value]
+    return value
+
+
 def gather(value):
     """The values of all processes, in order of their numbers."""
     values = [value] * count()

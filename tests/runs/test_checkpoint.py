@@ -18,7 +18,7 @@ from torch import nn
 from mgn.ops.errors import UserError
 from mgn.runs import checkpoint
 
-CONTENT = {'config': "seed = 3\n# ü", 'step': 12, 'mAP': 0.25, 'resume': None, 'names': ['a', 'b'],
+CONTENT = {'config': "seed = 3\n# ü", 'num_classes': 4, 'step': 12, 'mAP': 0.25, 'resume': None, 'names': ['a', 'b'],
            'model': {'empty': torch.empty(0), 'half': torch.arange(33.).half(), 'count': torch.tensor(7),
                      'strided': torch.arange(129.)[::2], 'nan': torch.tensor([torch.nan, torch.inf])},
            'optimizer': {'state': {0: {'step': torch.tensor(2.0)}}, 'param_groups': [{'lr': 0.1, 'params': [0]}]}}
@@ -40,14 +40,14 @@ def test_what_is_saved_comes_back(tmp_path):
 def test_saving_again_replaces_the_file(tmp_path):
     path = str(tmp_path / 'last.pth')
     for step in (1, 2):
-        checkpoint.save(path, {'step': step})
+        checkpoint.save(path, {**CONTENT, 'step': step})
         assert checkpoint.load(path)['step'] == step
     assert os.listdir(tmp_path) == ['last.pth']
 
 
 def test_the_data_are_on_disk_before_the_name_is(tmp_path, monkeypatch):
     path = tmp_path / 'last.pth'
-    checkpoint.save(str(path), {'step': 1})
+    checkpoint.save(str(path), {**CONTENT, 'step': 1})
     seen, fsync = [], os.fsync
 
     def watched(descriptor):
@@ -55,7 +55,7 @@ def test_the_data_are_on_disk_before_the_name_is(tmp_path, monkeypatch):
         fsync(descriptor)
 
     monkeypatch.setattr(os, 'fsync', watched)
-    checkpoint.save(str(path), {'step': 2})
+    checkpoint.save(str(path), {**CONTENT, 'step': 2})
     assert seen == [1, 2]  # the file under its temporary name, then the folder
 
 
@@ -111,12 +111,12 @@ def test_a_folder_that_may_not_be_written_is_a_clear_error():
     path = folder / 'last.pth'
     user = os.geteuid()
     try:
-        checkpoint.save(str(path), {'step': 1})
+        checkpoint.save(str(path), {**CONTENT, 'step': 1})
         folder.chmod(0o555)
         if user == 0:
             os.seteuid(65534)  # root may write anywhere
         with pytest.raises(OSError, match='last.pth could not be written: .*denied'):
-            checkpoint.save(str(path), {'step': 2})
+            checkpoint.save(str(path), {**CONTENT, 'step': 2})
         os.seteuid(user)
         assert os.listdir(folder) == ['last.pth']
         assert checkpoint.load(str(path))['step'] == 1

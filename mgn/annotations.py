@@ -1,0 +1,67 @@
+"""Whether a value that gin binds fits the annotation of its parameter; and what fits, in words."""
+
+import collections.abc
+import sys
+import types
+import typing
+
+from gin.config import ConfigurableReference
+
+WORDS = {bool: 'True or False', int: 'an integer', float: 'a finite number', str: 'a string in quotes',
+         types.NoneType: 'None'}
+UNIONS = typing.Union, types.UnionType
+
+
+def fits(value, annotation):
+    """Whether a gin value (a literal, or a ConfigurableReference) may be bound to a parameter with this annotation.
+
+    An integer fits where a number is asked for, and a list where a tuple is. True and False are no numbers. A reference
+    fits by the class that it refers to, or by what its function is annotated to return, if it is.
+    """
+    kind, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if kind in UNIONS:
+        return any(fits(value, argument) for argument in arguments)
+    if isinstance(value, ConfigurableReference):
+        if value.evaluate:
+            return annotation not in WORDS and kind is None and makes(value, annotation)
+        return kind is collections.abc.Callable and makes(value, arguments[-1])
+    if kind is typing.Literal:
+        return any(type(value) is type(choice) and value == choice for choice in arguments)
+    if kind is tuple and isinstance(value, (tuple, list)):
+        expected = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+        return len(value) == len(expected) and all(map(fits, value, expected))
+    if annotation is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return type(value) is annotation
+
+
+def makes(reference, annotation):
+    """Whether a call of what is referred to gives an instance of the class `annotation`, or of one in a union."""
+    made = reference.configurable.wrapped
+    if not isinstance(made, type):
+        made = of_parameters(made).get('return')
+    classes = tuple(typing.get_origin(a) or a for a in typing.get_args(annotation) or [annotation])
+    return made is None or issubclass(typing.get_origin(made) or made, classes)
+
+
+def in_words(annotation):
+    """What fits, e.g. 'an integer or None'."""
+    kind, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if kind in UNIONS:
+        return ' or '.join(map(in_words, arguments))
+    if kind is typing.Literal:
+        return ' or '.join(map(repr, arguments))
+    if kind is tuple:
+        number, each = ('any number of', arguments[:1]) if arguments[-1] is ... else (len(arguments), arguments)
+        return f'{number} values in parentheses, each {" or ".join(dict.fromkeys(map(in_words, each)))}'
+    if kind is collections.abc.Callable:
+        return 'a reference without parentheses such as @name'
+    return WORDS.get(annotation, 'a reference with parentheses such as @name()')
+
+
+def of_parameters(configurable):
+    """{parameter: annotation}, and 'return', of a function or class; {} where annotations name what is not there."""
+    try:
+        return typing.get_type_hints(configurable.__init__ if isinstance(configurable, type) else configurable)
+    except (NameError, TypeError, AttributeError):
+        return {}
