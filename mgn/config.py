@@ -160,6 +160,13 @@ def check_names(config):
 
 
 @gin.config.register_finalize_hook
+def absolute_paths(config):
+    """The paths of this call become absolute. That of the data stays as it is: a checkpoint keeps it."""
+    paths = {(name, MACRO, 'value'): config[name, MACRO]['value'] for name in NOT_SAVED}
+    return {key: os.path.abspath(os.path.expanduser(path)) for key, path in paths.items() if path and type(path) is str}
+
+
+@gin.config.register_finalize_hook
 def check_values(config):
     """Rejects values that do not fit the annotation of their parameter."""
     for (_, selector), parameters in config.items():

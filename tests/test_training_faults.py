@@ -1,6 +1,7 @@
 """What goes wrong in training: losses or weights that are not finite, images that cannot be read."""
 
 import json
+import os
 from contextlib import contextmanager
 
 import pytest
@@ -118,6 +119,61 @@ def test_a_run_whose_first_evaluation_fails_leaves_nothing_that_hinders_the_corr
     assert not list(tmp_path.glob('*.pth'))
     train(market, tmp_path, 'total_steps = 1')
     assert checkpoint.load(str(tmp_path / 'last.pth'))['step'] == 1
+
+
+@pytest.mark.parametrize('there', [None, ['eval.json', 'notes.txt']])
+def test_a_run_that_fails_before_its_first_step_leaves_nothing_behind(market, tmp_path, monkeypatch, there):
+    def failing(*_):
+        assert {'last.pth', 'best.pth', 'metrics.jsonl', 'eval.json'} <= set(os.listdir(folder))
+        raise UserError('An error of the first step.')
+    folder = tmp_path / 'run'
+    for name in there or ():
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text('of somebody')
+    with monkeypatch.context() as patch, pytest.raises(UserError, match='of the first step'):
+        patch.setattr(training, 'train_step', failing)
+        train(market, folder)
+    assert (sorted(os.listdir(folder)) if folder.exists() else None) == there
+    train(market, folder, 'total_steps = 1')
+    assert checkpoint.load(str(folder / 'last.pth'))['step'] == 1
+
+
+def test_a_run_that_fails_later_keeps_what_it_has(market, tmp_path, monkeypatch):
+    def failing(*args):
+        if len(steps) == 3:
+            raise UserError('An error of the fourth step.')
+        steps.append(0)
+        return real(*args)
+    steps, real = [], training.train_step
+    with monkeypatch.context() as patch, pytest.raises(UserError, match='of the fourth step'):
+        patch.setattr(training, 'train_step', failing)
+        train(market, tmp_path)
+    assert checkpoint.load(str(tmp_path / 'last.pth'))['step'] == 2
+
+
+def test_the_first_evaluation_can_be_left_out(market, tmp_path):
+    train(market, tmp_path, 'total_steps = 2', 'train.evaluate_first = False')
+    lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+    assert [line['step'] for line in lines if 'mAP' in line] == [2]
+
+
+@pytest.mark.parametrize('binding, message', [
+    ('train.clip_gradient_norm = 0', 'train.clip_gradient_norm must be a finite number from'),
+    ('train.clip_gradient_norm = -1', 'train.clip_gradient_norm must be a finite number from'),
+    ('train.clip_gradient_norm = False', 'train.clip_gradient_norm must be a finite number or None'),
+    ('mgn_losses.triplet_weight = -1', 'mgn_losses.triplet_weight must be a finite number from 0'),
+    ('mgn_losses.margin = -0.3', 'mgn_losses.margin must be a finite number from 0'),
+    ('mgn_losses.smoothing = 1.5', 'mgn_losses.smoothing must be a finite number from 0 to 1'),
+    ('cosine.start = -1', 'cosine.start must be steps from 0 on'), ('cosine.warmup_factor = 2', 'from 0 to 1'),
+    ('make_optimizer.bias_lr_factor = -1', 'make_optimizer.bias_lr_factor must be'),
+    ('lr = -1.0', 'The optimizer refuses its bindings: Invalid learning rate: -1.0'),
+    ('MGN.embedding_dim = 0', 'MGN.embedding_dim must be an integer from 1'),
+    ('seed = 10000000000000000000', 'train.seed must be an integer from 0'),
+    ('workers = 100000', 'train.workers must be an integer from 0 to 1024')])
+def test_values_out_of_range_are_refused_at_the_start_by_name(market, tmp_path, binding, message):
+    with pytest.raises(UserError, match=message):
+        train(market, tmp_path / 'run', binding)
+    assert not (tmp_path / 'run').exists()
 
 
 @contextmanager

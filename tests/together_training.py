@@ -238,6 +238,13 @@ def check_values_and_rows_travel(folder):
     rank, N = dist.get_rank(), dist.get_world_size()
     assert processes.share({'rank': rank}) == {'rank': 0}
     assert processes.gather(rank) == list(range(N))
+    weight = torch.arange(24.).view(2, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+    content = {'model': {'weight': weight, 'none': torch.empty(0), 'count': torch.tensor(7)}, 'step': 3,
+               'meter': [torch.arange(9)[::2], None, torch.tensor([True])]}
+    shared = processes.share_tensors(content if rank == 0 else None)
+    assert shared['step'] == 3 and shared['meter'][0].tolist() == [0, 2, 4, 6, 8] and shared['meter'][2].item() is True
+    assert torch.equal(shared['model']['weight'], weight) and shared['model']['weight'].stride() == weight.stride()
+    assert shared['model']['count'].item() == 7 and shared['model']['none'].shape == (0,)
     whole = processes.to_first(torch.full((rank % 2, 3), rank))
     assert whole is None if rank else whole.tolist() == [[r] * 3 for r in range(N) if r % 2]
     assert sum(processes.gather(list(processes.part(range(7)))), []) == list(range(7))

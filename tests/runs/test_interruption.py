@@ -191,3 +191,47 @@ def test_the_status_tells_an_interrupted_run_and_the_second_signal_ends_it_at_on
     assert ('signals sent' in ended.stdout) == (status == 75)
     assert ('ended after step 1, which last.pth holds; the same command resumes' in ended.stdout) == (status == 75)
     assert checkpoint.load(str(tmp_path / 'run' / 'last.pth'))['step'] == (1 if status == 75 else 0)
+
+
+# What a binary does that is no run: the part of its work at {place} takes long, in Python or in C++.
+BINARY = """
+import os, signal, sys, threading, time
+sys.path[:0] = [{root!r}]
+from mgn import command_line
+
+def send():
+    for _ in range({times}):
+        os.kill(os.getpid(), {number})
+        time.sleep(0.7)
+
+def work(files, bindings):
+    import torch
+    big = torch.rand(2000, 2000)
+    threading.Thread(target=send, daemon=True).start()
+    if {native}:
+        torch.linalg.multi_dot([big] * 400)
+        print('done', flush=True)
+    else:
+        time.sleep(60)
+
+if {start}:  # before torch has been imported
+    import builtins
+    sys.modules.pop('mgn.ops.errors', None), sys.modules.pop('mgn.ops', None)
+    real = builtins.__import__
+    def slow(name, *args):
+        if name == 'mgn.ops.errors':
+            send()
+        return real(name, *args)
+    builtins.__import__ = slow
+sys.argv = ['mgn.eval']
+command_line.run(work)
+"""
+
+
+@pytest.mark.parametrize('number, times, native, start', [
+    (signal.SIGINT, 1, False, False), (signal.SIGTERM, 1, False, False), (signal.SIGINT, 2, True, False),
+    (signal.SIGINT, 1, False, True)])
+def test_a_binary_that_is_no_run_ends_at_once_with_one_line(number, times, native, start):
+    ended = run_program(BINARY.format(root=str(ROOT), number=int(number), times=times, native=native, start=start))
+    assert ended.returncode == 128 + number, ended.stderr
+    assert ended.stderr == f'{number.name}: ending; send it again to end at once\n' and 'done' not in ended.stdout
