@@ -92,10 +92,11 @@ def test_training_writes_a_run_and_plain_lines_off_a_terminal(trained):
     assert len(re.findall('to train', out + err)) == 1  # nothing is said twice
 
 
-def test_evaluation_needs_the_checkpoint_alone_from_any_folder(trained, tmp_path):
+def test_evaluation_needs_the_checkpoint_and_the_data_alone_from_any_folder(trained, tmp_path):
     folder, _, _ = trained
     before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.iterdir()}
-    code, out, err = run(tmp_path, '-m', 'mgn.eval', f"--gin_bindings=weights='{folder / 'best.pth'}'")
+    bindings = f"weights='{folder / 'best.pth'}'", f"data_root='{folder.parent.parent / 'data'}'"
+    code, out, err = run(tmp_path, '-m', 'mgn.eval', *(f'--gin_bindings={binding}' for binding in bindings))
     assert code == 0, err
     results = json.loads((tmp_path / 'eval.json').read_text())
     best = max((line for line in metrics(folder) if 'mAP' in line), key=lambda line: line['mAP'])
@@ -181,7 +182,7 @@ MISTAKES = [
     ('mgn.eval', ["--gin_bindings=weights = 'my.gin'"], 'my.gin.*checkpoint of mgn.train'),
     ('mgn.eval', ["--gin_bindings=weight = 'my.gin'"], 'weights'),
     ('mgn.train', ['--gin_file=my.gin', "--gin_bindings=output_dir = 'bad'", '--gin_bindings=rerank = 20'],
-     'evaluate.rerank must be True or False, not 20'),
+     'rerank must be True or False, found 20'),
     ('mgn.train', ['--gin_bindings=evaluate.flip_test = True'], 'it is called Extractor.flip_test'),
     ('mgn.extract', ["--gin_bindings=features_dir = 'features'"], '--gin_bindings="weights='),
 ]
@@ -284,7 +285,7 @@ import os
 from mgn import eval, extract, train
 train.main(['paper.gin'], [])
 os.chdir({str(tmp_path)!r})
-bindings = ["weights='{folder}/runs/paper/best.pth'"]
+bindings = ["weights='{folder}/runs/paper/best.pth'", "data_root='{folder}/data'"]
 eval.main([], bindings)
 os.rename('eval.json', 'images.json')
 extract.main([], [*bindings, "features_dir='features'"])
