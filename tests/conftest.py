@@ -8,24 +8,24 @@ import pytest
 import torch
 from emulation import FLAGS, ROOT, compile_for_emulator, finish, start
 from implementations import IMPLEMENTATIONS, run_as
-from torchvision.io import write_jpeg, write_png
+from PIL import Image
 
-from mgn.data.images import decode, to_batch
+from mgn.data.images import Decoder, to_batch
 
 
 def write_image(path, seed, size=(64, 32)):
     """A noisy image of one random colour, size=(H, W), in the format of the suffix; returns (3, H, W) uint8 pixels."""
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (3, 1, 1)) // 2 + rng.integers(0, 128, (3, *size))
-    image = torch.from_numpy(pixels.astype(np.uint8))
+    pixels = pixels.astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    (write_png if path.suffix == '.png' else write_jpeg)(image, str(path))
-    return image
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(path)
+    return torch.from_numpy(pixels)
 
 
 def read_image(path, size):
     """One image as a batch would hold it."""
-    return to_batch([decode(path)], size)[0]
+    return to_batch([Decoder()(path)], size)[0]
 
 
 def write_market(root, identities=6, images=4, cameras=2, suffix='.jpg', size=(64, 32)):

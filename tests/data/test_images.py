@@ -10,7 +10,7 @@ from PIL import Image
 from mgn.data.augmentation import Augmentation
 from mgn.data.datasets import Sample
 from mgn.data.images import TestBatches as EvaluationBatches  # under its own name pytest would collect it
-from mgn.data.images import RESIZE_GROUP, TrainBatches, decode, to_batch
+from mgn.data.images import RESIZE_GROUP, Decoder, TrainBatches, to_batch
 from mgn.data.loader import start_workers
 from mgn.data.sampler import IdentitySampler
 
@@ -187,7 +187,7 @@ def test_an_unreadable_image_is_replaced_by_another_of_its_identity_and_reported
 def test_every_readable_image_serves_as_a_replacement_and_each_position_draws_its_own(tmp_path):
     samples = write_set(tmp_path, identities=2, images=5, broken=[0])
     train = make_train_batches(samples, K=1)
-    images = [decode(sample.path) for sample in samples[1:5]]
+    images = [train.decode(sample.path) for sample in samples[1:5]]
 
     def replacements(position):
         found = [train.image(0, step, position, {}) for step in range(40)]
