@@ -16,6 +16,7 @@ def run(main):
         from mgn.ops.errors import UserError
         from mgn.runs import processes
 
+        sys.stdout.reconfigure(errors='backslashreplace')  # names of files may hold any bytes
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter('%(asctime)s %(levelname).1s %(message)s', '%H:%M:%S'))
         package = logging.getLogger('mgn')

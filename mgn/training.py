@@ -124,7 +124,7 @@ class Training:
             integer(getattr(self, name), f'train.{name}', least, 2 ** 31 - 1, f'bind train.{name} = {least} or more')
         if self.clip_gradient_norm is not None:
             real(self.clip_gradient_norm, 'train.clip_gradient_norm', 0, math.inf, 'None clips nothing')
-        check_dataset(self.dataset)
+        check_dataset(self.dataset, to_train=True)
         self.schedule(0, self.total_steps)  # refuses what does not fit
         self.output_dir = self.output_dir or os.path.abspath(self.default_output_dir)
         self.device = find_device(self.device)

@@ -92,7 +92,7 @@ def test_an_alias_without_all_three_folders_is_passed_over(tmp_path):
 def test_duke_file_names_are_read(tmp_path):
     write_names(tmp_path / 'dukemtmcreid', ['0001_c2_f0046182.jpg'], ['0005_c8_f0000001.jpg'], ['7139_c3_f0090911.jpg'])
     dataset = datasets.dukemtmcreid(str(tmp_path))
-    assert [(s.pid, s.camid) for part in dataset[2:] for s in part] == [(1, 2), (5, 8), (7139, 3)]
+    assert [(s.pid, s.camid) for part in dataset[2:5] for s in part] == [(1, 2), (5, 8), (7139, 3)]
 
 
 @pytest.mark.parametrize('alias', ['MSMT17_V1', 'MSMT17_V2', 'msmt17', ''])
@@ -130,14 +130,14 @@ def test_msmt17_takes_the_validation_list_only_when_asked_and_says_which(tmp_pat
 def test_market_layout_takes_jpeg_and_png(tmp_path, suffix):
     write_names(tmp_path, [f'0002_c1s1_1{suffix}'], [f'0001_c2s1_1{suffix}'], [f'0001_c1s1_1{suffix}'])
     dataset = datasets.market_layout(str(tmp_path))
-    assert [(s.pid, s.camid) for part in dataset[2:] for s in part] == [(2, 1), (1, 2), (1, 1)]
+    assert [(s.pid, s.camid) for part in dataset[2:5] for s in part] == [(2, 1), (1, 2), (1, 1)]
 
 
 def test_market_layout_without_cameras_gives_camera_0(tmp_path, caplog):
     write_names(tmp_path, ['2_1.png', '13_a.jpg', '-1_2.png'], ['1_1.png'], ['1_2.png', '0_1.png'])
     with caplog.at_level(logging.WARNING, 'mgn'):
         dataset = datasets.market_layout(str(tmp_path))
-    assert [[(s.pid, s.camid) for s in part] for part in dataset[2:]] == [[(13, 0), (2, 0)], [(1, 0)], [(0, 0), (1, 0)]]
+    assert [[(s.pid, s.camid) for s in part] for part in dataset[2:5]] == [[(13, 0), (2, 0)], [(1, 0)], [(0, 0), (1, 0)]]
     assert not caplog.records  # there are no published counts to miss
 
 
