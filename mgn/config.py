@@ -79,7 +79,8 @@ def parse(gin_files, bindings, saved=''):
             gin.bind_parameter(f'{name}/macro.value', None)
         for gin_file in gin_files:
             parse_file(gin_file)
-        parse_text('\n'.join(bindings))
+        # A path that is not UTF-8 holds surrogates, which gin reads as escapes only.
+        parse_text('\n'.join(bindings).encode(errors='backslashreplace').decode())
 
 
 def parse_file(path, including_folder=''):

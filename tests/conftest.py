@@ -23,6 +23,20 @@ def write_image(path, seed, size=(64, 32)):
     return torch.from_numpy(pixels)
 
 
+def smooth_pixels(height, width, seed=0, amplitude=150):
+    """(H, W, 3) uint8 with structure, as photographs have; an amplitude of 150 clips the extremes."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin(y * rng.uniform(0.05, 0.9) + x * rng.uniform(0.05, 0.9) + rng.uniform(0, 6)) for _ in range(3)]
+    pixels = np.stack(waves, -1) * amplitude + 128 + rng.normal(0, 10, (height, width, 3))
+    return np.clip(pixels, 0, 255).astype(np.uint8)
+
+
+def difference(image, path_or_pixels):
+    """Largest difference in levels of a (3, H, W) tensor and (H, W, 3) pixels."""
+    return np.abs(image.permute(1, 2, 0).numpy().astype(int) - path_or_pixels).max()
+
+
 def read_image(path, size):
     """One image as a batch would hold it."""
     return to_batch([Decoder()(path)], size)[0]

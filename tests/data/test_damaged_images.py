@@ -10,11 +10,13 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 from mgn.data.images import Decoder
 from mgn.ops.errors import FileError
 
+pytestmark = pytest.mark.filterwarnings('ignore:::PIL.Image', 'ignore:::PIL.TiffImagePlugin')
 LIMIT = 20_000  # pixels, so that a damaged header makes no test slow
 TURNED = Image.Exif()
 TURNED[0x0112] = 6
@@ -105,3 +107,14 @@ def test_a_damaged_file_is_an_image_or_an_error_that_names_it(tmp_path, kind, ca
     assert check(tmp_path / 'valid', content)
     outcomes = [check(tmp_path / 'damaged', mutated(content, rng)) for _ in range(cases)]
     assert not all(outcomes)
+
+
+@pytest.mark.parametrize('stride', [11, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_file_that_is_cut_off_is_refused_or_has_lost_no_pixel(tmp_path, kind, stride):
+    content, path = valid(kind), tmp_path / 'cut'
+    path.write_bytes(content)
+    whole = Decoder()(path)
+    for length in range(0, len(content), stride):
+        if check(path, content[:length]):
+            assert torch.equal(Decoder()(path), whole)
