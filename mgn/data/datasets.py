@@ -94,6 +94,7 @@ def market_layout(root: str):
 
     Without cameras every camid is 0; evaluate then with evaluate.cross_camera = False.
     """
+    check_root(root)
     root = os.path.abspath(os.path.expanduser(root))
     return read_market_layout(os.path.basename(root), root, camera_required=False)
 
@@ -101,6 +102,7 @@ def market_layout(root: str):
 @gin.configurable
 def pedestrians(root: str, seed: int = 0):
     """Drawn pedestrians, written under `root` on first use, then read as any data set (mgn/data/pedestrians.py)."""
+    check_root(root)
     try:
         drawn_pedestrians.write_pedestrians(os.path.expanduser(root), seed)
     except OSError as error:
@@ -112,14 +114,18 @@ def pedestrians(root: str, seed: int = 0):
 TRAIN, QUERY, GALLERY = MARKET_FOLDERS = ('bounding_box_train', 'query', 'bounding_box_test')
 
 
+def check_root(root):
+    if not root:
+        raise UserError("The folder of the data set has an empty name; bind data_root, e.g. data_root='datasets'")
+
+
 def find_folder(root, aliases, to_train, to_evaluate):
     """The first root/alias that holds all that is needed to train and to evaluate, else to evaluate; what is missing.
 
     The latter is a sentence that lists every path tried, empty if nothing is missing. MissingFile with it where no
     root/alias serves for evaluation.
     """
-    if not root:
-        raise UserError("The folder of the data set has an empty name; bind data_root, e.g. data_root='datasets'")
+    check_root(root)
     root = os.path.abspath(os.path.expanduser(root))
     folders = [os.path.join(root, alias) if alias else root for alias in aliases]
     contents = *to_train, *to_evaluate
