@@ -51,6 +51,10 @@ def decode_only(paths):
     return [decode(path) for path in paths]
 
 
+def pillow_only(paths):
+    return [np.array(PIL.Image.open(path).convert('RGB')) for path in paths]
+
+
 def write_sources(folder, size):
     """Smooth random images, which compress like photographs rather than like noise."""
     paths = []
@@ -76,7 +80,8 @@ def main():
     print(f'{cpu_model()}, 1 thread, torch {torch.__version__}, Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}; '
           f'images per second of a core, medians of {BATCHES} batches in turn')
     works = {'fast-reid': fastreid_chain, 'torchvision': torchvision_chain,
-             'loader_and_augmentation': loader_and_augmentation, 'loader': loader, 'decode_only': decode_only}
+             'loader_and_augmentation': loader_and_augmentation, 'loader': loader, 'decode_only': decode_only,
+             'pillow_only': pillow_only}
     for size in ((128, 64), (350, 150)):
         with tempfile.TemporaryDirectory() as folder:
             paths = write_sources(Path(folder), size)

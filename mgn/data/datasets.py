@@ -34,7 +34,7 @@ class Dataset(NamedTuple):
     train: list[Sample]
     query: list[Sample]
     gallery: list[Sample]
-    not_to_train: str = ''  # a sentence that says which files training needs and evaluation does not, where they miss
+    not_to_train: str = ''  # why there is nothing to train on: a sentence that lists the files looked for
 
 
 class Counts(NamedTuple):
@@ -120,10 +120,10 @@ def check_root(root):
 
 
 def find_folder(root, aliases, to_train, to_evaluate):
-    """The first root/alias that holds all that is needed to train and to evaluate, else to evaluate; what is missing.
+    """The first root/alias that holds all files to train and to evaluate, or else those to evaluate; and a sentence.
 
-    The latter is a sentence that lists every path tried, empty if nothing is missing. MissingFile with it where no
-    root/alias serves for evaluation.
+    The sentence lists every path tried; it is empty where nothing is missing. It is the message of a MissingFile where
+    no root/alias holds the files to evaluate.
     """
     check_root(root)
     root = os.path.abspath(os.path.expanduser(root))
@@ -210,8 +210,8 @@ def reading(path):
 
 
 def check_dataset(dataset, to_train=False):
-    """Raises UserError where gin was given a data set's function instead of its value; where it has nothing to train on.
-    """
+    """UserError where gin was given a data set's function, not its value; `to_train`: MissingFile without images to
+    train on."""
     if not isinstance(dataset, Dataset):
         raise UserError(f'dataset must be a data set, but it is {dataset!r}; bind it with parentheses, '
                         f'e.g. dataset = @market1501()')
