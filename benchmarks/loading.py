@@ -17,18 +17,18 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import simplejpeg
 import torch
 import torchvision.transforms as T
-from torchvision.io import ImageReadMode, decode_image, read_file, write_jpeg
 
 from benchmarks.machine import cpu_model
 from benchmarks.peers import fastreid_loader
 from mgn.data.augmentation import MEAN, STD, Augmentation, normalise
-from mgn.data.images import decode, to_batch
+from mgn.data.images import Decoder, to_batch
 
 SIZE, BATCH, IMAGES, BATCHES = (384, 128), 64, 256, 29
 
-fastreid_chain = fastreid_loader(SIZE)
+decode, fastreid_chain = Decoder(), fastreid_loader(SIZE)
 transforms = T.Compose([
     T.Resize(SIZE, T.InterpolationMode.BICUBIC), T.RandomHorizontalFlip(), T.Pad(10), T.RandomCrop(SIZE), T.ToTensor(),
     T.Normalize([m / 255 for m in MEAN], [s / 255 for s in STD]), T.RandomErasing(0.5, (0.02, 0.4))])
@@ -48,7 +48,11 @@ def loader_and_augmentation(paths):
 
 
 def decode_only(paths):
-    return [decode_image(read_file(path), mode=ImageReadMode.RGB) for path in paths]
+    return [decode(path) for path in paths]
+
+
+def pillow_only(paths):
+    return [np.array(PIL.Image.open(path).convert('RGB')) for path in paths]
 
 
 def write_sources(folder, size):
@@ -58,7 +62,7 @@ def write_sources(folder, size):
         coarse = np.random.default_rng(seed).integers(0, 256, (1, 3, size[0] // 8, size[1] // 8))
         image = torch.nn.functional.interpolate(torch.from_numpy(coarse).float(), size, mode='bicubic')[0]
         paths.append(str(folder / f'{seed}.jpg'))
-        write_jpeg(image.clamp(0, 255).to(torch.uint8), paths[-1], quality=90)
+        PIL.Image.fromarray(image.clamp(0, 255).byte().permute(1, 2, 0).numpy()).save(paths[-1], quality=90)
     return paths
 
 
@@ -73,10 +77,11 @@ def check(paths):
 def main():
     warnings.simplefilter('ignore')  # fast-reid uses types that torch will remove
     torch.set_num_threads(1)
-    print(f'{cpu_model()}, 1 thread, torch {torch.__version__}, Pillow {PIL.__version__}; '
+    print(f'{cpu_model()}, 1 thread, torch {torch.__version__}, Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}; '
           f'images per second of a core, medians of {BATCHES} batches in turn')
     works = {'fast-reid': fastreid_chain, 'torchvision': torchvision_chain,
-             'loader_and_augmentation': loader_and_augmentation, 'loader': loader, 'decode_only': decode_only}
+             'loader_and_augmentation': loader_and_augmentation, 'loader': loader, 'decode_only': decode_only,
+             'pillow_only': pillow_only}
     for size in ((128, 64), (350, 150)):
         with tempfile.TemporaryDirectory() as folder:
             paths = write_sources(Path(folder), size)

@@ -21,7 +21,7 @@ import time
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.io import write_jpeg
+from PIL import Image
 
 from benchmarks.machine import cpu_model
 from benchmarks.peers import fastreid_mgn
@@ -184,8 +184,8 @@ def steps_from_files(batch_size, rounds, precision, device, clock):
     with tempfile.TemporaryDirectory() as folder:
         samples = [Sample(f'{folder}/{i}.jpg', i // K, i % 2) for i in range(2 * batch_size)]
         for sample in samples:
-            image = F.interpolate(torch.rand(1, 3, 16, 8), (128, 64), mode='bilinear')[0]
-            write_jpeg(image.mul(255).to(torch.uint8), sample.path)
+            image = F.interpolate(torch.rand(1, 3, 16, 8), (128, 64), mode='bilinear')[0].mul(255).byte()
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(sample.path)
         labels = [sample.pid for sample in samples]
         sampler = IdentitySampler(labels, [sample.camid for sample in samples], batch_size // K, K, 0)
         loader = start_workers(TrainBatches(samples, labels, sampler, augmentation, SIZE), range(1 + rounds), 1, device)

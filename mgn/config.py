@@ -87,7 +87,8 @@ def parse(gin_files, bindings, saved=''):
         bind_saved(saved)
         for gin_file in gin_files:
             parse_file(gin_file)
-        parse_text('\n'.join(bindings))
+        # A path that is not UTF-8 holds surrogates, which gin reads as escapes only.
+        parse_text('\n'.join(bindings).encode(errors='backslashreplace').decode())
 
 
 def bind_saved(text):

@@ -107,10 +107,10 @@ def check_alike(dataset, parts, model=None):
 
 
 def image_lists(dataset, part):
-    """The pids, camids and paths (UTF-8 bytes, relative to the data set's folder) of a part's n images: (n,) arrays."""
+    """The pids, camids and paths (bytes, relative to the data set's folder) of a part's n images: (n,) arrays."""
     samples = getattr(dataset, part)
     ids = {f'{name}s': np.array([getattr(sample, name) for sample in samples]) for name in ('pid', 'camid')}
-    return {**ids, 'paths': np.array([os.path.relpath(sample.path, dataset.root).encode() for sample in samples])}
+    return {**ids, 'paths': np.array([os.fsencode(os.path.relpath(sample.path, dataset.root)) for sample in samples])}
 
 
 def hash_of_weights(model):

@@ -131,7 +131,7 @@ class Training:
             integer(getattr(self, name), f'train.{name}', low, high, f'bind train.{name} anew')
         if self.clip_gradient_norm is not None:
             real(self.clip_gradient_norm, 'train.clip_gradient_norm', 1e-30, math.inf, 'None clips nothing')
-        check_dataset(self.dataset)
+        check_dataset(self.dataset, to_train=True)
         self.schedule(0, self.total_steps)  # refuses what does not fit
         self.output_dir = os.path.abspath(os.path.expanduser(self.output_dir or self.default_output_dir))
         self.device = find_device(self.device)

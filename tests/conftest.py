@@ -8,24 +8,38 @@ import pytest
 import torch
 from emulation import FLAGS, ROOT, compile_for_emulator, finish, start
 from implementations import IMPLEMENTATIONS, run_as
-from torchvision.io import write_jpeg, write_png
+from PIL import Image
 
-from mgn.data.images import decode, to_batch
+from mgn.data.images import Decoder, to_batch
 
 
 def write_image(path, seed, size=(64, 32)):
     """A noisy image of one random colour, size=(H, W), in the format of the suffix; returns (3, H, W) uint8 pixels."""
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (3, 1, 1)) // 2 + rng.integers(0, 128, (3, *size))
-    image = torch.from_numpy(pixels.astype(np.uint8))
+    pixels = pixels.astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    (write_png if path.suffix == '.png' else write_jpeg)(image, str(path))
-    return image
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(path)
+    return torch.from_numpy(pixels)
+
+
+def smooth_pixels(height, width, seed=0, amplitude=150):
+    """(H, W, 3) uint8 with structure, as photographs have; an amplitude of 150 clips the extremes."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin(y * rng.uniform(0.05, 0.9) + x * rng.uniform(0.05, 0.9) + rng.uniform(0, 6)) for _ in range(3)]
+    pixels = np.stack(waves, -1) * amplitude + 128 + rng.normal(0, 10, (height, width, 3))
+    return np.clip(pixels, 0, 255).astype(np.uint8)
+
+
+def difference(image, path_or_pixels):
+    """Largest difference in levels of a (3, H, W) tensor and (H, W, 3) pixels."""
+    return np.abs(image.permute(1, 2, 0).numpy().astype(int) - path_or_pixels).max()
 
 
 def read_image(path, size):
     """One image as a batch would hold it."""
-    return to_batch([decode(path)], size)[0]
+    return to_batch([Decoder()(path)], size)[0]
 
 
 def write_market(root, identities=6, images=4, cameras=2, suffix='.jpg', size=(64, 32)):

@@ -4,6 +4,7 @@ Every function returns a `Dataset` whose lists are sorted by path (MSMT17: in th
 ids that the files carry. Ids become labels 0…C−1 only for training (`train_labels`).
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -12,11 +13,12 @@ from typing import NamedTuple
 import gin
 
 from mgn.data import pedestrians as drawn_pedestrians
-from mgn.ops.errors import MissingFile, UserError
+from mgn.ops.errors import FileError, MissingFile, UserError
 
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png')
+NUMBER = r'\d{1,18}'  # fits into 64 bits
 JUNK_PID = -1  # boxes that show no whole person; they are neither matches nor non-matches
 
 
@@ -32,6 +34,7 @@ class Dataset(NamedTuple):
     train: list[Sample]
     query: list[Sample]
     gallery: list[Sample]
+    not_to_train: str = ''  # why there is nothing to train on: a sentence that lists the files looked for
 
 
 class Counts(NamedTuple):
@@ -44,87 +47,114 @@ class Counts(NamedTuple):
 
 
 @gin.configurable
-def market1501(root):
+def market1501(root: str):
     """Market-1501 (Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV 2015) under `root`."""
     aliases = ('Market-1501-v15.09.15', 'market1501', 'Market-1501', '')
     return read_market_layout('Market-1501', root, aliases, Counts(751, 12936, 3368, 15913, 6))
 
 
 @gin.configurable
-def dukemtmcreid(root):
+def dukemtmcreid(root: str):
     """DukeMTMC-reID (Zheng et al., ICCV 2017; withdrawn by the authors of DukeMTMC in 2019) under `root`."""
     aliases = ('DukeMTMC-reID', 'dukemtmcreid', 'dukemtmc-reid', '')
     return read_market_layout('DukeMTMC-reID', root, aliases, Counts(702, 16522, 2228, 17661, 8))
 
 
 @gin.configurable
-def msmt17(root, combine_val=False):
+def msmt17(root: str, combine_val: bool = False):
     """MSMT17 V1 or V2 (Wei et al., "Person Transfer GAN to Bridge Domain Gap", CVPR 2018) under `root`.
 
     Trains on list_train.txt alone, or with list_val.txt too where `combine_val`.
     """
-    lists = ('list_train.txt', 'list_val.txt', 'list_query.txt', 'list_gallery.txt')
-    folder = find_folder(root, ('MSMT17_V1', 'MSMT17_V2', 'msmt17', 'MSMT17', ''), lists)
-    versions = (('train', 'test'), ('mask_train_v2', 'mask_test_v2'))
-    for train_folder, test_folder in versions:
-        if os.path.isdir(os.path.join(folder, train_folder)) and os.path.isdir(os.path.join(folder, test_folder)):
-            break
-    else:
-        tried = ', '.join(os.path.join(folder, name) for pair in versions for name in pair)
-        raise MissingFile(f'The images of MSMT17 are missing, looked for the folders of V1 and V2, {tried}; '
-                          f'unpack the images there')
-    train = read_msmt_list(folder, 'list_train.txt', train_folder)
-    if combine_val:
-        train += read_msmt_list(folder, 'list_val.txt', train_folder)
-    logger.info('MSMT17 trains on %s', 'list_train.txt and list_val.txt' if combine_val else 'list_train.txt alone')
-    dataset = Dataset('MSMT17', folder, train, read_msmt_list(folder, 'list_query.txt', test_folder),
-                      read_msmt_list(folder, 'list_gallery.txt', test_folder))
+    folder, not_to_train = find_folder(root, ('MSMT17_V1', 'MSMT17_V2', 'msmt17', 'MSMT17', ''),
+                                       ('list_train.txt', 'list_val.txt'), ('list_query.txt', 'list_gallery.txt'))
+    versions = [[os.path.join(folder, name) for name in pair]
+                for pair in (('train', 'test'), ('mask_train_v2', 'mask_test_v2'))]
+    train_folder, test_folder = max(versions, key=lambda pair: [os.path.isdir(images) for images in reversed(pair)])
+    if not (os.path.isdir(train_folder) and os.path.isdir(test_folder)):
+        tried = ', '.join(path for pair in versions for path in pair)
+        not_to_train = (f'The images of MSMT17 are missing, looked for the folders of V1 and V2, {tried}; '
+                        f'unpack the images there')
+    if not os.path.isdir(test_folder):
+        raise MissingFile(not_to_train)
+    train = []
+    if not not_to_train:
+        for list_name in ('list_train.txt', 'list_val.txt')[:1 + combine_val]:
+            train += read_msmt_list(os.path.join(folder, list_name), train_folder)
+        logger.info('MSMT17 trains on %s', 'list_train.txt and list_val.txt' if combine_val else 'list_train.txt alone')
+    query, gallery = (read_msmt_list(os.path.join(folder, f'list_{part}.txt'), test_folder)
+                      for part in ('query', 'gallery'))
+    dataset = Dataset('MSMT17', folder, train, query, gallery, not_to_train)
     return report(dataset, Counts(1041, 32621 if combine_val else 30248, 11659, 82161, 15))
 
 
 @gin.configurable
-def market_layout(root):
+def market_layout(root: str):
     """A folder of your own in Market-1501's layout: <pid>_c<camera>….jpg (or .png), or <pid>_….jpg without cameras.
 
     Without cameras every camid is 0; evaluate then with evaluate.cross_camera = False.
     """
+    check_root(root)
     root = os.path.abspath(os.path.expanduser(root))
     return read_market_layout(os.path.basename(root), root, camera_required=False)
 
 
 @gin.configurable
-def pedestrians(root, seed=0):
+def pedestrians(root: str, seed: int = 0):
     """Drawn pedestrians, written under `root` on first use, then read as any data set (mgn/data/pedestrians.py)."""
-    drawn_pedestrians.write_pedestrians(os.path.expanduser(root), seed)
+    check_root(root)
+    try:
+        drawn_pedestrians.write_pedestrians(os.path.expanduser(root), seed)
+    except OSError as error:
+        raise FileError(f'The pedestrians cannot be drawn in {root}: {error}; free disk space or bind data_root to '
+                        f'another folder') from error
     return read_market_layout('pedestrians', root)
 
 
-MARKET_FOLDERS = ('bounding_box_train', 'query', 'bounding_box_test')
+TRAIN, QUERY, GALLERY = MARKET_FOLDERS = ('bounding_box_train', 'query', 'bounding_box_test')
 
 
-def find_folder(root, aliases, contents):
-    """The first root/alias that holds all of `contents`; MissingFile lists every path tried."""
+def check_root(root):
+    if not root:
+        raise UserError("The folder of the data set has an empty name; bind data_root, e.g. data_root='datasets'")
+
+
+def find_folder(root, aliases, to_train, to_evaluate):
+    """The first root/alias that holds all files to train and to evaluate, or else those to evaluate; and a sentence.
+
+    The sentence lists every path tried; it is empty where nothing is missing. It is the message of a MissingFile where
+    no root/alias holds the files to evaluate.
+    """
+    check_root(root)
     root = os.path.abspath(os.path.expanduser(root))
     folders = [os.path.join(root, alias) if alias else root for alias in aliases]
-    for folder in folders:
-        if all(os.path.exists(os.path.join(folder, name)) for name in contents):
-            return folder
+    contents = *to_train, *to_evaluate
     paths = [os.path.join(folder, name) for folder in folders for name in contents]
     tried = '\n  '.join(path if os.path.exists(path) else f'{path} (missing)' for path in paths)
-    raise MissingFile(f'No folder holds {", ".join(contents)}; looked for\n  {tried}\n'
-                      f"bind data_root to the folder that holds them, e.g. data_root='datasets'")
+    missing = (f'No folder holds {", ".join(contents)}; looked for\n  {tried}\n'
+               f"bind data_root to the folder that holds them, e.g. data_root='datasets'")
+    for names, sentence in ((contents, ''), (to_evaluate, missing)):
+        for folder in folders:
+            if all(os.path.exists(os.path.join(folder, name)) for name in names):
+                return folder, sentence
+    raise MissingFile(missing)
 
 
 def read_market_layout(name, root, aliases=('',), published=None, camera_required=True):
     """The data set in the first root/alias that has Market-1501's folders. published: Counts to compare it with."""
-    folder = find_folder(root, aliases, MARKET_FOLDERS)
-    parts = [read_market_folder(os.path.join(folder, part), camera_required) for part in MARKET_FOLDERS]
+    folder, not_to_train = find_folder(root, aliases, (TRAIN,), (QUERY, GALLERY))
+    parts = [[] if part == TRAIN and not_to_train else read_market_folder(os.path.join(folder, part), camera_required)
+             for part in MARKET_FOLDERS]
     without_camera = [sample.path for part in parts for sample in part if sample.camid is None]
     if without_camera and len(without_camera) < sum(map(len, parts)):
         raise UserError(f'Either all file names of {folder} contain a camera or none, but {without_camera[0]} has none '
                         f'among others with one; rename it as in 0002_c1_….jpg')
+    for sample in parts[0] + parts[1]:
+        if sample.pid < 1:
+            raise UserError(f'Identities of {TRAIN} and {QUERY} are numbered from 1 on, as 0 means nobody in this layout, '
+                            f'but {sample.path} has {sample.pid}; number people from 1 on')
     parts = [[sample._replace(camid=sample.camid or 0) for sample in part] for part in parts]
-    return report(Dataset(name, folder, *parts), published)
+    return report(Dataset(name, folder, *parts, not_to_train), published)
 
 
 def read_market_folder(folder, camera_required):
@@ -133,11 +163,13 @@ def read_market_folder(folder, camera_required):
     Files that are not images are ignored.
     """
     samples = []
-    for file_name in sorted(os.listdir(folder)):
+    with reading(folder):
+        file_names = sorted(os.listdir(folder))
+    for file_name in file_names:
         if not file_name.lower().endswith(IMAGE_SUFFIXES) or file_name.startswith('.'):
             continue
         path = os.path.join(folder, file_name)
-        fields = re.match(r'(-?\d+)_(?:c(\d+))?', file_name)
+        fields = re.match(rf'(-?{NUMBER})_(?:c({NUMBER})(?!\d))?', file_name)
         if fields is None or (camera_required and fields[2] is None):
             raise UserError(f'File names must look like 0002_c1s1_000451_03.jpg (identity 2, camera 1), '
                             f'but {path} does not; rename or remove it')
@@ -148,39 +180,53 @@ def read_market_folder(folder, camera_required):
     return samples
 
 
-def read_msmt_list(folder, list_name, image_folder):
+def read_msmt_list(list_file, image_folder):
     """Samples of one list file, whose lines are `0000/0000_000_01_0303morning_0008_0.jpg 0`: a path and the identity.
 
-    The third field of the file name is the camera.
+    The third field of the file name is the camera. Bytes that are not UTF-8 belong to file names, as everywhere.
     """
-    samples, list_file = [], os.path.join(folder, list_name)
-    with open(list_file) as lines:
+    samples = []
+    with reading(list_file), open(list_file, encoding='utf-8-sig', errors='surrogateescape') as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            fields = re.fullmatch(r'((?:\S*/)?[^/\s_]+_[^/\s_]+_(\d+)_[^/\s]+)\s+(\d+)\s*', line)
-            if fields is None:
+            fields = re.fullmatch(rf'((?:[^\s/]+/)*[^/\s_]+_[^/\s_]+_({NUMBER})_[^/\s]+)\s+({NUMBER})\s*', line)
+            if fields is None or '..' in fields[1].split('/') or '\0' in line:
                 raise UserError(f'Lines must look like 0000/0000_000_01_0303morning_0008_0.jpg 0, but line {number} of '
-                                f'{list_file} is {line.rstrip()!r}; restore the list')
-            samples.append(Sample(os.path.join(folder, image_folder, fields[1]), int(fields[3]), int(fields[2])))
+                                f'{list_file} is {line.rstrip()!r:.200}; restore the list')
+            samples.append(Sample(os.path.join(image_folder, fields[1]), int(fields[3]), int(fields[2])))
     if not samples:
         raise UserError(f'{list_file} lists no images; restore the list')
     return samples
 
 
-def check_dataset(dataset):
-    """Raises UserError where gin was given a data set's function instead of its value."""
+@contextlib.contextmanager
+def reading(path):
+    """An OSError within the block becomes a FileError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise FileError(f'{path} cannot be read: {error.strerror}; restore it or correct data_root') from error
+
+
+def check_dataset(dataset, to_train=False):
+    """UserError where gin was given a data set's function, not its value; `to_train`: MissingFile without images to
+    train on."""
     if not isinstance(dataset, Dataset):
         raise UserError(f'dataset must be a data set, but it is {dataset!r}; bind it with parentheses, '
                         f'e.g. dataset = @market1501()')
+    if to_train and dataset.not_to_train:
+        raise MissingFile(dataset.not_to_train)
 
 
 def report(dataset, published):
     """Logs the sizes of a data set, warns where they differ from the published ones; returns the data set."""
     counts = Counts(len({s.pid for s in dataset.train}), len(dataset.train), len(dataset.query), len(dataset.gallery),
-                   len({s.camid for part in dataset[2:] for s in part}))
+                   len({s.camid for part in dataset[2:5] for s in part}))
     logger.info('%s in %s: %d identities and %d images to train, %d query, %d gallery, %d cameras', dataset.name,
                 dataset.root, *counts)
+    if published and dataset.not_to_train:
+        published = published._replace(train_pids=0, train=0)
     for field, count, published_count in zip(Counts._fields, counts, published or counts):
         if count != published_count:
             logger.warning('%s should have %d %s as published, but has %d; its figures are not comparable',

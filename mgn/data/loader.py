@@ -53,8 +53,6 @@ def start_workers(dataset, items, workers, device):
 
     Raises RuntimeError in place of an item where a worker process has died.
     """
-    import torchvision.io  # noqa: F401 (once here, not in every worker)
-
     loader = DataLoader(dataset, sampler=items, batch_size=None, num_workers=workers, pin_memory=device.type == 'cuda',
                         worker_init_fn=leave_signals)
     handler = signal.getsignal(signal.SIGCHLD)

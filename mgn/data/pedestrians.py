@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
+from PIL import Image
 
 from mgn.data.random_streams import generator
 from mgn.ops.errors import UserError
@@ -66,8 +66,6 @@ def write_pedestrians(folder, seed=0):
     beside `folder` and moved there in one step, so it never holds half a set, also where two processes start together.
     One machine writes the same bytes every time. Raises UserError where `folder` holds files that are not ours.
     """
-    from torchvision.io import encode_jpeg  # takes as long to import as torch, which --help need not wait for
-
     folder, shots = Path(folder).resolve(), plan(seed)
     stamp = json.dumps({'generator': GENERATOR, 'version': VERSION, 'seed': seed, 'images': len(shots)})
 
@@ -81,9 +79,8 @@ def write_pedestrians(folder, seed=0):
     with tempfile.TemporaryDirectory(prefix=f'{folder.name}.', dir=folder.parent) as scratch:
         fresh = Path(scratch, 'fresh')
         for shot in shots:
-            image = torch.from_numpy(take(shot, seed)).permute(2, 0, 1).contiguous()
             (fresh / shot.file).parent.mkdir(parents=True, exist_ok=True)
-            (fresh / shot.file).write_bytes(encode_jpeg(image, quality=92).numpy().tobytes())
+            Image.fromarray(take(shot, seed)).save(fresh / shot.file, quality=92)
         (fresh / STAMP).write_text(stamp)
         try:
             if folder.exists() and not is_complete():

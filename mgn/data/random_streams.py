@@ -14,8 +14,9 @@ IDENTITY_ORDER, IDENTITY_IMAGES, AUGMENTATION, REPLACEMENT = range(4)
 def generator(seed, purpose, *place):
     """A NumPy generator for one place of one run, e.g. generator(seed, AUGMENTATION, step, position).
 
-    Raises UserError for a seed that is not a non-negative integer.
+    Raises UserError for a seed that is no integer from 0 to 2⁶⁴ − 1: torch takes no others.
     """
-    if not isinstance(seed, int) or seed < 0:
-        raise UserError(f'A seed must be a non-negative integer, but it is {seed!r}; bind another one, e.g. seed = 0')
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2 ** 64:
+        raise UserError(f'A seed must be an integer from 0 to {2 ** 64 - 1}, but it is {seed!r}; bind another one, e.g. '
+                        f'seed = 0')
     return np.random.default_rng((seed, purpose, *place))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from mining import examples
 
 from mgn.data.augmentation import MEAN, STD, Augmentation, Draws, augment, normalise
+from mgn.ops.errors import UserError
 
 MEAN32, STD32 = (np.array(v, np.float32) for v in (MEAN, STD))
 
@@ -256,7 +257,7 @@ def test_boxes_stay_inside_tiny_images(size):
 
 
 def test_a_box_that_can_never_fit_erases_nothing():
-    draws = all_draws(steps=1, size=(8, 8), erasing_probability=1.0, erasing_area=(2.0, 3.0), erasing_aspect=(1.0, 1.0))
+    draws = all_draws(steps=1, size=(8, 8), erasing_probability=1.0, erasing_area=(1.0, 1.0), erasing_aspect=(1.0, 1.0))
     assert not draws.erase.any()
 
 
@@ -271,3 +272,26 @@ def test_probabilities_0_and_padding_0_leave_normalisation_alone():
 def test_probabilities_1_flip_and_erase_every_image():
     draws = all_draws(steps=4, flip_probability=1.0, erasing_probability=1.0)
     assert draws.flip.all() and draws.erase.any(1).all()
+
+
+@pytest.mark.parametrize('name, value, message', [
+    ('flip_probability', 2, 'must be a finite number from 0 to 1, not 2;'),
+    ('flip_probability', -0.1, 'must be a finite number from 0 to 1, not -0.1;'),
+    ('erasing_probability', math.nan, 'must be a finite number from 0 to 1, not nan;'),
+    ('padding', -1, 'must be an integer from 0 to 1000, not -1; in pixels, 0 pads nothing'),
+    ('padding', 100_000, 'must be an integer from 0 to 1000, not 100000;'),
+    ('erasing_area', (0.4, 0.02), 'must be two numbers with 0 < least ≤ most ≤ 1, but it is (0.4, 0.02); bind '
+                                  'Augmentation.erasing_probability = 0.0 to erase nothing'),
+    ('erasing_area', (0.0, 0.4), 'must be two numbers with 0 < least'),
+    ('erasing_area', (0.02, 1.5), 'must be two numbers with 0 < least'),
+    ('erasing_aspect', (math.nan, 1.0), 'must be two numbers with 0 < least'),
+    ('erasing_aspect', (1.0, math.inf), 'must be two numbers with 0 < least ≤ most ≤ 1000,')])
+def test_what_cannot_be_drawn_is_refused(name, value, message):
+    with pytest.raises(UserError) as error:
+        Augmentation(**{name: value})
+    assert f'Augmentation.{name} {message}' in error.value.message
+
+
+def test_the_ends_of_all_ranges_are_drawn():
+    Augmentation(0, 0, 0, (0.1, 0.1), (1, 1)).draw(0, 0, 3, (16, 8))
+    Augmentation(1, 1000, 1.0, (1e-9, 1), (1e-3, 1000)).draw(2 ** 64 - 1, 0, 3, (16, 8))

@@ -5,10 +5,14 @@ import random
 import re
 
 import pytest
+import torch
 from conftest import write_market
 
+from mgn import evaluation
 from mgn.data import datasets
 from mgn.data.datasets import Sample
+from mgn.ops import match_ranks
+from mgn.ops.errors import FileError
 
 PARTS = ('bounding_box_train', 'query', 'bounding_box_test')
 
@@ -92,7 +96,7 @@ def test_an_alias_without_all_three_folders_is_passed_over(tmp_path):
 def test_duke_file_names_are_read(tmp_path):
     write_names(tmp_path / 'dukemtmcreid', ['0001_c2_f0046182.jpg'], ['0005_c8_f0000001.jpg'], ['7139_c3_f0090911.jpg'])
     dataset = datasets.dukemtmcreid(str(tmp_path))
-    assert [(s.pid, s.camid) for part in dataset[2:] for s in part] == [(1, 2), (5, 8), (7139, 3)]
+    assert [(s.pid, s.camid) for part in dataset[2:5] for s in part] == [(1, 2), (5, 8), (7139, 3)]
 
 
 @pytest.mark.parametrize('alias', ['MSMT17_V1', 'MSMT17_V2', 'msmt17', ''])
@@ -130,14 +134,14 @@ def test_msmt17_takes_the_validation_list_only_when_asked_and_says_which(tmp_pat
 def test_market_layout_takes_jpeg_and_png(tmp_path, suffix):
     write_names(tmp_path, [f'0002_c1s1_1{suffix}'], [f'0001_c2s1_1{suffix}'], [f'0001_c1s1_1{suffix}'])
     dataset = datasets.market_layout(str(tmp_path))
-    assert [(s.pid, s.camid) for part in dataset[2:] for s in part] == [(2, 1), (1, 2), (1, 1)]
+    assert [(s.pid, s.camid) for part in dataset[2:5] for s in part] == [(2, 1), (1, 2), (1, 1)]
 
 
 def test_market_layout_without_cameras_gives_camera_0(tmp_path, caplog):
     write_names(tmp_path, ['2_1.png', '13_a.jpg', '-1_2.png'], ['1_1.png'], ['1_2.png', '0_1.png'])
     with caplog.at_level(logging.WARNING, 'mgn'):
         dataset = datasets.market_layout(str(tmp_path))
-    assert [[(s.pid, s.camid) for s in part] for part in dataset[2:]] == [[(13, 0), (2, 0)], [(1, 0)], [(0, 0), (1, 0)]]
+    assert [[(s.pid, s.camid) for s in part] for part in dataset[2:5]] == [[(13, 0), (2, 0)], [(1, 0)], [(0, 0), (1, 0)]]
     assert not caplog.records  # there are no published counts to miss
 
 
@@ -184,8 +188,10 @@ def test_missing_msmt17_lists_every_path_tried(tmp_path):
     assert f'{tmp_path}/MSMT17_V1/list_train.txt\n' in str(error.value)
 
 
-def test_msmt17_without_image_folders_lists_those_of_both_versions(tmp_path):
-    write_msmt(tmp_path, folders=('train', 'mask_test_v2'))
+@pytest.mark.parametrize('folders', [(), ('train',), ('train', 'mask_train_v2')])
+def test_msmt17_without_images_to_evaluate_lists_the_folders_of_both_versions(tmp_path, folders):
+    tmp_path.joinpath('MSMT17_V1').mkdir()
+    write_msmt(tmp_path, folders=folders)
     with pytest.raises(FileNotFoundError) as error:
         datasets.msmt17(str(tmp_path))
     for folder in ('train', 'test', 'mask_train_v2', 'mask_test_v2'):
@@ -214,10 +220,71 @@ def test_a_misnamed_file_is_named(tmp_path, read, name):
 
 @pytest.mark.parametrize('line', [
     '0000/0000_001_02_a_0_0.jpg', '0000/0000_001_02_a_0_0.jpg x', '0000/0000_001.jpg 3', '3',
-    '0000/0000_001_xx_a_0_0.jpg 3', '0000/0000_001_cam_07_a_0.jpg 3', '0000/0000_001_02_a_0_0.jpg 3 4'])
+    '0000/0000_001_xx_a_0_0.jpg 3', '0000/0000_001_cam_07_a_0.jpg 3', '0000/0000_001_02_a_0_0.jpg 3 4',
+    '0000/0000_001_02_a_0_0.jpg -1', '/0000/0000_001_02_a_0_0.jpg 3', '../0000_001_02_a_0_0.jpg 3',
+    '0000/0000_001_02_\0_0_0.jpg 3', f'0000/0000_001_02_a_0_0.jpg {10 ** 18}', f'0000/0000_001_{10 ** 18}_a_0_0.jpg 3',
+    'x' * 300])
 def test_a_broken_list_line_is_named(tmp_path, line):
     write_msmt(tmp_path, query=f'0001/0001_000_07_0302evening_1_0.jpg 1\n{line}\n')
-    with pytest.raises(ValueError, match=re.escape(f'line 2 of {tmp_path}/list_query.txt is {line!r};')):
+    with pytest.raises(ValueError, match=re.escape(f'line 2 of {tmp_path}/list_query.txt is {repr(line)[:200]};')):
+        datasets.msmt17(str(tmp_path))
+
+
+@pytest.mark.parametrize('encoding', ['utf-16', 'utf-32'])
+def test_a_list_in_another_encoding_is_named(tmp_path, encoding):
+    write_msmt(tmp_path)
+    (tmp_path / 'list_query.txt').write_text('0001/0001_000_07_0302evening_1_0.jpg 1\n', encoding=encoding)
+    with pytest.raises(ValueError, match='line 1 of .*list_query.txt is .*; restore the list'):
+        datasets.msmt17(str(tmp_path))
+
+
+def test_the_mark_that_windows_puts_in_front_of_utf_8_is_no_part_of_a_path(tmp_path):
+    write_msmt(tmp_path, train='\ufeff0000/0000_000_01_0303morning_0008_0.jpg 0\n')
+    assert datasets.msmt17(str(tmp_path)).train[0].path.endswith('/train/0000/0000_000_01_0303morning_0008_0.jpg')
+
+
+@pytest.mark.parametrize('part', PARTS[:2])
+@pytest.mark.parametrize('name, pid', [('0000_c1s1_1.jpg', 0), ('-2_c1s1_1.jpg', -2)])
+def test_identities_of_people_begin_at_1_in_markets_layout(tmp_path, part, name, pid):
+    names = {name: ['0001_c1s1_1.jpg'] for name in PARTS}
+    names[part].append(name)
+    write_names(tmp_path, *names.values())
+    with pytest.raises(ValueError, match=f'from 1 on, as 0 means nobody .*, but {tmp_path}/{part}/{name} has {pid};'):
+        datasets.market_layout(str(tmp_path))
+
+
+def test_identity_0_of_msmt17_is_a_person(tmp_path):
+    """As in mgn.ops, which tests/ops/test_match_ranks.py shows: there 0 is an identity like any other."""
+    write_msmt(tmp_path, query='0000/0000_000_07_a_1_0.jpg 0\n',
+               gallery='0001/0001_001_11_a_2_0.jpg 1\n0000/0000_001_11_a_2_0.jpg 0\n')
+    dataset = datasets.msmt17(str(tmp_path))
+    ids = evaluation.identities(dataset, cross_camera=True)
+    assert match_ranks(torch.ones(1, 2), torch.ones(2, 2), *ids).ranks.tolist() == [2]
+
+
+@pytest.mark.parametrize('name', [f'{10 ** 18}_c1s1_1.jpg', f'0001_c{10 ** 18}s1_1.jpg'])
+def test_numbers_that_64_bits_do_not_hold_are_refused(tmp_path, name):
+    write_names(tmp_path, ['0002_c1s1_1.jpg', name], ['0001_c2s1_1.jpg'], ['0001_c1s1_1.jpg'])
+    with pytest.raises(ValueError, match=re.escape(f'but {tmp_path}/bounding_box_train/{name} does not;')):
+        datasets.market1501(str(tmp_path))
+
+
+@pytest.mark.parametrize('read', [datasets.market1501, datasets.dukemtmcreid, datasets.msmt17, datasets.market_layout,
+                                  datasets.pedestrians])
+def test_a_root_without_a_name_is_refused(read):
+    with pytest.raises(ValueError, match="The folder of the data set has an empty name; bind data_root"):
+        read('')
+
+
+def test_a_file_in_place_of_a_folder_and_a_folder_in_place_of_a_list_are_named(tmp_path):
+    write_names(tmp_path, ['0002_c1s1_1.jpg'], [], ['0001_c1s1_1.jpg'])
+    (tmp_path / 'query').touch()
+    with pytest.raises(FileError, match=f'{tmp_path}/query cannot be read: Not a directory; restore it or correct'):
+        datasets.market1501(str(tmp_path))
+    write_msmt(tmp_path / 'MSMT17_V1')
+    (tmp_path / 'MSMT17_V1' / 'list_query.txt').unlink()
+    (tmp_path / 'MSMT17_V1' / 'list_query.txt').mkdir()
+    with pytest.raises(FileError, match='list_query.txt cannot be read: Is a directory'):
         datasets.msmt17(str(tmp_path))
 
 

@@ -1,39 +1,22 @@
-"""Files → uint8 images, against PIL; what stands in for an unreadable file; batches made by worker processes."""
+"""Images → batches: resizing, against Pillow; what replaces an unreadable image; batches made by worker processes."""
 
 import gin
 import numpy as np
 import pytest
 import torch
-from conftest import read_image, write_image
+from conftest import difference, read_image, smooth_pixels, write_image
 from PIL import Image
 
 from mgn.data.augmentation import Augmentation
 from mgn.data.datasets import Sample
 from mgn.data.images import TestBatches as EvaluationBatches  # under its own name pytest would collect it
-from mgn.data.images import RESIZE_GROUP, TrainBatches, decode, to_batch
+from mgn.data.images import RESIZE_GROUP, TrainBatches, to_batch
 from mgn.data.loader import start_workers
 from mgn.data.sampler import IdentitySampler
+from mgn.ops.errors import UserError
 
 CPU = torch.device('cpu')
 SIZE = (16, 8)
-
-
-def smooth_pixels(height, width, seed=0, amplitude=150):
-    """(H, W, 3) uint8 with structure, as photographs have; an amplitude of 150 clips the extremes."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width]
-    waves = [np.sin(y * rng.uniform(0.05, 0.9) + x * rng.uniform(0.05, 0.9) + rng.uniform(0, 6)) for _ in range(3)]
-    pixels = np.stack(waves, -1) * amplitude + 128 + rng.normal(0, 10, (height, width, 3))
-    return np.clip(pixels, 0, 255).astype(np.uint8)
-
-
-def pil_rgb(path):
-    return np.asarray(Image.open(path).convert('RGB')).astype(int)
-
-
-def difference(image, path_or_pixels):
-    """Largest difference in levels of a (3, H, W) tensor and (H, W, 3) pixels."""
-    return np.abs(image.permute(1, 2, 0).numpy().astype(int) - path_or_pixels).max()
 
 
 def write_set(folder, identities=4, images=3, broken=()):
@@ -59,27 +42,6 @@ def same_batch(a, b):
             and all(torch.equal(x, y) for x, y in zip(a.draws, b.draws)))
 
 
-@pytest.mark.parametrize('mode', ['RGB', 'L', 'P', 'RGBA', 'LA', '1'])
-@pytest.mark.parametrize('size', [(1, 1), (31, 33), (64, 32)])
-def test_png_files_of_every_mode_are_read_as_pil_converts_them_to_rgb(tmp_path, mode, size):
-    path = tmp_path / 'image.png'
-    Image.fromarray(smooth_pixels(*size)).convert(mode).save(path)
-    image = read_image(str(path), size)
-    assert (image.dtype, image.shape) == (torch.uint8, (3, *size))
-    assert difference(image, pil_rgb(path)) == 0
-
-
-@pytest.mark.parametrize('mode', ['RGB', 'L'])
-@pytest.mark.parametrize('options', [{}, {'quality': 60}, {'progressive': True}, {'subsampling': 0}])
-@pytest.mark.parametrize('size', [(1, 1), (31, 33), (128, 64)])
-def test_jpeg_files_are_read_as_pil_reads_them(tmp_path, mode, options, size):
-    path = tmp_path / 'image.jpg'
-    Image.fromarray(smooth_pixels(*size)).convert(mode).save(path, **options)
-    image = read_image(str(path), size)
-    assert (image.dtype, image.shape) == (torch.uint8, (3, *size))
-    assert difference(image, pil_rgb(path)) <= 1  # two builds of libjpeg may round differently
-
-
 @pytest.mark.parametrize('source', [(128, 64), (31, 33), (150, 350), (3, 1)])
 @pytest.mark.parametrize('target', [(384, 128), (128, 64), (33, 31), (1, 1)])
 def test_resizing_equals_pils_antialiased_bicubic_within_two_levels(tmp_path, source, target):
@@ -99,57 +61,6 @@ def test_a_batch_holds_what_each_of_its_images_alone_becomes():
     batch = to_batch(images, SIZE)
     assert batch.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(batch, torch.cat([to_batch([image], SIZE) for image in images]))
-
-
-@pytest.mark.parametrize('value', [0, 1, 40000, 65535])
-def test_a_16_bit_png_is_read_as_8_bits(tmp_path, value):
-    path = tmp_path / 'deep.png'
-    Image.fromarray(np.full(SIZE, value, np.uint16)).save(path)
-    image = read_image(str(path), SIZE)
-    assert image.dtype == torch.uint8
-    assert (image.int() - value // 257).abs().max() <= 1
-
-
-def missing(path):
-    pass
-
-
-def empty(path):
-    path.touch()
-
-
-def text(path):
-    path.write_text('no image' * 100)
-
-
-def folder(path):
-    path.mkdir()
-
-
-def truncated(path):
-    write_image(path, 0)
-    content = path.read_bytes()
-    path.write_bytes(content[:len(content) // 2])
-
-
-def header_only(path):
-    write_image(path, 0)
-    path.write_bytes(path.read_bytes()[:24])
-
-
-def animated(path):
-    frames = [Image.fromarray(smooth_pixels(*SIZE, seed)) for seed in (0, 1)]
-    frames[0].save(path, 'GIF', save_all=True, append_images=frames[1:])
-
-
-@pytest.mark.parametrize('name', ['person.jpg', 'pérson 1.png'])
-@pytest.mark.parametrize('damage', [missing, empty, text, folder, truncated, header_only, animated])
-def test_what_is_no_readable_image_is_named(tmp_path, damage, name):
-    damage(tmp_path / name)
-    with pytest.raises(ValueError) as error:
-        read_image(str(tmp_path / name), SIZE)
-    assert str(tmp_path / name) in str(error.value)
-    assert '\n' not in str(error.value)
 
 
 def test_a_training_batch_holds_the_samplers_images_labels_and_draws(tmp_path):
@@ -187,7 +98,7 @@ def test_an_unreadable_image_is_replaced_by_another_of_its_identity_and_reported
 def test_every_readable_image_serves_as_a_replacement_and_each_position_draws_its_own(tmp_path):
     samples = write_set(tmp_path, identities=2, images=5, broken=[0])
     train = make_train_batches(samples, K=1)
-    images = [decode(sample.path) for sample in samples[1:5]]
+    images = [train.decode(sample.path) for sample in samples[1:5]]
 
     def replacements(position):
         found = [train.image(0, step, position, {}) for step in range(40)]
@@ -253,6 +164,18 @@ def test_worker_processes_change_no_training_batch(tmp_path, context):
     assert all(same_batch(a, b) and same_batch(a, dataset[step]) for a, b, step in zip(got, expected, range(3, 11)))
     assert all(batch.draws.flip.all() for batch in got)
     assert any(batch.unreadable for batch in got)
+
+
+def test_a_bound_limit_of_pixels_reaches_worker_processes(tmp_path):
+    gin.parse_config('Decoder.max_pixels = 287')
+    try:
+        dataset = EvaluationBatches(write_set(tmp_path), SIZE, 12)
+        train = make_train_batches(write_set(tmp_path))
+    finally:
+        gin.clear_config()
+    batch, = in_workers(dataset, range(1), 'spawn')
+    assert len(batch.unreadable) == 12 and all('more than 287 pixels' in reason for reason in batch.unreadable)
+    assert 'more than 287 pixels' in pytest.raises(UserError, train.__getitem__, 0).value.message
 
 
 def test_worker_processes_change_no_evaluation_batch(tmp_path):

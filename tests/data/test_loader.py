@@ -67,13 +67,13 @@ def test_a_worker_process_that_dies_is_replaced_and_nothing_changes(market, tmp_
 
 @pytest.mark.long  # each death is noticed within five seconds
 def test_a_file_that_kills_every_worker_stops_the_run_and_stands_in_the_list(market, tmp_path, monkeypatch, caplog):
-    real = images.decode
+    real = images.Decoder.__call__
 
-    def deadly(path):
+    def deadly(self, path):
         if '0003_c' in path and multiprocessing.parent_process():
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(path)
-    monkeypatch.setattr(images, 'decode', deadly)
+        return real(self, path)
+    monkeypatch.setattr(images.Decoder, '__call__', deadly)
     message = r'(?s)workers died 3 times in a row and . times in all, .*0003_c.*Look for a file'
     with pytest.raises(UserError, match=message):
         train(market, tmp_path, 'workers = 1', 'train.evaluate_every = 99')
