@@ -139,6 +139,7 @@ def as_tensor(array, name):
         raise UserError(f'{name} must be numbers that torch has a type for, not {array.dtype}; cast them, e.g. with '
                         f'.astype("float32")')
     array = array.astype(array.dtype.newbyteorder('='), copy=False)
+    array = array.view(array.dtype.str)  # NumPy has two types of 64 bits, of which torch knows one
     if any(stride < 0 or stride % array.itemsize for stride in array.strides):
         array = array.copy()  # torch cannot look at it
     if not array.flags.writeable:  # torch would warn, but this memory is only read
@@ -165,16 +166,19 @@ def all_ids(queries, items, query_pids, gallery_pids, query_camids, gallery_cami
 
 def as_ids(ids, length, name, remedy=NUMBER_THEM):
     """NumPy array of int64. `length`: a number, or the name of a length that may be any."""
-    given, ids = ids, as_tensor(ids, name).cpu()
-    if ids.shape == (0,) and not isinstance(given, torch.Tensor):
-        ids = ids.long()  # an empty list comes as float64
-    fits = ids.dim() == 1 and (isinstance(length, str) or len(ids) == length)
-    if not fits or ids.dtype not in INTEGER_TYPES:
-        raise UserError(f'{name} must have the shape ({length},) and an integer type, not {tuple(ids.shape)} and '
-                        f'{ids.dtype}; {remedy}')
-    if ids.dtype == torch.uint64 and (ids.view(torch.int64) < 0).any():
+    expected = f'{name} must have the shape ({length},) and an integer type'
+    try:
+        tensor = as_tensor(ids, name).cpu()
+    except UserError:  # None, strings, integers that no type holds
+        raise UserError(f'{expected}, not {shown(ids)}; {remedy}') from None
+    if tensor.shape == (0,) and not isinstance(ids, torch.Tensor):
+        tensor = tensor.long()  # an empty list comes as float64
+    fits = tensor.dim() == 1 and (isinstance(length, str) or len(tensor) == length)
+    if not fits or tensor.dtype not in INTEGER_TYPES:
+        raise UserError(f'{expected}, not {tuple(tensor.shape)} and {tensor.dtype}; pass one integer for each row')
+    if tensor.dtype == torch.uint64 and (tensor.view(torch.int64) < 0).any():
         raise UserError(f'{name} must be below 2⁶³, but some are larger; {remedy}')
-    return ids.to(torch.int64).numpy()
+    return tensor.to(torch.int64).numpy()
 
 
 def as_junk_pid(junk_pid):
