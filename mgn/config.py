@@ -133,6 +133,8 @@ def absolute_paths(config):
     """Paths become absolute, so that a checkpoint's configuration serves from any folder."""
     keys = [(name, MACRO, 'value') for name in PATH_MACROS] + [(*key, 'root') for key in config]
     paths = {key: config.get(key[:2], {}).get(key[2]) for key in keys}
+    for scope, selector, name in (key for key, path in paths.items() if path == ''):
+        raise UserError(f"{scope or f'{selector}.{name}'} must be a path, not ''; bind '.' for the working folder")
     return {key: os.path.abspath(os.path.expanduser(path)) for key, path in paths.items() if isinstance(path, str)}
 
 

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 'mgn features 3'
 MANIFEST = 'manifest.json'
 CHECKED = 'checked.txt'  # a line for each large file whose checksum was found right
-LARGE = 2 ** 26          # bytes of a file that is not read again to check it: SHA-256 takes a tenth of a second for them
+LARGE = 2 ** 26          # bytes of a file that is checked once: their SHA-256 takes about a tenth of a second
 PARTS = ('query', 'gallery')
 NAMES = ('pids', 'camids', 'paths', 'features')
 STORAGES = ('float32', 'float16')
@@ -162,9 +162,9 @@ def read_manifest(features_dir):
 
 
 def check_files(features_dir, hashes):
-    """ValueError for a file that differs from its hash. A large one is read once: CHECKED then tells its size and times.
+    """ValueError for a file that differs from its hash. Of a large one that does not, CHECKED remembers size and times.
 
-    The time of the last change of its entry is among them, which nothing sets back, unlike that of its content.
+    It is read again where these differ. ctime is among them, which no program sets back, as cp -p does mtime.
     """
     path, known, large = os.path.join(features_dir, CHECKED), [], []
     with contextlib.suppress(OSError, ValueError), open(path) as file:

@@ -44,7 +44,7 @@ class Extractor:
     def __init__(self, device, input_size: tuple[int, int] = gin.REQUIRED, batch_size: int = 64, workers: int = 4,
                  flip_test: bool = False,
                  precision: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'float32'):
-        arguments.size(input_size, 'Extractor.input_size')
+        check_size(input_size, 'Extractor.input_size')
         arguments.integer(batch_size, 'Extractor.batch_size', 1, 4096, '64 is usual')
         arguments.integer(workers, 'Extractor.workers', 0, 1024, '0 leaves decoding to the main process')
         self.device, self.batch_size, self.workers = device, batch_size, workers
@@ -88,6 +88,14 @@ class Extractor:
             if self.flip_test:
                 features = (features + model(images.flip(3)).features.float()) / 2
         return F.normalize(features).cpu()
+
+
+def check_size(size, name):
+    """UserError unless `size`, the value of the binding `name`, is the height and width of an image in pixels."""
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise UserError(f'{name} must be height and width in pixels, not {arguments.shown(size)}; (384, 128) is usual')
+    for side, pixels in zip(('height', 'width'), size):
+        arguments.integer(pixels, f'{name}: its {side}', 1, 4096, '(384, 128) is usual')
 
 
 @contextlib.contextmanager

@@ -71,7 +71,7 @@ TAKEN = {  # parameter → values that it can take, in range; what they give is 
     'k': POSITIVE, 'k1': POSITIVE, 'k2': POSITIVE, 'max_rank': POSITIVE | {'2147483648'},
     'junk_pid': INTEGERS | {'None'}, 'group': {'None'}, 'use_metric_cuhk03': {'False'}, 'use_cython': set(VALUES),
     'exclude_self': {'False'}, 'dist': {'array([], shape=(0, 0), dtype=float64)'},
-    'device': {"device(type='cpu')", '0', '1', '3', '2147483648'},
+    'device': {"device(type='cpu')", '0', '1', '3', '2147483648', 'np.int64(3)', 'np.int8(3)'},
 }
 
 
@@ -142,11 +142,13 @@ SAME = {  # forms of one and the same tensor, which may be refused but give no o
     'list of tensors': list, 'big-endian': big_endian, 'read-only': read_only, 'spread': spread,
     'backwards': lambda t: np.ascontiguousarray(t.numpy()[::-1])[::-1],
     'column order': lambda t: np.asfortranarray(t.numpy()), 'objects': lambda t: t.numpy().astype(object),
-    'texts': lambda t: t.numpy().astype(str), 'requires_grad': lambda t: t.clone().requires_grad_(t.is_floating_point()),
+    'texts': lambda t: t.numpy().astype(str),
+    'requires_grad': lambda t: t.clone().requires_grad_(t.is_floating_point()),
     'parameter': lambda t: torch.nn.Parameter(t, t.is_floating_point()), 'inference': inference, 'negated': negated,
     'sparse': lambda t: t.to_sparse(), 'sparse rows': lambda t: t.to_sparse_csr() if t.dim() == 2 else t.to_sparse(),
     'float64': lambda t: t.double() if t.is_floating_point() else t, 'complex': lambda t: t.to(torch.complex64),
-    'long double': lambda t: t.numpy().astype(np.longdouble), 'int32': lambda t: t if t.is_floating_point() else t.int(),
+    'long double': lambda t: t.numpy().astype(np.longdouble),
+    'int32': lambda t: t if t.is_floating_point() else t.int(),
     'uint64': lambda t: t if t.is_floating_point() else t.to(torch.uint64),
     'nested': lambda t: torch.nested.nested_tensor(list(t)) if t.dim() == 2 else t.to(torch.complex64),
     'grad list': lambda t: [row.clone().requires_grad_(row.is_floating_point()) for row in t],
