@@ -373,3 +373,9 @@ def test_a_module_that_is_not_there_is_named_and_a_broken_one_keeps_its_tracebac
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError):
         config.load([], ['import module_of_mine'])
+
+
+@pytest.mark.parametrize('name', ['data_root', 'output_dir', 'weights', 'features_dir', 'market1501.root'])
+def test_an_empty_path_is_refused(name):
+    with pytest.raises(UserError, match=f"{name} must be a path, not ''; bind '.' for the working folder"):
+        config.load([], [f"{name} = ''"])

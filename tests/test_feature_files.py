@@ -168,7 +168,11 @@ def hashed(monkeypatch):
     """The names of the files whose contents are read to check them, all of them being large."""
     names, file_hash = [], feature_files.file_hash
     monkeypatch.setattr(feature_files, 'LARGE', 0)
-    monkeypatch.setattr(feature_files, 'file_hash', lambda path: names.append(os.path.basename(path)) or file_hash(path))
+
+    def noted(path):
+        names.append(os.path.basename(path))
+        return file_hash(path)
+    monkeypatch.setattr(feature_files, 'file_hash', noted)
     return names
 
 

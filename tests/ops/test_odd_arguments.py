@@ -108,6 +108,12 @@ def test_a_value_of_any_kind_is_taken_where_it_may_be_and_refused_elsewhere(func
         assert refused or name in TAKEN.get(parameter, ()), f'{function}({parameter}={name}) was taken'
 
 
+@pytest.mark.parametrize('function', ['k_reciprocal_ranks', 're_ranking'])
+def test_a_narrow_integer_does_not_overflow(function):
+    for a, b in zip(parts(outcome(function, k1=np.int8(127))), parts(outcome(function, k1=127)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def big_endian(tensor):
     array = tensor.numpy()
     return array.astype(array.dtype.newbyteorder('>'))
@@ -190,3 +196,18 @@ def test_a_tensor_of_another_shape_or_content_is_refused(function, parameter):
     for name, change in OTHER.items():
         got = outcome(function, **{parameter: change(CALLS[function][parameter])})
         assert isinstance(got, UserError) or parameter in HARMLESS.get(name, ()), f'{function}({parameter}: {name})'
+
+
+@pytest.mark.parametrize('function', CALLS)
+def test_read_only_arrays_leave_the_callers_warnings_told_once(function):
+    """warnings.catch_warnings, in whatever an operation calls, would make what is told once be told again."""
+    takes_arrays = function not in ('batch_hard', 'batch_hard_triplet_loss', 'pairwise_distance')
+    given = {name: read_only(value) if takes_arrays and isinstance(value, torch.Tensor) else value
+             for name, value in CALLS[function].items()}
+    getattr(ops, function)(**given)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('default')
+        for _ in range(3):
+            warnings.warn('told once')
+            getattr(ops, function)(**given)
+    assert [str(warning.message) for warning in caught] == ['told once']
