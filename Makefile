@@ -1,4 +1,4 @@
-.PHONY: build test long gpu peers bench
+.PHONY: build test long sanitize gpu peers bench
 
 build:       # again, after an edit in csrc/: an editable install does not see it
 	pip install -q 'setuptools>=77' ninja
@@ -9,6 +9,17 @@ test:        # what CI runs
 
 long:        # every test, and twenty times the random cases
 	MGN_TIMES=10 pytest -m ''
+
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1
+sanitize:    # the CPU operations under AddressSanitizer and UndefinedBehaviorSanitizer, built in a copy of this folder
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	tar c --exclude='*.so' csrc gin mgn tests pyproject.toml setup.py README.md LICENSE | tar x -C build/sanitize
+	cd build/sanitize && MGN_CUDA=0 CFLAGS='$(SANITIZERS)' LDFLAGS='$(SANITIZERS)' python setup.py build_ext --inplace
+	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  pytest -n 0 --ignore-glob='*_cuda*.py' --ignore=tests/ops/test_native.py \
+	  --ignore=tests/ops/test_kernel_resources.py --ignore=tests/ops/test_ranking_kernels.py \
+	  -k 'not memory_stays and not all_at_once and not need_no and not needs_no' tests/ops
 
 gpu:         # on a machine with a GPU: build, the whole suite, compute-sanitizer, benchmarks; prints a table to keep
 	python -m benchmarks.gpu

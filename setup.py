@@ -16,6 +16,9 @@ from pathlib import Path
 import torch
 from setuptools import setup
 
+if sys.platform == 'win32':
+    sys.exit('mgn: Windows is not supported; install it on Linux or macOS, or in the Windows Subsystem for Linux')
+
 LIMITED = not sysconfig.get_config_var('Py_GIL_DISABLED')  # free-threaded Python has no limited API
 ARCHITECTURES = ['7.5', '8.0', '8.6', '9.0', '10.0', '12.0']  # one per generation; PTX of the last serves newer ones
 
@@ -60,7 +63,7 @@ def sources_of(pattern):
 def extensions():
     """What can be built here; why not the rest is said once, and remembered by mgn._C for `python -m mgn.ops`."""
     compiler = (os.environ.get('CXX') or sysconfig.get_config_var('CXX') or 'c++').split()[0]
-    if sys.platform == 'win32' or not shutil.which(compiler):
+    if not shutil.which(compiler):
         print(f'mgn: no C++ compiler {compiler} for the extension: operations run their slower PyTorch references',
               file=sys.stderr)
         return [], {}

@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+from mgn.ops.arguments import shown
 from mgn.ops.errors import UserError
 from mgn.ops.ranking.product import available
 from mgn.runs import processes
@@ -21,14 +22,19 @@ def find_device(name):
     If several processes run on a machine, each gets the GPU of its own number.
     """
     several = processes.count() > 1
+    if not isinstance(name, str):
+        raise UserError(f"device must be a name such as 'auto', 'cuda', 'cuda:1' or 'cpu', found {shown(name)}; bind "
+                        f"device = 'auto'")
     if name == 'auto':
         mps = torch.backends.mps.is_available() and not several
         name = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
-    if several and (str(name) == 'mps' or str(name).startswith('cuda:')):
+    if several and (name == 'mps' or name.startswith('cuda:')):
         raise UserError(f"{processes.count()} processes need the device 'cuda' or 'cpu', found {name!r}; "
                         f"bind device = 'cuda' for one GPU each")
     try:
         device = torch.device(f'cuda:{processes.number_on_this_machine()}' if several and name == 'cuda' else name)
+        if device.type not in ('cpu', 'cuda', 'mps'):
+            raise RuntimeError('mgn runs on cpu, cuda and mps')
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # CPU builds of torch assert
         where, remedy = ('for each process', ', or start fewer processes') if several else ('here', '')
@@ -42,19 +48,23 @@ def find_device(name):
 def resolve_precision(precision, device, name):
     """'float32', 'bfloat16' or 'float16': `precision` itself, or what 'auto' means on `device`, a torch.device.
 
-    'auto' is bfloat16 where the device computes fast in it, else float32; the log says why.
+    'auto' is bfloat16 where the device computes fast in it, else float32; the log says why. Where it is float32, the
+    whole process computes its float32 products and convolutions in float32: torch's default for the latter is TF32.
     `name` is the binding that `precision` comes from, for the log and for the UserError on any other precision.
     """
-    if precision not in ('auto', *DTYPES):
+    if not isinstance(precision, str) or precision not in ('auto', *DTYPES):
         choices = ', '.join(map(repr, ('auto', *DTYPES)))
-        raise UserError(f"{name} must be one of {choices}, found {precision!r}; 'float32' runs everywhere")
-    if precision != 'auto':
-        return precision
-    chosen = available('bfloat16', device)
-    units = {'cuda': 'a GPU of capability 8.0 or higher', 'cpu': 'a CPU with AVX512-BF16 or AMX'}.get(device.type)
-    why = f'is {"" if chosen == "bfloat16" else "not "}{units}' if units else 'may have no units for bfloat16'
-    logger.info("%s = 'auto' means %s: %s %s", name, chosen, device, why)
-    return chosen
+        raise UserError(f"{name} must be one of {choices}, found {shown(precision)}; 'float32' runs everywhere")
+    if precision == 'auto':
+        precision = available('bfloat16', device)
+        units = {'cuda': 'a GPU of capability 8.0 or higher', 'cpu': 'a CPU with AVX512-BF16 or AMX'}.get(device.type)
+        why = f'is {"" if precision == "bfloat16" else "not "}{units}' if units else 'may have no units for bfloat16'
+        logger.info("%s = 'auto' means %s: %s %s", name, precision, device, why)
+    if precision == 'float32':
+        # The older of torch's two kinds of settings: it sets the newer ones too, and torch.compile refuses a mixture.
+        torch.set_float32_matmul_precision('highest')
+        torch.backends.cudnn.allow_tf32 = False
+    return precision
 
 
 def peak_memory(device):

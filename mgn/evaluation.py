@@ -10,7 +10,7 @@ import time
 import gin
 import torch
 
-from mgn.data.datasets import check_dataset
+from mgn.data.datasets import Dataset, check_dataset
 from mgn.devices import find_device, peak_memory
 from mgn.feature_files import read_features, write_features
 from mgn.features import Extractor, check_alike
@@ -27,13 +27,14 @@ logger = logging.getLogger(__name__)
 
 
 @gin.configurable(denylist=['checkpoint'])
-def evaluate_checkpoint(checkpoint, weights=gin.REQUIRED, dataset=gin.REQUIRED, output_dir=None, device='auto',
-                        features_dir=None):
+def evaluate_checkpoint(checkpoint, weights: str = gin.REQUIRED, dataset: Dataset = gin.REQUIRED,
+                        output_dir: str | None = None, device: str = 'auto', features_dir: str | None = None):
     """Evaluates a loaded checkpoint on `dataset`; prints the table, writes output_dir/eval.json, returns the results.
 
     weights: the checkpoint's path. output_dir: None means the working folder.
     features_dir: a folder written by mgn.extract, whose features are read in place of the images.
     """
+    check_folder(features_dir)
     device = find_device(device)
     model = load_for_features(checkpoint, weights, device)
     results = {'weights': weights, 'step': checkpoint['step'],
@@ -45,13 +46,21 @@ def evaluate_checkpoint(checkpoint, weights=gin.REQUIRED, dataset=gin.REQUIRED, 
 
 
 @gin.configurable(denylist=['checkpoint'])
-def extract_checkpoint(checkpoint, weights=gin.REQUIRED, dataset=gin.REQUIRED, device='auto', features_dir=None):
+def extract_checkpoint(checkpoint, weights: str = gin.REQUIRED, dataset: Dataset = gin.REQUIRED, device: str = 'auto',
+                       features_dir: str | None = None):
     """Writes the features of a loaded checkpoint on `dataset` into features_dir (`mgn.feature_files`)."""
     check_dataset(dataset)
     if features_dir is None:
         raise UserError("mgn.extract needs a folder for the features; give --gin_bindings=\"features_dir='features'\"")
+    check_folder(features_dir)
     device = find_device(device)
     write_features(load_for_features(checkpoint, weights, device), dataset, Extractor(device), features_dir)
+
+
+def check_folder(features_dir):
+    if features_dir == '':
+        raise UserError("features_dir must be the path of a folder, not ''; bind features_dir = '.' for the working "
+                        "folder")
 
 
 def load_for_features(checkpoint, weights, device):
@@ -62,8 +71,9 @@ def load_for_features(checkpoint, weights, device):
 
 
 @gin.configurable(denylist=['model', 'dataset', 'device', 'features_dir', 'extractor'])
-def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_camera=True, query_expansion=0, alpha=3.0,
-             rerank=False, k1=20, k2=6, lambda_value=0.3):
+def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_camera: bool = True,
+             query_expansion: int = 0, alpha: float = 3.0, rerank: bool = False, k1: int = 20, k2: int = 6,
+             lambda_value: float = 0.3):
     """Ranks the gallery for every query by cosine distance; then again, if asked, after expansion and by re-ranking.
 
     Under torchrun each process extracts and ranks its part. Query expansion and re-ranking run in process 0.
@@ -88,7 +98,7 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_ca
         UserError: options out of range, unreadable images, features of something else, or no query with a match.
     """
     check_dataset(dataset)
-    check_options(query_expansion, alpha, rerank, k1, k2, lambda_value)
+    check_options(cross_camera, query_expansion, alpha, rerank, k1, k2, lambda_value)
     extractor, ids = extractor or Extractor(device), identities(dataset, cross_camera)
     check_alike(dataset, ('query', 'gallery'), model)
     start = time.perf_counter()
@@ -119,13 +129,14 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_ca
     return processes.share(results)
 
 
-def check_options(query_expansion, alpha, rerank, k1, k2, lambda_value):
+def check_options(cross_camera, query_expansion, alpha, rerank, k1, k2, lambda_value):
     """UserError for options out of range, before any image is read."""
     arguments.integer(query_expansion, 'evaluate.query_expansion', 0, arguments.LARGEST_K,
                       'so many gallery items are averaged into a query, 0 for none')
     arguments.truth(rerank, 'evaluate.rerank', 'evaluate.k1, k2 and lambda_value are its parameters')
-    arguments.check_alpha(alpha)
-    arguments.check_reranking(k1, k2, lambda_value)
+    arguments.truth(cross_camera, 'evaluate.cross_camera', 'False takes matches of the same camera, too')
+    arguments.exponent(alpha, 'evaluate.')
+    arguments.reranking(k1, k2, lambda_value, 'evaluate.')
 
 
 def identities(dataset, cross_camera):

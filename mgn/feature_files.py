@@ -1,35 +1,40 @@
 """Features as files: written by mgn.extract, checked and read by evaluation in place of the images.
 
 A folder holds for `query` and `gallery` each _features.npy (n, D), _pids.npy and _camids.npy (n,) int64 and _paths.npy
-(n,) UTF-8 bytes, relative to the data set's folder. manifest.json, written last, says what the features were made of:
-network, weights, settings and lists of images. Image contents are not checked.
+(n,) UTF-8 bytes, relative to the data set's folder. manifest.json, written last, says what the features were made of
+(network, weights, settings) and holds the SHA-256 of every file and of itself. Image contents are not checked.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
 import tempfile
+from typing import Literal
 
 import gin
 import numpy as np
 
-from mgn.features import check_alike, hash_of, hash_of_weights, image_lists
+from mgn.features import check_alike, hash_of_weights, image_lists
 from mgn.ops.errors import FileError, MissingFile, UserError
 from mgn.runs import processes
 from mgn.runs.files import write_text
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 'mgn features 2'
+FORMAT = 'mgn features 3'
 MANIFEST = 'manifest.json'
+CHECKED = 'checked.txt'  # a line for each large file whose checksum was found right
+LARGE = 2 ** 26          # bytes of a file that is checked once: their SHA-256 takes about a tenth of a second
 PARTS = ('query', 'gallery')
-CHECKED_ROWS = 1000  # of a file of features, whose lengths are checked where it is read
+NAMES = ('pids', 'camids', 'paths', 'features')
 STORAGES = ('float32', 'float16')
 
 
 @gin.configurable(denylist=['model', 'dataset', 'extractor', 'features_dir'])
-def write_features(model, dataset, extractor, features_dir, storage='float32'):
+def write_features(model, dataset, extractor, features_dir,
+                   storage: Literal['float32', 'float16'] = 'float32'):
     """Writes the features of query and gallery into a folder. Under torchrun each process writes those of its images.
 
     Args:
@@ -61,10 +66,11 @@ def write_features(model, dataset, extractor, features_dir, storage='float32'):
             write_rows(path, rows.start, extractor.batches(model, samples[rows.start:rows.stop]))
         processes.wait()
         if first:
-            write_text(manifest, json.dumps({
-                'format': FORMAT, **made_of(model, extractor), 'storage': storage, 'dataset': dataset.name,
-                'D': model.feature_dim, 'images': {part: len(getattr(dataset, part)) for part in PARTS},
-                'paths': {part: hash_of([image_lists(dataset, part)['paths']]) for part in PARTS}}, indent=2) + '\n')
+            content = {'format': FORMAT, **made_of(model, extractor), 'storage': storage, 'dataset': dataset.name,
+                       'D': model.feature_dim, 'images': {part: len(getattr(dataset, part)) for part in PARTS},
+                       'sha256': {part: {name: file_hash(file_of(features_dir, part, name)) for name in NAMES}
+                                  for part in PARTS}}
+            write_text(manifest, json.dumps({**content, 'sha256 of the above': text_hash(content)}, indent=2) + '\n')
     except OSError as error:
         raise FileError(f'Features cannot be written to {features_dir}: {error}; free disk space or bind another '
                         f'features_dir, in a file system that all processes share') from error
@@ -103,47 +109,78 @@ def check_shared(folder):
 def read_features(features_dir, model, dataset, extractor):
     """The features that write_features wrote, memory-mapped: query (Q, D) and gallery (G, D), read-only NumPy arrays.
 
-    Raises MissingFile where the folder holds no features, UserError where files are damaged, or where the features are
-    of another model, data set or extractor: with what differs.
+    Under torchrun one process of each machine checks the files, and all raise what one of them finds. MissingFile where
+    the folder holds no features, UserError where files are damaged, or where the features are of another model, data
+    set or extractor: with what differs.
     """
+    failure, features = None, []
+    try:
+        if processes.number_on_this_machine() == 0:
+            check_features(features_dir, model, dataset, extractor)
+    except UserError as error:
+        failure = error
+    for failure in filter(None, processes.gather(failure)):
+        raise failure
+    return [np.load(file_of(features_dir, part, 'features'), mmap_mode='r') for part in PARTS]
+
+
+def check_features(features_dir, model, dataset, extractor):
+    """Raises what read_features raises."""
+    found, expected = read_manifest(features_dir), made_of(model, extractor)
+    try:
+        check_files(features_dir, found['sha256'])
+        for part in PARTS:
+            expected.update({f'{part} {name}': array for name, array in image_lists(dataset, part).items()})
+            found.update({f'{part} {name}': np.load(file_of(features_dir, part, name)) for name in NAMES[:3]})
+        differences = list(filter(None, (difference(name, value, found[name]) for name, value in expected.items())))
+    except (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError) as error:
+        raise UserError(f'The features in {features_dir} are damaged: {error}; extract them again') from error
+    if differences:
+        raise UserError(f'The features in {features_dir} are of other weights, settings or images:\n  '
+                        + '\n  '.join(differences) + '\nbind what they were made of, or extract them again')
+
+
+def read_manifest(features_dir):
+    """The manifest's content, as write_features wrote it."""
     path = os.path.join(features_dir, MANIFEST)
     if not os.path.isfile(path):
         raise MissingFile(f'The features_dir holds no complete extraction: there is no {path}, which mgn.extract '
                           f'writes last; correct features_dir or extract again')
     try:
         with open(path) as file:
-            found = json.load(file)
-        if found['format'] != FORMAT:
-            raise ValueError(f'{path} has the format {found["format"]!r} instead of {FORMAT!r}')
-        expected, features = made_of(model, extractor), []
-        for part in PARTS:
-            lists, rows = read_part(features_dir, part, found)
-            features.append(rows)
-            expected.update({f'{part} {name}': array for name, array in image_lists(dataset, part).items()})
-            found.update({f'{part} {name}': array for name, array in lists.items()})
-        differences = list(filter(None, (difference(name, value, found[name]) for name, value in expected.items())))
-    except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
-        raise UserError(f'The features in {features_dir} are damaged: {error!r}; extract them again') from error
-    if differences:
-        raise UserError(f'The features in {features_dir} are of other weights, settings or images:\n  '
-                        + '\n  '.join(differences) + '\nbind what they were made of, or extract them again')
-    return features
+            content = json.load(file)
+        written, is_whole = content.get('format'), content.pop('sha256 of the above', None) == text_hash(content)
+    except (ValueError, AttributeError, OSError, RecursionError):  # no JSON, no dictionary
+        written, is_whole = FORMAT, False
+    if written != FORMAT:
+        raise UserError(f'The features in {features_dir} have the format {written!r:.60}, and this version reads '
+                        f'{FORMAT!r} only; extract them again')
+    if not is_whole:
+        raise UserError(f'The features in {features_dir} are damaged: {path} is not as mgn.extract wrote it; extract '
+                        f'them again')
+    return content
 
 
-def read_part(features_dir, part, manifest):
-    """The lists of images and the memory-mapped features of 'query' or 'gallery'; ValueError where they are damaged."""
-    lists = {name: np.load(file_of(features_dir, part, name)) for name in ('pids', 'camids', 'paths')}
-    if hash_of([lists['paths']]) != manifest['paths'][part]:
-        raise ValueError(f'{file_of(features_dir, part, "paths")} is not the list of the images that were extracted')
-    path = file_of(features_dir, part, 'features')
-    features = np.load(path, mmap_mode='r')
-    shape, storage = (manifest['images'][part], manifest['D']), manifest['storage']
-    if features.shape != shape or features.dtype != storage:
-        raise ValueError(f'{path} holds {features.shape} of {features.dtype} instead of {shape} of {storage}')
-    for row in np.linspace(0, len(features) - 1, min(CHECKED_ROWS, len(features)), dtype=np.int64):
-        if not abs(np.linalg.norm(features[row].astype(np.float32)) - 1) < 0.01:
-            raise ValueError(f'{path} holds no feature of length 1 in row {row}')
-    return lists, features
+def check_files(features_dir, hashes):
+    """ValueError for a file that differs from its hash. Of a large one that does not, CHECKED remembers size and times.
+
+    It is read again where these differ. ctime is among them, which no program sets back, as cp -p does mtime.
+    """
+    path, known, large = os.path.join(features_dir, CHECKED), [], []
+    with contextlib.suppress(OSError, ValueError), open(path) as file:
+        known = file.read().splitlines()
+    for part in PARTS:
+        for name in NAMES:
+            file = file_of(features_dir, part, name)
+            status = os.stat(file)
+            line = f'{part} {name} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {hashes[part][name]}'
+            if status.st_size >= LARGE:
+                large.append(line)
+            if line not in known and file_hash(file) != hashes[part][name]:
+                raise ValueError(f'{file} is not as mgn.extract wrote it')
+    if not set(large) <= set(known):
+        with contextlib.suppress(OSError):  # a folder that cannot be written to: they are read each time
+            write_text(path, '\n'.join(large) + '\n')
 
 
 def made_of(model, extractor):
@@ -165,3 +202,15 @@ def difference(name, expected, found):
 
 def file_of(features_dir, part, name):
     return os.path.join(features_dir, f'{part}_{name}.npy')
+
+
+def text_hash(content):
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_hash(path):
+    sha = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(2 ** 20):
+            sha.update(block)
+    return sha.hexdigest()

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import time
+from typing import Literal
 
 import gin
 import numpy as np
@@ -37,11 +38,15 @@ class Extractor:
         precision: of the model's forward pass, by autocast: 'float32', 'bfloat16', 'float16', or 'auto' for bfloat16
             where the device has units for it, else float32. Features are averaged and normalised in float32 always.
     Raises:
-        UserError: batch_size or precision out of range.
+        UserError: input_size, batch_size, workers or precision out of range.
     """
 
-    def __init__(self, device, input_size=gin.REQUIRED, batch_size=64, workers=4, flip_test=False, precision='float32'):
-        arguments.integer(batch_size, 'Extractor.batch_size', 1, 2 ** 31 - 1, '64 is usual')
+    def __init__(self, device, input_size: tuple[int, int] = gin.REQUIRED, batch_size: int = 64, workers: int = 4,
+                 flip_test: bool = False,
+                 precision: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'float32'):
+        check_size(input_size, 'Extractor.input_size')
+        arguments.integer(batch_size, 'Extractor.batch_size', 1, 4096, '64 is usual')
+        arguments.integer(workers, 'Extractor.workers', 0, 1024, '0 leaves decoding to the main process')
         self.device, self.batch_size, self.workers = device, batch_size, workers
         self.input_size, self.flip_test = input_size, flip_test
         self.precision = resolve_precision(precision, device, 'Extractor.precision')
@@ -83,6 +88,14 @@ class Extractor:
             if self.flip_test:
                 features = (features + model(images.flip(3)).features.float()) / 2
         return F.normalize(features).cpu()
+
+
+def check_size(size, name):
+    """UserError unless `size`, the value of the binding `name`, is the height and width of an image in pixels."""
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise UserError(f'{name} must be height and width in pixels, not {arguments.shown(size)}; (384, 128) is usual')
+    for side, pixels in zip(('height', 'width'), size):
+        arguments.integer(pixels, f'{name}: its {side}', 1, 4096, '(384, 128) is usual')
 
 
 @contextlib.contextmanager

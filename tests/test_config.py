@@ -267,7 +267,8 @@ def test_the_default_output_dir_is_named_after_the_last_file(files, expected):
 
 
 SAVED = """# Macros:
-# ==============================================================================
+# =======================================================================
+
 data_root = '/data'
 feature_precision = 'float32'
 flip_test = False
@@ -502,3 +503,9 @@ def test_a_value_that_does_not_fit_is_told_with_what_does(binding, message):
     'make_optimizer.optimizer = @SGD', 'dataset = @msmt17()', 'train.clip_gradient_norm = 3', 'seed = 0'])
 def test_values_that_fit_are_taken(binding):
     config.load([], binding.split('\n'))
+
+
+@pytest.mark.parametrize('name', ['data_root', 'output_dir', 'weights', 'features_dir', 'market1501.root'])
+def test_an_empty_path_is_refused(name):
+    with pytest.raises(UserError, match=f"{name} must be a path, not ''; bind '.' for the working folder"):
+        config.load([], [f"{name} = ''"])

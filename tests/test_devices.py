@@ -4,8 +4,10 @@ import logging
 
 import pytest
 import torch
+from forks import run_program
 
-from mgn.devices import DTYPES, peak_memory, resolve_precision
+from mgn.devices import DTYPES, find_device, peak_memory, resolve_precision
+from mgn.ops.errors import UserError
 
 CPU = torch.device('cpu')
 
@@ -44,6 +46,43 @@ def test_auto_on_a_gpu_goes_by_its_capability(capability, want, monkeypatch):
 
 def test_auto_elsewhere_is_float32():
     assert resolve_precision('auto', torch.device('mps'), 'evaluate.precision') == 'float32'
+
+
+@pytest.mark.parametrize('environment', [{}, {'TORCH_ALLOW_TF32_CUBLAS_OVERRIDE': '1'}])
+def test_float32_is_no_tf32_on_a_gpu(environment):
+    """torch's settings can be read without one. torch.compile reads the older ones, which raise where they disagree."""
+    done = run_program("""
+import torch
+from mgn.devices import resolve_precision
+from mgn.ops.ranking.product import exact_float32
+
+def allowed():
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    return [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32,
+            *(setting.fp32_precision == 'tf32' for setting in settings)]
+
+resolve_precision('bfloat16', torch.device('cpu'), 'train.precision')
+print(any(allowed()), end=' ')
+resolve_precision('float32', torch.device('cpu'), 'train.precision')
+print(any(allowed()), end=' ')
+with exact_float32():
+    pass
+print(any(allowed()), torch.get_float32_matmul_precision())
+""", env=environment)
+    assert done.stdout == 'True False False highest\n', done.stderr
+
+
+@pytest.mark.parametrize('name', [5, None, True, 2.5, [], {}, 10 ** 5000, torch.device('cpu')], ids=type)
+def test_a_device_that_is_no_name_is_a_sentence(name):
+    with pytest.raises(UserError, match="^device must be a name such as 'auto', .*, found .*; bind device = 'auto'$"):
+        find_device(name)
+
+
+@pytest.mark.parametrize('name', ['', 'gpu', 'meta', 'CPU', 'cuda:-1', 'cuda:9999999999999', 'hpu', 'xla', 'opengl',
+                                  'mkldnn', 'privateuseone', 'cpu\0', '\udcff'])
+def test_a_device_that_nothing_runs_on_is_a_sentence(name):
+    with pytest.raises(UserError, match="^The device .* is not available here: .*; bind device = 'cpu' or 'auto'$"):
+        find_device(name)
 
 
 @pytest.mark.parametrize('precision', ['int8', None, 16, ['float32']])

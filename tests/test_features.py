@@ -15,7 +15,7 @@ from mgn.evaluation import evaluate
 from mgn.feature_files import read_features, write_features
 from mgn.features import Extractor
 from mgn.model import MGN
-from mgn.ops.errors import FileError
+from mgn.ops.errors import FileError, UserError
 
 pytestmark = pytest.mark.usefixtures('thin')
 
@@ -107,47 +107,6 @@ def test_what_differs_is_named(written, model, root, tmp_path):
             dataset=dataset._replace(query=[dataset.query[0], dataset.query[1]._replace(camid=7), dataset.query[2]]))
 
 
-def cut(folder):
-    path = folder / 'gallery_features.npy'
-    path.write_bytes(path.read_bytes()[:-40])
-
-
-def of_another_type(folder):
-    np.save(folder / 'query_features.npy', np.load(folder / 'query_features.npy').astype(np.float16))
-
-
-def another_list(folder):
-    np.save(folder / 'query_paths.npy', np.load(folder / 'query_paths.npy')[::-1])
-
-
-def older(folder):  # a format in which `precision` meant that of the files
-    manifest = json.loads((folder / 'manifest.json').read_text())
-    (folder / 'manifest.json').write_text(json.dumps({**manifest, 'format': 'mgn features 1'}))
-
-
-def lost_pages(folder):
-    path = folder / 'gallery_features.npy'
-    path.write_bytes(path.read_bytes()[:300] + bytes(path.stat().st_size - 300))
-
-
-@pytest.mark.parametrize('damage', [cut, of_another_type, another_list, older, lost_pages,
-                                    lambda folder: (folder / 'gallery_features.npy').write_bytes(b''),
-                                    lambda folder: (folder / 'query_pids.npy').write_bytes(b''),
-                                    lambda folder: (folder / 'gallery_pids.npy').unlink(),
-                                    lambda folder: (folder / 'manifest.json').write_text('[]'),
-                                    lambda folder: (folder / 'manifest.json').write_text('{')])
-def test_damaged_files_are_refused(written, model, root, damage):
-    damage(written)
-    with pytest.raises(ValueError, match='The features in .*features are damaged: .*; extract them again'):
-        read_features(str(written), model, market_layout(str(root)), extractor())
-
-
-def test_ids_of_another_shape_are_named(written, model, root):
-    np.save(written / 'query_pids.npy', np.zeros((3, 2), np.int64))
-    with pytest.raises(ValueError, match=r'query pids: expected an array of shape \(3,\), found \(3, 2\)'):
-        read_features(str(written), model, market_layout(str(root)), extractor())
-
-
 def test_features_that_are_not_finite_are_not_written(model, root, tmp_path):
     torch.nn.init.constant_(model.heads[0].norm.running_mean, torch.nan)
     with pytest.raises(ValueError, match='A feature is NaN or infinite; look at the weights'):
@@ -171,11 +130,25 @@ def test_features_are_not_overwritten_and_options_are_checked(written, model, ro
         write_features(model, dataset, extractor(), str(tmp_path / 'other'), storage='int8')
     with pytest.raises(ValueError, match="Extractor.precision must be one of 'auto', 'float32', .*found 'int8'"):
         extractor(precision='int8')
-    with pytest.raises(ValueError, match='Extractor.batch_size must be an integer from 1 to .*, not 0'):
-        Extractor(CPU, SIZE, 0)
     (tmp_path / 'file').write_text('')
     with pytest.raises(OSError, match='Features cannot be written to .*file/x: .*; free disk space or bind another'):
         write_features(model, dataset, extractor(), str(tmp_path / 'file' / 'x'))
+
+
+@pytest.mark.parametrize('option, value, message', [
+    ('batch_size', 0, 'batch_size must be an integer from 1 to 4096, not 0; 64 is usual'),
+    ('batch_size', 100_000, 'batch_size must be an integer from 1 to 4096, not 100000'),
+    ('workers', -1, 'workers must be an integer from 0 to 1024, not -1; 0 leaves decoding to the main process'),
+    ('workers', 2.0, 'workers must be an integer from 0 to 1024, not 2.0'),
+    ('input_size', (0, 24), 'input_size: its height must be an integer from 1 to 4096, not 0'),
+    ('input_size', (48, 100_000), 'input_size: its width must be an integer from 1 to 4096, not 100000'),
+    ('input_size', (48, '24'), "input_size: its width must be an integer from 1 to 4096, not '24'"),
+    ('input_size', 5, 'input_size must be height and width in pixels, not 5; .384, 128. is usual'),
+    ('input_size', (48,), r'input_size must be height and width in pixels, not \(48,\)'),
+    ('input_size', None, 'input_size must be height and width in pixels, not None')])
+def test_options_out_of_range_are_refused(option, value, message):
+    with pytest.raises(UserError, match=f'^Extractor.{message}'):
+        Extractor(CPU, **{'input_size': SIZE, option: value})
 
 
 def test_a_file_that_cannot_be_written_to_the_end_is_an_error_and_no_signal(model, root, tmp_path):

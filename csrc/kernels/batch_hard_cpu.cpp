@@ -5,8 +5,8 @@
 // its ends.
 #include "batch_hard_cpu.h"
 
+#include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <mutex>
 
 #include "squares_cpu.h"
@@ -178,8 +178,7 @@ void settle(const Features<T>& x, const Squares<T>& squares, int64_t head, int64
     for (int64_t j = 0; j < x.m; ++j) {
       if ((labels.candidates[j] == labels.anchors[i]) != positive) continue;
       const T* candidate = candidates + j * x.d;
-      const double here =
-          std::memcmp(anchor, candidate, x.d * sizeof(T)) == 0 ? 0 : distance(squares, anchor, candidate, x.d);
+      const double here = std::equal(anchor, anchor + x.d, candidate) ? 0 : distance(squares, anchor, candidate, x.d);
       if (partner == kNone || (positive ? here > best : here < best)) best = here, partner = int32_t(j);
       if (!positive && best == 0) break;
     }

@@ -54,6 +54,6 @@ template <typename T> TARGET double squares(const T* x, const T* y, int64_t d) {
   return total;
 }
 
-template <typename T> constexpr Squares<T> kSquares{kGroup, kWidth<T>, add_squares<T>, squares<T>};
+template <typename T> inline constexpr Squares<T> kSquares{kGroup, kWidth<T>, add_squares<T>, squares<T>};
 
 }  // namespace mgn::SET

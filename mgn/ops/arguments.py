@@ -20,40 +20,62 @@ LARGEST_K = 4096
 NUMBER_THEM = 'number the ids from 0 on, e.g. with numpy.unique(…, return_inverse=True)'
 
 
+def shown(value):
+    """The value in at most 60 characters, or its type: Python writes no integers of thousands of digits."""
+    try:
+        return f'{value!r:.60}'
+    except Exception:  # anything may be passed, and say no word about itself
+        return f'a {type(value).__name__}'
+
+
 def integer(value, name, low, high, remedy):
     """The value as an int, from low to high."""
-    if isinstance(value, bool) or np.ndim(value) or not hasattr(value, '__index__') or not low <= value <= high:
-        raise UserError(f'{name} must be an integer from {low} to {high}, not {value!r}; {remedy}')
-    return operator.index(value)
+    is_integer = hasattr(value, '__index__') and not isinstance(value, bool) and getattr(value, 'shape', ()) == ()
+    try:
+        number = operator.index(value) if is_integer else None
+    except (TypeError, RuntimeError):  # arrays and tensors have __index__, whatever their type
+        number = None
+    if number is None or not low <= number <= high:
+        raise UserError(f'{name} must be an integer from {low} to {high}, not {shown(value)}; {remedy}')
+    return number
 
 
 def real(value, name, low, high, remedy):
-    """The value as it is: a finite number from low to high."""
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not (low <= value <= high and math.isfinite(value)):
+    """The value as a float: a finite number from low to high."""
+    try:
+        number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not (low <= number <= high and math.isfinite(number)):
         limits = f' from {low} to {high}' if high < math.inf else f' from {low}' if low > -math.inf else ''
-        raise UserError(f'{name} must be a finite number{limits}, not {value!r}; {remedy}')
-    return value
+        raise UserError(f'{name} must be a finite number{limits}, not {shown(value)}; {remedy}')
+    return number
 
 
 def truth(value, name, remedy):
     if not isinstance(value, bool):
-        raise UserError(f'{name} must be True or False, not {value!r}; {remedy}')
+        raise UserError(f'{name} must be True or False, not {shown(value)}; {remedy}')
     return value
+
+
+def choice(value, name, choices, remedy):
+    if not isinstance(value, str) or value not in choices:
+        raise UserError(f'{name} must be {" or ".join(map(repr, choices))}, not {shown(value)}; {remedy}')
 
 
 def neighbours(k):
     return integer(k, 'k', 1, LARGEST_K, 'for longer lists sort the distances, e.g. those of pairwise_distance')
 
 
-def check_reranking(k1, k2, lambda_value):
-    integer(k1, 'k1', 1, 2 ** 31 - 1, 'usual is 20')
-    integer(k2, 'k2', 1, 2 ** 31 - 1, 'usual is 6')
-    real(lambda_value, 'lambda_value', 0, 1, '0.3 is usual, 1 ranks by the original distance')
+def reranking(k1, k2, lambda_value, owner=''):
+    """The three as int, int and float. `owner` is written before their names, e.g. 'evaluate.'."""
+    return (integer(k1, f'{owner}k1', 1, 2 ** 31 - 1, 'usual is 20'),
+            integer(k2, f'{owner}k2', 1, 2 ** 31 - 1, 'usual is 6'),
+            real(lambda_value, f'{owner}lambda_value', 0, 1, '0.3 is usual, 1 ranks by the original distance'))
 
 
-def check_alpha(alpha):
-    real(alpha, 'alpha', 0, math.inf, '3 is usual, 0 averages without weights')
+def exponent(alpha, owner=''):
+    return real(alpha, f'{owner}alpha', 0, math.inf, '3 is usual, 0 averages without weights')
 
 
 def check_rows(rows, name, shape='(rows, D)'):
@@ -67,6 +89,9 @@ def check_rows(rows, name, shape='(rows, D)'):
 def check_tensor(value, name):
     if not isinstance(value, torch.Tensor):
         raise UserError(f'{name} must be a tensor, not {type(value).__name__}; torch.as_tensor makes one')
+    if value.layout != torch.strided or value.is_nested:
+        raise UserError(f'{name} must be a dense tensor, not one of the layout {value.layout}; make it dense, e.g. '
+                        f'with .to_dense()')
 
 
 def check_device(value, name, other, other_name):
@@ -83,7 +108,7 @@ def check_alike(rows, name, other, other_name):
 
 
 def as_features(features, name):
-    features = as_tensor(features)
+    features = as_tensor(features, f'{name} features')
     if features.dim() != 2 or features.dtype not in (torch.float32, *HALF_TYPES):
         raise UserError(f'{name} features must have the shape (n, D) and the type float32 or half precision, not '
                         f'{tuple(features.shape)} and {features.dtype}; cast them, e.g. {name}.astype("float32") or '
@@ -92,21 +117,29 @@ def as_features(features, name):
 
 
 def as_distances(dist, name):
-    dist = as_tensor(dist)
+    dist = as_tensor(dist, name)
     if dist.dim() != 2 or dist.dtype not in FLOAT_TYPES:
         raise UserError(f'{name} must be a matrix of floating-point numbers, not {tuple(dist.shape)} of {dist.dtype}; '
                         'cast or reshape it')
     return dist
 
 
-def as_tensor(array):
+def as_tensor(array, name):
     """An array or tensor as a detached tensor, on the same memory where torch can look at it."""
     if isinstance(array, torch.Tensor):
-        return array.detach()
-    array = np.asarray(array)
+        check_tensor(array, name)
+        if array.device.type == 'meta':
+            raise UserError(f'{name} must have values, but tensors on the device meta have none; move with .to()')
+        return array.detach().resolve_neg()
+    try:
+        array = np.asarray(array)
+    except Exception as error:  # rows of several lengths, tensors that no array can show
+        raise UserError(f'{name} must be an array or a tensor, not {shown(array)} ({error}); make it one') from None
     if array.dtype.kind not in 'fiub' or array.dtype.itemsize > 8:
-        raise UserError(f'torch has no type for numbers of {array.dtype}; cast them, e.g. with .astype("float32")')
+        raise UserError(f'{name} must be numbers that torch has a type for, not {array.dtype}; cast them, e.g. with '
+                        f'.astype("float32")')
     array = array.astype(array.dtype.newbyteorder('='), copy=False)
+    array = array.view(array.dtype.str)  # NumPy has two types of 64 bits, of which torch knows one
     if any(stride < 0 or stride % array.itemsize for stride in array.strides):
         array = array.copy()  # torch cannot look at it
     if not array.flags.writeable:  # torch would warn, but this memory is only read
@@ -131,19 +164,21 @@ def all_ids(queries, items, query_pids, gallery_pids, query_camids, gallery_cami
                as_ids(query_camids, queries, 'query_camids'), as_ids(gallery_camids, items, 'gallery_camids'))
 
 
-def as_ids(ids, length, name):
+def as_ids(ids, length, name, remedy=NUMBER_THEM):
+    """NumPy array of int64. `length`: a number, or the name of a length that may be any."""
     expected = f'{name} must have the shape ({length},) and an integer type'
     try:
-        if not isinstance(ids, torch.Tensor) and len(ids) == 0:
-            ids = np.empty(0, np.int64)  # an empty list would come as float64
-        ids = as_tensor(ids).cpu()
-    except (TypeError, ValueError):  # None, a single number, strings, integers that no type holds
-        raise UserError(f'{expected}, not {ids!r:.60}; {NUMBER_THEM}') from None
-    if ids.shape != (length,) or ids.dtype not in INTEGER_TYPES:
-        raise UserError(f'{expected}, not {tuple(ids.shape)} and {ids.dtype}; pass one integer for each row')
-    if ids.dtype == torch.uint64 and (ids.view(torch.int64) < 0).any():
-        raise UserError(f'{name} must be below 2⁶³, but some are larger; {NUMBER_THEM}')
-    return ids.to(torch.int64).numpy()
+        tensor = as_tensor(ids, name).cpu()
+    except UserError:  # None, strings, integers that no type holds
+        raise UserError(f'{expected}, not {shown(ids)}; {remedy}') from None
+    if tensor.shape == (0,) and not isinstance(ids, torch.Tensor):
+        tensor = tensor.long()  # an empty list comes as float64
+    fits = tensor.dim() == 1 and (isinstance(length, str) or len(tensor) == length)
+    if not fits or tensor.dtype not in INTEGER_TYPES:
+        raise UserError(f'{expected}, not {tuple(tensor.shape)} and {tensor.dtype}; pass one integer for each row')
+    if tensor.dtype == torch.uint64 and (tensor.view(torch.int64) < 0).any():
+        raise UserError(f'{name} must be below 2⁶³, but some are larger; {remedy}')
+    return tensor.to(torch.int64).numpy()
 
 
 def as_junk_pid(junk_pid):

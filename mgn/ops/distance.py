@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.forward_ad import unpack_dual
 
-from mgn.ops.arguments import check_alike, check_rows
+from mgn.ops.arguments import check_alike, check_rows, choice
 from mgn.ops.errors import UserError
 from mgn.ops.native import kernels
 from mgn.ops.private import sum_of_differences
@@ -39,8 +39,7 @@ def pairwise_distance(x, y, metric='euclidean'):
     check_rows(x, 'x')
     check_rows(y, 'y')
     check_alike(y, 'y', x, 'x')
-    if metric not in DISTANCES:
-        raise UserError(f'metric must be {", ".join(DISTANCES[:-1])} or {DISTANCES[-1]}, not {metric!r}')
+    choice(metric, 'metric', DISTANCES, 'measure any other distance with torch operations')
     if unpack_dual(x).tangent is not None or unpack_dual(y).tangent is not None:
         raise UserError('pairwise_distance has derivatives in reverse mode only, but got a tensor of forward mode; '
                         'use backward() or torch.autograd.grad')

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from mgn.ops.arguments import as_distances, check_reranking, integer
+from mgn.ops.arguments import as_distances, integer, reranking, truth
 from mgn.ops.errors import UserError
 from mgn.ops.metrics import query_metrics
 from mgn.ops.private import uncompiled
@@ -31,10 +31,10 @@ def evaluate_rank(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=50, use_
     Raises:
         UserError: use_metric_cuhk03=True; no query with a match; whatever match_ranks_from_distance refuses.
     """
-    if use_metric_cuhk03:
+    if truth(use_metric_cuhk03, 'use_metric_cuhk03', 'False is what evaluate_rank does'):
         raise UserError('evaluate_rank needs use_metric_cuhk03=False, since it does not draw single gallery images as '
                         "CUHK03's old protocol does; use CUHK03's new protocol (767/700 identities)")
-    integer(max_rank, 'max_rank', 1, 2 ** 63 - 1, 'it is the length of the CMC curve')
+    max_rank = integer(max_rank, 'max_rank', 1, 2 ** 63 - 1, 'it is the length of the CMC curve')
     offsets, ranks, _ = match_ranks_from_distance(distmat, q_pids, g_pids, q_camids, g_camids, junk_pid=None)
     first, precision, _, penalty = query_metrics(offsets, ranks)
     if len(first) == 0:
@@ -69,7 +69,7 @@ def re_ranking(q_g_dist, q_q_dist, g_g_dist, k1=20, k2=6, lambda_value=0.3):
     if q_q.shape != (queries, queries) or g_g.shape != (items, items):
         raise UserError(f'{", ".join(given)} must fit each other, but have the shapes {tuple(q_g.shape)}, '
                         f'{tuple(q_q.shape)} and {tuple(g_g.shape)}; mind the order of arguments')
-    check_reranking(k1, k2, lambda_value)
+    k1, k2, lambda_value = reranking(k1, k2, lambda_value)
     neighbours, maxima = nearest_of_all(q_g, q_q, g_g, min(max(k1 + 1, k2), total))
 
     def relative_squares(owners, others):

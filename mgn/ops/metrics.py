@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mgn.ops.arguments import as_ids
 from mgn.ops.errors import UserError
 
 
@@ -49,6 +50,7 @@ FORMULAS = {  # name → function of Matches → (V,), whose mean is the measure
     'mINP': inverse_negative_penalty,
 }
 METRICS = tuple(FORMULAS)
+AS_RANKED = 'pass what match_ranks returns'
 
 
 def retrieval_metrics(offsets, ranks):
@@ -59,7 +61,7 @@ def retrieval_metrics(offsets, ranks):
     Returns:
         {name: fraction in [0, 1]} for each name of METRICS, in that order. FORMULAS gives their definitions.
     Raises:
-        UserError: no query has a match.
+        UserError: no query has a match; what cannot be ranks.
     """
     matches = true_matches(offsets, ranks)
     if len(matches.starts) == 0:
@@ -75,6 +77,13 @@ def query_metrics(offsets, ranks):
 
 
 def true_matches(offsets, ranks):
-    counts = np.diff(offsets)
+    offsets, ranks = as_ids(offsets, 'Q + 1', 'offsets', AS_RANKED), as_ids(ranks, 'M', 'ranks', AS_RANKED)
+    counts, ascends = np.diff(offsets), np.diff(ranks, prepend=0) > 0
+    if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(ranks) or (counts < 0).any():
+        raise UserError(f'offsets must ascend from 0 to the number of ranks, {len(ranks)}, not {offsets}; {AS_RANKED}')
     starts, counts = offsets[:-1][counts > 0], counts[counts > 0]
+    ascends[starts] = ranks[starts] > 0
+    if not ascends.all():
+        raise UserError(f'ranks must ascend from 1 within each query, but rank number {ascends.argmin()} does not; '
+                        f'{AS_RANKED}')
     return Matches(ranks, np.arange(1, len(ranks) + 1) - np.repeat(starts, counts), starts, counts)

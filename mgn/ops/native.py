@@ -72,7 +72,12 @@ def kernels(device):
 
 def implementation(device):
     """What runs on tensors of this device, e.g. 'compiled for avx512' or 'reference: this torch has no CUDA'."""
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
+        from mgn.ops.arguments import UserError, shown  # here, since setup.py runs this file alone
+        raise UserError(f"device must be the name of one, such as 'cpu' or 'cuda:0', not {shown(device)}; python -m "
+                        f'mgn.ops lists those of this machine') from None
     reason = _unusable(device)
     if reason:
         return f'reference: {reason}'

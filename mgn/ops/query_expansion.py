@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from mgn.ops.arguments import as_features, check_alpha
+from mgn.ops.arguments import as_features, exponent
 from mgn.ops.ranking.nearest import topk
 from mgn.ops.private import uncompiled
 from mgn.ops.ranking.tiles import spans
@@ -34,7 +34,7 @@ def expand_queries(query, gallery, k, alpha=3.0):
         UserError: alpha negative or not finite, k out of range, and whatever topk refuses, NaN or infinite features
             among it.
     """
-    check_alpha(alpha)
+    alpha = exponent(alpha)
     query, gallery = as_features(query, 'query'), as_features(gallery, 'gallery')
     distances, items = topk(query, gallery, k)
     weights = (1 - distances).clamp_(min=0).pow_(alpha)  # (Q, k) float64

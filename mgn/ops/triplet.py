@@ -62,7 +62,7 @@ def batch_hard_triplet_loss(anchors, labels, margin=0.3, candidates=None, candid
     """
     _check(anchors, labels, candidates, candidate_labels)
     if margin is not None:
-        real(margin, 'margin', -math.inf, math.inf, 'None is the soft margin; a margin gets no gradient')
+        margin = real(margin, 'margin', -math.inf, math.inf, 'None is the soft margin; a margin gets no gradient')
     return torch.ops.mgn.batch_hard_triplet_loss.default(anchors, labels, candidates, candidate_labels, margin)[0]
 
 

@@ -297,7 +297,7 @@ X = torch.ones(3, 4)
     ((X, X.double()), r'y must be like x, \(3, 4\) of torch.float32, in all but the number of rows, '
                       r'not \(3, 4\) of torch.float64; cast'),
     ((X, X[:, :3]), r'y must be like x, .* not \(3, 3\)'),
-    ((X, X, 'manhattan'), "metric must be euclidean, sqeuclidean or cosine, not 'manhattan'"),
+    ((X, X, 'manhattan'), "metric must be 'euclidean' or 'sqeuclidean' or 'cosine', not 'manhattan'"),
 ])
 def test_what_does_not_go_together_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):

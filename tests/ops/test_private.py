@@ -97,7 +97,7 @@ def test_read_only_arrays_are_taken_as_they_lie_and_the_callers_warnings_stay_to
         warnings.simplefilter('default')
         for _ in range(3):
             warnings.warn('told once')
-            tensor = as_tensor(array[:, 1:])
+            tensor = as_tensor(array[:, 1:], "array")
     assert [str(warning.message) for warning in caught] == ['told once']
     assert tensor.data_ptr() == array.ctypes.data + 8 and tensor.tolist() == array[:, 1:].tolist()
     del array

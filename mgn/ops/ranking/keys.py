@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mgn.ops.arguments import PRECISIONS, as_features
+from mgn.ops.arguments import PRECISIONS, as_features, choice
 from mgn.ops.errors import UserError
 from mgn.ops.native import kernels
 from mgn.ops.ranking import reference
@@ -32,12 +32,9 @@ def compared(query, gallery, metric, precision, streamed=False):
 
     One array given twice becomes one tensor. `streamed`: the gallery may lie on the CPU while the query does not.
     """
-    if metric not in ('cosine', 'euclidean'):
-        raise UserError(f"metric must be 'cosine' or 'euclidean', not {metric!r}; pass the matrix of any other "
-                        'distance to match_ranks_from_distance or topk_from_distance')
-    if precision not in PRECISIONS:
-        raise UserError(f'precision must be {" or ".join(map(repr, PRECISIONS))}, not {precision!r}; '
-                        'it changes the time only')
+    choice(metric, 'metric', ('cosine', 'euclidean'),
+           'pass the matrix of any other distance to match_ranks_from_distance or topk_from_distance')
+    choice(precision, 'precision', PRECISIONS, 'it changes the time only')
     is_one = query is gallery
     query = as_features(query, 'query')
     gallery = query if is_one else as_features(gallery, 'gallery')

@@ -10,7 +10,7 @@ one by one.
 import numpy as np
 import torch
 
-from mgn.ops.arguments import all_ids, as_junk_pid, check_reranking
+from mgn.ops.arguments import all_ids, as_junk_pid, reranking
 from mgn.ops.private import uncompiled
 from mgn.ops.ranking.counting import Overlaps
 from mgn.ops.ranking.keys import compared, finite_norms, keys_of_pairs, ranking_kernels
@@ -42,7 +42,7 @@ def k_reciprocal_ranks(query, gallery, query_pids, gallery_pids, query_camids, g
         UserError: k1, k2 or lambda_value out of range, and whatever match_ranks refuses.
     """
     comparison = compared(query, gallery, metric, precision)
-    check_reranking(k1, k2, lambda_value)
+    k1, k2, lambda_value = reranking(k1, k2, lambda_value)
     ids = all_ids(len(query), len(gallery), query_pids, gallery_pids, query_camids, gallery_camids)
     (query, gallery, cosine, _), queries = comparison, len(query)
     norms = torch.cat((finite_norms(query, 'query'), finite_norms(gallery, 'gallery')))

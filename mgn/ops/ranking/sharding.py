@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mgn.ops.arguments import all_ids, as_junk_pid
+from mgn.ops.arguments import all_ids, as_junk_pid, shown
 from mgn.ops.errors import UserError
 from mgn.ops.private import uncompiled
 from mgn.ops.ranking.counting import Matches
@@ -38,9 +38,9 @@ def match_ranks_sharded(query, gallery, query_pids, gallery_pids, query_camids, 
     if not dist.is_available() or not dist.is_initialized():
         raise UserError('match_ranks_sharded needs a process group, but there is none; call '
                         'torch.distributed.init_process_group first, or match_ranks in a single process')
-    rank = dist.get_rank(group)
-    if rank < 0:
-        raise UserError('match_ranks_sharded must be called by members of the group only, but this process is none')
+    if not isinstance(group, dist.ProcessGroup | None) or (rank := dist.get_rank(group)) < 0:
+        raise UserError('match_ranks_sharded must be called by members of the group only, but this process is none of '
+                        f'{shown(group)}; pass a group that torch.distributed.new_group returned to a member')
 
     def check():
         comparison = compared(query, gallery, metric, precision, streamed=True)

@@ -1,0 +1,303 @@
+"""Files of features that are damaged, exchanged or edited: each is a sentence, and none a wrong figure."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_market
+from thin import ThinResNet
+
+from mgn import feature_files
+from mgn.data.datasets import market_layout
+from mgn.feature_files import NAMES, PARTS, read_features, write_features
+from mgn.features import Extractor
+from mgn.model import MGN
+from mgn.ops.errors import MissingFile, UserError
+from mgn.runs import processes
+
+FILES = [f'{part}_{name}.npy' for part in PARTS for name in NAMES]
+FEATURES = 'gallery_features.npy'
+
+
+@pytest.fixture(scope='module')
+def extraction(tmp_path_factory):
+    """What read_features takes, of features that were written; nothing in the folder may be changed."""
+    root = write_market(tmp_path_factory.mktemp('data') / 'own', identities=2, images=2)
+    folder, dataset = tmp_path_factory.mktemp('extraction') / 'features', market_layout(str(root))
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mgn.model.make_resnet', lambda backbone, pretrained: ThinResNet())
+        model, extractor = MGN(0, embedding_dim=8), Extractor(torch.device('cpu'), (48, 24), 4, 0)
+    write_features(model, dataset, extractor, str(folder))
+    return str(folder), model, dataset, extractor
+
+
+@pytest.fixture
+def written(extraction, tmp_path):
+    """A copy of the folder, and a function that reads it."""
+    folder = tmp_path / 'features'
+    shutil.copytree(extraction[0], folder)
+    return folder, lambda: read_features(str(folder), *extraction[1:])
+
+
+def rows_changed(change):
+    def damage(folder):
+        np.save(folder / FEATURES, change(np.load(folder / FEATURES)))
+    return damage
+
+
+def a_byte_changed(folder):
+    data = bytearray((folder / FEATURES).read_bytes())
+    data[-5] ^= 1
+    (folder / FEATURES).write_bytes(data)
+
+
+def exchanged(folder):
+    (folder / 'query_camids.npy').rename(folder / 'x')
+    (folder / 'query_pids.npy').rename(folder / 'query_camids.npy')
+    (folder / 'x').rename(folder / 'query_pids.npy')
+
+
+def length_changed(folder):
+    os.truncate(folder / FEATURES, (folder / FEATURES).stat().st_size - 40)
+
+
+def lost_pages(folder):
+    path = folder / FEATURES
+    path.write_bytes(path.read_bytes()[:300] + bytes(path.stat().st_size - 300))
+
+
+@pytest.mark.parametrize('damage, file', [
+    (rows_changed(lambda rows: rows[::-1]), FEATURES), (rows_changed(lambda rows: rows.astype(np.float16)), FEATURES),
+    (rows_changed(lambda rows: rows[:, ::-1]), FEATURES), (rows_changed(lambda rows: rows.astype(object)), FEATURES),
+    (a_byte_changed, FEATURES), (length_changed, FEATURES), (lost_pages, FEATURES),
+    (lambda folder: (folder / FEATURES).write_bytes(b''), FEATURES), (exchanged, 'query_pids.npy'),
+    (lambda folder: shutil.copy(folder / 'query_features.npy', folder / FEATURES), FEATURES),
+    (lambda folder: (folder / 'query_pids.npy').write_bytes(b''), 'query_pids.npy'),
+    (lambda folder: (folder / 'gallery_pids.npy').unlink(), 'gallery_pids.npy')])
+def test_a_file_that_is_not_as_it_was_written_is_named(written, damage, file):
+    folder, read = written
+    read()
+    damage(folder)
+    with pytest.raises(UserError, match=f'The features in .*features are damaged: .*{file}.*; extract them again$'):
+        read()
+
+
+def edited(**changes):
+    return lambda text: json.dumps({**json.loads(text), **changes})
+
+
+def edited_hash(text):
+    content = json.loads(text)
+    content['sha256']['gallery']['features'] = '0' * 64
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize('edit', [
+    edited(flip_test=True), edited(D=10 ** 4000), edited(images=None), edited(sha256=[]), edited(sha256={}),
+    edited(weights=float('nan')), edited(parts=[[[]]]), edited_hash, edited(another=1),
+    edited(**{'sha256 of the above': None}), lambda text: text[:-20], lambda text: '', lambda text: '[]',
+    lambda text: 'null', lambda text: '3', lambda text: '"text"', lambda text: '{', lambda text: '[' * 200_000,
+    lambda text: '{"D":' * 100_000, lambda text: '9' * 10_000, lambda text: '\0' * 50,
+    lambda text: json.dumps({name: value for name, value in json.loads(text).items() if name != 'sha256'})])
+def test_an_edited_manifest_is_refused(written, edit):
+    folder, read = written
+    manifest = folder / 'manifest.json'
+    manifest.write_text(edit(manifest.read_text()))
+    with pytest.raises(UserError) as raised:
+        read()
+    assert str(raised.value) == (f'The features in {folder} are damaged: {manifest} is not as mgn.extract wrote it; '
+                                 'extract them again')
+    manifest.write_bytes(b'{"format": "\xff"}')
+    with pytest.raises(UserError, match='are damaged: .*manifest.json is not as mgn.extract wrote it; extract them'):
+        read()
+
+
+@pytest.mark.parametrize('written_format', ['mgn features 1', 'mgn features 2', None, ['x' * 1000], 10 ** 4000])
+def test_other_formats_are_to_be_extracted_again(written, written_format):
+    folder, read = written
+    manifest = folder / 'manifest.json'
+    manifest.write_text(edited(format=written_format)(manifest.read_text()))
+    with pytest.raises(UserError, match="features have the format .*, and this version reads 'mgn features 3' only; "
+                                        "extract them again") as raised:
+        read()
+    assert len(str(raised.value)) < 300
+
+
+class Code:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return open, (str(self.mark), 'w')
+
+
+@pytest.mark.parametrize('file', ['gallery_paths.npy', 'query_pids.npy'])
+@pytest.mark.parametrize('kind', ['array of objects', 'pickle', 'archive', 'records', 'text'])
+def test_with_hashes_that_fit_files_of_something_else_run_no_code(written, tmp_path, file, kind):
+    folder, read = written
+    if kind == 'pickle':
+        (folder / file).write_bytes(pickle.dumps(Code(tmp_path / 'mark')))
+    elif kind == 'archive':
+        np.savez(folder / 'x.npz', np.ones(3))
+        (folder / 'x.npz').rename(folder / file)
+    else:
+        content = {'array of objects': np.array([Code(tmp_path / 'mark')] * 3), 'records': np.zeros(3, 'i4,f4'),
+                   'text': np.array(['a', 'b', 'c'])}[kind]
+        np.save(folder / file, content)
+    content = json.loads((folder / 'manifest.json').read_text())
+    del content['sha256 of the above']
+    part, name = file[:-4].split('_')
+    content['sha256'][part][name] = feature_files.file_hash(folder / file)
+    content['sha256 of the above'] = feature_files.text_hash(content)
+    (folder / 'manifest.json').write_text(json.dumps(content))
+    with pytest.raises(UserError, match='The features in .* are (damaged: .*; extract|of other weights)'):
+        read()
+    assert not (tmp_path / 'mark').exists()
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The names of the files whose contents are read to check them, all of them being large."""
+    names, file_hash = [], feature_files.file_hash
+    monkeypatch.setattr(feature_files, 'LARGE', 0)
+
+    def noted(path):
+        names.append(os.path.basename(path))
+        return file_hash(path)
+    monkeypatch.setattr(feature_files, 'file_hash', noted)
+    return names
+
+
+def test_large_files_are_read_once_and_again_when_they_have_changed(written, hashed):
+    folder, read = written
+    read()
+    assert hashed == FILES and (folder / 'checked.txt').exists()
+    del hashed[:]
+    read()
+    assert hashed == []
+    status = (folder / FEATURES).stat()
+    a_byte_changed(folder)
+    os.utime(folder / FEATURES, ns=(status.st_atime_ns, status.st_mtime_ns))  # as by cp -p
+    for _ in range(2):
+        with pytest.raises(UserError, match=f'damaged: .*{FEATURES} is not as mgn.extract wrote it'):
+            read()
+    assert hashed == [FEATURES] * 2
+    a_byte_changed(folder)  # back
+    assert len(read()[1]) == 10
+
+
+def test_small_files_are_read_each_time(written, hashed, monkeypatch):
+    folder, read = written
+    monkeypatch.setattr(feature_files, 'LARGE', 10 ** 6)
+    read()
+    read()
+    assert hashed == FILES * 2 and not (folder / 'checked.txt').exists()
+
+
+@pytest.mark.parametrize('stale', [lambda text: '', lambda text: text.replace('0', '1'), lambda text: text[:100],
+                                   lambda text: '\0' * 9, lambda text: text.replace(' ', '  ')])
+def test_a_stale_memory_counts_as_none(written, hashed, stale):
+    folder, read = written
+    read()
+    del hashed[:]
+    memory = (folder / 'checked.txt').read_text()
+    (folder / 'checked.txt').write_text(stale(memory))
+    a_byte_changed(folder)
+    with pytest.raises(UserError, match=f'damaged: .*{FEATURES} is not as mgn.extract wrote it'):
+        read()
+    a_byte_changed(folder)
+    read()
+    assert len(hashed) > 8
+    del hashed[:]
+    (folder / 'checked.txt').write_bytes(b'\xff\xfe')
+    read()
+    assert hashed == FILES
+
+
+def test_a_memory_of_other_features_says_nothing(written, hashed):
+    """Files and memory stay; the manifest is of another extraction."""
+    folder, read = written
+    read()
+    content = json.loads((folder / 'manifest.json').read_text())
+    del content['sha256 of the above']
+    content['sha256']['gallery']['features'] = 'f' * 64
+    content['sha256 of the above'] = feature_files.text_hash(content)
+    (folder / 'manifest.json').write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f'damaged: .*{FEATURES} is not as mgn.extract wrote it'):
+        read()
+
+
+def test_where_the_memory_cannot_be_written_files_are_read_each_time(written, hashed):
+    folder, read = written
+    (folder / 'checked.txt').mkdir()
+    read()
+    read()
+    assert hashed == FILES * 2
+
+
+def test_one_process_of_a_machine_checks_and_all_hear_what_one_finds(written, hashed, monkeypatch):
+    folder, read = written
+    found = pickle.loads(pickle.dumps(MissingFile('no manifest here')))  # as it travels
+    monkeypatch.setattr(processes, 'number_on_this_machine', lambda: 1)
+    assert len(read()[0]) == 3 and hashed == []
+    monkeypatch.setattr(processes, 'gather', lambda own: [own, found])
+    with pytest.raises(MissingFile, match='no manifest here'):
+        read()
+    monkeypatch.setattr(processes, 'number_on_this_machine', lambda: 0)
+    (folder / 'manifest.json').unlink()
+    with pytest.raises(FileNotFoundError, match='holds no complete extraction: there is no .*manifest.json'):
+        read()
+
+
+def mutated(rng, folder):
+    """Changes a file of the folder; returns what was done."""
+    name = rng.choice([*FILES, 'manifest.json'])
+    path = folder / name
+    data = bytearray(path.read_bytes())
+    place = rng.choice([rng.randrange(len(data)), rng.randrange(min(len(data), 128))])  # where .npy has its header
+    end = min(place + rng.choice([1, 1, 2, 8, 50]), len(data))
+    kind = rng.choice(['bit', 'bytes', 'cut', 'delete', 'insert', 'repeat', 'other'])
+    if kind == 'bit':
+        data[place] ^= 1 << rng.randrange(8)
+    elif kind == 'bytes':
+        data[place:end] = rng.randbytes(end - place)
+    elif kind == 'cut':
+        del data[place:]
+    elif kind == 'delete':
+        del data[place:end]
+    elif kind == 'insert':
+        data[place:place] = rng.choice([rng.randbytes(3), b'9' * 30, b'[' * 9000, b'\0', b'NaN', b'{}', b'"'])
+    elif kind == 'repeat':
+        data[end:end] = data[place:end]
+    else:
+        data = bytearray((folder / rng.choice([*FILES, 'manifest.json'])).read_bytes())
+    path.write_bytes(data)
+    return f'{name}: {kind} at {place}'
+
+
+@pytest.mark.parametrize('cases', [150, pytest.param(5000, marks=pytest.mark.long)])
+def test_mutated_files_are_refused_in_a_sentence_or_say_the_same(written, extraction, cases):
+    (folder, read), rng = written, random.Random(0)
+    original = {path.name: path.read_bytes() for path in folder.iterdir()}
+    expected, refused = read(), 0
+    for case in range(cases):
+        what = mutated(rng, folder)
+        changed = [name for name, data in original.items() if (folder / name).read_bytes() != data]
+        try:
+            got = read()
+            assert changed in ([], ['manifest.json']), what
+            assert all(map(np.array_equal, got, expected)), what
+        except UserError as error:
+            refused += 1
+            assert changed and f'The features in {folder} ' in str(error) and 'extract them again' in str(error), what
+        for name in changed:
+            (folder / name).write_bytes(original[name])
+    assert refused > 0.8 * cases
