@@ -233,7 +233,7 @@ def explained(error):
     if isinstance(error, RecursionError):
         return 'Gin files must not include themselves, nor nest values deeply; look for an include of a file in itself'
     if not isinstance(error, ValueError):
-        return f'A gin binding looks like P = 16, and this is none: {message}'
+        return f'A gin binding looks like P = 16, and this is none: {re.sub(" on line .*: <ast.*?>", "", message)}'
     if macro := re.match(r"No bindings specified for '(.*?)/gin.macro'", message):
         return f'The macro %{macro[1]} is used, but has no value{nearest(macro[1], default_macros())}'
     if configurable := re.search(r"No configurable matching (?:reference )?'@?([^'()]*)", message):

@@ -27,8 +27,9 @@ logger = logging.getLogger(__name__)
 
 
 @gin.configurable(denylist=['checkpoint'])
-def evaluate_checkpoint(checkpoint, weights: str = gin.REQUIRED, dataset: Dataset = gin.REQUIRED,
-                        output_dir: str | None = None, device: str = 'auto', features_dir: str | None = None):
+def evaluate_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset: Dataset = gin.REQUIRED,
+                        output_dir: str | None = None, device: str = 'auto',
+                        features_dir: str | None = None) -> dict:
     """Evaluates a loaded checkpoint on `dataset`; prints the table, writes output_dir/eval.json, returns the results.
 
     weights: the checkpoint's path. output_dir: None means the working folder.
@@ -46,8 +47,8 @@ def evaluate_checkpoint(checkpoint, weights: str = gin.REQUIRED, dataset: Datase
 
 
 @gin.configurable(denylist=['checkpoint'])
-def extract_checkpoint(checkpoint, weights: str = gin.REQUIRED, dataset: Dataset = gin.REQUIRED, device: str = 'auto',
-                       features_dir: str | None = None):
+def extract_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset: Dataset = gin.REQUIRED, device: str = 'auto',
+                       features_dir: str | None = None) -> None:
     """Writes the features of a loaded checkpoint on `dataset` into features_dir (`mgn.feature_files`)."""
     check_dataset(dataset)
     if features_dir is None:
@@ -73,7 +74,7 @@ def load_for_features(checkpoint, weights, device):
 @gin.configurable(denylist=['model', 'dataset', 'device', 'features_dir', 'extractor'])
 def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_camera: bool = True,
              query_expansion: int = 0, alpha: float = 3.0, rerank: bool = False, k1: int = 20, k2: int = 6,
-             lambda_value: float = 0.3):
+             lambda_value: float = 0.3) -> dict:
     """Ranks the gallery for every query by cosine distance; then again, if asked, after expansion and by re-ranking.
 
     Under torchrun each process extracts and ranks its part. Query expansion and re-ranking run in process 0.

@@ -34,7 +34,7 @@ STORAGES = ('float32', 'float16')
 
 @gin.configurable(denylist=['model', 'dataset', 'extractor', 'features_dir'])
 def write_features(model, dataset, extractor, features_dir,
-                   storage: Literal['float32', 'float16'] = 'float32'):
+                   storage: Literal['float32', 'float16'] = 'float32') -> None:
     """Writes the features of query and gallery into a folder. Under torchrun each process writes those of its images.
 
     Args:

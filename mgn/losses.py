@@ -36,7 +36,7 @@ def mgn_losses(output, labels, candidates=None, candidate_labels=None, cross_ent
     real(smoothing, 'mgn_losses.smoothing', 0, 1, '0 smoothes nothing')
     cross_entropy = sum(smoothed_cross_entropy(logits, labels, smoothing) for logits in output.logits)
     triplet = batch_hard_triplet_loss(output.embeddings, labels, margin, candidates, candidate_labels).sum()
-    return {'cross_entropy': cross_entropy_weight * cross_entropy, 'triplet': triplet_weight * triplet}
+    return {'cross_entropy': float(cross_entropy_weight) * cross_entropy, 'triplet': float(triplet_weight) * triplet}
 
 
 def smoothed_cross_entropy(logits, labels, smoothing):

@@ -15,7 +15,7 @@ for optimizer in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
 
 @gin.configurable(denylist=['model'])
 def make_optimizer(model, optimizer: Callable[..., torch.optim.Optimizer] = gin.REQUIRED, bias_lr_factor: float = 2.0,
-                   bias_weight_decay: float = 0.0):
+                   bias_weight_decay: float = 0.0) -> torch.optim.Optimizer:
     """An optimizer over the trainable parameters of `model`, those whose name contains "bias" in a group of their own.
 
     `optimizer` is called with the groups alone: learning rate and weight decay are its own bindings (Adam.lr, …), so it
@@ -29,7 +29,7 @@ def make_optimizer(model, optimizer: Callable[..., torch.optim.Optimizer] = gin.
     biases = [p for name, p in named if 'bias' in name]
     try:
         result = optimizer([{'params': weights}, {'params': biases}])
-    except ValueError as error:  # e.g. a negative learning rate; gin adds lines of its own
+    except (ValueError, RuntimeError) as error:  # e.g. a negative learning rate; gin adds lines of its own
         raise UserError(f'The optimizer refuses its bindings: {str(error).splitlines()[0]}; bind others') from None
     result.param_groups[1]['lr'] *= bias_lr_factor
     result.param_groups[1]['weight_decay'] = bias_weight_decay

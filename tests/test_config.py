@@ -267,8 +267,7 @@ def test_the_default_output_dir_is_named_after_the_last_file(files, expected):
 
 
 SAVED = """# Macros:
-# =======================================================================
-
+# ==============================================================================
 data_root = '/data'
 feature_precision = 'float32'
 flip_test = False

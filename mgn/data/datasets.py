@@ -47,21 +47,21 @@ class Counts(NamedTuple):
 
 
 @gin.configurable
-def market1501(root: str):
+def market1501(root: str) -> Dataset:
     """Market-1501 (Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV 2015) under `root`."""
     aliases = ('Market-1501-v15.09.15', 'market1501', 'Market-1501', '')
     return read_market_layout('Market-1501', root, aliases, Counts(751, 12936, 3368, 15913, 6))
 
 
 @gin.configurable
-def dukemtmcreid(root: str):
+def dukemtmcreid(root: str) -> Dataset:
     """DukeMTMC-reID (Zheng et al., ICCV 2017; withdrawn by the authors of DukeMTMC in 2019) under `root`."""
     aliases = ('DukeMTMC-reID', 'dukemtmcreid', 'dukemtmc-reid', '')
     return read_market_layout('DukeMTMC-reID', root, aliases, Counts(702, 16522, 2228, 17661, 8))
 
 
 @gin.configurable
-def msmt17(root: str, combine_val: bool = False):
+def msmt17(root: str, combine_val: bool = False) -> Dataset:
     """MSMT17 V1 or V2 (Wei et al., "Person Transfer GAN to Bridge Domain Gap", CVPR 2018) under `root`.
 
     Trains on list_train.txt alone, or with list_val.txt too where `combine_val`.
@@ -89,7 +89,7 @@ def msmt17(root: str, combine_val: bool = False):
 
 
 @gin.configurable
-def market_layout(root: str):
+def market_layout(root: str) -> Dataset:
     """A folder of your own in Market-1501's layout: <pid>_c<camera>….jpg (or .png), or <pid>_….jpg without cameras.
 
     Without cameras every camid is 0; evaluate then with evaluate.cross_camera = False.
@@ -100,7 +100,7 @@ def market_layout(root: str):
 
 
 @gin.configurable
-def pedestrians(root: str, seed: int = 0):
+def pedestrians(root: str, seed: int = 0) -> Dataset:
     """Drawn pedestrians, written under `root` on first use, then read as any data set (mgn/data/pedestrians.py)."""
     check_root(root)
     try:

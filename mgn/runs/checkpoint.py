@@ -80,10 +80,10 @@ class State:
         changes = configuration_changes(content['config'])
         if changes:
             logger.warning('the configuration differs from that of the checkpoint:\n  %s', '\n  '.join(changes))
-        if content['optimizer_class'] != type(self.optimizer).__name__:
-            raise UserError(f'{path} was trained with the optimizer {content["optimizer_class"]}, but '
+        if content.get('optimizer_class') != type(self.optimizer).__name__:
+            raise UserError(f'{path} was trained with the optimizer {content.get("optimizer_class")}, but '
                             f'{type(self.optimizer).__name__} is configured. Bind make_optimizer.optimizer = '
-                            f'@{content["optimizer_class"]}, or another output_dir.')
+                            f'@{content.get("optimizer_class")}, or another output_dir.')
         remedy = 'This folder holds another run: bind MGN and train.losses as it was trained, or another output_dir.'
         load_model(self.model, content['model'], path, remedy=remedy)
         load_model(self.losses, content.get('losses') or {}, f'{path} (losses)', remedy=remedy)
@@ -167,7 +167,7 @@ def load(path, mmap=False):
         raise UserError(f'{path} is no checkpoint of mgn.train: it holds something else. Give another file; '
                         f'ImageNet weights go into MGN.pretrained.')
     for name, kind in FIELDS.items():
-        if not isinstance(content.get(name), kind):
+        if not isinstance(content.get(name), kind) or name == 'step' and content[name] < 0:
             raise UserError(f'{path} is no checkpoint of mgn.train: its field {name!r} holds '
                             f'{content.get(name)!r:.60}. Give another file.')
     return content

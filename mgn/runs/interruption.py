@@ -75,11 +75,14 @@ class Interruption:
         elif now - self.since > (REPEAT_TORCHRUN if 'TORCHELASTIC_RUN_ID' in os.environ else REPEAT):
             os._exit(128 + number)
 
-    def handle(self, number, _):
-        if os.getpid() == self.process:  # not in a worker process just forked
-            self.noted = signal.Signals(number)
-            self.said.wait(timeout=1)  # the other thread tells first
-            leave_if_nothing_is_lost()
+    def handle(self, number, frame):
+        if os.getpid() != self.process:  # in a worker process just forked
+            return
+        self.noted = signal.Signals(number)
+        self.said.wait(timeout=1)  # the other thread tells first
+        if not self.resumable and is_importing(frame):
+            os._exit(128 + number)  # some modules swallow what is raised while they are imported, and go on broken
+        leave_if_nothing_is_lost()
 
     def asked(self):
         """Whether any process has noted a signal, so that the run has to end here; the same answer in all processes."""
@@ -99,6 +102,12 @@ class Interruption:
             raise
         finally:
             self.nothing_to_lose = False
+
+
+def is_importing(frame):
+    while frame and not frame.f_code.co_filename.startswith('<frozen importlib'):
+        frame = frame.f_back
+    return frame is not None
 
 
 def leave_if_nothing_is_lost():

@@ -1,6 +1,7 @@
 """What a run reports: metrics.jsonl, TensorBoard events if that package is installed, progress bars or plain lines."""
 
 import json
+import math
 import logging
 import os
 import sys
@@ -67,21 +68,23 @@ class RunLog:
 def aligned(heading, evaluations):
     """A table in per cent: a row for each of {label: {measure: number}}, below `heading` and the names in METRICS."""
     rows = [[heading, *METRICS]]
-    rows += [[label, *(f'{100 * results[name]:.2f}' for name in METRICS)] for label, results in evaluations.items()]
+    rows += [[label, *(f'{100 * results.get(name, math.nan):.2f}' for name in METRICS)] for label, results in evaluations.items()]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return '\n'.join('  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 
 
 def read_records(path):
     """The lines of a metrics.jsonl. A last line that a kill cut short is dropped; damage elsewhere is a UserError."""
-    lines = Path(path).read_text().splitlines() if os.path.exists(path) else []
+    lines = Path(path).read_text(errors='replace').splitlines() if os.path.exists(path) else []
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+            record['step'] + 0
+            records.append(record)
+        except (ValueError, TypeError, KeyError, RecursionError):
             if number < len(lines):
-                raise UserError(f'Line {number} of {path} is no JSON object: {line!r}. '
+                raise UserError(f'Line {number} of {path} is no JSON object with a step: {line!r:.200}. '
                                 f'Repair or move the file.') from None
     return records
 

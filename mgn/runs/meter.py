@@ -63,4 +63,7 @@ class Meter:
         return {'names': self.names, 'sums': self.sums, 'count': self.count}
 
     def load_state(self, state):
-        self.names, self.sums, self.count = state['names'], state['sums'], state['count']
+        names, sums, count = state['names'], state['sums'], state['count']
+        if not isinstance(count, int) or count < 0 or (0 if sums is None else len(sums)) != len(names):
+            raise ValueError('its sums of losses do not fit their names')
+        self.names, self.sums, self.count = names, sums, count
