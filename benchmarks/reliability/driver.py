@@ -105,7 +105,10 @@ def outcomes(name, row, folder, numbers):
                     how = signal.Signals(-status).name if status < 0 else f'status {status}'
                     yield number, f'the process ended with {how}'
                     return
-                yield number, json.loads(line)
+                failure = json.loads(line)
+                yield number, failure
+                if failure:  # it may have left anything behind
+                    return
     finally:
         if process:
             with contextlib.suppress(ProcessLookupError):
@@ -146,7 +149,8 @@ def told(error):
 def note(result, number, failure):
     """Counts a failure; failures that differ in numbers and paths alone are one."""
     result['found'] += 1
-    kind = re.sub(r'/\S+|\d+(\.\d+)?|0x\w+', '…', failure)
+    start, _, place = failure.rpartition(' at ')
+    kind = re.sub(r'/\S+|\W?\d\S*', '…', start[:60]) + place
     for known in result['failures']:
         if known['kind'] == kind:
             known['count'] += 1
