@@ -15,9 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT / 'tests'), str(ROOT / 'tests' / 'ops')]
 
-from benchmarks.reliability import driver, files, operations  # noqa: E402
+from benchmarks.reliability import bindings, driver, files, operations  # noqa: E402
 
-ROWS = {**operations.ROWS, **files.ROWS}
+ROWS = {**operations.ROWS, **files.ROWS, **bindings.ROWS}
 
 
 def main():

@@ -21,7 +21,7 @@ import numpy as np
 
 CHUNK = 200           # cases of one process
 STORED_EVERY = 5      # seconds
-SHOWN = 12            # different failures that are kept
+KEPT = 100            # different failures
 
 
 class Row(NamedTuple):
@@ -70,11 +70,13 @@ def run_row(name, row, scale, store, limit=None):
 def prepared(row, folder):
     process = os.fork()
     if process == 0:
+        screen = os.dup(2)
+        silence()
         try:
             row.prepare(folder)
             os._exit(0)
         except BaseException:
-            traceback.print_exc()
+            os.write(screen, traceback.format_exc().encode())
         finally:
             os._exit(1)
     if os.waitpid(process, 0)[1]:
@@ -118,9 +120,7 @@ def outcomes(name, row, folder, numbers):
 
 def work(name, row, folder, numbers, writer):
     """Runs cases and reports each by a line; never returns."""
-    quiet = os.open(os.devnull, os.O_RDWR)
-    for descriptor in range(3):
-        os.dup2(quiet, descriptor)
+    silence()
     if row.memory:
         with open('/proc/self/statm') as sizes:
             held = int(sizes.read().split()[0]) * resource.getpagesize()
@@ -137,6 +137,12 @@ def work(name, row, folder, numbers, writer):
         os._exit(0)
 
 
+def silence():
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in range(3):
+        os.dup2(nothing, descriptor)
+
+
 def told(error):
     """The exception in a line, with the innermost place in this project's files."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__)
@@ -150,12 +156,13 @@ def note(result, number, failure):
     """Counts a failure; failures that differ in numbers and paths alone are one."""
     result['found'] += 1
     start, _, place = failure.rpartition(' at ')
+    start = re.sub(r'^\w+: \S+ = .*?: ', '', start)  # a binding
     kind = re.sub(r'/\S+|\W?\d\S*', '…', start[:60]) + place
     for known in result['failures']:
         if known['kind'] == kind:
             known['count'] += 1
             return
-    if len(result['failures']) < SHOWN:
+    if len(result['failures']) < KEPT:
         result['failures'].append({'kind': kind, 'case': number, 'count': 1, 'message': failure})
 
 

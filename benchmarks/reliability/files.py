@@ -161,7 +161,7 @@ def last(rng, folder, number):
         changed = with_a_wrong_field(rng, content)
         checkpoint.save(str(path), content)
         got = refused(lambda: restored(checkpoint.load(str(path)), path))
-        assert got is None or kinds(got) == expected, f'accepted with a wrong {changed}'
+        assert got is None or kinds({'format': '', **got}) == expected, f'accepted with a wrong {changed}'
         return
     path.write_bytes(mutated(rng, original.read_bytes()))
     got = refused(lambda: checkpoint.load(str(path)))
