@@ -15,9 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT / 'tests'), str(ROOT / 'tests' / 'ops')]
 
-from benchmarks.reliability import bindings, driver, files, operations  # noqa: E402
+from benchmarks.reliability import bindings, driver, files, operations, runs  # noqa: E402
 
-ROWS = {**operations.ROWS, **files.ROWS, **bindings.ROWS}
+ROWS = {**operations.ROWS, **files.ROWS, **bindings.ROWS, **runs.ROWS}
 
 
 def main():
