@@ -13,12 +13,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from conftest import write_market
+import torchvision
+from conftest import write_image, write_market
 from thin import BINDINGS, ThinResNet, fitting_schedule
 
 from benchmarks.reliability.driver import Row, told
 from benchmarks.reliability.files import is_sentence, write_lists
-from mgn import config, evaluation, model, step, training
+from mgn import config, evaluation, step, training
 from mgn.data import loader
 from mgn.ops.errors import UserError
 
@@ -26,7 +27,7 @@ VALUES = ("'x'", "'False'", "''", '-1', '0', '2.5', '-0.5', '1e999', f'{10 ** 20
           '()', '(1,)', '(1, 2, 3)', '[]', '{}', '@market1501', '@market1501()', '@nothing', '%nothing')
 USED_BY = {'AdamW': ('make_optimizer.optimizer = @AdamW',), 'SGD': ('make_optimizer.optimizer = @SGD',),
            'multi_step': ('train.schedule = @multi_step', 'multi_step.warmup_steps = 0', 'multi_step.milestones = ()'),
-           'dukemtmcreid': ('dataset = @dukemtmcreid()',), 'market_layout': ('dataset = @market_layout()',)}
+           'msmt17': ('dataset = @msmt17()',), 'dukemtmcreid': ('dataset = @dukemtmcreid()',), 'market_layout': ('dataset = @market_layout()',)}
 THIN = (*BINDINGS, *fitting_schedule('total_steps = 1'), 'total_steps = 1', 'train.evaluate_every = 1')
 OF_GIN = 'macro', 'constant', 'singleton'
 
@@ -51,10 +52,13 @@ def shuffled():
 
 
 def prepare(folder):
-    model.make_resnet = lambda backbone, pretrained: ThinResNet()
+    thin_and_short([])
     write_market(folder / 'data')
     (folder / 'msmt').mkdir()
     write_lists(folder / 'msmt')
+    for part in ('train', 'test'):
+        for line in (folder / 'msmt' / 'list_train.txt').read_text().splitlines():
+            write_image(folder / 'msmt' / part / line.split()[0], 0)
     config.load([], [*THIN, f"data_root = '{folder}/data'"])
     training.train(str(folder / 'run'))
 
@@ -63,9 +67,20 @@ class Enough(BaseException):
     """A step has been trained, which is enough of a run that goes on."""
 
 
+class OfNoNetwork:
+    """ImageNet weights that cannot be downloaded."""
+    class IMAGENET1K_V1:
+        url = 'of torchvision'
+
+        @staticmethod
+        def get_state_dict(check_hash):
+            raise OSError('no network')
+
+
 def thin_and_short(steps):
     """The thin network, and an end before the second step. No crowd of workers: it would end the machine."""
-    model.make_resnet = lambda backbone, pretrained: ThinResNet()
+    torchvision.models.get_model = lambda backbone, weights: ThinResNet()
+    torchvision.models.get_model_weights = lambda backbone: OfNoNetwork
     real = step.train_step
 
     def one_step(*args):
@@ -83,11 +98,12 @@ def thin_and_short(steps):
     loader.start_workers = start_workers
 
 
-def used(given, run):
+def used(given, run, steps):
     """Trains, evaluates and extracts with the bindings, in a folder of its own."""
     with contextlib.suppress(Enough):
         config.load([], [*THIN, *given])
         training.train(str(run))
+    steps.clear()
     weights = f"weights = '{run.parent}/run/best.pth'"
     evaluation.evaluate_checkpoint(config.load_checkpoint([], [weights, f"output_dir = '{run}'", *given]))
     evaluation.extract_checkpoint(config.load_checkpoint([], [weights, f"features_dir = '{run}/features'", *given]))
@@ -101,7 +117,7 @@ def binding(rng, folder, number):
     with tempfile.TemporaryDirectory(dir=folder) as run, contextlib.chdir(run):
         try:
             used([f"data_root = '{folder}/{'msmt' if configurable == 'msmt17' else 'data'}'",
-                  *USED_BY.get(configurable, ()), given], Path(run))
+                  *USED_BY.get(configurable, ()), given], Path(run), steps)
         except UserError as error:
             said = error.message
             assert not steps, f'{given}: refused after the first step: {said}'
@@ -110,6 +126,8 @@ def binding(rng, folder, number):
         except Exception as error:
             raise AssertionError(f'{given}: {told(error)}') from error
         else:
+            if configurable in ('Adam', 'AdamW', 'SGD') and type(default) is int:
+                default = float(default)  # torch writes 0
             assert possible(value, default), f'{given} was accepted, although the default is {default!r}'
 
 

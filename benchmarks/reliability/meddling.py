@@ -45,7 +45,7 @@ def wait(phase, number, at, long):
             big = torch.rand(2000, 2000)
             torch.linalg.multi_dot([big] * 2000)
         else:
-            time.sleep(0.5)
+            time.sleep(1)
     before(PHASES[phase], number, stay)
 
 
@@ -100,7 +100,7 @@ def main(binary, meddle, *flags):
     from mgn import model
     torch.set_num_threads(1)
     model.make_resnet = lambda backbone, pretrained: ThinResNet()
-    if meddle := json.loads(meddle):
+    if meddle:
         MEDDLE[meddle[0]](*meddle[1:])
     sys.argv[1:] = flags
     runpy.run_module(f'mgn.{binary}', run_name='__main__', alter_sys=True)
@@ -108,4 +108,4 @@ def main(binary, meddle, *flags):
 
 if __name__ == '__main__':
     sys.path[:0] = os.environ['PYTHONPATH'].split(os.pathsep)
-    main(*sys.argv[1:])
+    main(sys.argv[1], json.loads(sys.argv[2]), *sys.argv[3:])
