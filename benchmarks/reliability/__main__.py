@@ -15,9 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT / 'tests'), str(ROOT / 'tests' / 'ops')]
 
-from benchmarks.reliability import bindings, driver, files, operations, runs  # noqa: E402
+from benchmarks.reliability import bindings, driver, files, operations, page, runs  # noqa: E402
 
-ROWS = {**operations.ROWS, **files.ROWS, **bindings.ROWS, **runs.ROWS}
+PARTS = {'Operations': operations.ROWS, 'Files': files.ROWS, 'Bindings': bindings.ROWS, 'Runs': runs.ROWS}
+ROWS = {name: row for rows in PARTS.values() for name, row in rows.items()}
 
 
 def main():
@@ -27,22 +28,25 @@ def main():
     parser.add_argument('--limit', type=float, help='seconds for each row')
     parser.add_argument('--case', type=int, help='run this case of one row alone')
     parser.add_argument('--anew', action='store_true', help='forget earlier results of these rows')
-    parser.add_argument('--store', default=ROOT / 'docs' / 'reliability.json', help='file of results')
+    parser.add_argument('--page', type=Path, default=ROOT / 'docs' / 'reliability.md',
+                        help='what is written; results are kept in a .json file beside it')
     args = parser.parse_args()
     names = [name for name in args.rows.split(',') if name]
     if unknown := set(names) - set(ROWS):
         sys.exit(f'There are no rows {", ".join(unknown)}; there are {", ".join(ROWS)}')
+    store = args.page.with_suffix('.json')
     for name in names:
         if args.case is not None:
             one_case(name, args.case)
             continue
         if args.anew:
-            driver.write(args.store, name, {})
-        result = driver.run_row(name, ROWS[name], args.scale, args.store, args.limit)
+            driver.write(store, name, {})
+        result = driver.run_row(name, ROWS[name], args.scale, store, args.limit)
         print(f'{name}: {result["done"]} of {result["cases"]} cases, {result["found"]} failures, '
               f'{result["seconds"]:.0f} s', flush=True)
         for failure in result['failures']:
             print(f'    {failure["count"]} × (case {failure["case"]}) {failure["message"]}', flush=True)
+        args.page.write_text(page.page(PARTS, driver.read(store)))
 
 
 def one_case(name, number):

@@ -27,7 +27,8 @@ VALUES = ("'x'", "'False'", "''", '-1', '0', '2.5', '-0.5', '1e999', f'{10 ** 20
           '()', '(1,)', '(1, 2, 3)', '[]', '{}', '@market1501', '@market1501()', '@nothing', '%nothing')
 USED_BY = {'AdamW': ('make_optimizer.optimizer = @AdamW',), 'SGD': ('make_optimizer.optimizer = @SGD',),
            'multi_step': ('train.schedule = @multi_step', 'multi_step.warmup_steps = 0', 'multi_step.milestones = ()'),
-           'msmt17': ('dataset = @msmt17()',), 'dukemtmcreid': ('dataset = @dukemtmcreid()',), 'market_layout': ('dataset = @market_layout()',)}
+           'msmt17': ('dataset = @msmt17()',),
+           'dukemtmcreid': ('dataset = @dukemtmcreid()',), 'market_layout': ('dataset = @market_layout()',)}
 THIN = (*BINDINGS, *fitting_schedule('total_steps = 1'), 'total_steps = 1', 'train.evaluate_every = 1')
 OF_GIN = 'macro', 'constant', 'singleton'
 

@@ -1,6 +1,7 @@
 """Runs the numbered cases of a row in forked processes, so that a crash or an endless loop is one more failure."""
 
 import contextlib
+import datetime
 import fcntl
 import json
 import os
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+
+from benchmarks.machine import cpu_model
 
 CHUNK = 200           # cases of one process
 STORED_EVERY = 5      # seconds
@@ -44,7 +48,8 @@ def random_of(name, number):
 def run_row(name, row, scale, store, limit=None):
     """Runs the cases that are left of a row. `store` is a file of {row: result}."""
     result = read(store).get(name) or {'done': 0, 'cases': 0, 'found': 0, 'failures': [], 'seconds': 0.0}
-    result['cases'] = max(result['done'], round(row.cases * scale), 1)
+    result.update(cases=max(result['done'], round(row.cases * scale), 1), date=f'{datetime.date.today():%Y-%m-%d}',
+                  machine=f'{cpu_model()}, {os.cpu_count()} cores', torch=torch.__version__)
     began = stored = time.monotonic()
     before, limit = result['seconds'], limit or row.limit
     with tempfile.TemporaryDirectory() as folder:
@@ -93,15 +98,12 @@ def outcomes(name, row, folder, numbers):
         work(name, row, folder, numbers, writer)
     os.close(writer)
     try:
-        with os.fdopen(reader) as lines:
+        with os.fdopen(reader, 'rb', buffering=0) as lines:
             for number in numbers:
-                until, line = row.seconds, ''
-                if select.select([lines], [], [], until)[0]:
-                    line = lines.readline()
-                else:
+                if not select.select([lines], [], [], row.seconds)[0]:
                     yield number, f'took more than {row.seconds} s'
                     return
-                if not line:
+                if not (line := lines.readline()):
                     status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
                     process = None
                     how = signal.Signals(-status).name if status < 0 else f'status {status}'
@@ -133,6 +135,8 @@ def work(name, row, folder, numbers, writer):
             except Exception as error:
                 failure = told(error)
             os.write(writer, (json.dumps(failure) + '\n').encode())
+            if failure:
+                break
     finally:
         os._exit(0)
 
@@ -146,8 +150,10 @@ def silence():
 def told(error):
     """The exception in a line, with the innermost place in this project's files."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__)
-              if re.search(r'/(mgn|tests|benchmarks)/', frame.filename)]
-    place = f' at {re.sub(".*/(?=mgn|tests|benchmarks)", "", frames[-1].filename)}:{frames[-1].lineno}' if frames else ''
+              if re.search(r'/(mgn|tests|benchmarks)/(?!.*site-packages)', frame.filename)]
+    place = ''
+    if frames:
+        place = f' at {re.sub(r".*/(?=(mgn|tests|benchmarks)/)", "", frames[-1].filename)}:{frames[-1].lineno}'
     message = ' '.join(str(error).split()) or (frames[-1].line if frames else '')
     return f'{type(error).__name__}: {message[:300]}{place}'
 
@@ -172,8 +178,10 @@ def read(store):
 
 def write(store, name, result):
     """Stores the result of one row, {} to forget it; several calls may run rows side by side."""
-    with open(f'{store}.lock', 'w') as lock:
+    lock = os.open(os.path.dirname(os.path.abspath(store)), os.O_RDONLY)
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        text = json.dumps({**read(store), name: result}, indent=1, ensure_ascii=False)
-        Path(f'{store}.new').write_text(text + '\n')
+        Path(f'{store}.new').write_text(json.dumps({**read(store), name: result}, indent=1, ensure_ascii=False) + '\n')
         os.replace(f'{store}.new', store)
+    finally:
+        os.close(lock)
