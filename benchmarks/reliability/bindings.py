@@ -8,10 +8,13 @@ import contextlib
 import functools
 import inspect
 import itertools
+import math
 import random
+import re
 import tempfile
 from pathlib import Path
 
+import gin
 import torch
 import torchvision
 from conftest import write_image, write_market
@@ -36,7 +39,8 @@ OF_GIN = 'macro', 'constant', 'singleton'
 @functools.cache
 def parameters():
     """(name to bind, its default) of all macros and of all parameters of configurables."""
-    found = [(name, inspect.Parameter.empty) for name in config.default_macros()]
+    config.parse([], [])
+    found = [(name, gin.query_parameter(f'%{name}')) for name in config.default_macros()]
     for name, configurable in sorted(config.configurables().items()):
         if name not in OF_GIN and configurable.__module__.split('.')[0] in ('mgn', 'torch'):
             found += [(f'{name}.{parameter.name}', parameter.default)
@@ -127,21 +131,26 @@ def binding(rng, folder, number):
         except Exception as error:
             raise AssertionError(f'{given}: {told(error)}') from error
         else:
-            if configurable in ('Adam', 'AdamW', 'SGD') and type(default) is int:
-                default = float(default)  # torch writes 0
-            assert possible(value, default), f'{given} was accepted, although the default is {default!r}'
+            assert possible(name, value, default), f'{given} was accepted, although the default is {default!r}'
 
 
-def possible(value, default):
-    """Whether the type of a value is that of the default."""
+def possible(name, value, default):
+    """Whether a value is like the default: of its type, and for numbers finite, and of its sign."""
     if not isinstance(default, (bool, int, float, str, tuple)):
         return True
     try:
         value = ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return False
-    like = {int: int, float: (int, float), tuple: (tuple, list)}.get(type(default), type(default))
-    return isinstance(value, like) and isinstance(value, bool) == isinstance(default, bool)
+    of_torch = name.split('.')[0] in ('Adam', 'AdamW', 'SGD')  # which writes 0 for 0.0, and checks signs itself
+    kind = float if of_torch and type(default) is int else type(default)
+    like = {float: (int, float), tuple: (tuple, list)}.get(kind, kind)
+    if not isinstance(value, like) or isinstance(value, bool) != isinstance(default, bool):
+        return False
+    if isinstance(value, (int, float)):
+        fraction = re.search('probability|smoothing|lambda', name)
+        return math.isfinite(value) and (of_torch or value >= 0) and (not fraction or value <= 1)
+    return True
 
 
 ROWS = {'bindings': Row('each parameter × a table of wrong values', len(shuffled()), binding, prepare,
