@@ -47,8 +47,8 @@ def evaluate_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset:
 
 
 @gin.configurable(denylist=['checkpoint'])
-def extract_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset: Dataset = gin.REQUIRED, device: str = 'auto',
-                       features_dir: str | None = None) -> None:
+def extract_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset: Dataset = gin.REQUIRED,
+                       device: str = 'auto', features_dir: str | None = None) -> None:
     """Writes the features of a loaded checkpoint on `dataset` into features_dir (`mgn.feature_files`)."""
     check_dataset(dataset)
     if features_dir is None:

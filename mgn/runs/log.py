@@ -1,8 +1,8 @@
 """What a run reports: metrics.jsonl, TensorBoard events if that package is installed, progress bars or plain lines."""
 
 import json
-import math
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -68,7 +68,8 @@ class RunLog:
 def aligned(heading, evaluations):
     """A table in per cent: a row for each of {label: {measure: number}}, below `heading` and the names in METRICS."""
     rows = [[heading, *METRICS]]
-    rows += [[label, *(f'{100 * results.get(name, math.nan):.2f}' for name in METRICS)] for label, results in evaluations.items()]
+    rows += [[label, *(f'{100 * results.get(name, math.nan):.2f}' for name in METRICS)]
+             for label, results in evaluations.items()]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return '\n'.join('  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 
