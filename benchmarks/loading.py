@@ -77,8 +77,8 @@ def check(paths):
 def main():
     warnings.simplefilter('ignore')  # fast-reid uses types that torch will remove
     torch.set_num_threads(1)
-    print(f'{cpu_model()}, 1 thread, torch {torch.__version__}, Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}; '
-          f'images per second of a core, medians of {BATCHES} batches in turn')
+    print(f'{cpu_model()}, 1 thread, torch {torch.__version__}, Pillow {PIL.__version__}, simplejpeg '
+          f'{simplejpeg.__version__}; images per second of a core, medians of {BATCHES} batches in turn')
     works = {'fast-reid': fastreid_chain, 'torchvision': torchvision_chain,
              'loader_and_augmentation': loader_and_augmentation, 'loader': loader, 'decode_only': decode_only,
              'pillow_only': pillow_only}

@@ -151,8 +151,8 @@ def read_market_layout(name, root, aliases=('',), published=None, camera_require
                         f'among others with one; rename it as in 0002_c1_….jpg')
     for sample in parts[0] + parts[1]:
         if sample.pid < 1:
-            raise UserError(f'Identities of {TRAIN} and {QUERY} are numbered from 1 on, as 0 means nobody in this layout, '
-                            f'but {sample.path} has {sample.pid}; number people from 1 on')
+            raise UserError(f'Identities of {TRAIN} and {QUERY} are numbered from 1 on, as 0 means nobody in this '
+                            f'layout, but {sample.path} has {sample.pid}; number people from 1 on')
     parts = [[sample._replace(camid=sample.camid or 0) for sample in part] for part in parts]
     return report(Dataset(name, folder, *parts, not_to_train), published)
 

@@ -17,6 +17,6 @@ def generator(seed, purpose, *place):
     Raises UserError for a seed that is no integer from 0 to 2⁶⁴ − 1: torch takes no others.
     """
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2 ** 64:
-        raise UserError(f'A seed must be an integer from 0 to {2 ** 64 - 1}, but it is {seed!r}; bind another one, e.g. '
-                        f'seed = 0')
+        raise UserError(f'A seed must be an integer from 0 to {2 ** 64 - 1}, but it is {seed!r}; bind another one, '
+                        f'e.g. seed = 0')
     return np.random.default_rng((seed, purpose, *place))

@@ -53,11 +53,12 @@ def mutated(content, rng):
     for _ in range(rng.choice((1, 1, 2, 4, 8))):
         place = rng.randrange(len(content) if rng.random() < 0.6 else min(len(content), 200))
         end = place + rng.choice((1, 1, 2, 4, 30))
-        start, put = rng.choice((
-            (place + 1, bytes([content[place] ^ 1 << rng.randrange(8)])), (place + 1, rng.choice(b'\x00\x01\x7f\x80\xff')),
+        behind, put = rng.choice((
+            (place + 1, bytes([content[place] ^ 1 << rng.randrange(8)])),
+            (place + 1, rng.choice((b'\x00', b'\x01', b'\x7f', b'\x80', b'\xff'))),
             (end, b''), (place, content[place:end]), (place, rng.randbytes(end - place)),
             (place + 4, struct.pack('>I', rng.choice((0, 1, 2 ** 16 - 1, 2 ** 31 - 1, 2 ** 32 - 1))))))
-        content[place:start] = put if isinstance(put, (bytes, bytearray)) else bytes([put])
+        content[place:behind] = put
         if rng.random() < 0.05:
             del content[place:]
         content = content or bytearray(1)

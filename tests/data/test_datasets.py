@@ -141,7 +141,8 @@ def test_market_layout_without_cameras_gives_camera_0(tmp_path, caplog):
     write_names(tmp_path, ['2_1.png', '13_a.jpg', '-1_2.png'], ['1_1.png'], ['1_2.png', '0_1.png'])
     with caplog.at_level(logging.WARNING, 'mgn'):
         dataset = datasets.market_layout(str(tmp_path))
-    assert [[(s.pid, s.camid) for s in part] for part in dataset[2:5]] == [[(13, 0), (2, 0)], [(1, 0)], [(0, 0), (1, 0)]]
+    ids = [[(sample.pid, sample.camid) for sample in part] for part in dataset[2:5]]
+    assert ids == [[(13, 0), (2, 0)], [(1, 0)], [(0, 0), (1, 0)]]
     assert not caplog.records  # there are no published counts to miss
 
 

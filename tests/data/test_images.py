@@ -10,7 +10,7 @@ from PIL import Image
 from mgn.data.augmentation import Augmentation
 from mgn.data.datasets import Sample
 from mgn.data.images import TestBatches as EvaluationBatches  # under its own name pytest would collect it
-from mgn.data.images import RESIZE_GROUP, TrainBatches, to_batch
+from mgn.data.images import TrainBatches, to_batch
 from mgn.data.loader import start_workers
 from mgn.data.sampler import IdentitySampler
 from mgn.ops.errors import UserError
@@ -54,13 +54,13 @@ def test_resizing_equals_pils_antialiased_bicubic_within_two_levels(tmp_path, so
 
 
 def test_a_batch_holds_what_each_of_its_images_alone_becomes():
-    """Of several sizes in turn, of each more than are resized at a time."""
-    sizes = (31, 33), SIZE, (12, 24)
-    images = [torch.from_numpy(smooth_pixels(*sizes[i % 3], seed=i)).permute(2, 0, 1)
-              for i in range(3 * RESIZE_GROUP + 4)]
-    batch = to_batch(images, SIZE)
-    assert batch.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(batch, torch.cat([to_batch([image], SIZE) for image in images]))
+    """Of several sizes in turn, and all of one size."""
+    sizes = (31, 33), SIZE, (12, 24), (1, 1)
+    images = [torch.from_numpy(smooth_pixels(*sizes[i % 4], seed=i)).permute(2, 0, 1) for i in range(35)]
+    for part in (images, *(images[i::4] for i in range(4))):
+        batch = to_batch(part, SIZE)
+        assert batch.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(batch, torch.cat([to_batch([image], SIZE) for image in part]))
 
 
 def test_a_training_batch_holds_the_samplers_images_labels_and_draws(tmp_path):
