@@ -32,12 +32,13 @@ template <typename T, typename Lanes> TARGET inline int compress(const Lanes& va
 
 // Copies what is not below `low` (NaN is not) to the front of `kept`, which may be `values` and has 16 places more.
 template <typename T, bool negated> TARGET int keep(const T* values, int n, T low, T* kept) {
-  typedef T Lanes __attribute__((vector_size(VECTOR_BYTES), aligned(alignof(T))));
+  typedef T Lanes __attribute__((vector_size(VECTOR_BYTES)));  // aligned, as compress takes them
+  typedef Lanes Loaded __attribute__((aligned(alignof(T))));
   constexpr int lanes = VECTOR_BYTES / int(sizeof(T));
   int count = 0, j = 0;
   for (; j + 2 * lanes <= n; j += 2 * lanes) {
-    Lanes first = *reinterpret_cast<const Lanes*>(values + j),
-          second = *reinterpret_cast<const Lanes*>(values + j + lanes);
+    Lanes first = *reinterpret_cast<const Loaded*>(values + j),
+          second = *reinterpret_cast<const Loaded*>(values + j + lanes);
     if (negated) first = -first, second = -second;
     if (all_set((first < low) & (second < low))) continue;
     count += compress(first, low, kept + count);
