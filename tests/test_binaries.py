@@ -152,6 +152,23 @@ def test_a_killed_run_started_again_ends_as_if_nothing_had_happened_and_a_termin
         {name: line[name] for name in line.keys() - timings} for line in metrics(folder)]
 
 
+def test_on_a_terminal_without_a_size_steps_are_plain_lines(home):
+    terminal, inner = pty.openpty()
+    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack('4H', 0, 0, 0, 0))  # as under script(1)
+    process = start(home, '-m', 'mgn.train', *FLAGS, "--gin_bindings=output_dir = 'sizeless'",
+                    '--gin_bindings=total_steps = 1', '--gin_bindings=workers = 0', stdout=inner)
+    os.close(inner)
+    shown = read_all(terminal)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert re.search(r'I step 1: loss \d', shown) and 'step/s' not in shown
+
+
+def test_help_names_the_flags_with_examples(home):
+    code, out, err = run(home, '-m', 'mgn.eval', '--help')
+    assert '--gin_file=gin/market.gin' in out and '--gin_bindings="data_root=\'datasets\'"' in out
+
+
 def read_all(descriptor):
     chunks = []
     while True:

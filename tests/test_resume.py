@@ -177,7 +177,8 @@ def test_a_checkpoint_of_an_older_version_without_losses_resumes(market, tmp_pat
 
 def test_the_best_checkpoint_is_read_once_and_the_last_one_not_at_all_after_the_start(market, copy, monkeypatch):
     read, real = [], checkpoint.load
-    monkeypatch.setattr(checkpoint, 'load', lambda path: (read.append(os.path.basename(path)), real(path))[1])
+    monkeypatch.setattr(checkpoint, 'load', lambda path, **options: (
+        read.append(os.path.basename(path)), real(path, **options))[1])
     train(market, copy, 'total_steps = 16')
     assert read == ['last.pth', 'best.pth']
 
@@ -225,6 +226,29 @@ def test_another_optimizer_is_refused(market, tmp_path, before, after):
 def test_weights_alone_are_refused(market, copy):
     shutil.copy(copy / 'best.pth', copy / 'last.pth')
     refuses(market, copy, 'last.pth holds weights alone, .*the whole state of a run')
+
+
+@pytest.mark.parametrize('change', [
+    {'config': 5}, {'config': None}, {'num_classes': '6'}, {'step': None}, {'step': -1}, {'step': 2.0}, {'model': []},
+    {'model': {'trunk.0.weight': 3}}, {'losses': 'x'}, {'average': [1]}, {'mAP': 'x'}, {'optimizer': None},
+    {'optimizer': {}}, {'optimizer': {'state': {0: {'exp_avg': torch.zeros(3)}}, 'param_groups': []}},
+    {'optimizer_class': 7}, {'meter': None}, {'meter': {}}, {'meter': {'names': ['a'], 'sums': None, 'count': 1}},
+    {'meter': {'names': ['a'], 'sums': torch.zeros(2), 'count': 1}}], ids=str)
+def test_a_checkpoint_with_a_field_that_is_missing_or_of_another_type_is_refused(market, copy, change):
+    content = torch.load(copy / 'last.pth')
+    whole = {key: value for key, value in {**content, **change}.items() if value is not None or key not in change}
+    torch.save(whole, copy / 'last.pth')
+    refuses(market, copy, '(?s)last.pth')
+
+
+@pytest.mark.parametrize('value', [
+    torch.zeros(8, 3, 7, 7, dtype=torch.complex64), torch.zeros(8, 3, 7, 7).to_sparse(),
+    torch.zeros(8, 3, 7, 7, dtype=torch.int32), torch.zeros(8, 3, 7, 7, device='meta')], ids=lambda v: str(v.dtype))
+def test_weights_of_another_kind_are_refused(market, copy, value):
+    content = torch.load(copy / 'last.pth')
+    content['model']['trunk.0.weight'] = value
+    torch.save(content, copy / 'last.pth')
+    refuses(market, copy, 'trunk.0.weight has type')
 
 
 def flip_a_bit(path, place):
