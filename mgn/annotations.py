@@ -7,7 +7,7 @@ import typing
 
 from gin.config import ConfigurableReference
 
-WORDS = {bool: 'True or False', int: 'an integer', float: 'a finite number', str: 'a string in quotes',
+WORDS = {bool: 'True or False', int: 'an integer', float: 'a finite number', str: 'a string in quotes that is not empty',
          types.NoneType: 'None'}
 UNIONS = typing.Union, types.UnionType
 
@@ -15,8 +15,8 @@ UNIONS = typing.Union, types.UnionType
 def fits(value, annotation):
     """Whether a gin value (a literal, or a ConfigurableReference) may be bound to a parameter with this annotation.
 
-    An integer fits where a number is asked for, and a list where a tuple is. True and False are no numbers. A reference
-    fits by the class that it refers to, or by what its function is annotated to return, if it is.
+    An integer fits where a number is asked for, and a list where a tuple is. True and False are no numbers, and '' is
+    no string. A reference fits by the class that it refers to, or by what its function is annotated to return, if it is.
     """
     kind, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if kind in UNIONS:
@@ -32,7 +32,7 @@ def fits(value, annotation):
         return len(value) == len(expected) and all(map(fits, value, expected))
     if annotation is float:
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
-    return type(value) is annotation
+    return type(value) is annotation and value != ''
 
 
 def makes(reference, annotation):

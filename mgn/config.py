@@ -164,11 +164,6 @@ def check_names(config):
 def absolute_paths(config):
     """The paths of this call become absolute. That of the data stays as it is: a checkpoint keeps it."""
     paths = {(name, MACRO, 'value'): config[name, MACRO]['value'] for name in NOT_SAVED}
-    for (scope, selector), parameters in config.items():
-        for name, value in parameters.items():
-            if value == '' and (name == 'root' or scope in {*NOT_SAVED, 'data_root'}):
-                raise UserError(f"{scope if selector == MACRO else f'{selector}.{name}'} must be a path, not ''; bind "
-                                f"'.' for the working folder")
     return {key: os.path.abspath(os.path.expanduser(path)) for key, path in paths.items() if path and type(path) is str}
 
 

@@ -35,7 +35,6 @@ def evaluate_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset:
     weights: the checkpoint's path. output_dir: None means the working folder.
     features_dir: a folder written by mgn.extract, whose features are read in place of the images.
     """
-    check_folder(features_dir)
     device = find_device(device)
     model = load_for_features(checkpoint, weights, device)
     results = {'weights': weights, 'step': checkpoint['step'],
@@ -53,15 +52,8 @@ def extract_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset: 
     check_dataset(dataset)
     if features_dir is None:
         raise UserError("mgn.extract needs a folder for the features; give --gin_bindings=\"features_dir='features'\"")
-    check_folder(features_dir)
     device = find_device(device)
     write_features(load_for_features(checkpoint, weights, device), dataset, Extractor(device), features_dir)
-
-
-def check_folder(features_dir):
-    if features_dir == '':
-        raise UserError("features_dir must be the path of a folder, not ''; bind features_dir = '.' for the working "
-                        "folder")
 
 
 def load_for_features(checkpoint, weights, device):

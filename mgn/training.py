@@ -19,7 +19,7 @@ from mgn.data.sampler import IdentitySampler
 from mgn.data.loader import count_unreadable, load_batches
 from mgn.devices import find_device, resolve_precision
 from mgn.evaluation import evaluate
-from mgn.features import check_alike
+from mgn.features import check_alike, check_size
 from mgn.losses import check_reference, make_losses, mgn_losses
 from mgn.model import MGN
 from mgn.ops import implementation
@@ -131,6 +131,7 @@ class Training:
             integer(getattr(self, name), f'train.{name}', low, high, f'bind train.{name} anew')
         if self.clip_gradient_norm is not None:
             real(self.clip_gradient_norm, 'train.clip_gradient_norm', 1e-30, math.inf, 'None clips nothing')
+        check_size(self.input_size, 'train.input_size')
         check_dataset(self.dataset, to_train=True)
         self.schedule(0, self.total_steps)  # refuses what does not fit
         self.output_dir = os.path.abspath(os.path.expanduser(self.output_dir or self.default_output_dir))

@@ -320,12 +320,6 @@ def test_options_out_of_range_are_refused_before_an_image_is_read(model, folder,
         evaluate(model, market_layout(str(folder)), CPU, extractor=extractor(), **options)
 
 
-@pytest.mark.parametrize('run', [evaluation.evaluate_checkpoint, evaluation.extract_checkpoint])
-def test_an_empty_text_is_no_folder_of_features(folder, run):
-    with pytest.raises(ValueError, match="features_dir must be .* not ''; bind features_dir = '.' for the"):
-        run({}, weights='x', dataset=market_layout(str(folder)), features_dir='')
-
-
 @pytest.fixture
 def saved(model, folder, tmp_path):
     """A checkpoint of `model` as training writes it."""

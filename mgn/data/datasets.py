@@ -94,7 +94,6 @@ def market_layout(root: str) -> Dataset:
 
     Without cameras every camid is 0; evaluate then with evaluate.cross_camera = False.
     """
-    check_root(root)
     root = os.path.abspath(os.path.expanduser(root))
     return read_market_layout(os.path.basename(root), root, camera_required=False)
 
@@ -102,7 +101,6 @@ def market_layout(root: str) -> Dataset:
 @gin.configurable
 def pedestrians(root: str, seed: int = 0) -> Dataset:
     """Drawn pedestrians, written under `root` on first use, then read as any data set (mgn/data/pedestrians.py)."""
-    check_root(root)
     try:
         drawn_pedestrians.write_pedestrians(os.path.expanduser(root), seed)
     except OSError as error:
@@ -114,18 +112,12 @@ def pedestrians(root: str, seed: int = 0) -> Dataset:
 TRAIN, QUERY, GALLERY = MARKET_FOLDERS = ('bounding_box_train', 'query', 'bounding_box_test')
 
 
-def check_root(root):
-    if not root:
-        raise UserError("The folder of the data set has an empty name; bind data_root, e.g. data_root='datasets'")
-
-
 def find_folder(root, aliases, to_train, to_evaluate):
     """The first root/alias that holds all files to train and to evaluate, or else those to evaluate; and a sentence.
 
     The sentence lists every path tried; it is empty where nothing is missing. It is the message of a MissingFile where
     no root/alias holds the files to evaluate.
     """
-    check_root(root)
     root = os.path.abspath(os.path.expanduser(root))
     folders = [os.path.join(root, alias) if alias else root for alias in aliases]
     contents = *to_train, *to_evaluate

@@ -270,13 +270,6 @@ def test_numbers_that_64_bits_do_not_hold_are_refused(tmp_path, name):
         datasets.market1501(str(tmp_path))
 
 
-@pytest.mark.parametrize('read', [datasets.market1501, datasets.dukemtmcreid, datasets.msmt17, datasets.market_layout,
-                                  datasets.pedestrians])
-def test_a_root_without_a_name_is_refused(read):
-    with pytest.raises(ValueError, match="The folder of the data set has an empty name; bind data_root"):
-        read('')
-
-
 def test_a_file_in_place_of_a_folder_and_a_folder_in_place_of_a_list_are_named(tmp_path):
     write_names(tmp_path, ['0002_c1s1_1.jpg'], [], ['0001_c1s1_1.jpg'])
     (tmp_path / 'query').touch()
