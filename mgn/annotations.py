@@ -7,8 +7,8 @@ import typing
 
 from gin.config import ConfigurableReference
 
-WORDS = {bool: 'True or False', int: 'an integer', float: 'a finite number', str: 'a string in quotes that is not empty',
-         types.NoneType: 'None'}
+WORDS = {bool: 'True or False', int: 'an integer', float: 'a finite number', types.NoneType: 'None',
+         str: 'a string in quotes that is not empty'}
 UNIONS = typing.Union, types.UnionType
 
 
@@ -16,7 +16,7 @@ def fits(value, annotation):
     """Whether a gin value (a literal, or a ConfigurableReference) may be bound to a parameter with this annotation.
 
     An integer fits where a number is asked for, and a list where a tuple is. True and False are no numbers, and '' is
-    no string. A reference fits by the class that it refers to, or by what its function is annotated to return, if it is.
+    no string. A reference fits by the class that it refers to, or by what its function is annotated to return.
     """
     kind, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if kind in UNIONS:

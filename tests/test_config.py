@@ -504,8 +504,9 @@ def test_values_that_fit_are_taken(binding):
     config.load([], binding.split('\n'))
 
 
-@pytest.mark.parametrize('name', ['data_root', 'output_dir', 'weights', 'features_dir', 'market1501.root', 'msmt17.root',
-                                  'dukemtmcreid.root', 'market_layout.root', 'pedestrians.root'])
+@pytest.mark.parametrize('name', [
+    'data_root', 'output_dir', 'weights', 'features_dir', 'market1501.root', 'msmt17.root', 'dukemtmcreid.root',
+    'market_layout.root', 'pedestrians.root'])
 def test_an_empty_path_is_refused(name):
     with pytest.raises(UserError, match=f"{name} must be a string in quotes that is not empty.*, found ''"):
         config.load([], [f"{name} = ''"])
