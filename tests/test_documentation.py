@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = ['README.md', *sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'docs').glob('*.md'))]
 RECIPES = sorted(path.name for path in (ROOT / 'gin').glob('*.gin'))
 Block = namedtuple('Block', 'mark language text')
-BLOCK = re.compile(r'(?:<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$', re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r'(?:<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$', re.M | re.S)
 MARK = re.compile(r'run|run short|run after (?P<page>\S+\.md)|file (?P<file>[\w.]+)|ci:(?P<ci>\w+)|not run: \S.*')
 # Two steps on small images by a small network without downloaded weights; evaluation finds all this in the checkpoint.
 SHORT = ('total_steps=2', 'input_size=(64, 32)', 'P=4', 'K=2', 'workers=1', "device='cpu'", "MGN.backbone='resnet18'",
