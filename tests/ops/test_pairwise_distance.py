@@ -70,6 +70,8 @@ def test_distances_equal_the_formula(implementation, device, metric, dtype, n, m
 @pytest.mark.parametrize('n', [1, 8, 9, 32, 64, 256, 300])
 def test_many_sizes_equal_the_formula(implementation, device, metric, dtype, n):
     for m, width in itertools.product([1, 15, 17, 63, 65, 1100], [1, 31, 65, 300]):
+        if n * m * width > 2 ** 24:
+            continue  # the naive float64 differences take seconds; a smaller n has this m and width
         x, y = (random_features(rows, width, dtype=dtype, seed=rows, device=device) for rows in (n, m))
         assert_right(pairwise_distance(x, y, metric), x, y, metric)
 
