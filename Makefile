@@ -13,7 +13,7 @@ long:        # every test, and twenty times the random cases
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1
 sanitize:    # the CPU operations under AddressSanitizer and UndefinedBehaviorSanitizer, built in a copy of this folder
 	rm -rf build/sanitize && mkdir -p build/sanitize
-	tar c --exclude='*.so' csrc gin mgn tests pyproject.toml setup.py README.md LICENSE | tar x -C build/sanitize
+	tar c --exclude='*.so' benchmarks csrc gin mgn tests pyproject.toml setup.py README.md LICENSE | tar x -C build/sanitize
 	cd build/sanitize && MGN_CUDA=0 CFLAGS='$(SANITIZERS)' LDFLAGS='$(SANITIZERS)' python setup.py build_ext --inplace
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \

@@ -187,8 +187,8 @@ def test_an_install_without_a_fitting_toolkit_says_why_in_one_line(tmp_path, cas
 def test_windows_is_refused_in_one_sentence():
     done = run_program("import runpy, setuptools, sys, torch; sys.platform = 'win32'; runpy.run_path('setup.py')")
     assert done.returncode == 1
-    assert done.stderr == ('mgn: Windows is not supported; install it on Linux or macOS, or in the Windows Subsystem for '
-                           'Linux\n')
+    assert done.stderr == ('mgn: Windows is not supported; install it on Linux or macOS, or in the Windows Subsystem '
+                           'for Linux\n')
 
 
 def test_an_install_without_a_compiler_says_so_in_one_line():
