@@ -57,14 +57,6 @@ class FunctionLosses(nn.Module):
         self.forward = function
 
 
-def check_reference():
-    """Raises UserError where gin is to make the losses itself, without their arguments and before the seed is set."""
-    reference = str(gin.get_bindings('train', resolve_references=False).get('losses'))
-    if reference.endswith('()'):
-        raise UserError(f'train.losses = {reference} would be made before the seed is set. Bind the class without '
-                        f'parentheses: train.losses = {reference[:-2]}')
-
-
 def make_losses(losses, num_classes, branches, embedding_dim):
     """What `train.losses` refers to, as a module that is called like mgn_losses: (output, labels[, candidates,
     candidate_labels]) → {name: scalar}.

@@ -20,7 +20,7 @@ from mgn.data.loader import count_unreadable, load_batches
 from mgn.devices import find_device, resolve_precision
 from mgn.evaluation import evaluate
 from mgn.features import check_alike, check_size
-from mgn.losses import check_reference, make_losses, mgn_losses
+from mgn.losses import make_losses, mgn_losses
 from mgn.model import MGN
 from mgn.ops import implementation
 from mgn.ops.arguments import integer, real
@@ -57,7 +57,6 @@ def train(default_output_dir):
     are each process's own unless sync_bn. Running statistics are averaged over the processes where a checkpoint is
     written or the model is evaluated.
     """
-    check_reference()
     return Training(default_output_dir).run()
 
 

@@ -205,7 +205,8 @@ def test_a_mistake_of_one_process_is_reported_once(home, tmp_path):
 
 def evaluate(folder, weights, *bindings, processes=1, module='mgn.eval'):
     folder.mkdir(exist_ok=True)
-    flags = [f'--gin_bindings={binding}' for binding in (f"weights = '{weights}'", *bindings)]
+    data = f"data_root = '{weights.parent.parent / 'data'}'"
+    flags = [f'--gin_bindings={binding}' for binding in (f"weights = '{weights}'", data, *bindings)]
     if processes > 1:
         run = torchrun(processes, '-m', module, *flags, cwd=folder)
     else:

@@ -279,7 +279,7 @@ def test_the_meter_means_since_the_last_reading(tmp_path):
         assert meter.read(str(tmp_path)) == pytest.approx({'a': a, 'b': b})
 
 
-@pytest.mark.parametrize('name', ['cuda:99', 'mps:99', 'gpu', ''])
+@pytest.mark.parametrize('name', ['cuda:99', 'mps:99', 'gpu'])
 def test_a_device_that_is_not_there_is_a_clear_error(market, tmp_path, name):
     with pytest.raises(ValueError, match=f"The device '{name}' is not .* this machine.*bind device = 'cpu' or 'auto'"):
         train(market, tmp_path, f"device = '{name}'")
