@@ -54,7 +54,7 @@ def refused(read):
 
 
 def is_sentence(message):
-    return len(message.split()) >= 4 and 'Traceback' not in message and ' object ' not in message
+    return len(message.split()) >= 4 and not re.search(r"Traceback|'\w+' object ", message)
 
 
 def any_file(rng, folder, pattern):
@@ -85,7 +85,7 @@ def image(suffix):
         source = any_file(rng, folder, f'?.{suffix}')
         path = folder / f'damaged.{suffix}'
         path.write_bytes(mutated(rng, source.read_bytes()))
-        got = refused(lambda: images.decode(str(path)))
+        got = refused(lambda: images.Decoder()(str(path)))
         if got is None:
             return
         assert got.dtype == torch.uint8 and got.ndim == 3 and len(got) == 3 and got.numel() < 3 * 2 ** 28
@@ -161,7 +161,9 @@ def last(rng, folder, number):
         changed = with_a_wrong_field(rng, content)
         checkpoint.save(str(path), content)
         got = refused(lambda: restored(checkpoint.load(str(path)), path))
-        assert got is None or kinds({'format': '', **got}) == expected, f'accepted with a wrong {changed}'
+        # A parameter without a state is one that had no gradient yet.
+        unseen = re.fullmatch(r'optimizer\.state\.\d+', changed)
+        assert got is None or unseen or kinds({'format': '', **got}) == expected, f'accepted with a wrong {changed}'
         return
     path.write_bytes(mutated(rng, original.read_bytes()))
     got = refused(lambda: checkpoint.load(str(path)))
@@ -247,7 +249,8 @@ def list_file(rng, folder, number):
     (root / path.name).write_bytes(data)
     got = refused(lambda: datasets.msmt17(str(root)))
     if got is not None:
-        lines = [line.split() for line in data.decode().split('\n') if line.strip()]
+        lines = [line.split() for line in re.split('\r\n|\r|\n', data.decode('utf-8-sig', 'surrogateescape'))
+                 if line.strip()]
         expected = [(f'{root}/train/{name}', int(pid), int(name.split('/')[-1].split('_')[2])) for name, pid in lines]
         assert list(map(tuple, got.train)) == expected
 

@@ -10,7 +10,7 @@ import sys
 import time
 
 PHASES = {  # where the time of a binary goes: the functions that it is in
-    'decoding': 'mgn.data.images.decode', 'features': 'mgn.features.Extractor.forward',
+    'decoding': 'mgn.data.images.Decoder.__call__', 'features': 'mgn.features.Extractor.forward',
     'ranking': 'mgn.evaluation.match_ranks', 're-ranking': 'mgn.evaluation.k_reciprocal_ranks',
     'step': 'mgn.training.train_step', 'writing': 'os.fsync', 'results': 'mgn.evaluation.write_results',
     'results of training': 'mgn.training.write_results'}
@@ -61,17 +61,17 @@ def workers(counter, numbers, seconds):
     import torch.utils.data
 
     from mgn.data import images
-    real = images.decode
+    real = images.Decoder.__call__
 
-    def decode(path):
+    def decode(self, path):
         if torch.utils.data.get_worker_info():
             with open(counter, 'ab') as file:
                 file.write(b'.')
                 number = file.tell()
             if number in numbers:
                 time.sleep(seconds) if seconds else os.kill(os.getpid(), signal.SIGKILL)
-        return real(path)
-    images.decode = decode
+        return real(self, path)
+    images.Decoder.__call__ = decode
 
 
 def die(number):

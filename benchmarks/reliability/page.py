@@ -31,7 +31,8 @@ def page(rows, results):
     lines = ['# Reliability', '',
              'After reading this page you know what was tried to make this project crash, lose a checkpoint, tell a '
              'wrong number or stop without a remedy, and what was found. Written by this command, which continues '
-             'where it was interrupted:', '', '<!-- not run: it takes hours -->', '```', 'python -m benchmarks.reliability', '```', '',
+             'where it was interrupted:', '', '<!-- not run: it takes hours -->', '```',
+             'python -m benchmarks.reliability', '```', '',
              f'**Failures that are open: {found:,}.** ' + ('Each is listed [below](#open).' if found else '')]
     for title, of_part in rows.items():
         lines += ['', f'## {title}', '', PARTS[title], '', '| what | `--rows=` | cases | open | seconds | found and '

@@ -6,6 +6,7 @@ and a run starts at any step. Only constructors read gin: workers that are spawn
 
 import contextlib
 import io
+import os
 import re
 import warnings
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from mgn.ops.errors import FileError, UserError
 FORMATS = 'JPEG', 'PNG', 'GIF', 'WEBP'
 APP1 = re.compile(b'\xff\xe1')  # marks the segment of a JPEG file that EXIF data are in; a search by `in` takes longer
 PILLOWS_LIMIT = 178_956_970  # pixels
-LARGEST_FILE = 2 ** 30  # bytes that are read; those of an image within Pillow's limit are fewer
+LARGEST_FILE = 2 ** 30  # bytes; those of an image within Pillow's limit are fewer
 
 # Pillow warns of large images, odd palettes and damaged EXIF data: once in every worker process.
 warnings.filterwarnings('ignore', module=r'PIL\.')
@@ -64,7 +65,9 @@ class Decoder:
         """FileError naming the path and a reason: missing, damaged, too large, an animation, or no image."""
         try:
             with open(path, 'rb') as file:
-                content = file.read(LARGEST_FILE)
+                if os.fstat(file.fileno()).st_size > LARGEST_FILE:
+                    raise ValueError(f'a file of more than {LARGEST_FILE} bytes; replace it by a smaller image')
+                content = file.read()
             return torch.from_numpy(self.pixels(content)).permute(2, 0, 1)
         except Image.DecompressionBombError:
             reason = self.too_large()

@@ -73,7 +73,7 @@ class State:
         if content['num_classes'] != self.num_classes:
             raise UserError(f'{path} was trained on {content["num_classes"]} identities, but the data set has '
                             f'{self.num_classes}. Bind the data set it was trained on, or another output_dir.')
-        if 'optimizer' not in content:
+        if not isinstance(content.get('optimizer'), dict) or not isinstance(content.get('meter'), dict):
             raise UserError(f'{path} holds weights alone, but training resumes only from the whole state of a run. '
                             f'Move the file, or bind another output_dir.')
         logger.info('resuming from %s, step %d', path, content['step'])
@@ -167,7 +167,7 @@ def load(path, mmap=False):
         raise UserError(f'{path} is no checkpoint of mgn.train: it holds something else. Give another file; '
                         f'ImageNet weights go into MGN.pretrained.')
     for name, kind in FIELDS.items():
-        if not isinstance(content.get(name), kind) or name == 'step' and content[name] < 0:
+        if not isinstance(content.get(name), kind) or name == 'step' and not 0 <= content[name] < 2 ** 31:
             raise UserError(f'{path} is no checkpoint of mgn.train: its field {name!r} holds '
                             f'{content.get(name)!r:.60}. Give another file.')
     return content

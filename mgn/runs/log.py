@@ -81,9 +81,10 @@ def read_records(path):
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            record['step'] + 0
+            if not isinstance(record, dict) or not isinstance(record.get('step'), int):
+                raise ValueError
             records.append(record)
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, RecursionError):
             if number < len(lines):
                 raise UserError(f'Line {number} of {path} is no JSON object with a step: {line!r:.200}. '
                                 f'Repair or move the file.') from None
