@@ -48,7 +48,7 @@ def test_each_kind_of_failure_is_counted_and_the_next_call_skips_what_is_done(tm
         assert failure['message'].startswith(message)
     assert 'Failures that are open: 4.' in page and '| `topk` | topk | 0 of 20,000 |' in page
     assert re.search(r'\| a row of six \| six \| 6 of 12 \| 4 \| \d+ \|', page)
-    assert '- 1 ×, e.g. case 2: `the process ended with SIGSEGV`' in page
+    assert '- 1 ×, e.g. case 2: the process ended with SIGSEGV' in page
     results, _ = reliability(tmp_path, '--rows=six', '--scale=0.67')  # two more
     assert (tmp_path / 'ran').read_text().split() == [str(number) for number in range(8)]
     assert (results['six']['done'], results['six']['found'], results['six']['failures'][0]['count']) == (8, 5, 2)

@@ -272,13 +272,19 @@ def metrics(rng, folder, number):
 
 
 ROWS = {
-    'jpeg': Row('JPEG images', CASES, image('jpg'), write_images, memory=GIGABYTE),
-    'png': Row('PNG images', CASES, image('png'), write_images, memory=GIGABYTE),
-    'last': Row('`last.pth`, to resume from', CASES, last, write_run, memory=2 * GIGABYTE),
-    'best': Row('`best.pth`, to evaluate', CASES, best, write_run, memory=2 * GIGABYTE),
-    'features': Row('features, ids and paths (`.npy`)', CASES, features('*.npy'), write_features, memory=2 * GIGABYTE),
+    'jpeg': Row('JPEG images', CASES, image('jpg'), write_images, memory=GIGABYTE,
+                mended='orientation ignored; 13 GB for a header of 2.5 kB; a buffer of 1 GB for every file'),
+    'png': Row('PNG images', CASES, image('png'), write_images, memory=GIGABYTE,
+               mended='crashes of the decoder; messages such as "Internal error"'),
+    'last': Row('`last.pth`, to resume from', CASES, last, write_run, memory=2 * GIGABYTE,
+                mended='missing and wrong fields ended with Python\'s own words'),
+    'best': Row('`best.pth`, to evaluate', CASES, best, write_run, memory=2 * GIGABYTE,
+                mended='its configuration could run code; missing and wrong fields'),
+    'features': Row('features, ids and paths (`.npy`)', CASES, features('*.npy'), write_features, memory=2 * GIGABYTE,
+                    mended='changed files were accepted; broken headers ended with Python\'s own words'),
     'manifest': Row('`manifest.json`', CASES, features('manifest.json'), write_features, memory=2 * GIGABYTE),
-    'gin': Row('gin files', CASES, gin_file, copy_recipes, memory=GIGABYTE),
-    'lists': Row('list files of MSMT17', CASES, list_file, write_lists, memory=GIGABYTE),
-    'metrics': Row('`metrics.jsonl`', CASES, metrics, memory=GIGABYTE),
+    'gin': Row('gin files', CASES, gin_file, copy_recipes, memory=GIGABYTE, mended='addresses of objects in messages'),
+    'lists': Row('list files of MSMT17', CASES, list_file, write_lists, memory=GIGABYTE, mended='bytes that are not UTF-8'),
+    'metrics': Row('`metrics.jsonl`', CASES, metrics, memory=GIGABYTE,
+                   mended='bytes that are not UTF-8; lines without a step'),
 }
