@@ -283,8 +283,10 @@ ROWS = {
     'features': Row('features, ids and paths (`.npy`)', CASES, features('*.npy'), write_features, memory=2 * GIGABYTE,
                     mended='changed files were accepted; broken headers ended with Python\'s own words'),
     'manifest': Row('`manifest.json`', CASES, features('manifest.json'), write_features, memory=2 * GIGABYTE),
-    'gin': Row('gin files', CASES, gin_file, copy_recipes, memory=GIGABYTE, mended='addresses of objects in messages'),
-    'lists': Row('list files of MSMT17', CASES, list_file, write_lists, memory=GIGABYTE, mended='bytes that are not UTF-8'),
+    'gin': Row('gin files', CASES, gin_file, copy_recipes, memory=GIGABYTE,
+               mended='addresses of objects in messages'),
+    'lists': Row('list files of MSMT17', CASES, list_file, write_lists, memory=GIGABYTE,
+                 mended='bytes that are not UTF-8'),
     'metrics': Row('`metrics.jsonl`', CASES, metrics, memory=GIGABYTE,
                    mended='bytes that are not UTF-8; lines without a step'),
 }
