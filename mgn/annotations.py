@@ -1,4 +1,4 @@
-"""Whether a value that gin binds fits the annotation of its parameter; and what fits, in words."""
+"""Whether a value that gin binds fits the annotation of its parameter, and a description of what would fit."""
 
 import collections.abc
 import sys
@@ -8,7 +8,7 @@ import typing
 from gin.config import ConfigurableReference
 
 WORDS = {bool: 'True or False', int: 'an integer', float: 'a finite number', types.NoneType: 'None',
-         str: 'a string in quotes that is not empty'}
+         str: 'a string that is not empty'}
 UNIONS = typing.Union, types.UnionType
 
 
@@ -52,8 +52,9 @@ def in_words(annotation):
     if kind is typing.Literal:
         return ' or '.join(map(repr, arguments))
     if kind is tuple:
-        number, each = ('any number of', arguments[:1]) if arguments[-1] is ... else (len(arguments), arguments)
-        return f'{number} values in parentheses, each {" or ".join(dict.fromkeys(map(in_words, each)))}'
+        each = [argument for argument in arguments if argument is not ...]
+        example = '(1, 2, 3)' if arguments[-1] is ... else str(tuple(range(1, 1 + len(each))))
+        return f'values in parentheses as in {example}, each {" or ".join(dict.fromkeys(map(in_words, each)))}'
     if kind is collections.abc.Callable:
         return 'a reference without parentheses such as @name'
     return WORDS.get(annotation, 'a reference with parentheses such as @name()')

@@ -31,7 +31,7 @@ DEFAULTS = os.path.join(PACKAGE, 'defaults.gin')
 RECIPES = PACKAGE if os.path.isdir(os.path.join(PACKAGE, 'gin')) else os.path.dirname(PACKAGE)
 SHARED = ('dataset', 'input_size')  # training and evaluation have to agree on them
 MACRO = 'gin.macro'
-NOT_SAVED = {'output_dir', 'features_dir', 'weights'}  # what a checkpoint says of them is not taken over
+NOT_SAVED = {'output_dir', 'features_dir', 'weights'}  # never read from a checkpoint
 TRAINING = ('train', 'mgn_losses', 'make_optimizer', 'Adam', 'AdamW', 'SGD', 'multi_step', 'cosine', 'Augmentation')
 # Parameters in configurations that earlier versions saved → their names of today; None: another binding has the value.
 EXTRACTION = ('input_size', 'batch_size', 'workers', 'flip_test', 'precision')
@@ -103,8 +103,8 @@ def bind_saved(text):
         line = statement.location
         if isinstance(statement, (gin.config_parser.ImportStatement, gin.config_parser.IncludeStatement)):
             raise UserError(f'The configuration in a checkpoint should consist of bindings, but its line '
-                            f'{line.line_num} is {line.line_content.strip()!r}, which is not carried out. Give another '
-                            f'checkpoint.')
+                            f'{line.line_num} is {line.line_content.strip()!r}. Give another checkpoint. If this is '
+                            f'your own, of an earlier version, resume its run once, which writes a new one')
         if not isinstance(statement, gin.config_parser.BindingStatement):
             continue  # the head of a block of bindings
         scope, selector, name, value, _ = statement
@@ -118,7 +118,7 @@ def bind_saved(text):
             with gin.utils.try_with_location(line):
                 gin.bind_parameter((scope, *today.rsplit('.', 1)), value)
     if aside:
-        logger.info('set aside, as only training needs them: bindings of %s', ', '.join(sorted(aside)))
+        logger.info('set aside, as evaluation does not need them: bindings of %s', ', '.join(sorted(aside)))
 
 
 def parse_file(path, including_folder=''):
@@ -162,7 +162,7 @@ def check_names(config):
 
 @gin.config.register_finalize_hook
 def absolute_paths(config):
-    """The paths of this call become absolute. That of the data stays as it is: a checkpoint keeps it."""
+    """Makes output_dir, features_dir and weights absolute. data_root stays as given, as a checkpoint keeps it."""
     paths = {(name, MACRO, 'value'): config[name, MACRO]['value'] for name in NOT_SAVED}
     return {key: os.path.abspath(os.path.expanduser(path)) for key, path in paths.items() if path and type(path) is str}
 
@@ -176,8 +176,7 @@ def check_values(config):
             bound = value.config_key[0] if is_macro(value) else f'{selector.split(".")[-1]}.{name}'
             value = without_macros(value, config)
             if name in expected and not annotations.fits(value, expected[name]):
-                raise UserError(f'{bound} must be {annotations.in_words(expected[name])}, found {value!r}; bind '
-                                f'{bound} anew')
+                raise UserError(f'{bound} must be {annotations.in_words(expected[name])}, found {value!r}')
 
 
 def without_macros(value, config, inside=()):
@@ -187,7 +186,7 @@ def without_macros(value, config, inside=()):
     if not is_macro(value):
         return value
     if value.config_key in inside:
-        raise UserError(f'The macro {value} stands for itself; bind {str(value)[1:]} to a value')
+        raise UserError(f'The macro {value} is bound to itself; bind {str(value)[1:]} to a value')
     return without_macros(config[value.config_key]['value'], config, (*inside, value.config_key))
 
 
@@ -226,14 +225,14 @@ def explained(error):
     """gin's message with the nearest valid name, or the one that a parameter has today."""
     message = str(error)
     if isinstance(error, RecursionError):
-        return 'Gin files must not include themselves, nor nest values deeply; look for an include of a file in itself'
+        return 'A gin file includes itself, or a value is nested too deeply; remove that include or value'
     if not isinstance(error, ValueError):
         return f'A gin binding looks like P = 16, and this is none: {re.sub(" on line .*: <ast.*?>", "", message)}'
     if macro := re.match(r"No bindings specified for '(.*?)/gin.macro'", message):
         return f'The macro %{macro[1]} is used, but has no value{nearest(macro[1], default_macros())}'
     if configurable := re.search(r"No configurable matching (?:reference )?'@?([^'()]*)", message):
-        return (f'{message}{nearest(configurable[1], configurables())}; names of your own need the --gin_file that '
-                f'imports their module')
+        return (f'{message}{nearest(configurable[1], configurables())}; for a name of your own give the --gin_file '
+                f'that imports its module')
     if parameter := re.search(r"Configurable '(?:.*\.)?(.*?)' doesn't have a parameter named '(.*?)'", message):
         name, parameter = parameter.groups()
         if f'{name}.{parameter}' in MOVED:

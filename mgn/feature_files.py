@@ -133,6 +133,8 @@ def check_features(features_dir, model, dataset, extractor):
             expected.update({f'{part} {name}': array for name, array in image_lists(dataset, part).items()})
             found.update({f'{part} {name}': np.load(file_of(features_dir, part, name)) for name in NAMES[:3]})
         differences = list(filter(None, (difference(name, value, found[name]) for name, value in expected.items())))
+    except PermissionError as error:
+        raise FileError(f'The features in {features_dir} cannot be read: {error}; allow it') from error
     except (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError) as error:
         raise UserError(f'The features in {features_dir} are damaged: {error}; extract them again') from error
     if differences:

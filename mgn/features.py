@@ -44,7 +44,7 @@ class Extractor:
     def __init__(self, device, input_size: tuple[int, int] = gin.REQUIRED, batch_size: int = 64, workers: int = 4,
                  flip_test: bool = False,
                  precision: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'float32'):
-        check_size(input_size, 'Extractor.input_size')
+        check_size(input_size, 'input_size')
         arguments.integer(batch_size, 'Extractor.batch_size', 1, 4096, '64 is usual')
         arguments.integer(workers, 'Extractor.workers', 0, 1024, '0 leaves decoding to the main process')
         self.device, self.batch_size, self.workers = device, batch_size, workers

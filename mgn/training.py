@@ -49,8 +49,8 @@ def train(default_output_dir):
     draw depends on (seed, step, position) alone, so on a CPU a run of one process that was interrupted and resumed ends
     with weights that are bit-identical to those of an uninterrupted one. At SIGTERM or SIGINT it ends after the present
     step, with a checkpoint, by SystemExit(75); at a second signal at once. An evaluation is aborted; its checkpoint is
-    already saved, except for the very first one, before which a run leaves no checkpoint. A run that fails before its
-    first step leaves nothing behind.
+    already saved, except for the one before the first step. A run that fails before its first step removes what it has
+    written.
 
     Under torchrun each process takes P / processes of the identities, gradients are averaged, and process 0 alone
     writes. Batches, loss and gradient equal those of a single process. Exception: batch normalisation, whose statistics
@@ -82,7 +82,7 @@ class Training:
     log_every: int = 50                # steps
     checkpoint_every: int = 1000       # steps; checkpoints are written before evaluations, too
     evaluate_every: int = 2000         # steps; an evaluation happens after the last one, too
-    evaluate_first: bool = True        # and before the first one
+    evaluate_first: bool = True        # evaluate before the first step, too
     keep_last: int = 1                 # older checkpoints kept beside last.pth, as step_<n>.pth
     clip_gradient_norm: float | None = None  # largest Euclidean norm of the whole gradient; None: any
     precision: str = 'auto'            # of forward and backward pass, by autocast: 'float32', 'bfloat16', 'float16'
@@ -127,10 +127,10 @@ class Training:
                   'keep_last': (0, 2 ** 31 - 1)}
         steps = dict.fromkeys(('total_steps', 'log_every', 'checkpoint_every', 'evaluate_every'), (1, 2 ** 31 - 1))
         for name, (low, high) in {**limits, **steps}.items():
-            integer(getattr(self, name), f'train.{name}', low, high, f'bind train.{name} anew')
+            integer(getattr(self, name), f'train.{name}', low, high, f'the default is {getattr(Training, name, low)}')
         if self.clip_gradient_norm is not None:
             real(self.clip_gradient_norm, 'train.clip_gradient_norm', 1e-30, math.inf, 'None clips nothing')
-        check_size(self.input_size, 'train.input_size')
+        check_size(self.input_size, 'input_size')
         check_dataset(self.dataset, to_train=True)
         self.schedule(0, self.total_steps)  # refuses what does not fit
         self.output_dir = os.path.abspath(os.path.expanduser(self.output_dir or self.default_output_dir))

@@ -477,20 +477,21 @@ def test_a_value_of_another_type_is_an_error_that_names_the_binding_and_what_fit
 
 @pytest.mark.parametrize('binding, message', [
     ("P = 'x'", "P must be an integer, found 'x'"), ('train.P = True', 'train.P must be an integer, found True'),
-    ('input_size = 5', 'input_size must be 2 values in parentheses, each an integer, found 5'),
+    ('input_size = 5', r'input_size must be values in parentheses as in \(1, 2\), each an integer, found 5'),
     ("flip_test = 'False'", "flip_test must be True or False, found 'False'"),
     ("train.resume = 'no'", 'train.resume must be True or False'),
-    ("MGN.bnneck = 'no'", 'MGN.bnneck must be True or False'), ('weights = 5', 'weights must be a string in quotes'),
+    ("MGN.bnneck = 'no'", 'MGN.bnneck must be True or False'),
+    ('weights = 5', 'weights must be a string that is not empty'),
     ("train.schedule = 'cosine'", 'train.schedule must be a reference without parentheses such as @name, found'),
     ('train.schedule = @market1501', 'train.schedule must be a reference'),
     ('train.schedule = @cosine()', 'train.schedule must be a reference'),
     ('make_optimizer.optimizer = @cosine', 'make_optimizer.optimizer must be a reference'),
     ("Adam.lr = 'x'", 'Adam.lr must be a finite number or a reference'),
-    ('Adam.betas = (0.9,)', 'Adam.betas must be 2 values in parentheses'),
+    ('Adam.betas = (0.9,)', r'Adam.betas must be values in parentheses as in \(1, 2\)'),
     ('train.keep_last = 1.5', 'train.keep_last must be an integer'),
     ('mgn_losses.margin = (1,)', r'mgn_losses.margin must be a finite number or None, found \(1,\)'),
-    ('MGN.parts = (1, 2.5)', 'MGN.parts must be any number of values in parentheses, each an integer'),
-    ('a = %b\nb = %a\nP = %a', 'stands for itself')])
+    ('MGN.parts = (1, 2.5)', r'MGN.parts must be values in parentheses as in \(1, 2, 3\), each an integer'),
+    ('a = %b\nb = %a\nP = %a', 'is bound to itself')])
 def test_a_value_that_does_not_fit_is_told_with_what_does(binding, message):
     with pytest.raises(UserError, match=message):
         config.load([], binding.split('\n'))
@@ -508,5 +509,5 @@ def test_values_that_fit_are_taken(binding):
     'data_root', 'output_dir', 'weights', 'features_dir', 'market1501.root', 'msmt17.root', 'dukemtmcreid.root',
     'market_layout.root', 'pedestrians.root'])
 def test_an_empty_path_is_refused(name):
-    with pytest.raises(UserError, match=f"{name} must be a string in quotes that is not empty.*, found ''"):
+    with pytest.raises(UserError, match=f"{name} must be a string that is not empty.*, found ''"):
         config.load([], [f"{name} = ''"])

@@ -128,7 +128,9 @@ def binding(rng, folder, number):
             diverged = re.search('NaN|finite', said)  # by a value that is possible, such as a large weight decay
             assert not steps or diverged, f'{given}: refused after the first step: {said}'
             assert is_sentence(said) and len(said) < 2000, f'{given}: this is no sentence: {said}'
-            assert any(word in said for word in (name, name.split('.')[-1], value.strip("@%()'"))), f'{given}: {said}'
+            unnamed = re.search('architecture|No query', said)  # the value is possible, but not with this data or file
+            named = any(word in said for word in (name, name.split('.')[-1], value.strip("@%()'")))
+            assert named or unnamed or diverged, f'{given}: {said}'
         except Exception as error:
             raise AssertionError(f'{given}: {told(error)}') from error
         else:
@@ -137,8 +139,10 @@ def binding(rng, folder, number):
 
 def possible(name, value, default):
     """Whether a value is like the default: of its type, and for numbers finite, and of its sign."""
-    if not isinstance(default, (bool, int, float, str, tuple)):
+    if not isinstance(default, (bool, int, float, str, tuple)) or name.startswith('pedestrians.'):  # it is not used
         return True
+    if value == 'None':
+        return name == 'mgn_losses.margin'  # the soft margin
     try:
         value = ast.literal_eval(value)
     except (ValueError, SyntaxError):

@@ -14,7 +14,7 @@ IDENTITY_ORDER, IDENTITY_IMAGES, AUGMENTATION, REPLACEMENT = range(4)
 def generator(seed, purpose, *place):
     """A NumPy generator for one place of one run, e.g. generator(seed, AUGMENTATION, step, position).
 
-    Raises UserError for a seed that is no integer from 0 to 2⁶⁴ − 1: torch takes no others.
+    Raises UserError for a seed that is no integer from 0 to 2⁶⁴ − 1.
     """
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2 ** 64:
         raise UserError(f'A seed must be an integer from 0 to {2 ** 64 - 1}, but it is {seed!r}; bind another one, '

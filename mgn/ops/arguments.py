@@ -17,7 +17,7 @@ INTEGER_TYPES = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8,
                  torch.uint64}
 PRECISIONS = 'float32', 'tf32', 'bfloat16'
 LARGEST_K = 4096
-NUMBER_THEM = 'number the ids from 0 on, e.g. with numpy.unique(…, return_inverse=True)'
+NUMBER_THEM = 'pass an integer for each row, e.g. by numpy.unique(…, return_inverse=True)'
 
 
 def shown(value):
@@ -175,7 +175,7 @@ def as_ids(ids, length, name, remedy=NUMBER_THEM):
         tensor = tensor.long()  # an empty list comes as float64
     fits = tensor.dim() == 1 and (isinstance(length, str) or len(tensor) == length)
     if not fits or tensor.dtype not in INTEGER_TYPES:
-        raise UserError(f'{expected}, not {tuple(tensor.shape)} and {tensor.dtype}; pass one integer for each row')
+        raise UserError(f'{expected}, not {tuple(tensor.shape)} and {tensor.dtype}; {remedy}')
     if tensor.dtype == torch.uint64 and (tensor.view(torch.int64) < 0).any():
         raise UserError(f'{name} must be below 2⁶³, but some are larger; {remedy}')
     return tensor.to(torch.int64).numpy()

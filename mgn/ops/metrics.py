@@ -84,6 +84,6 @@ def true_matches(offsets, ranks):
     starts, counts = offsets[:-1][counts > 0], counts[counts > 0]
     ascends[starts] = ranks[starts] > 0
     if not ascends.all():
-        raise UserError(f'ranks must ascend from 1 within each query, but rank number {ascends.argmin()} does not; '
+        raise UserError(f'ranks must ascend from 1 within each query, but ranks[{ascends.argmin()}] does not; '
                         f'{AS_RANKED}')
     return Matches(ranks, np.arange(1, len(ranks) + 1) - np.repeat(starts, counts), starts, counts)

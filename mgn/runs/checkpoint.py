@@ -34,7 +34,7 @@ class Damaged(UserError):
 
 @dataclass
 class State:
-    """A run behind `step` steps. A field that is added here is saved in `content` and read in `restore`.
+    """A run behind `step` steps. To add a field: declare it here, write it in `content`, read it in `restore`.
 
     losses: a module, whose parameters are trained like the model's. average: WeightAverage, or None for a run without.
     """
