@@ -40,15 +40,18 @@ def makes(reference, annotation):
     made = reference.configurable.wrapped
     if not isinstance(made, type):
         made = of_parameters(made).get('return')
-    classes = tuple(typing.get_origin(a) or a for a in typing.get_args(annotation) or [annotation])
-    return made is None or issubclass(typing.get_origin(made) or made, classes)
+    classes = typing.get_args(annotation) or (annotation,)
+    if float in classes:
+        classes += int,
+    known = isinstance(made, type) and not typing.get_origin(made)  # a union, say, is not looked into
+    return not reference.selector.startswith('gin.') and (not known or issubclass(made, classes))
 
 
 def in_words(annotation):
     """What fits, e.g. 'an integer or None'."""
     kind, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if kind in UNIONS:
-        return ' or '.join(map(in_words, arguments))
+        return ' or '.join(dict.fromkeys(map(in_words, arguments)))
     if kind is typing.Literal:
         return ' or '.join(map(repr, arguments))
     if kind is tuple:

@@ -17,7 +17,7 @@ def run(main):
                                   'repeatable, later ones win, and all of them win over gin files.')
         for name in ('gin_file', 'gin_bindings'):  # so that --help shows them
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
-        for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # names of files need not be UTF-8
             stream.reconfigure(errors='backslashreplace')
         app.run(lambda arguments: carry_out(main, flags.FLAGS, arguments[1:]))
 

@@ -37,7 +37,8 @@ TRAINING = ('train', 'mgn_losses', 'make_optimizer', 'Adam', 'AdamW', 'SGD', 'mu
 EXTRACTION = ('input_size', 'batch_size', 'workers', 'flip_test', 'precision')
 MOVED = {**{f'evaluate.{name}': f'Extractor.{name}' for name in EXTRACTION},
          **{f'write_features.{name}': None for name in EXTRACTION}}
-_saved_scopes = set()  # scopes and macros of the checkpoint at hand: what uses them may have been set aside
+_saved_scopes = set()  # of the checkpoint at hand: flags may have rebound what uses them
+_imported = set()      # modules that gin files of the user have imported
 
 
 def load(gin_files, bindings, saved=''):
@@ -84,7 +85,8 @@ def parse(gin_files, bindings, saved=''):
     _saved_scopes.clear()
     with gin_errors_explained():
         parse_file(DEFAULTS)
-        bind_saved(saved)
+        if saved:
+            bind_saved(saved)
         for gin_file in gin_files:
             parse_file(gin_file)
         # A path that is not UTF-8 holds surrogates, which gin reads as escapes only.
@@ -96,27 +98,34 @@ def bind_saved(text):
 
     The names that it uses have to be known: those of this package, and those that the user's own gin files, parsed
     before, have imported. Bindings that only training needs are set aside, as are folders of the training machine.
-    Raises UserError with the line for what is more than a binding.
+    Raises UserError with the line for an include, and for the import of what no gin file of the user has imported.
     """
-    aside = set()
+    values, aside = {}, set()
     for statement in gin.config_parser.ConfigParser(text, gin.config.ParserDelegate(skip_unknown=True)):
         line = statement.location
-        if isinstance(statement, (gin.config_parser.ImportStatement, gin.config_parser.IncludeStatement)):
+        if isinstance(statement, gin.config_parser.BindingStatement):
+            scope, selector, name, value, _ = statement
+            if not name:
+                scope, selector, name = '/'.join(filter(None, (scope, selector))), MACRO, 'value'
+            today = MOVED.get(f'{selector}.{name}', f'{selector}.{name}')
+            if selector in TRAINING or selector != MACRO and selector.split('.')[-1] not in configurables():
+                aside.add(selector)
+            elif today and not {name, scope} & NOT_SAVED:
+                values[scope, *today.rsplit('.', 1)] = value, line
+        elif not isinstance(statement, gin.config_parser.BlockDeclaration) and (
+                getattr(statement, 'module', None) not in _imported):
             raise UserError(f'The configuration in a checkpoint should consist of bindings, but its line '
-                            f'{line.line_num} is {line.line_content.strip()!r}. Give another checkpoint. If this is '
-                            f'your own, of an earlier version, resume its run once, which writes a new one')
-        if not isinstance(statement, gin.config_parser.BindingStatement):
-            continue  # the head of a block of bindings
-        scope, selector, name, value, _ = statement
-        if not name:
-            scope, selector, name = '/'.join(filter(None, (scope, selector))), MACRO, 'value'
-        _saved_scopes.add(scope)
-        today = MOVED.get(f'{selector}.{name}', f'{selector}.{name}')
-        if selector in TRAINING or selector != MACRO and selector.split('.')[-1] not in configurables():
-            aside.add(selector)
-        elif today and not {name, scope} & NOT_SAVED:
-            with gin.utils.try_with_location(line):
-                gin.bind_parameter((scope, *today.rsplit('.', 1)), value)
+                            f'{line.line_num} is {line.line_content.strip()!r:.200}. Give another checkpoint; if it is '
+                            f'yours, import the module in a --gin_file of your own')
+    while unused := [key for key in values if key[1] == MACRO and key[0] not in default_macros() and key[0] not in {
+            reference.config_key[0] for reference in gin.config.iterate_references(list(values.values()))}]:
+        for key in unused:  # such as those of bindings that were set aside
+            del values[key]
+    for key, (value, line) in values.items():
+        with gin.utils.try_with_location(line):
+            gin.bind_parameter(key, value)
+        _saved_scopes.add(key[0])
+    gin.bind_parameter('pedestrians.draw', False)  # a checkpoint writes nothing
     if aside:
         logger.info('set aside, as evaluation does not need them: bindings of %s', ', '.join(sorted(aside)))
 
@@ -138,7 +147,7 @@ def parse_text(text, path=''):
     for include in [*re.finditer(r'''(?m)^include\s+["'](.+?)["'][ \t]*(?:#.*)?$''', text), None]:
         part = io.StringIO('\n' * text.count('\n', 0, start) + text[start:include and include.start()])
         part.name = path  # for gin's messages, as are the empty lines
-        gin.parse_config(part)
+        _imported.update(gin.parse_config(part)[1])
         if include:
             parse_file(include[1], os.path.dirname(path))
             start = include.end()
@@ -171,6 +180,8 @@ def absolute_paths(config):
 def check_values(config):
     """Rejects values that do not fit the annotation of their parameter."""
     for (_, selector), parameters in config.items():
+        if not selector.startswith(('mgn.', 'torch.optim.')):
+            continue  # a user's own: its annotations may mean anything
         expected = annotations.of_parameters(gin.get_configurable(selector))
         for name, value in parameters.items():
             bound = value.config_key[0] if is_macro(value) else f'{selector.split(".")[-1]}.{name}'
@@ -217,7 +228,7 @@ def gin_errors_explained():
             raise
         raise UserError(f'The configuration imports {missing[1]}, which Python does not find; start in the folder of '
                         f'{missing[1]}.py, or add that to PYTHONPATH') from None
-    except (ValueError, SyntaxError, tokenize.TokenError, RecursionError) as error:
+    except (ValueError, SyntaxError, tokenize.TokenError, RecursionError, TypeError, KeyError) as error:
         raise UserError(explained(error)) from None
 
 
@@ -229,7 +240,7 @@ def explained(error):
     if not isinstance(error, ValueError):
         return f'A gin binding looks like P = 16, and this is none: {re.sub(" on line .*: <ast.*?>", "", message)}'
     if macro := re.match(r"No bindings specified for '(.*?)/gin.macro'", message):
-        return f'The macro %{macro[1]} is used, but has no value{nearest(macro[1], default_macros())}'
+        return f'The macro %{macro[1]} is used, but has no value; bind it{nearest(macro[1], default_macros())}'
     if configurable := re.search(r"No configurable matching (?:reference )?'@?([^'()]*)", message):
         return (f'{message}{nearest(configurable[1], configurables())}; for a name of your own give the --gin_file '
                 f'that imports its module')

@@ -113,7 +113,7 @@ def read_features(features_dir, model, dataset, extractor):
     the folder holds no features, UserError where files are damaged, or where the features are of another model, data
     set or extractor: with what differs.
     """
-    failure, features = None, []
+    failure = None
     try:
         if processes.number_on_this_machine() == 0:
             check_features(features_dir, model, dataset, extractor)
@@ -132,6 +132,10 @@ def check_features(features_dir, model, dataset, extractor):
         for part in PARTS:
             expected.update({f'{part} {name}': array for name, array in image_lists(dataset, part).items()})
             found.update({f'{part} {name}': np.load(file_of(features_dir, part, name)) for name in NAMES[:3]})
+            features = np.load(file_of(features_dir, part, 'features'), mmap_mode='r')
+            shape = len(found[f'{part} pids']), found['D']
+            if features.shape != shape or features.dtype != np.dtype(found['storage']):
+                raise ValueError(f'the features of {part} are {features.shape} of {features.dtype}, not {shape}')
         differences = list(filter(None, (difference(name, value, found[name]) for name, value in expected.items())))
     except PermissionError as error:
         raise FileError(f'The features in {features_dir} cannot be read: {error}; allow it') from error

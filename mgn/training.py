@@ -19,7 +19,7 @@ from mgn.data.sampler import IdentitySampler
 from mgn.data.loader import count_unreadable, load_batches
 from mgn.devices import find_device, resolve_precision
 from mgn.evaluation import evaluate
-from mgn.features import check_alike, check_size
+from mgn.features import Extractor, check_alike, check_size
 from mgn.losses import make_losses, mgn_losses
 from mgn.model import MGN
 from mgn.ops import implementation
@@ -140,6 +140,7 @@ class Training:
                              "Bind train.precision to one that all machines are fast at, e.g. 'float32'.")
         check_split(self.P, self.mining, self.sync_bn, self.device)
         check_alike(self.dataset, ('train',))
+        Extractor(self.device)  # refuses what is out of range
 
     def make_batches(self):
         samples = self.dataset.train
@@ -254,15 +255,17 @@ class Training:
         write_text(os.path.join(self.output_dir, 'config.gin'), gin.operative_config_str())
 
     def last_good(self):
-        if self.saved_step is None:
+        if self.saved_step is None or not self.begun:
             return 'there is no checkpoint yet'
         return f'the last good checkpoint is {os.path.join(self.output_dir, "last.pth")}, of step {self.saved_step}'
 
     def leave(self, interruption):
         """Saves and ends the process after a signal."""
-        self.save()
-        logger.info('%s: ended after step %d, which last.pth holds; the same command resumes',
-                    interruption.noted.name if interruption.noted else 'a signal to another process', self.state.step)
+        if self.begun:
+            self.save()
+        logger.info('%s: ended after step %d%s; the same command resumes',
+                    interruption.noted.name if interruption.noted else 'a signal to another process', self.state.step,
+                    ', which last.pth holds' if self.begun else '')
         processes.wait()  # torchrun ends all processes that are left when one has ended
         raise SystemExit(STATUS)
 

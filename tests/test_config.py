@@ -216,6 +216,8 @@ def test_a_saved_configuration_comes_back_in_all_that_evaluation_uses(recipe, tm
     monkeypatch.chdir(tmp_path)
     caplog.set_level(logging.INFO)
     config.load([], [], saved=saved)
+    before['', 'mgn.data.datasets.pedestrians']['draw'] = 'False'  # reading a checkpoint writes nothing
+    del before['own', 'gin.macro']  # which only training uses
     assert {key: bindings for key, bindings in bound().items() if key[1].split('.')[-1] not in config.TRAINING} == {
         key: bindings for key, bindings in before.items() if key[1].split('.')[-1] not in config.TRAINING}
     assert value('MGN.parts') == (1, 4) and value('evaluate.alpha') == 1.25 and str(value('%dataset')) in saved
@@ -511,3 +513,44 @@ def test_values_that_fit_are_taken(binding):
 def test_an_empty_path_is_refused(name):
     with pytest.raises(UserError, match=f"{name} must be a string that is not empty.*, found ''"):
         config.load([], [f"{name} = ''"])
+
+
+def test_an_import_in_a_checkpoint_is_passed_over_where_a_gin_file_of_the_user_has_made_it(tmp_path, monkeypatch):
+    (tmp_path / 'module_of_long_ago.py').write_text('import gin\n\n@gin.configurable\ndef data_of_long_ago(): pass\n')
+    mine = write(tmp_path / 'mine.gin', 'import module_of_long_ago\n')
+    saved = 'import module_of_long_ago\ndataset = @data_of_long_ago()\n'
+    with pytest.raises(UserError, match='its line 1 is .* import the module in a --gin_file of your own'):
+        config.load([], [], saved=saved)
+    monkeypatch.syspath_prepend(tmp_path)
+    config.load([mine], [])  # as config.bound_weights does first
+    config.load([mine], [], saved=saved)
+    assert str(value('%dataset')) == '@data_of_long_ago()'
+
+
+def test_a_macro_of_training_alone_names_what_evaluation_need_not_know():
+    config.load([], [], saved='loss = @loss_of_somebody\ntrain.losses = %loss\nlr = 0.5\n')
+    assert value('%lr') == 0.5 and 'loss_of_somebody' not in gin.config_str()
+
+
+def test_a_checkpoint_draws_no_pedestrians(tmp_path):
+    root = f"pedestrians.root = '{tmp_path}/drawn'"
+    config.load([], [], saved=f'dataset = @pedestrians()\n{root}\npedestrians.draw = True\n')
+    with pytest.raises(FileError, match='No folder holds'):
+        config.configurables()['pedestrians'](**gin.get_bindings('pedestrians'))
+    assert not (tmp_path / 'drawn').exists()
+
+
+def test_annotations_of_a_users_own_are_not_looked_into():
+    @gin.configurable
+    def own_of_many_kinds(a: 'list[int]' = (), b: 'Any' = 1, c: str = 'x') -> 'int | float':
+        pass
+
+    config.load([], ['own_of_many_kinds.a = [1]', 'own_of_many_kinds.b = {}', "own_of_many_kinds.c = ''",
+                     'train.schedule = @own_of_many_kinds'])
+
+
+@pytest.mark.parametrize('binding', ['train.schedule = @gin.singleton', 'dataset = @gin.singleton()',
+                                     'dataset = @gin.constant()', 'evaluate.alpha = {[1]: 1}'])
+def test_gins_own_configurables_and_odd_literals_are_sentences(binding):
+    with pytest.raises(UserError):
+        config.load([], [binding])

@@ -151,6 +151,20 @@ def test_a_run_that_fails_later_keeps_what_it_has(market, tmp_path, monkeypatch)
     assert checkpoint.load(str(tmp_path / 'last.pth'))['step'] == 2
 
 
+def test_a_signal_before_the_first_step_leaves_nothing_behind(market, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise SystemExit(75)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(training, 'evaluate', interrupted)
+        train(market, tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_options_of_extraction_out_of_range_are_refused_although_no_evaluation_is_near(market, tmp_path):
+    with pytest.raises(UserError, match='Extractor.batch_size must be an integer from 1'):
+        train(market, tmp_path, 'train.evaluate_first = False', 'Extractor.batch_size = 0')
+
+
 def test_the_first_evaluation_can_be_left_out(market, tmp_path):
     train(market, tmp_path, 'total_steps = 2', 'train.evaluate_first = False')
     lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]

@@ -99,10 +99,14 @@ def market_layout(root: str) -> Dataset:
 
 
 @gin.configurable
-def pedestrians(root: str, seed: int = 0) -> Dataset:
-    """Drawn pedestrians, written under `root` on first use, then read as any data set (mgn/data/pedestrians.py)."""
+def pedestrians(root: str, seed: int = 0, draw: bool = True) -> Dataset:
+    """Drawn pedestrians, written under `root` on first use, then read as any data set (mgn/data/pedestrians.py).
+
+    draw: False writes nothing; a checkpoint's configuration is read so.
+    """
     try:
-        drawn_pedestrians.write_pedestrians(os.path.expanduser(root), seed)
+        if draw:
+            drawn_pedestrians.write_pedestrians(os.path.expanduser(root), seed)
     except OSError as error:
         raise FileError(f'The pedestrians cannot be drawn in {root}: {error}; free disk space or bind data_root to '
                         f'another folder') from error

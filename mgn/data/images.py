@@ -27,6 +27,7 @@ from mgn.ops.errors import FileError, UserError
 FORMATS = 'JPEG', 'PNG', 'GIF', 'WEBP'
 APP1 = re.compile(b'\xff\xe1')  # marks the segment of a JPEG file that EXIF data are in; a search by `in` takes longer
 PILLOWS_LIMIT = 178_956_970  # pixels
+LONGEST_SIDE = 65_535  # pixels, JPEG's own limit; a resized side needs memory along the other one
 LARGEST_FILE = 2 ** 30  # bytes; those of an image within Pillow's limit are fewer
 
 # Pillow warns of large images, odd palettes and damaged EXIF data: once in every worker process.
@@ -82,10 +83,10 @@ class Decoder:
         if content.startswith(b'\xff\xd8') and not APP1.search(content):
             with contextlib.suppress(ValueError):
                 height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-                if height * width <= self.max_pixels and colours in ('YCbCr', 'Gray'):
+                if self.fits(width, height) and colours in ('YCbCr', 'Gray'):
                     return simplejpeg.decode_jpeg(content)  # strict: it refuses what libjpeg only warns of
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            if image.width * image.height > self.max_pixels:
+            if not self.fits(*image.size):
                 raise ValueError(self.too_large())
             frames = getattr(image, 'n_frames', 1)
             if frames > 1 and image.format != 'MPO':  # the further images of a photograph are not wanted
@@ -97,9 +98,12 @@ class Decoder:
                 return np.repeat((np.asarray(image)[..., None] >> 8).astype(np.uint8), 3, axis=2)
             return np.array(image.convert('RGB'))
 
+    def fits(self, width, height):
+        return width * height <= self.max_pixels and max(width, height) <= LONGEST_SIDE
+
     def too_large(self):
-        return (f'an image of more than {self.max_pixels} pixels, which is refused before it is decoded; replace it by '
-                f'a smaller one or bind Decoder.max_pixels')
+        return (f'an image of more than {self.max_pixels} pixels, or {LONGEST_SIDE} on one side, which is refused '
+                f'before it is decoded; replace it by a smaller one or bind Decoder.max_pixels')
 
 
 def to_batch(images, size):

@@ -16,6 +16,7 @@ from typing import Any
 import gin
 import torch
 
+from mgn.ops.arguments import FLOAT_TYPES, INTEGER_TYPES
 from mgn.ops.errors import MissingFile, UserError
 from mgn.runs import processes
 from mgn.runs.files import replacing
@@ -92,9 +93,13 @@ class State:
         groups = self.optimizer.state_dict()['param_groups']
         with errors_explained(UserError, f'{path} holds no state of this optimizer and these losses'):
             self.optimizer.load_state_dict({**content['optimizer'], 'param_groups': groups})
+            names = {'momentum_buffer'} if isinstance(self.optimizer, torch.optim.SGD) else {'exp_avg', 'exp_avg_sq'}
+            names |= {'max_exp_avg_sq'} if groups[0].get('amsgrad') else set()
             for parameter, values in self.optimizer.state.items():
-                if any(value.dim() and value.shape != parameter.shape for value in values.values()):
-                    raise ValueError('its state of a parameter has another shape')
+                moments = {name: value for name, value in values.items() if name != 'step' and value is not None}
+                if moments and moments.keys() != names or any(
+                        misfit(value.cpu(), parameter.cpu()) for value in moments.values()):
+                    raise ValueError('its state of a parameter has another form')
             if self.scaler.is_enabled() and content.get('scaler'):
                 self.scaler.load_state_dict(content['scaler'])
             self.meter.load_state(content['meter'])
@@ -166,6 +171,7 @@ def load(path, mmap=False):
     if not isinstance(content, dict) or content.get('format') != FORMAT:
         raise UserError(f'{path} is no checkpoint of mgn.train: it holds something else. Give another file; '
                         f'ImageNet weights go into MGN.pretrained.')
+    content = dict(content)  # without attributes that a crafted one has in place of methods
     for name, kind in FIELDS.items():
         if not isinstance(content.get(name), kind) or name == 'step' and not 0 <= content[name] < 2 ** 31:
             raise UserError(f'{path} is no checkpoint of mgn.train: its field {name!r} holds '
@@ -194,6 +200,7 @@ def load_model(model, state, path, features_only=False, remedy='Bind MGN as it w
 
     Raises UserError with missing, unexpected and ill-shaped keys, ten at most; nothing is loaded then.
     """
+    state = dict(state)
     if features_only:
         state = {key: value for key, value in state.items() if '.classifier.' not in str(key)}
     expected = model.state_dict()
@@ -214,8 +221,9 @@ def misfit(value, expected):
         return f'is no tensor, but {value!r:.60}'
     if value.shape != expected.shape:
         return f'has shape {tuple(value.shape)} instead of {tuple(expected.shape)}'
-    plain = value.layout == torch.strided and value.device.type == 'cpu' and not value.is_quantized
-    if not plain or value.is_floating_point() != expected.is_floating_point():
+    plain = value.layout == torch.strided and value.device.type == 'cpu'
+    known = value.dtype in {*FLOAT_TYPES, *INTEGER_TYPES, torch.bool}
+    if not plain or not known or value.is_floating_point() != expected.is_floating_point():
         return f'has type {value.dtype}, {value.layout} on {value.device} instead of {expected.dtype}'
 
 

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import glob
 import logging
+import math
 import os
 import re
 import socket
@@ -24,8 +25,8 @@ def locked(output_dir, begun=lambda: True):
     """Makes the folder if necessary and locks it; UserError where another run has it, also on another machine.
 
     The lock belongs to the process and ends with it; the file alone means nothing. Temporary files that a killed run
-    left are removed. Yields a function that raises UserError if the lock file has been removed since. If an error ends
-    the block while begun() is False, all that was written since is removed.
+    left are removed. Yields a function that raises UserError if the lock file has been removed since. If an error or a
+    signal ends the block while begun() is False, the files that the run has written are removed.
     """
     path, folder = os.path.join(output_dir, LOCK), os.path.realpath(output_dir)
     before = set(os.listdir(output_dir)) if os.path.isdir(output_dir) else None
@@ -57,7 +58,7 @@ def locked(output_dir, begun=lambda: True):
                     raise UserError(f'{path} was removed or replaced while this run was using the folder, so another '
                                     f'run may write there too. Leave that file in place and start one run again.')
             yield check
-        except Exception:
+        except BaseException:  # also a signal
             if not begun():
                 remove_new(output_dir, before)
             raise
@@ -144,7 +145,8 @@ def best_so_far(output_dir):
     """The mAP of best.pth, or -1 if there is none; a damaged one is renamed to best.pth.damaged."""
     path = os.path.join(output_dir, 'best.pth')
     try:
-        return checkpoints.load(path, mmap=True).get('mAP', -1.0)
+        mAP = checkpoints.load(path, mmap=True).get('mAP')
+        return mAP if mAP is not None and math.isfinite(mAP) else -1.0
     except FileNotFoundError:
         return -1.0
     except checkpoints.Damaged as error:

@@ -136,7 +136,8 @@ def share_tensors(value):
     shapes = share(with_tensors(value, lambda tensor: torch.empty_like(tensor, device='meta')))
     if number() > 0:
         value = with_tensors(shapes, lambda tensor: torch.empty_like(tensor, device='cpu'))
-    with_tensors(value, lambda tensor: dist.broadcast(tensor.as_strided([tensor.numel()], [1]), src=0))
+    with_tensors(value, lambda tensor: dist.broadcast(  # as bytes: gloo does not know every type
+        tensor.as_strided([tensor.numel()], [1]).view(torch.uint8), src=0))
     return value
 
 
