@@ -5,22 +5,24 @@ import re
 SHOWN = 8  # failures of a row
 PARTS = {  # of the page: what their rows do, and what is right
     'Operations': 'Random small cases against naive loops in float64: ties, duplicates, zeros, strides, half '
-                  'precision, nothing at all; on 1, 2 and 7 threads, for each instruction set here and as reference.',
+                  'precision, empty input; on 1, 2 and 7 threads, for each instruction set here and as reference.',
     'Files': 'Valid files with a few bytes flipped, cut, inserted, swapped or repeated, and checkpoints with a wrong '
-             'field. Right is: read as it was written, or refused by a sentence; within a limit of memory.',
+             'field. A case passes if the file is read unchanged, or refused with an error message, within a limit of '
+             'memory.',
     'Bindings': 'Every parameter that gin can bind × 22 wrong values, such as `\'x\'`, `-1`, `10 ** 20`, `()`, '
-                '`@market1501`. Right is: refused by a sentence that names it, or possible and used in a run.',
-    'Runs': 'Training, evaluation and extraction of a thin network to which something happens. Right is: the run ends '
-            'in time by a sentence or a status of its own, and the same command again ends with the files of a run '
-            'that nothing happened to, bit for bit.'}
+                '`@market1501`. A case passes if the value is refused with a message that names it, or is valid and used '
+                'in a run.',
+    'Runs': 'Training, evaluation and extraction of a thin network, disturbed. A case passes if the run ends in time '
+            'with a message or its own exit status, and the same command again gives the files of an undisturbed run, '
+            'bit for bit.'}
 RELIES = '''
 ## What a run relies on
 
-- **Gin files and `--gin_bindings` are code of their author.** `import` in a gin file runs a module. Use gin files of
-  people whose programs you would run.
+- **Gin files and `--gin_bindings` are programs.** `import` in a gin file runs a module. Use gin files of people whose
+  programs you would run.
 - **Checkpoints, features and images are data.** Reading them runs nothing that they hold. A checkpoint of somebody
   else can be evaluated.
-- **The file system keeps its word.** A checkpoint is complete on disk once `fsync` and `rename` have returned.
+- **The file system honours `fsync` and `rename`.** A checkpoint is complete on disk once both have returned.
 - **One run at a time writes to a folder.** A lock ensures it, where the file system has locks.
 '''
 
@@ -28,12 +30,14 @@ RELIES = '''
 def page(rows, results):
     """The whole page. rows: {part: {name: Row}}, results: {name: result}."""
     found = sum(result.get('found', 0) for result in results.values())
+    left = sum(results.get(name, {}).get('done', 0) < row.cases for of_part in rows.values()
+               for name, row in of_part.items())
     lines = ['# Reliability', '',
-             'After reading this page you know what was tried to make this project crash, lose a checkpoint, tell a '
-             'wrong number or stop without a remedy, and what was found. Written by this command, which continues '
-             'where it was interrupted:', '', '<!-- not run: it takes hours -->', '```',
+             'After reading this page you know what was tried to make this project crash, lose a checkpoint, report a '
+             'wrong number or end with an error without a remedy, and what was found. This command writes the page, '
+             'and continues where it was interrupted:', '', '<!-- not run: it takes hours -->', '```',
              'python -m benchmarks.reliability', '```', '',
-             f'**Failures that are open: {found:,}.** ' + ('Each is listed [below](#open).' if found else '')]
+             f'**Open failures: {found:,}**, [listed below](#open). **Rows that have not run to their end: {left}.**']
     for title, of_part in rows.items():
         lines += ['', f'## {title}', '', PARTS[title], '', '| what | `--rows=` | cases | open | seconds | found and '
                   'mended |', '|---|---|--:|--:|--:|---|']
@@ -49,7 +53,7 @@ def page(rows, results):
 
 def line(name, row, result):
     if not result:
-        return f'| {row.title} | {name} | 0 of {row.cases * row.counts:,} | | | {row.mended} |'
+        return f'| {row.title} | {name} | 0 of {row.cases * row.counts:,} | not run | | {row.mended} |'
     of = '' if result['done'] >= row.cases else f' of {row.cases * row.counts:,}'
     return (f'| {row.title} | {name} | {result["done"] * row.counts:,}{of} | {result["found"]:,} | '
             f'{result["seconds"]:,.0f} | {row.mended} |')
