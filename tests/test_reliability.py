@@ -46,7 +46,7 @@ def test_each_kind_of_failure_is_counted_and_the_next_call_skips_what_is_done(tm
     for failure, message in zip(result['failures'], ('ValueError: a wrong number', 'the process ended with SIGSEGV',
                                                      'took more than 1 s', 'MemoryError: ')):
         assert failure['message'].startswith(message)
-    assert 'Failures that are open: 4.' in page and '| `topk` | topk | 0 of 20,000 |' in page
+    assert 'Open failures: 4**' in page and '| `topk` | topk | 0 of 20,000 |' in page
     assert re.search(r'\| a row of six \| six \| 6 of 12 \| 4 \| \d+ \|', page)
     assert '- 1 ×, e.g. case 2: the process ended with SIGSEGV' in page
     results, _ = reliability(tmp_path, '--rows=six', '--scale=0.67')  # two more

@@ -10,8 +10,8 @@ PARTS = {  # of the page: what their rows do, and what is right
              'field. A case passes if the file is read unchanged, or refused with an error message, within a limit of '
              'memory.',
     'Bindings': 'Every parameter that gin can bind × 22 wrong values, such as `\'x\'`, `-1`, `10 ** 20`, `()`, '
-                '`@market1501`. A case passes if the value is refused with a message that names it, or is valid and used '
-                'in a run.',
+                '`@market1501`. A case passes if the value is refused with a message that names it, or is valid and '
+                'used in a run.',
     'Runs': 'Training, evaluation and extraction of a thin network, disturbed. A case passes if the run ends in time '
             'with a message or its own exit status, and the same command again gives the files of an undisturbed run, '
             'bit for bit.'}
