@@ -91,7 +91,7 @@ class State:
         if self.average:
             load_model(self.average.model, content.get('average') or content['model'], path)
         groups = self.optimizer.state_dict()['param_groups']
-        with errors_explained(UserError, f'{path} holds no state of this optimizer and these losses'):
+        try:
             self.optimizer.load_state_dict({**content['optimizer'], 'param_groups': groups})
             names = {'momentum_buffer'} if isinstance(self.optimizer, torch.optim.SGD) else {'exp_avg', 'exp_avg_sq'}
             names |= {'max_exp_avg_sq'} if groups[0].get('amsgrad') else set()
@@ -103,6 +103,9 @@ class State:
             if self.scaler.is_enabled() and content.get('scaler'):
                 self.scaler.load_state_dict(content['scaler'])
             self.meter.load_state(content['meter'])
+        except Exception as error:  # of torch and Python, for a state that was made by something else
+            raise UserError(f'{path} holds no state that fits the configured optimizer and losses. Bind them as they '
+                            f'were trained, or another output_dir.') from error
         self.step = content['step']
 
     def join(self):

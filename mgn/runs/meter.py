@@ -64,6 +64,7 @@ class Meter:
 
     def load_state(self, state):
         names, sums, count = state['names'], state['sums'], state['count']
-        if not isinstance(count, int) or count < 0 or (0 if sums is None else len(sums)) != len(names):
+        named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not named or not isinstance(count, int) or count < 0 or (0 if sums is None else len(sums)) != len(names):
             raise ValueError('its sums of losses do not fit their names')
         self.names, self.sums, self.count = names, sums, count
