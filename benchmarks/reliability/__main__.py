@@ -8,6 +8,7 @@ where it stopped. --case runs one case alone and shows its traceback. Linux.
 """
 
 import argparse
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -31,6 +32,7 @@ def main():
     parser.add_argument('--page', type=Path, default=ROOT / 'docs' / 'reliability.md',
                         help='what is written; results are kept in a .json file beside it')
     args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background ignores it, as would what we start
     names = [name for name in args.rows.split(',') if name]
     if unknown := set(names) - set(ROWS):
         sys.exit(f'There are no rows {", ".join(unknown)}; there are {", ".join(ROWS)}')
