@@ -32,7 +32,7 @@ from mgn.runs import checkpoint as checkpoints
 from mgn.runs import processes
 from mgn.runs.checkpoint import State
 from mgn.runs.files import write_text
-from mgn.runs.folder import best_so_far, locked, newest, save_last
+from mgn.runs.folder import best_so_far, locked, newest, remove_older, save_last
 from mgn.runs.interruption import STATUS, Interruption
 from mgn.runs.log import RunLog, progress
 from mgn.runs.meter import Meter
@@ -106,6 +106,8 @@ class Training:
             self.make_batches()
             self.make_state(saved)
             del saved  # as large as model and optimizer
+            if self.first and self.saved_step is not None:  # a run that was killed may have saved, but not removed
+                remove_older(self.output_dir, self.saved_step, self.keep_last)
             self.log = RunLog(self.output_dir, self.state.step) if self.first else None
             logger.info('training on %s%s from step %d to %d, %d steps an epoch, in %s, output in %s; mgn.ops: %s',
                         self.device, f' in each of {processes.count()} processes' if processes.count() > 1 else '',

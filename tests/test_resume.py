@@ -326,6 +326,16 @@ def test_the_newest_older_checkpoints_are_kept(market, tmp_path, keep_last, kept
     assert all(checkpoint.load(str(tmp_path / f'step_{step}.pth'))['step'] == step for step in kept)
 
 
+def test_what_a_killed_run_had_no_time_to_remove_is_removed_by_the_next(market, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, 'remove', lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        train(market, tmp_path)
+    steps = [path.name for path in tmp_path.glob('step_*.pth')]
+    assert len(steps) == 2
+    train(market, tmp_path, 'total_steps = 4')
+    assert [path.name for path in tmp_path.glob('step_*.pth')] == [max(steps)]
+
+
 def test_fewer_may_be_kept_than_before(market, copy):
     for step in (1, 2):
         shutil.copy(copy / 'step_6.pth', copy / f'step_{step}.pth')

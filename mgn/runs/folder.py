@@ -125,7 +125,12 @@ def save_last(output_dir, content, keep_last, previous):
     """
     keep_as = os.path.join(output_dir, f'step_{previous}.pth') if keep_last > 0 and previous is not None else None
     checkpoints.save(os.path.join(output_dir, 'last.pth'), content, keep_as)
-    passed = [path for path in older(output_dir) if step_of(path) < content['step']]
+    remove_older(output_dir, content['step'], keep_last)
+
+
+def remove_older(output_dir, step, keep_last):
+    """Removes all step_<n>.pth from before `step` but the last keep_last of them."""
+    passed = [path for path in older(output_dir) if step_of(path) < step]
     for path in passed[:max(len(passed) - keep_last, 0)]:
         os.remove(path)
 
