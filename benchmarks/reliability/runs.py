@@ -108,7 +108,8 @@ def check_same(binary, shared, folder):
     else:
         for path in (shared / 'extract' / 'features').iterdir():
             assert (folder / 'features' / path.name).read_bytes() == path.read_bytes(), path.name
-    assert not list(folder.rglob('*.tmp'))
+    if binary == 'train':  # which removes what an earlier call left when it was ended at once
+        assert not list(folder.rglob('*.tmp'))
 
 
 def fresh(folder, name):
@@ -167,7 +168,8 @@ def signalled(rng, folder, number):
         raise AssertionError(f'{what}: it had not ended after {SOON} s') from None
     seconds, err = time.monotonic() - last, (run / 'err').read_text()
     ended = {128 + sent, -sent}
-    expected = ended if twice or binary != 'train' else {75, *(ended if phase == 'start' else ())}
+    starting = phase in ('start', 'writing')  # a run's first file is written before its loop
+    expected = ended if twice or binary != 'train' else {75, *(ended if starting else ())}
     if phase == 'start' and twice:
         expected.add(75)
     assert status in expected, f'{what}: status {status}: {err[-300:]}'
@@ -279,7 +281,8 @@ def dies(folder, victim, call):
 
 
 ROWS = {
-    'kills': Row('SIGKILL, most within the writing of a file', 20, killed, seconds=1800, counts=KILLS, limit=3 * 3600),
+    'kills': Row('SIGKILL, most within the writing of a file', 20, killed, seconds=1800, counts=KILLS, limit=3 * 3600,
+                 mended='an older checkpoint left behind'),
     'signals': Row('SIGINT and SIGTERM, once and twice, in each phase of each binary', 2 * len(SIGNALS), signalled,
                    prepare, seconds=120, mended='tracebacks; signals unheard in long calls and within imports; '
                    'temporary files left by SIGTERM'),
