@@ -8,6 +8,7 @@ import shutil
 import zipfile
 from contextlib import nullcontext
 
+import gin
 import pytest
 import torch
 from conftest import write_market
@@ -221,6 +222,14 @@ def test_another_optimizer_is_refused(market, tmp_path, before, after):
     train(market, tmp_path, 'total_steps = 2', f'make_optimizer.optimizer = @{before}')
     refuses(market, tmp_path, f'trained with the optimizer {before}, but {after} is configured',
             f'make_optimizer.optimizer = @{after}')
+
+
+def test_a_run_with_another_optimizer_than_ours_resumes(market, tmp_path):
+    gin.external_configurable(torch.optim.RMSprop, module='torch.optim')  # its state has other names
+    optimizer = 'make_optimizer.optimizer = @RMSprop'
+    train(market, tmp_path, 'total_steps = 2', optimizer)
+    train(market, tmp_path, 'total_steps = 3', optimizer)
+    assert checkpoint.load(str(tmp_path / 'last.pth'))['step'] == 3
 
 
 def test_weights_alone_are_refused(market, copy):

@@ -93,13 +93,7 @@ class State:
         groups = self.optimizer.state_dict()['param_groups']
         try:
             self.optimizer.load_state_dict({**content['optimizer'], 'param_groups': groups})
-            names = {'momentum_buffer'} if isinstance(self.optimizer, torch.optim.SGD) else {'exp_avg', 'exp_avg_sq'}
-            names |= {'max_exp_avg_sq'} if groups[0].get('amsgrad') else set()
-            for parameter, values in self.optimizer.state.items():
-                moments = {name: value for name, value in values.items() if name != 'step' and value is not None}
-                if moments and moments.keys() != names or any(
-                        misfit(value.cpu(), parameter.cpu()) for value in moments.values()):
-                    raise ValueError('its state of a parameter has another form')
+            check_moments(self.optimizer)
             if self.scaler.is_enabled() and content.get('scaler'):
                 self.scaler.load_state_dict(content['scaler'])
             self.meter.load_state(content['meter'])
@@ -124,6 +118,21 @@ class State:
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise UserError(f'NaN or infinity in the weights {name} after step {self.step - 1}; {last_good}. '
                                 f'Lower lr, or bind train.clip_gradient_norm.')
+
+
+def check_moments(optimizer):
+    """Raises ValueError for a state that the fused kernels of Adam, AdamW and SGD would read wrongly or outside memory.
+
+    Other optimizers, whose states have other forms, check their own.
+    """
+    names = {'momentum_buffer'} if isinstance(optimizer, torch.optim.SGD) else {'exp_avg', 'exp_avg_sq'}
+    names |= {'max_exp_avg_sq'} if optimizer.param_groups[0].get('amsgrad') else set()
+    if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)):
+        for parameter, values in optimizer.state.items():
+            moments = {name: value for name, value in values.items() if name != 'step' and value is not None}
+            if moments and moments.keys() != names or any(
+                    misfit(value.cpu(), parameter.cpu()) for value in moments.values()):
+                raise ValueError('The state of a parameter has another form')
 
 
 def configuration(portable=False):
