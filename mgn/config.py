@@ -7,6 +7,7 @@ checkpoint is data: bindings alone, of what this process knows already.
 
 import contextlib
 import difflib
+import functools
 import inspect
 import io
 import logging
@@ -205,6 +206,7 @@ def is_macro(value):
     return isinstance(value, gin.config.ConfigurableReference) and value.config_key[1] == MACRO
 
 
+@functools.cache
 def default_macros():
     with open(DEFAULTS) as lines:
         return [line.split(' ')[0] for line in lines if re.match(r'\w+ = ', line)]
