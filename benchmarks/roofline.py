@@ -32,7 +32,7 @@ IMAGES, SIZE, IDENTITIES = 64, (384, 128), 751
 # Assumptions. Large kernels reach this share of the peaks; a launch takes the host this long, in seconds.
 REACHED, LAUNCH = 0.8, 5e-6
 # Launches of one call, or of one tile of products; `make gpu` counts them (step `launches`).
-LAUNCHES = {'mining': 3, 'distance': 1, 'distance with gradient': 1 + 2 * 4, 'a tile': 6, 'before the tiles': 40}
+LAUNCHES = {'mining': 3, 'distance': 1, 'distance with gradient': 1 + 2 * 12, 'a tile': 6, 'before the tiles': 40}
 ITEMS, LARGEST_TILE = 2048, 2 ** 23  # gallery rows of a tile, products of one
 
 
@@ -233,8 +233,9 @@ def amount(number):
 
 
 def read_measured():
-    """{'device': …, 'seconds': {row: …}} of docs/gpu.json; nothing measured where there is none."""
-    return json.loads(MEASURED.read_text()) if MEASURED.exists() else {'device': None, 'seconds': {}}
+    """{'device': …, 'seconds': {row: …}, 'in_graph': {row: …}} of docs/gpu.json; nothing where there is none."""
+    nothing = {'device': None, 'seconds': {}, 'in_graph': {}}
+    return json.loads(MEASURED.read_text()) if MEASURED.exists() else nothing
 
 
 def expected_table(measured):
@@ -247,8 +248,10 @@ def expected_table(measured):
         operations = ', '.join(f'{unit} {amount(work.total(unit))}' for unit in UNITS if work.total(unit))
         moved = amount(sum(phase.moved for phase in work.phases))
         times = [shown(work_on(device).seconds(device)) for device in DEVICES.values()]
-        found = measured['seconds'].get(name)
-        cells = [name, f'{work.launches:,}', moved, operations, *times, '' if found is None else shown(found)]
+        found = shown(measured['seconds'][name]) if name in measured['seconds'] else ''
+        if name in measured['in_graph']:
+            found += f', in a graph {shown(measured["in_graph"][name])}'
+        cells = [name, f'{work.launches:,}', moved, operations, *times, found]
         lines.append(f'| {" | ".join(cells)} |')
     return lines
 
@@ -259,8 +262,9 @@ def peaks_table():
     for name, peak in DEVICES.items():
         rates = ', '.join(f'{2 * peak.rates[unit] / 1e12:.3g}' if unit in peak.rates else '–'
                           for unit in ('float32', 'float64', 'tf32', 'bfloat16'))
-        lines.append(f'| {name} | {peak.memory / 1e9:.0f} | {peak.link / 1e9:.0f} | {peak.cache // 10 ** 6} | {rates} | '
-                     f'{peak.rates["conversion"] / 1e9:,.0f} | {peak.source} |')
+        cells = [name, f'{peak.memory / 1e9:.0f}', f'{peak.link / 1e9:.0f}', str(peak.cache // 10 ** 6), rates,
+                 f'{peak.rates["conversion"] / 1e9:,.0f}', peak.source]
+        lines.append(f'| {" | ".join(cells)} |')
     return lines
 
 
