@@ -75,17 +75,19 @@ def sanitized(tool, files):
 
 
 def steps(out):
-    """{name: Step}, in the order in which they say most soonest."""
+    """{name: Step}, those first that say most in little time."""
     named = {
         'build': Step(480, python('setup.py', 'build_ext', '--inplace')),
         'loads': Step(60, python('-c', 'from mgn import ops; name = ops.implementation("cuda"); print(name); '
                                        'assert name.startswith("compiled")')),
-        **{f'test {name}': Step(480, tests('-m', '', *files), {'MGN_TIMES': '1'}) for name, files in FILES.items()},
+        **{f'test {name}': Step(480, tests('-m', 'not long', *files), {'MGN_TIMES': '1'})
+           for name, files in FILES.items()},
         'launches': Step(240, times('launches')),
         **{f'time {family}': Step(480, times(family)) for family in ('mining', 'distances', 'ranks', 'neighbours',
                                                                      're-ranking')},
         'time training': Step(480, times('training', f'--trace={out / "trace.json.gz"}')),
         'time peers': Step(480, times('peers')),
+        'test long': Step(480, tests('-m', 'long', *FILES['mining'], *FILES['distances']), {'MGN_TIMES': '10'}),
     }
     for tool in ('memcheck', 'racecheck', 'initcheck', 'synccheck'):
         named.update({f'{tool} {name}': sanitized(tool, files) for name, files in SANITIZED.items()})

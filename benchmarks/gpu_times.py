@@ -34,10 +34,8 @@ from mgn.ops.ranking.product import available
 from mgn.optim import make_optimizer
 
 MARGIN, PRECISIONS = 1.2, ('float32', 'tf32', 'bfloat16')
-# What the runtime is asked for by whatever makes the host wait, and by whatever starts work.
+# What the runtime is asked for by whatever makes the host wait.
 WAITS = ('cudaStreamSynchronize', 'cudaDeviceSynchronize', 'cudaEventSynchronize', 'cudaMemcpy')
-STARTS = ('cudaLaunchKernel', 'cudaLaunchKernelExC', 'cuLaunchKernel', 'cuLaunchKernelEx', 'cudaMemsetAsync',
-          'cudaMemcpyAsync')
 
 
 def tell(row, side, **numbers):
@@ -242,13 +240,14 @@ def profiled(run, calls, device):
 
 
 def counted(run, device):
-    """(launches, waits, seconds of kernels) of a call: of three calls less those of one, as profiling waits, too."""
+    """(kernels, copies and fills launched; waits; seconds of these) of a call: of three calls less those of one, as
+    profiling waits, too."""
     numbers = []
     for calls in (1, 3):
         events = profiled(run, calls, device).events()
-        busy = sum(event.time_range.elapsed_us() for event in events if event.device_type == DeviceType.CUDA)
-        names = [event.name for event in events]
-        numbers.append([sum(name in STARTS for name in names), sum(name in WAITS for name in names), busy / 1e6])
+        launched = [event.time_range.elapsed_us() for event in events if event.device_type == DeviceType.CUDA]
+        waits = sum(event.name in WAITS for event in events)
+        numbers.append([len(launched), waits, sum(launched) / 1e6])
     return [(three - one) / 2 for one, three in zip(*numbers)]
 
 
@@ -318,8 +317,8 @@ def training(device, small, trace_file):
         alternate(f'training step, {precision}', {'mgn': run}, 1 if small else 10, device)
     if not small and there('fastreid', 'yacs', 'termcolor'):
         pixels = images.float(memory_format=torch.contiguous_format)
-        step = functools.partial(peer_step, *peers.fastreid_mgn(IDENTITIES, device.type), pixels, labels)
-        alternate('training step, float32', {'fast-reid': whole(step)}, 5, device)
+        theirs = functools.partial(peer_step, *peers.fastreid_mgn(IDENTITIES, device.type), pixels, labels)
+        alternate('training step, float32', {'fast-reid': whole(theirs)}, 5, device)
     precision, run = list(sides.items())[-1]
     launched, waits, busy = counted(run, device)
     tell(f'training step, {precision}', 'launches', launches=launched, waits=waits)

@@ -22,7 +22,8 @@ from benchmarks.ranking import D, G
 from mgn.losses import mgn_losses
 from mgn.model import MGN, MGNOutput
 
-PAGE = Path(__file__).parent.parent / 'docs' / 'gpu.md'
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / 'docs' / 'gpu.md'
 MEASURED = PAGE.with_suffix('.json')
 
 Q, MATCHES, OPEN = 11_659, 292_412, 109  # MSMT17; pairs a query that a float32 product leaves open (docs/benchmarks.md)
@@ -108,10 +109,11 @@ def distance(device, n, m, d, gradient):
 
 
 def tiles(device, queries, items, square=False):
-    """How many tiles of products are made, and the queries of each: mgn/ops/ranking/tiles.py."""
-    at_once = min(max(2 ** 20, device.cache // 8), LARGEST_TILE) // ITEMS
-    at_once = ITEMS if square else at_once
-    return math.ceil(items / ITEMS) * math.ceil(queries / at_once), min(at_once, queries)
+    """How many tiles of products are made, and their queries and items at most: mgn/ops/ranking/tiles.py."""
+    height, width = min(max(2 ** 20, device.cache // 8), LARGEST_TILE) // ITEMS, ITEMS
+    if square:
+        height = width = min(height, width)
+    return math.ceil(items / width) * math.ceil(queries / height), min(height, queries), width
 
 
 def relative_error(precision):
@@ -122,9 +124,9 @@ def relative_error(precision):
 
 def product(device, precision, queries, items, square=False):
     """queries × items products of D terms, in tiles, three of halves for bfloat16; written, and read once."""
-    number, at_once = tiles(device, queries, items, square)
+    number, height, width = tiles(device, queries, items, square)
     share = 0.5 if square else 1  # of a matrix with itself half is enough
-    operands = number * (at_once + ITEMS) * D * 4
+    operands = number * (height + width) * D * 4
     return Phase(share * (operands + 8 * queries * items),
                  {precision: share * queries * items * D * (3 if precision == 'bfloat16' else 1)})
 
@@ -141,7 +143,7 @@ def prepared(precision, rows):
 
 
 def match_ranks(device, precision):
-    number, _ = tiles(device, Q, G)
+    number, *_ = tiles(device, Q, G)
     compared = Phase(0, {'float32': 16 * Q * G})  # instructions a product, about
     return Work(LAUNCHES['before the tiles'] + number * LAUNCHES['a tile'], [
         keys(MATCHES, rows=2), prepared(precision, Q + G), product(device, precision, Q, G), compared,
@@ -149,7 +151,7 @@ def match_ranks(device, precision):
 
 
 def topk(device, precision):
-    number, _ = tiles(device, Q, G)
+    number, *_ = tiles(device, Q, G)
     return Work(LAUNCHES['before the tiles'] + number * LAUNCHES['a tile'], [
         prepared(precision, Q + G), product(device, precision, Q, G), Phase(0, {'float32': 8 * Q * G}),
         keys(Q * (K + max(16, K // 2)))])
@@ -281,7 +283,7 @@ def with_tables(page, measured):
 
 def main():
     PAGE.write_text(with_tables(PAGE.read_text(), read_measured()))
-    print(f'{PAGE.relative_to(PAGE.parent.parent)} is written')
+    print(f'{PAGE.relative_to(ROOT)} is written')
 
 
 if __name__ == '__main__':
