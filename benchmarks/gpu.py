@@ -10,6 +10,7 @@ torchreid (`make peers`) are compared with where they are installed.
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -57,9 +58,7 @@ FILES = {
                 'tests/ops/test_query_expansion.py'],
     'training': ['tests/test_training_cuda.py', 'tests/data/test_augmentation.py'],
 }
-# Only this project's kernels are looked at: torch's copy padding that nothing has written, and cuBLAS takes minutes.
-# torch asks the driver for functions that it may lack, so errors of the interface are not reported.
-SANITIZER = ['compute-sanitizer', '--kernel-name=kernel_substring=3mgn', '--report-api-errors=no', '--error-exitcode=1']
+TOOLS = ('memcheck', 'racecheck', 'initcheck', 'synccheck')
 # Memory is freed and allocated anew each time, else an overrun ends in memory that torch keeps; graphs cannot be
 # captured so. References run no kernel of ours; what is large, or many small calls, takes too long here.
 LEFT_OUT = ('graph', 'reference', 'thousands', 'large', 'near_duplicates_among', '5000', 'opcheck', 'torch_compile',
@@ -68,9 +67,19 @@ SANITIZED = {'mining': FILES['mining'], 'distances': FILES['distances'],
              'ranking': ['tests/ops/test_match_ranks_cuda.py', 'tests/ops/test_neighbours_cuda.py']}
 
 
+def sanitizer(tool, kernels='3mgn'):
+    """compute-sanitizer, on kernels with this in their mangled names; the default: those of namespace mgn.
+
+    torch's kernels copy padding that nothing has written, and cuBLAS's take minutes. torch asks the driver for
+    functions that it may lack, so errors of the interface are not reported.
+    """
+    return ['compute-sanitizer', f'--tool={tool}', f'--kernel-name=kernel_substring={kernels}',
+            '--report-api-errors=no', '--error-exitcode=1']
+
+
 def sanitized(tool, files):
     selected = ' and '.join(f'not {word}' for word in LEFT_OUT)
-    return Step(480, [*SANITIZER, f'--tool={tool}', *tests('-x', '-m', 'not long', '-k', selected, *files)],
+    return Step(480, [*sanitizer(tool), *tests('-x', '-m', 'not long', '-k', selected, *files)],
                 {'PYTORCH_NO_CUDA_MEMORY_CACHING': '1', 'MGN_TIMES': '0.05'})
 
 
@@ -80,25 +89,33 @@ def steps(out):
         'build': Step(480, python('setup.py', 'build_ext', '--inplace')),
         'loads': Step(60, python('-c', 'from mgn import ops; name = ops.implementation("cuda"); print(name); '
                                        'assert name.startswith("compiled")')),
-        **{f'test {name}': Step(480, tests('-m', 'not long', *files), {'MGN_TIMES': '1'})
+        **{f'test-{name}': Step(480, tests('-m', 'not long', *files), {'MGN_TIMES': '1'})
            for name, files in FILES.items()},
         'launches': Step(240, times('launches')),
-        **{f'time {family}': Step(480, times(family)) for family in ('mining', 'distances', 'ranks', 'neighbours',
+        **{f'time-{family}': Step(480, times(family)) for family in ('mining', 'distances', 'ranks', 'neighbours',
                                                                      're-ranking')},
-        'time training': Step(480, times('training', f'--trace={out / "trace.json.gz"}')),
-        'time peers': Step(480, times('peers')),
-        'test long': Step(480, tests('-m', 'long', *FILES['mining'], *FILES['distances']), {'MGN_TIMES': '10'}),
+        'time-training': Step(480, times('training', f'--trace={out / "trace.json.gz"}')),
+        'time-peers': Step(480, times('peers')),
+        'test-long': Step(480, tests('-m', 'long', *FILES['mining'], *FILES['distances']), {'MGN_TIMES': '10'}),
     }
-    for tool in ('memcheck', 'racecheck', 'initcheck', 'synccheck'):
-        named.update({f'{tool} {name}': sanitized(tool, files) for name, files in SANITIZED.items()})
+    named['planted-faults'] = Step(120, python('-m', 'benchmarks.gpu_faults'))
+    for tool in TOOLS:
+        named.update({f'{tool}-{name}': sanitized(tool, files) for name, files in SANITIZED.items()})
     return named
+
+
+def program(name):
+    """Its path, also where it lies in the CUDA toolkit but not on PATH; None where it is missing."""
+    return shutil.which(name, path=PATH)
 
 
 def lacking(step):
     """What is not here that the step needs, in a sentence; '' where nothing is."""
-    if shutil.which(step.command[0], path=PATH) is None:
+    if program(step.command[0]) is None:
         return f'no {step.command[0]} on PATH or in CUDA_HOME; it is a part of the CUDA toolkit'
     packages = [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]
+    if 'setuptools' not in packages and int(importlib.metadata.version('setuptools').partition('.')[0]) < 77:
+        packages.append("'setuptools>=77'")  # older ones do not read pyproject.toml
     if packages:
         return (f'bring these wheels, since nothing is downloaded here: pip download --no-deps {" ".join(packages)} '
                 f'(elsewhere, for Python {sys.version_info[0]}.{sys.version_info[1]}), then pip install --no-index '
@@ -109,7 +126,7 @@ def lacking(step):
 def run(step, log, environment):
     """(result, seconds, output) of a step; its output goes to the file, too. Whatever it started ends with it."""
     start, begin = time.perf_counter(), log.stat().st_size if log.exists() else 0
-    command = [shutil.which(step.command[0], path=PATH), *step.command[1:]]
+    command = [program(step.command[0]), *step.command[1:]]
     with open(log, 'ab') as file:
         process = subprocess.Popen(command, cwd=ROOT, env={**environment, **step.environment}, stdout=file,
                                    stderr=subprocess.STDOUT, start_new_session=True)

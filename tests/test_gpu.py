@@ -8,13 +8,14 @@ import pytest
 import torch
 from cuda_checks import nothing_waits
 from data import test_augmentation
+from emulation import need
 from ops import test_batch_hard_cuda, test_pairwise_distance_cuda
 from thin import thin  # noqa: F401 (a fixture)
 from torch.autograd import DeviceType
 from torch.overrides import TorchFunctionMode
 
 import test_training_cuda
-from benchmarks import gpu, gpu_times, roofline
+from benchmarks import gpu, gpu_faults, gpu_times, roofline
 
 STEPS = gpu.steps(gpu.ROOT / 'build')
 PYTEST = {name: step.command[step.command.index('pytest') + 1:] for name, step in STEPS.items()
@@ -79,14 +80,16 @@ class Collected:
         self.names = [item.nodeid for item in session.items]
 
 
-@pytest.mark.parametrize('name', [name for name in PYTEST if not name.startswith(('racecheck', 'initcheck', 'sync'))])
+@pytest.mark.parametrize('name', [
+    name if name in ('test-ranking', 'memcheck-mining') else pytest.param(name, marks=pytest.mark.long)
+    for name in PYTEST])
 def test_a_step_of_tests_finds_tests_that_take_a_device(name, capsys):
     collected = Collected()
     assert pytest.main(['--collect-only', *PYTEST[name]], plugins=[collected]) == 0, capsys.readouterr().out
     assert len(collected.names) > 4, 'and the sanitizers take the same ones'
     files = {argument for argument in PYTEST[name] if argument.endswith('.py')}
     found = {nodeid.split('::')[0] for nodeid in collected.names}
-    assert name == 'test long' or files == found, 'a file without a test'
+    assert name == 'test-long' or files == found, 'a file without a test'
     graphs = [nodeid for nodeid in collected.names if 'graph' in nodeid]
     assert not graphs or name.startswith('test')
 
@@ -94,9 +97,9 @@ def test_a_step_of_tests_finds_tests_that_take_a_device(name, capsys):
 def test_steps_end_in_time_and_sanitizers_see_our_kernels_alone():
     assert all(0 < step.limit <= 480 for step in STEPS.values())
     sanitizers = {name: step for name, step in STEPS.items() if step.command[0] == 'compute-sanitizer'}
-    assert {name.split()[0] for name in sanitizers} == {'memcheck', 'racecheck', 'initcheck', 'synccheck'}
+    assert {name.split('-')[0] for name in sanitizers} == {'memcheck', 'racecheck', 'initcheck', 'synccheck'}
     for name, step in sanitizers.items():
-        assert f'--tool={name.split()[0]}' in step.command and '--error-exitcode=1' in step.command
+        assert f'--tool={name.split('-')[0]}' in step.command and '--error-exitcode=1' in step.command
         assert '--kernel-name=kernel_substring=3mgn' in step.command  # namespace mgn, mangled
         assert step.environment['PYTORCH_NO_CUDA_MEMORY_CACHING'] == '1'
 
@@ -124,6 +127,23 @@ def test_launches_and_waits_of_a_call_leave_out_those_of_the_profile(monkeypatch
     monkeypatch.setattr(gpu_times, 'profiled', profiled)
     launched, waits, seconds = gpu_times.counted(None, torch.device('cuda'))
     assert (launched, waits) == (2, 1) and seconds == pytest.approx(8e-6)
+
+
+@pytest.mark.parametrize('seen, missed', [('*3mgn*', None), ('*racecheck*3mgn*', 'memcheck, initcheck, synccheck'),
+                                          ('*', 'none; exit status outside the filter: 1')])
+def test_a_tool_that_misses_its_planted_fault_is_told(monkeypatch, tmp_path, capfd, seen, missed):
+    """nvcc is real, so that the faults compile; compute-sanitizer finds one where its arguments are like a pattern."""
+    need('nvcc', 'which compiles the planted faults')
+    stub = tmp_path / 'compute-sanitizer'
+    stub.write_text(f'#!/bin/sh\ncase "$*" in {seen}) exit 1;; esac\n')
+    stub.chmod(0o755)
+    monkeypatch.setattr(gpu, 'PATH', f'{tmp_path}:{gpu.PATH}')
+    if missed is None:
+        gpu_faults.main()
+        assert 'each tool finds its fault' in capfd.readouterr().out
+    else:
+        with pytest.raises(SystemExit, match=f'not found: {missed}'):
+            gpu_faults.main()
 
 
 def step_of(program, limit=20):
