@@ -180,8 +180,8 @@ def read(file):
 def keep(records, out):
     """The table of all steps, and what was measured in docs/gpu.json and docs/gpu.md, copied to the folder."""
     (out / 'table.md').write_text(table(records) + '\n')
-    found = {(figure['side'], figure['row']): figure['seconds'] for record in records for figure in record['figures']
-             if 'seconds' in figure}
+    found = {(figure['side'], figure['row']): figure['seconds'] for record in records
+             if record['device'] == records[-1]['device'] for figure in record['figures'] if 'seconds' in figure}
     if not found:
         return
     from benchmarks import roofline  # here: it needs packages that may be lacking

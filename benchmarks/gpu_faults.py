@@ -22,15 +22,18 @@ def status(faults, tool, *kernels):
     return done.returncode
 
 
-def main():
+def compiled(folder):
     lacking = [name for name in ('nvcc', 'compute-sanitizer') if gpu.program(name) is None]
     if lacking:
         sys.exit(f'no {" and no ".join(lacking)} on PATH or in CUDA_HOME; install the CUDA toolkit whole')
-    with tempfile.TemporaryDirectory() as folder:
-        faults = f'{folder}/faults'
-        subprocess.run([gpu.program('nvcc'), '-arch=native', '-lineinfo', '-o', faults, SOURCE], check=True)
-        missed = [tool for tool in gpu.TOOLS if status(faults, tool) != 1]
-        outside = status(faults, 'memcheck', 'no_such_kernel')
+    faults = f'{folder}/faults'
+    subprocess.run([gpu.program('nvcc'), '-arch=native', '-lineinfo', '-o', faults, SOURCE], check=True)
+    return faults
+
+
+def check(faults):
+    missed = [tool for tool in gpu.TOOLS if status(faults, tool) != 1]
+    outside = status(faults, 'memcheck', 'no_such_kernel')
     if missed or outside != 0:
         sys.exit(f'planted faults that were not found: {", ".join(missed) or "none"}; exit status outside the filter: '
                  f'{outside}, expected 0; look at sanitizer() in benchmarks/gpu.py')
@@ -38,4 +41,5 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    with tempfile.TemporaryDirectory() as temporary:
+        check(compiled(temporary))

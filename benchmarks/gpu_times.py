@@ -160,6 +160,9 @@ def ranks(device, small):
         assert np.array_equal(match_ranks(query, gallery, *ids, precision=precision).ranks, plain.ranks), precision
         run = functools.partial(match_ranks, query, gallery, *ids, precision=precision)
         alternate(f'match_ranks, {precision}', {'mgn': run}, 1 if small else 5, device)
+    alternate('match_ranks, default', {'mgn': functools.partial(match_ranks, query, gallery, *ids)}, 1 if small else 5,
+              device)
+    show_kernels(functools.partial(match_ranks, query, gallery, *ids), device)
     first = min(512, len(query))
     here = match_ranks(query[:first].cpu(), gallery.cpu(), ids[0][:first], ids[1], ids[2][:first], ids[3])
     assert np.array_equal(here.ranks, plain.ranks[:len(here.ranks)]), 'the CPU finds other ranks'
@@ -178,6 +181,7 @@ def neighbours(device, small):
         assert torch.equal(got.indices, expected.indices), precision
         run = functools.partial(topk, query, gallery, 30, precision=precision)
         alternate(f'topk, k = 30, {precision}', {'mgn': run}, 1 if small else 5, device)
+    show_kernels(functools.partial(topk, query, gallery, 30), device)
     alternate('topk, k = 30, float32', {
         'torch, the product alone': lambda: in_blocks(query, gallery, lambda products: None, 4096),
         'torch, product and torch.topk': lambda: in_blocks(query, gallery, lambda products: products.topk(30), 4096),
@@ -196,6 +200,7 @@ def re_ranking(device, small):
             results.append(k_reciprocal_ranks(*args, precision=precision).ranks)
         alternate(f're-ranking, {precision}', {'mgn': run}, 1, device)
     assert all(np.array_equal(results[0], other) for other in results), 'another precision, other ranks'
+    show_kernels(functools.partial(k_reciprocal_ranks, *args), device)
 
 
 def against_peers(device, small):
@@ -237,6 +242,11 @@ def profiled(run, calls, device):
             run()
         finish(device)
     return trace
+
+
+def show_kernels(run, device):
+    """The kernels that take longest, for the log."""
+    print(profiled(run, 1, device).key_averages().table(sort_by='self_device_time_total', row_limit=15), flush=True)
 
 
 def counted(run, device):

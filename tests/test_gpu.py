@@ -129,21 +129,22 @@ def test_launches_and_waits_of_a_call_leave_out_those_of_the_profile(monkeypatch
     assert (launched, waits) == (2, 1) and seconds == pytest.approx(8e-6)
 
 
-@pytest.mark.parametrize('seen, missed', [('*3mgn*', None), ('*racecheck*3mgn*', 'memcheck, initcheck, synccheck'),
-                                          ('*', 'none; exit status outside the filter: 1')])
-def test_a_tool_that_misses_its_planted_fault_is_told(monkeypatch, tmp_path, capfd, seen, missed):
+def test_a_tool_that_misses_its_planted_fault_is_told(monkeypatch, tmp_path, capfd):
     """nvcc is real, so that the faults compile; compute-sanitizer finds one where its arguments are like a pattern."""
     need('nvcc', 'which compiles the planted faults')
-    stub = tmp_path / 'compute-sanitizer'
-    stub.write_text(f'#!/bin/sh\ncase "$*" in {seen}) exit 1;; esac\n')
-    stub.chmod(0o755)
     monkeypatch.setattr(gpu, 'PATH', f'{tmp_path}:{gpu.PATH}')
-    if missed is None:
-        gpu_faults.main()
-        assert 'each tool finds its fault' in capfd.readouterr().out
-    else:
-        with pytest.raises(SystemExit, match=f'not found: {missed}'):
-            gpu_faults.main()
+    stub = tmp_path / 'compute-sanitizer'
+    for seen, missed in (('*3mgn*', None), ('*racecheck*3mgn*', 'memcheck, initcheck, synccheck'),
+                         ('*', 'none; exit status outside the filter: 1')):
+        stub.write_text(f'#!/bin/sh\ncase "$*" in {seen}) exit 1;; esac\n')
+        stub.chmod(0o755)
+        if missed is None:
+            faults = gpu_faults.compiled(tmp_path)
+            gpu_faults.check(faults)
+            assert 'each tool finds its fault' in capfd.readouterr().out
+        else:
+            with pytest.raises(SystemExit, match=f'not found: {missed}'):
+                gpu_faults.check(faults)
 
 
 def step_of(program, limit=20):
