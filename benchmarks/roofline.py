@@ -243,7 +243,9 @@ def read_measured():
 def expected_table(measured):
     """Launches, bytes and operations are the H200's; other caches make other tiles."""
     where = f' on {measured["device"]}' if measured['device'] else ''
-    lines = [f'| operation | launches | GB moved | 10⁹ operations | {" | ".join(DEVICES)} | measured{where} |',
+    expected = ' | '.join(f'{name}, expected' for name in DEVICES)
+    lines = [f'| operation | launches | GB moved | 10⁹ operations | {expected} | '
+             f'measured{where} |',
              '|---' * (len(DEVICES) + 5) + '|']
     for name, work_on in rows().items():
         work = work_on(DEVICES['H200'])
