@@ -11,7 +11,7 @@ from mining import examples
 from rankings import METRICS, extremes, naive_key, naive_keys, naive_ranks, near_ties, problem, ranks_of
 
 from mgn.ops import match_ranks, match_ranks_from_distance
-from mgn.ops.arguments import Ids
+from mgn.ops.arguments import all_ids
 from mgn.ops.ranking.keys import Comparison, finite_norms, keys_in_order
 from mgn.ops.ranking.ranks import identities, nonmatches_between, sorted_matches
 
@@ -97,7 +97,7 @@ def test_items_are_numbered_from_any_number_on(ranking):
     """As in the last part of a gallery of 2⁴⁰ items and more: matches, own identity and ties by number."""
     query, gallery, query_pids, gallery_pids, query_camids, gallery_camids = problem(6, 90, 7, levels=2)
     comparison = Comparison(torch.from_numpy(query), torch.from_numpy(gallery), cosine=True, precision='float32')
-    ids = Ids(query_pids, gallery_pids, query_camids, gallery_camids)
+    ids = all_ids(6, 90, query_pids, gallery_pids, query_camids, gallery_camids)
     excluded, norms = identities(ids, 0), finite_norms(comparison.query, 'query')
     matches = sorted_matches(excluded, ids, functools.partial(keys_in_order, comparison))
     want, got = (nonmatches_between(comparison, norms, first, matches._replace(items=matches.items + first),
@@ -235,7 +235,7 @@ def test_shapes_and_types_that_do_not_fit_are_named(which, bad, message):
 
 @pytest.mark.parametrize('options, message', [({'metric': 'manhattan'}, "'cosine' or 'euclidean', not 'manhattan'"),
                                               ({'precision': 'float16'},
-                                               "'float32' or 'tf32' or 'bfloat16', not 'float16'")])
+                                               "'auto' or 'float32' or 'tf32' or 'bfloat16', not 'float16'")])
 def test_unknown_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         match_ranks(*problem(3, 4, 5), **options)

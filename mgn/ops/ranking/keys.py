@@ -2,14 +2,13 @@
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from mgn.ops.arguments import PRECISIONS, as_features, choice
 from mgn.ops.errors import UserError
 from mgn.ops.native import kernels
 from mgn.ops.ranking import reference
-from mgn.ops.ranking.tiles import OPERANDS, is_readable, read_ahead, rows, runs_of, spans
+from mgn.ops.ranking.tiles import OPERANDS, is_readable, on_device, read_ahead, rows, spans, with_next
 
 
 class Comparison(NamedTuple):
@@ -74,26 +73,28 @@ def refuse_not_finite(features, name):
 
 
 def keys_of_pairs(comparison, queries, items):
-    """Canonical keys of (query queries[p], gallery items[p]), NumPy arrays of indices and keys."""
+    """Canonical keys (P,) float64 of (query queries[p], gallery items[p]); int64 tensors of the query's device."""
     query, gallery, cosine, _ = comparison
-    queries, items = torch.from_numpy(queries).to(query.device), torch.from_numpy(items).to(gallery.device)
     keys = torch.empty(len(items), dtype=torch.float64, device=query.device)
     if is_readable(query) and is_readable(gallery) and query.device == gallery.device:
         comparison.kernels.canonical_keys(query, gallery, queries, items, cosine, keys)
-        return keys.cpu().numpy()
-    for part in spans(len(items), OPERANDS // max(query.shape[1], 1)):
-        numbers = torch.arange(part.stop - part.start, device=query.device)
-        pairs = rows(query, queries[part]), rows(gallery, items[part]).to(query.device), numbers, numbers
-        comparison.kernels.canonical_keys(*pairs, cosine, keys[part])
-    return keys.cpu().numpy()
+        return keys
+    parts = spans(len(items), OPERANDS // 4 // max(query.shape[1], 1))
+    pieces = on_device(gallery, [items[part].to(gallery.device) for part in parts], query.device)
+    for part, item_rows in zip(parts, pieces):
+        numbers = torch.arange(len(item_rows), device=query.device)
+        comparison.kernels.canonical_keys(rows(query, queries[part]), item_rows, numbers, numbers, cosine, keys[part])
+    return keys
 
 
 def keys_in_order(comparison, queries, items):
-    """keys_of_pairs, the gallery's rows taken in their order and asked for ahead, as a file is read best."""
-    ascending, keys = np.argsort(items, kind='stable'), np.empty(len(items))
-    parts = [ascending[part] for part in spans(len(items), OPERANDS // 4 // max(comparison.gallery.shape[1], 1))]
-    for part, ahead in zip(parts, [*parts[1:], None]):
-        if ahead is not None:
-            read_ahead(comparison.gallery, runs_of(items[ahead]))
+    """keys_of_pairs of ascending items. A gallery of main memory may be a file: what comes next is asked for ahead."""
+    gallery = comparison.gallery
+    if comparison.query.device.type != 'cpu':
+        return keys_of_pairs(comparison, queries, items)
+    keys = torch.empty(len(items), dtype=torch.float64)
+    for part, ahead in with_next(spans(len(items), OPERANDS // 4 // max(gallery.shape[1], 1))):
+        if ahead:
+            read_ahead(gallery, items[ahead])
         keys[part] = keys_of_pairs(comparison, queries[part], items[part])
     return keys
