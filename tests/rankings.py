@@ -165,7 +165,7 @@ def ascending_sum(terms):
 
 
 def on_tensor_cores(monkeypatch, products=None):
-    """Every precision filters on the CPU too: by products(query, item parts) of rounded operands, to nearest unless given."""
+    """Every precision filters on the CPU too: products(q, g) of rounded operands, float32's unless given."""
     def rounded(q, g):
         return q.float() @ g.float().T
     take = products or rounded

@@ -153,9 +153,8 @@ def gemms(device):
 
 def operand(features, precision):
     """(n, D) float32 → what `products` takes, rounded so that nothing else rounds it: parts, which sum to the rows."""
-    if precision == 'tf32':  # to nearest, ties to even, in the 13 bits that float32 has more
-        bits = features.view(torch.int32)
-        return ((bits + 0xfff + ((bits >> 13) & 1)) & ~0x1fff).view(torch.float32),
+    if precision == 'tf32':  # to nearest, ties away from zero, in the 13 bits that float32 has more
+        return (features.view(torch.int32) + 0x1000 & ~0x1fff).view(torch.float32),
     if precision == 'bfloat16':
         large = features.bfloat16()
         return large, (features - large).bfloat16()
@@ -172,14 +171,14 @@ def operands(features, norms, precision):
     residual = torch.zeros_like(norms)
     if precision == 'float32' and is_readable(features):
         return made, residual
-    whole = None
-    for part in spans(len(features), OPERANDS // max(features.shape[1], 1)):
+    fitting, whole = once(features.device), None
+    for part in spans(len(features), max(OPERANDS, fitting // 8) // max(features.shape[1], 1)):
         parts = made(part)
         if precision != 'float32':
             lost = functools.reduce(torch.sub, parts, rows(features, part))
             lost /= norms[part].clamp(SMALLEST, LARGEST).float()[:, None]  # first, so that squares do not underflow
             residual[part] = 1.001 * torch.linalg.vector_norm(lost, dim=1).double()
-        if features.numel() <= once(features.device):
+        if features.numel() <= fitting:
             whole = whole or [x.new_empty(features.shape) for x in parts]
             for kept, x in zip(whole, parts):
                 kept[part] = x

@@ -121,7 +121,8 @@ def with_next(parts):
 def read_ahead(features, part):
     """Has the system begin to read these rows, a slice or ascending numbers, where they lie in a mapped file."""
     advise = memory_advice()
-    if part is None or advise is None or features.device.type != 'cpu' or not features.numel() or features.stride(1) != 1:
+    is_memory = features.device.type == 'cpu' and features.numel() and features.stride(1) == 1
+    if part is None or advise is None or not is_memory:
         return
     if isinstance(part, slice):
         first, last = np.array([part.start]), np.array([part.stop])
