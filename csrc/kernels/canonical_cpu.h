@@ -10,16 +10,16 @@ namespace mgn {
 // ‖row‖, from the canonical sum; not finite where an element is not.
 void canonical_norms(const Rows& rows, double* norms, int instruction_set, const Parallel& parallel);
 
-// Keys of the pairs (queries[p], items[p]); pairs of one query stand together.
+// Keys of the pairs (queries[p], items[p]). The fastest order is one in which pairs of one query stand together.
 void canonical_keys(const Rows& query, const Rows& gallery, const int64_t* queries, const int64_t* items, int64_t pairs,
                     bool cosine, double* keys, int instruction_set, const Parallel& parallel);
 
 // For the kernels that need keys on the way.
 
 struct SumLoops {
-  void (*products)(const double* x, const float* const* y, int64_t d, double* out);
-  void (*squared_differences)(const double* x, const float* const* y, int64_t d, double* out);
-  void (*squares)(const double*, const float* const* y, int64_t d, double* out);
+  void (*products)(const double* x, const float* const* y, int rows, int64_t d, double* out);
+  void (*squared_differences)(const double* x, const float* const* y, int rows, int64_t d, double* out);
+  void (*squares)(const double*, const float* const* y, int rows, int64_t d, double* out);
   void (*widen)(const float* from, int64_t d, double* to);
   void (*affine)(const float* dots, const float* scale, const float* shift, int n, float* similarity);
 };
@@ -36,12 +36,17 @@ struct Keys {
 
   Keys(const SumLoops& loops, bool cosine, int64_t d) : loops(loops), cosine(cosine), d(d), query((d + 15) / 16 * 16) {}
 
-  // y two rows and their norms.
-  void operator()(const float* const* y, const double* norms, double* keys) const {
-    (cosine ? loops.products : loops.squared_differences)(query.data(), y, d, keys);
-    for (int r = 0; r < 2 && cosine; ++r) keys[r] = norm * norms[r] > 0 ? -(keys[r] / (norm * norms[r])) : 0;
+  // y one row or two, and their norms.
+  void operator()(const float* const* y, const double* norms, int rows, double* keys) const {
+    (cosine ? loops.products : loops.squared_differences)(query.data(), y, rows, d, keys);
+    for (int r = 0; r < rows && cosine; ++r) keys[r] = norm * norms[r] > 0 ? -(keys[r] / (norm * norms[r])) : 0;
   }
 };
+
+// Asks for a row that will be read soon: the hardware does not foresee which.
+inline void prefetch(const float* row, int64_t d) {
+  for (int64_t k = 0; k < d; k += 16) __builtin_prefetch(row + k);
+}
 
 // Denormals are numbers while it lives, on this thread: flushed to zero they would change sums.
 class Denormals {

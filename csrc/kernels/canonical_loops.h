@@ -25,25 +25,33 @@ TARGET inline void add_sixteen(const double* x, const float* const* y, int64_t k
   }
 }
 
-// Sums of two rows y, each with x: (d) doubles, padded to a multiple of 16 with zeros; not read for Term::square.
-template <Term term> TARGET void canonical_sums(const double* x, const float* const* y, int64_t d, double* out) {
-  Wide sums[2][kSums] = {};
+template <Term term, int rows>
+TARGET inline void sums_of(const double* x, const float* const* y, int64_t d, double* out) {
+  Wide sums[rows][kSums] = {};
   int64_t k = 0;
-  for (; k + 16 <= d; k += 16) add_sixteen<term, 2>(x, y, k, sums);
+  for (; k + 16 <= d; k += 16) add_sixteen<term, rows>(x, y, k, sums);
   if (k < d) {
-    float padded[2][16] = {};
-    for (int r = 0; r < 2; ++r)
+    float padded[rows][16] = {};
+    const float* tail[rows];
+    for (int r = 0; r < rows; ++r) {
       for (int64_t i = k; i < d; ++i) padded[r][i - k] = y[r][i];
-    const float* const tail[] = {padded[0], padded[1]};
-    add_sixteen<term, 2>(x + k, tail, 0, sums);
+      tail[r] = padded[r];
+    }
+    add_sixteen<term, rows>(x + k, tail, 0, sums);
   }
-  for (int r = 0; r < 2; ++r) {
+  for (int r = 0; r < rows; ++r) {
     double single[16];
     __builtin_memcpy(single, sums[r], sizeof single);
     for (int half = 8; half; half /= 2)
       for (int j = 0; j < half; ++j) single[j] += single[j + half];
     out[r] = single[0];
   }
+}
+
+// Sums of one row y or two, each with x: d doubles and zeros up to a multiple of 16. x is not read for Term::square.
+template <Term term>
+TARGET void canonical_sums(const double* x, const float* const* y, int rows, int64_t d, double* out) {
+  rows == 1 ? sums_of<term, 1>(x, y, d, out) : sums_of<term, 2>(x, y, d, out);
 }
 
 TARGET void widen(const float* from, int64_t d, double* to) {

@@ -84,7 +84,7 @@ template <typename T> struct Counting {
   std::vector<double> keys;
   bool excluded[kChunk] = {};  // of the chunk's items
 
-  explicit Counting(const CountLoops<T>& loops) : loops(loops), positions(kChunk), keys(kChunk + 1) {}
+  explicit Counting(const CountLoops<T>& loops) : loops(loops), positions(2 * kChunk), keys(kChunk) {}
 
   // Counts the chunk's n items first, first + 1, …, of which `left` are in `kept`: those not below the farthest match.
   // On demand fill() writes all similarities and keys_of(positions, count, keys) finds keys.
@@ -103,8 +103,7 @@ template <typename T> struct Counting {
       }
       return decide(matches, q, first, open, keys_of);
     }
-    int64_t by_key = 0;
-    bool filled = false;
+    int to_decide = 0;
     for (int64_t end = m; end > 0 && left > 0; end -= std::min<int64_t>(end, 4)) {
       const int64_t from = std::max<int64_t>(end - 4, 0);
       const int group = int(end - from);
@@ -120,18 +119,17 @@ template <typename T> struct Counting {
         matches.steps[begin + level] += above[i];
         if (level + 1 < m) matches.steps[begin + level + 1] -= above[i];
         if (open[i] == excluded_open[level]) continue;
-        if (!filled) fill(), filled = true;
-        const int within = loops.find_open(similarity, n, low[level], high[level], positions.data());
-        const auto decided = [&](int j) {
+        if (!to_decide) fill();
+        int* const found = positions.data() + to_decide;
+        const int within = loops.find_open(similarity, n, low[level], high[level], found);
+        const auto of_nearer = [&](int j) {  // they are found with the level before, or with one before that
           return level > 0 && !(similarity[j] < low[level - 1]) && !(similarity[j] > high[level - 1]);
         };
-        const auto rest = std::remove_if(positions.begin(), positions.begin() + within,
-                                         decided);  // those were decided with the level before
-        by_key += decide(matches, q, first, int(rest - positions.begin()), keys_of);
+        to_decide = int(std::remove_if(found, found + within, of_nearer) - positions.data());
       }
       if (from > 0 && above[0] < left / 2) left = loops.keep(kept, left, low[from - 1], kept);
     }
-    return by_key;
+    return decide(matches, q, first, to_decide, keys_of);
   }
 
   // An open item was counted from the first level that it is above. Its key may move it to an earlier level.
@@ -241,11 +239,16 @@ struct TileCounting {
       keys_of.norm = tile.query_norms[q];
       prepared = true;
     }
+    constexpr int kAhead = 4;  // rows asked for before they are read
+    for (int p = 0; p < std::min(count, kAhead); ++p) prefetch(tile.gallery[j + positions[p]], tile.gallery.d);
     for (int p = 0; p < count; p += 2) {
-      const int64_t a = j + positions[p], b = j + positions[std::min(p + 1, count - 1)];
+      for (int next = p + kAhead; next < std::min(count, p + kAhead + 2); ++next)
+        prefetch(tile.gallery[j + positions[next]], tile.gallery.d);
+      const int rows = std::min(2, count - p);
+      const int64_t a = j + positions[p], b = j + positions[p + rows - 1];
       const float* const y[] = {tile.gallery[a], tile.gallery[b]};
       const double norms[] = {tile.gallery_norms[a], tile.gallery_norms[b]};
-      keys_of(y, norms, keys + p);
+      keys_of(y, norms, rows, keys + p);
     }
   }
 

@@ -101,13 +101,13 @@ def error_of(q, g, precision):
         product.operands(*pair, precision) for pair in zip((q, g), norms))
     with product.exact_float32():
         got = product.products(q_operand(slice(None)), g_operand(slice(None)), precision)
-    bound = product.relative_error(precision, q.shape[1], q.device, q_residual[:, None], g_residual.max())
-    return (got.double() - q.double() @ g.double().T).abs() / norms[0][:, None] / norms[1] / bound
+    bound = product.relative_error(precision, q.shape[1], q.device, q_residual, g_residual) * norms[0]
+    return (got.double() - q.double() @ g.double().T).abs() / bound[:, None] / norms[1]
 
 
 def truncating(step, extra):
-    """q @ gᵀ of a tensor core: `step` products at a time are cut, as their sum so far, to 2^−(23 + extra) of the largest
-    of them, added, and the sum is cut to 24 bits."""
+    """q @ gᵀ of a tensor core: `step` products at a time, and their sum so far, are cut to 2^−(23 + extra) of the
+    largest of them and added; the sum is cut to 24 bits."""
     def cut(values, exponents):
         return np.ldexp(np.trunc(np.ldexp(values, -exponents)), exponents)
 
@@ -158,7 +158,8 @@ def test_truncating_tensor_cores_err_less_than_products_are_said_to(monkeypatch,
 @pytest.mark.parametrize('metric', METRICS)
 def test_truncating_tensor_cores_change_no_rank(monkeypatch, metric, precision, step, extra):
     query, gallery, *ids = clustered(12, 300, 32)
-    query[:6], gallery[:60] = adversaries(32, extra), np.repeat(adversaries(32, extra), 10, 0)
+    rows = adversaries(32, extra).numpy()
+    query[:6], gallery[:60] = rows, np.repeat(rows, 10, 0)
     args = query, gallery, *ids
     expected = match_ranks(*args, metric=metric)
     on_tensor_cores(monkeypatch, truncating(step, extra))

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from implementations import COMPILED, IMPLEMENTATIONS, run_as
 from memory import only_linux, printed
 from mining import examples
-from rankings import (METRICS, clustered, extremes, naive_keys, near_ties, on_tensor_cores, problem, published_distances,
-                      same)
+from rankings import (METRICS, clustered, extremes, naive_keys, near_ties, on_tensor_cores, problem,
+                      published_distances, same)
 
 from mgn.ops import drop_in, k_reciprocal_ranks, match_ranks, match_ranks_from_distance, re_ranking, topk
 from mgn.ops.arguments import PRECISIONS

@@ -105,7 +105,7 @@ def nearest(comparison, query_norms, gallery_norms, k, exclude_self=False, farth
 
     The largest key is asked for by `farthest`, else None.
     """
-    query, gallery, cosine, _ = comparison
+    query, gallery, cosine, *_ = comparison
     wanted = [(k, 1), (1, -1)] if farthest else [(k, 1)]
     searches = [Search(count, sign, min(count + exclude_self + max(16, count // 2), len(gallery)))
                 for count, sign in wanted]
@@ -118,7 +118,7 @@ def nearest(comparison, query_norms, gallery_norms, k, exclude_self=False, farth
         item_operand, item_residual = product.operands(gallery, gallery_norms, precision)
         operand, residual = (item_operand, item_residual) if is_one else product.operands(query, query_norms, precision)
         *item_terms, largest = product.item_terms(gallery_norms, cosine)
-        relative_error = product.relative_error(precision, width, query.device, residual, item_residual.max())
+        relative_error = product.relative_error(precision, width, query.device, residual, item_residual)
         error = product.query_terms(query_norms, largest, relative_error, width, cosine)[-1]
         # No key is larger where no feature is negative, and then there may be many as large.
         never_negative = farthest and cosine and query.shape[1] and min(query.amin(), gallery.amin()) >= 0
@@ -138,7 +138,7 @@ def nearest(comparison, query_norms, gallery_norms, k, exclude_self=False, farth
 
 def selections(comparison, operands, item_terms, searches):
     """Yields each block of queries with (values, items) for each search: its `capacity` smallest −sign · similarity."""
-    query, gallery, _, precision = comparison
+    query, gallery, _, precision, _ = comparison
     capacity = sum(search.capacity for search in searches)
     items_at_once, queries_at_once = tile_of(query, gallery)
     queries_at_once = min(queries_at_once, max(SELECTED // capacity, 1))
@@ -217,7 +217,7 @@ def settle_crowded(comparison, search, queries, limits, item_terms, exclude_self
     """
     (bound, limit_keys, limit_items), (item_scale, item_shift), (k, sign, _) = limits, item_terms, search
     precision, comparison = comparison.precision, comparison.of_queries(queries.to(comparison.query.device))
-    query, gallery, _, _ = comparison
+    query, gallery, *_ = comparison
     limit_keys = sign * limit_keys
     keys = torch.full((len(query), k), torch.inf, dtype=torch.float64)
     items = torch.full((len(query), k), len(gallery))

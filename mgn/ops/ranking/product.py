@@ -56,14 +56,16 @@ def available(precision, device):
     return precision if capability >= (8, 0) else 'float32'
 
 
-def relative_error(precision, width, device, query_residual=0.0, item_residual=0.0):
+def relative_error(precision, width, device, query_residual=None, item_residual=None):
     """c such that |products(q, g) − q·g| ≤ c·‖q‖·‖g‖ for rows of `width`, of norms from SMALLEST to LARGEST.
 
-    Sums in any order (Higham, "Accuracy and Stability of Numerical Algorithms", §3.1); tensor cores may truncate. The
-    residuals are those of `operands`: numbers, or tensors of one for each row.
+    Sums in any order (Higham, "Accuracy and Stability of Numerical Algorithms", §3.1); tensor cores may truncate. With
+    the residuals that `operands` measured, where it rounds: a tensor, c of each query.
     """
     # What underflows or is flushed is at most 2⁻¹²⁶ a term, and the product of norms at least 2⁻⁸⁰.
-    left_out = query_residual + item_residual * (1 + query_residual) + width * 2.0 ** -40
+    left_out = width * 2.0 ** -40
+    if precision != 'float32':
+        left_out = left_out + query_residual + item_residual.max() * (1 + query_residual)
     if precision == 'bfloat16':  # the product of the small parts, each 2⁻⁸ of its operand, is left out
         return 1.03 * summing(width + 2, 2.0 ** -22) + left_out + 1.02 * 2.0 ** -16
     if precision == 'tf32':
@@ -78,14 +80,13 @@ def relative_error(precision, width, device, query_residual=0.0, item_residual=0
 # level of a key on that scale is key · level_scale + level_shift: −‖q‖ · key, or ‖q‖² − key.
 
 def item_terms(norms, cosine):
-    """(n,) float64 norms → item_scale, item_shift (n,) float32, and the largest norm that they say anything of.
-
-    A NaN says nothing, of rows outside the range.
+    """(n,) float64 norms → item_scale, item_shift (n,) float32, and, if not cosine, the largest norm that they say
+    anything of. A NaN says nothing, of rows outside the range.
     """
     inside = in_range(norms) | (norms == 0)  # a row of zeros has products of 0 exactly
     scale = torch.where(norms > 0, 1 / norms, 0) if cosine else torch.full_like(norms, 2)
     shift = torch.where(inside, torch.zeros_like(norms) if cosine else -norms * norms, torch.nan)
-    return scale.float(), shift.float(), torch.where(inside, norms, 0).amax()
+    return scale.float(), shift.float(), None if cosine else torch.where(inside, norms, 0).amax()
 
 
 def query_terms(norms, largest, relative_error, width, cosine):
@@ -162,19 +163,19 @@ def operand(features, precision):
 
 
 def operands(features, norms, precision):
-    """part → the operand of those rows; and of each row, (n,) float64, the norm that it lost, relative to its own.
+    """part → the operand of those rows; and the norm that each row loses, relative to its own: (n,) float64, None if 0.
 
     What has to be converted is converted once where it fits, else at each use.
     """
     def made(part):
         return operand(rows(features, part), precision)
-    residual = torch.zeros_like(norms)
     if precision == 'float32' and is_readable(features):
-        return made, residual
+        return made, None
+    residual = torch.zeros_like(norms) if precision != 'float32' else None
     fitting, whole = once(features.device), None
     for part in spans(len(features), max(OPERANDS, fitting // 8) // max(features.shape[1], 1)):
         parts = made(part)
-        if precision != 'float32':
+        if residual is not None:
             lost = functools.reduce(torch.sub, parts, rows(features, part))
             lost /= norms[part].clamp(SMALLEST, LARGEST).float()[:, None]  # first, so that squares do not underflow
             residual[part] = 1.001 * torch.linalg.vector_norm(lost, dim=1).double()
@@ -182,7 +183,8 @@ def operands(features, norms, precision):
             whole = whole or [x.new_empty(features.shape) for x in parts]
             for kept, x in zip(whole, parts):
                 kept[part] = x
-    residual.masked_fill_(~in_range(norms), 0)  # of those the terms say nothing
+    if residual is not None:
+        residual.masked_fill_(~in_range(norms), 0)  # of those the terms say nothing
     return (lambda part: tuple(x[part] for x in whole)) if whole else made, residual
 
 

@@ -179,7 +179,7 @@ def filtered_tiles(comparison, query_norms, blocks):
 
     What is of items alone is made for as many tiles as `once` allows, where the gallery is on a GPU.
     """
-    query, gallery, cosine, _ = comparison
+    query, gallery, cosine, *_ = comparison
     device, width = query.device, max(query.shape[1], 1)
     items_at_once = tile_of(query, gallery)[0]
     precision = product.available(comparison.precision, device) if query.shape[1] else 'float32'
@@ -196,10 +196,9 @@ def filtered_tiles(comparison, query_norms, blocks):
     for piece, items, norms in finite_pieces(comparison, spans(len(gallery), pieces)):
         scale, shift, largest = product.item_terms(norms, cosine)
         operand, residual = product.operands(items, norms, precision)
-        largest_residual = residual.max()
         for number, block in enumerate(blocks):
             query_rows, own_norms, query_operand, query_residual = of_queries(number)
-            error = product.relative_error(precision, query.shape[1], device, query_residual, largest_residual)
+            error = product.relative_error(precision, query.shape[1], device, query_residual, residual)
             terms = product.query_terms(own_norms, largest, error, query.shape[1], cosine)
             for part in spans(len(items), items_at_once):
                 dots = product.products(query_operand, operand(part), precision)
@@ -226,9 +225,9 @@ def in_main_memory(tiles, query, gallery):
 
 def finite_pieces(comparison, pieces):
     """Yields each piece of the gallery, its rows on the query's device and their norms; UserError if not finite."""
-    query, gallery, _, _ = comparison
+    query, gallery, _, _, mapped = comparison
     finite = torch.ones((), dtype=torch.bool, device=query.device)
-    for piece, items in zip(pieces, on_device(gallery, pieces, query.device)):
+    for piece, items in zip(pieces, on_device(gallery, pieces, query.device, mapped)):
         norms = torch.empty(len(items), dtype=torch.float64, device=query.device)
         comparison.kernels.canonical_norms(items, norms)
         finite &= norms.isfinite().all()

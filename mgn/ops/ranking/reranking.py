@@ -44,7 +44,7 @@ def k_reciprocal_ranks(query, gallery, query_pids, gallery_pids, query_camids, g
     comparison = compared(query, gallery, metric, precision)
     k1, k2, lambda_value = reranking(k1, k2, lambda_value)
     ids = all_ids(len(query), len(gallery), query_pids, gallery_pids, query_camids, gallery_camids)
-    (query, gallery, cosine, _), queries = comparison, len(query)
+    (query, gallery, cosine, *_), queries = comparison, len(query)
     norms = torch.cat((finite_norms(query, 'query'), finite_norms(gallery, 'gallery')))
     encodings, maxima = encode_features(comparison, norms, k1, k2)
     host = comparison._replace(query=query.cpu(), gallery=gallery.cpu())

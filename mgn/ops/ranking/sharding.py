@@ -76,7 +76,7 @@ def match_ranks_sharded(query, gallery, query_pids, gallery_pids, query_camids, 
 
 def with_all_queries(comparison, ids, counts, options, group):
     """The queries of all processes, counts[r] of process r, and their ids, beside this process's own gallery."""
-    query, gallery, _, _ = comparison
+    query, gallery, *_ = comparison
     width = options['width D'] or 0
     all_queries = gathered(query.to(options['type of queries'] or query.dtype), counts, width, group).to(query.device)
     pids, camids = (gathered(own[:, None], counts, 1, group)[:, 0].to(query.device)

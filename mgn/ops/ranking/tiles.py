@@ -14,7 +14,7 @@ PRODUCTS = 2 ** 22           # of a tile: 16 MB
 ITEMS = 2048                 # of a tile, at most
 OPERANDS = 2 ** 23           # elements of a tile's queries and of its items, where they are converted: 32 MB each
 ONCE = 3 * 2 ** 26           # numbers converted once for all tiles, on a GPU: 768 MB
-NEAR = 4                     # rows apart that are read from a file together
+NEAR = 16                    # rows apart that are read from a file together
 
 
 def spans(count, step):
@@ -80,8 +80,8 @@ def denormals():
         torch.set_flush_denormal(bool(flushed))
 
 
-def on_device(gallery, parts, device):
-    """Yields the rows of each part of the gallery, a slice or ascending numbers, as the kernels of the device read them.
+def on_device(gallery, parts, device, mapped=False):
+    """Yields the rows of each part of the gallery, a slice or ascending numbers, as the kernels of the device read it.
 
     From main memory to a GPU they go through pinned memory on a stream of their own: while the device computes with a
     part, the next is read and copied. No more than two are there at once.
@@ -89,14 +89,16 @@ def on_device(gallery, parts, device):
     if gallery.device == device:
         for part, ahead in with_next(parts):
             part_rows = rows(gallery, part)
-            read_ahead(gallery, ahead)
+            if mapped:
+                read_ahead(gallery, ahead)
             yield part_rows
         return
     copies, used = torch.cuda.Stream(device), []
     for part, ahead in with_next(parts):
         if len(used) > 1:
             used.pop(0).synchronize()
-        read_ahead(gallery, ahead)
+        if mapped:
+            read_ahead(gallery, ahead)
         pinned = in_pinned_memory(gallery[part])
         with torch.cuda.stream(copies):
             part_rows = pinned.to(device, non_blocking=True)
