@@ -46,7 +46,7 @@ def exact_float32():
 def available(precision, device):
     """The precision that filters on this device: float32 on CPUs, and where a GPU has no units for the one asked for.
 
-    Three bfloat16 products on AMX take as long as one of float32, and rounding their operands longer.
+    On AMX three bfloat16 products take as long as one of float32, and rounding their operands takes longer.
     """
     if device.type != 'cuda' or torch.version.hip is not None:
         return 'float32'

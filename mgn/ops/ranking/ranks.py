@@ -37,16 +37,18 @@ def match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery_
 
     Args:
         query: (Q, D), gallery: (G, D), float32 or half, NumPy arrays or tensors of one device; they are not copied. A
-            gallery of host memory goes with queries on a GPU too: it is moved there tile by tile. It may be a
-            memory-mapped file, larger than memory.
+            gallery of host memory goes with queries on a GPU too: a part is moved there while the one before is ranked.
+            It may be a memory-mapped file (np.memmap), larger than memory.
         query_pids, gallery_pids, query_camids, gallery_camids: (Q,) and (G,) of any integer type.
         metric: 'cosine' or 'euclidean'.
         junk_pid: the id of boxes that are neither match nor non-match; None for none. Items of the query's own pid and
             camid are junk too. A query of the junk id has no match.
-        precision: of the matrix product: 'float32', 'tf32' or 'bfloat16' (three products of split features); it changes
-            the time, never the ranks. Where the device has no units for it, float32.
+        precision: of the matrix product: 'auto', 'float32', 'tf32' or 'bfloat16' (three products of split features).
+            It changes the time, never the ranks. 'auto' is the fastest that is proven on the device. Where that has no
+            units for the one asked for, and on every CPU, it is float32.
     Returns:
-        MatchRanks. Memory: 256 MB and 32 bytes per row and match at most, beyond features, ids and result.
+        MatchRanks. Memory: 256 MB and 32 bytes per row and match at most, beyond features, ids and result; on a GPU 2 GB
+        more for features that are converted or rounded.
     Raises:
         UserError: float64 or non-finite features (naming the row), shapes or devices that do not fit, an unknown
             option.
@@ -177,14 +179,14 @@ def nonmatches_between(comparison, query_norms, first, matches, excluded, rerank
 def filtered_tiles(comparison, query_norms, blocks):
     """Yields (block of queries, part of the gallery, Tile, FilterTerms) for all tiles; UserError if not finite.
 
-    What is of items alone is made for as many tiles as `once` allows, where the gallery is on a GPU.
+    On a GPU what is of items alone is made for as many tiles as `once` allows.
     """
     query, gallery, cosine, *_ = comparison
     device, width = query.device, max(query.shape[1], 1)
     items_at_once = tile_of(query, gallery)[0]
     precision = product.available(comparison.precision, device) if query.shape[1] else 'float32'
 
-    @functools.lru_cache(maxsize=None if query.numel() <= once(device) else 1)
+    @functools.lru_cache(maxsize=None if query.numel() <= min(once(device), 2 ** 26) else 1)
     def of_queries(number):
         query_rows, norms = rows(query, blocks[number]), query_norms[blocks[number]]
         operand, residual = product.operands(query_rows, norms, precision)
