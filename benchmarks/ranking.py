@@ -2,8 +2,8 @@
 
     make peers && python -m benchmarks.ranking [work …] [--device=cuda] [--rounds=5]
 
-Works: subspace, large, isotropic, bfloat16, metrics, distances, matches, msmt17; all by default. Sides alternate; prints medians
-and ratios.
+Works: subspace, large, isotropic, bfloat16, metrics, distances, matches, msmt17; all by default. Sides alternate;
+prints medians and ratios.
 """
 
 import argparse

@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import torch
 
 from mgn.ops import match_ranks
 from mgn.ops.ranking import product

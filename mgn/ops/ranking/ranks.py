@@ -47,8 +47,8 @@ def match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery_
             It changes the time, never the ranks. 'auto' is the fastest that is proven on the device. Where that has no
             units for the one asked for, and on every CPU, it is float32.
     Returns:
-        MatchRanks. Memory: 256 MB and 32 bytes per row and match at most, beyond features, ids and result; on a GPU 2 GB
-        more for features that are converted or rounded.
+        MatchRanks. Memory: 256 MB and 32 bytes per row and match at most, beyond features, ids and result; on a GPU
+        2 GB more for features that are converted or rounded.
     Raises:
         UserError: float64 or non-finite features (naming the row), shapes or devices that do not fit, an unknown
             option.
