@@ -41,15 +41,14 @@ void canonical_keys(const Rows& query, const Rows& gallery, const int64_t* queri
   const SumLoops& loops = sum_loops(instruction_set);
   parallel(pairs, std::max<int64_t>(2, grain_of(kGrain, query.d)), [&](int64_t begin, int64_t end) {
     const Denormals denormals;
-    Keys keys_of(loops, cosine, query.d);
+    Keys keys_of{loops, cosine, query.d};
     for (int64_t p = begin; p < end;) {
       if (p + 2 < end) prefetch(query[queries[p + 2]], query.d), prefetch(gallery[items[p + 2]], query.d);
       if (p == begin || queries[p] != queries[p - 1]) {
-        const float* const row = query[queries[p]];
+        keys_of.query = query[queries[p]];
         double square;
-        loops.squares(nullptr, &row, 1, query.d, &square);
+        loops.squares(nullptr, &keys_of.query, 1, query.d, &square);
         keys_of.norm = std::sqrt(square);
-        loops.widen(row, query.d, keys_of.query.data());
       }
       const int count = p + 1 < end && queries[p + 1] == queries[p] ? 2 : 1;
       const float* const y[] = {gallery[items[p]], gallery[items[p + count - 1]]};

@@ -1,7 +1,5 @@
 // Canonical sums on the CPU: norms, and the keys that order a gallery.
 #pragma once
-#include <vector>
-
 #include "basics_cpu.h"
 #include "ranking.h"
 
@@ -17,28 +15,25 @@ void canonical_keys(const Rows& query, const Rows& gallery, const int64_t* queri
 // For the kernels that need keys on the way.
 
 struct SumLoops {
-  void (*products)(const double* x, const float* const* y, int rows, int64_t d, double* out);
-  void (*squared_differences)(const double* x, const float* const* y, int rows, int64_t d, double* out);
-  void (*squares)(const double*, const float* const* y, int rows, int64_t d, double* out);
-  void (*widen)(const float* from, int64_t d, double* to);
+  void (*products)(const float* x, const float* const* y, int rows, int64_t d, double* out);
+  void (*squared_differences)(const float* x, const float* const* y, int rows, int64_t d, double* out);
+  void (*squares)(const float*, const float* const* y, int rows, int64_t d, double* out);
   void (*affine)(const float* dots, const float* scale, const float* shift, int n, float* similarity);
 };
 
 const SumLoops& sum_loops(int instruction_set);
 
-// One query and its keys with any rows.
+// The keys of a query with any rows.
 struct Keys {
   const SumLoops& loops;
   const bool cosine;
   const int64_t d;
-  std::vector<double> query;  // padded with zeros
+  const float* query = nullptr;
   double norm = 0;
-
-  Keys(const SumLoops& loops, bool cosine, int64_t d) : loops(loops), cosine(cosine), d(d), query((d + 15) / 16 * 16) {}
 
   // y one row or two, and their norms.
   void operator()(const float* const* y, const double* norms, int rows, double* keys) const {
-    (cosine ? loops.products : loops.squared_differences)(query.data(), y, rows, d, keys);
+    (cosine ? loops.products : loops.squared_differences)(query, y, rows, d, keys);
     for (int r = 0; r < rows && cosine; ++r) keys[r] = norm * norms[r] > 0 ? -(keys[r] / (norm * norms[r])) : 0;
   }
 };

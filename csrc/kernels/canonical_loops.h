@@ -7,11 +7,12 @@ constexpr int kWideLanes = VECTOR_BYTES / 8, kSums = 16 / kWideLanes;
 typedef float Narrow __attribute__((vector_size(VECTOR_BYTES / 2), aligned(4)));
 
 template <Term term, int rows>
-TARGET inline void add_sixteen(const double* x, const float* const* y, int64_t k, Wide (*sums)[kSums]) {
+TARGET inline void add_sixteen(const float* x, const float* const* y, int64_t k, Wide (*sums)[kSums]) {
 #pragma GCC unroll 8
   for (int part = 0; part < kSums; ++part) {
     Wide from_x = {};
-    if (term != Term::square) __builtin_memcpy(&from_x, x + k + part * kWideLanes, sizeof from_x);
+    if (term != Term::square)
+      from_x = __builtin_convertvector(*reinterpret_cast<const Narrow*>(x + k + part * kWideLanes), Wide);
 #pragma GCC unroll 2
     for (int r = 0; r < rows; ++r) {
       const Wide from_y = __builtin_convertvector(*reinterpret_cast<const Narrow*>(y[r] + k + part * kWideLanes), Wide);
@@ -26,18 +27,16 @@ TARGET inline void add_sixteen(const double* x, const float* const* y, int64_t k
 }
 
 template <Term term, int rows>
-TARGET inline void sums_of(const double* x, const float* const* y, int64_t d, double* out) {
+TARGET inline void sums_of(const float* x, const float* const* y, int64_t d, double* out) {
   Wide sums[rows][kSums] = {};
   int64_t k = 0;
   for (; k + 16 <= d; k += 16) add_sixteen<term, rows>(x, y, k, sums);
   if (k < d) {
-    float padded[rows][16] = {};
+    float padded[rows + 1][16] = {};
     const float* tail[rows];
-    for (int r = 0; r < rows; ++r) {
-      for (int64_t i = k; i < d; ++i) padded[r][i - k] = y[r][i];
-      tail[r] = padded[r];
-    }
-    add_sixteen<term, rows>(x + k, tail, 0, sums);
+    for (int r = 0; r < rows; ++r) tail[r] = static_cast<float*>(__builtin_memcpy(padded[r], y[r] + k, (d - k) * 4));
+    if (term != Term::square) __builtin_memcpy(padded[rows], x + k, (d - k) * 4);
+    add_sixteen<term, rows>(padded[rows], tail, 0, sums);
   }
   for (int r = 0; r < rows; ++r) {
     double single[16];
@@ -48,14 +47,10 @@ TARGET inline void sums_of(const double* x, const float* const* y, int64_t d, do
   }
 }
 
-// Sums of one row y or two, each with x: d doubles and zeros up to a multiple of 16. x is not read for Term::square.
+// Sums of one row y or two, each with x, which is not read for Term::square.
 template <Term term>
-TARGET void canonical_sums(const double* x, const float* const* y, int rows, int64_t d, double* out) {
+TARGET void canonical_sums(const float* x, const float* const* y, int rows, int64_t d, double* out) {
   rows == 1 ? sums_of<term, 1>(x, y, d, out) : sums_of<term, 2>(x, y, d, out);
-}
-
-TARGET void widen(const float* from, int64_t d, double* to) {
-  for (int64_t k = 0; k < d; ++k) to[k] = from[k];
 }
 
 TARGET void affine(const float* dots, const float* scale, const float* shift, int n, float* similarity) {
@@ -63,6 +58,6 @@ TARGET void affine(const float* dots, const float* scale, const float* shift, in
 }
 
 constexpr SumLoops kSumLoops{canonical_sums<Term::product>, canonical_sums<Term::squared_difference>,
-                             canonical_sums<Term::square>, widen, affine};
+                             canonical_sums<Term::square>, affine};
 
 }  // namespace mgn::SET

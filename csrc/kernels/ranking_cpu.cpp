@@ -66,11 +66,6 @@ void for_excluded(const Excluded& excluded, int64_t q, int64_t first, int64_t en
   all(excluded.junk, excluded.junk + excluded.junk_count);
 }
 
-float round_down(double value) {
-  const float nearest = float(value);
-  return nearest > value ? std::nextafter(nearest, -std::numeric_limits<float>::infinity()) : nearest;
-}
-
 // Counts along one row of similarities, from chunk to chunk.
 template <typename T> struct Counting {
   const CountLoops<T>& loops;
@@ -167,7 +162,6 @@ struct TileCounting {
   int64_t q = 0, m = 0;  // m matches
   const double* match_keys = nullptr;
   bool known = false;     // whether the filter says anything
-  bool prepared = false;  // whether keys_of holds the query
 
   void count_query(int64_t query) {
     q = query;
@@ -175,7 +169,8 @@ struct TileCounting {
     if (m == 0) return;
     match_keys = matches.keys + matches.offsets[q];
     known = std::isfinite(filter.error[q]);
-    prepared = false;
+    keys_of.query = tile.query[q];
+    keys_of.norm = tile.cosine ? tile.query_norms[q] : 0;
     set_levels();
     for (int64_t j = 0; j < tile.gallery.count; j += kChunk)
       count_chunk(j, int(std::min<int64_t>(kChunk, tile.gallery.count - j)));
@@ -195,14 +190,15 @@ struct TileCounting {
       for (const double level : {levels[i].first, levels[i].second})
         if (std::isfinite(level)) margin = std::max(margin, std::abs(level));
     }
-    // The levels' own rounding is added. One margin serves all levels, so that their ends descend as they do.
-    margin = filter.error[q] + margin * 0x1p-50;
+    // The levels' own rounding, and that to float, is added. One margin serves all levels, so that their ends descend as
+    // they do.
+    margin = filter.error[q] + (filter.error[q] + margin) * 0x1p-22;
     counting.low.resize(m);
     counting.high.resize(m);
     for (int64_t i = 0; i < m; ++i) {
       const float infinity = std::numeric_limits<float>::infinity();
-      counting.low[i] = known ? round_down(levels[i].first - margin) : -infinity;
-      counting.high[i] = known ? -round_down(-(levels[i].second + margin)) : infinity;
+      counting.low[i] = known ? float(levels[i].first - margin) : -infinity;
+      counting.high[i] = known ? float(levels[i].second + margin) : infinity;
     }
     // Excluded items are set below every level, unless a level reaches there.
     counting.excluded_open.assign(std::min<int64_t>(m, kMany), 0);
@@ -234,11 +230,6 @@ struct TileCounting {
   }
 
   void measure_keys(int64_t j, const int* positions, int count, double* keys) {
-    if (!prepared && count) {
-      sums.widen(tile.query[q], tile.query.d, keys_of.query.data());
-      keys_of.norm = tile.query_norms[q];
-      prepared = true;
-    }
     constexpr int kAhead = 4;  // rows asked for before they are read
     for (int p = 0; p < std::min(count, kAhead); ++p) prefetch(tile.gallery[j + positions[p]], tile.gallery.d);
     for (int p = 0; p < count; p += 2) {
@@ -283,7 +274,7 @@ int64_t count_nonmatches(const Tile& tile, const Filter& filter, const Matches& 
   parallel(tile.query.count, 1, [&](int64_t begin, int64_t end) {
     const Denormals denormals;
     TileCounting counting{tile, filter, matches, excluded, reranked, sums,
-                          Counting<float>(count_loops<float>(instruction_set)), Keys(sums, tile.cosine, tile.query.d)};
+                          Counting<float>(count_loops<float>(instruction_set)), {sums, tile.cosine, tile.query.d}};
     for (int64_t q = begin; q < end; ++q) counting.count_query(q);
     by_key += counting.by_key;
   });

@@ -105,7 +105,8 @@ def test_the_keys_of_all_matches_take_one_launch_where_the_features_lie(fake_gpu
         assert len(matches.offsets) - 1 == len(excluded.begin) == len(tile.query) and len(matches.keys) == len(steps)
     with fake_gpu('float32') as launches:
         norms = keys.ranking_kernels('cuda').canonical_norms
-        kernels = SimpleNamespace(canonical_norms=norms, canonical_keys=canonical_keys, count_nonmatches=count_nonmatches)
+        kernels = SimpleNamespace(canonical_norms=norms, canonical_keys=canonical_keys,
+                                  count_nonmatches=count_nonmatches)
         for module in (keys, ranks):
             monkeypatch.setattr(module, 'ranking_kernels', lambda device: kernels)
         monkeypatch.setattr(torch, 'repeat_interleave', lambda counts, *_: counts.new_empty(300_000))
