@@ -43,7 +43,6 @@ void canonical_keys(const Rows& query, const Rows& gallery, const int64_t* queri
     const Denormals denormals;
     Keys keys_of{loops, cosine, query.d};
     for (int64_t p = begin; p < end;) {
-      if (p + 2 < end) prefetch(query[queries[p + 2]], query.d), prefetch(gallery[items[p + 2]], query.d);
       if (p == begin || queries[p] != queries[p - 1]) {
         keys_of.query = query[queries[p]];
         double square;

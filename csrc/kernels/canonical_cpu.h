@@ -38,11 +38,6 @@ struct Keys {
   }
 };
 
-// Asks for a row that will be read soon: the hardware does not foresee which.
-inline void prefetch(const float* row, int64_t d) {
-  for (int64_t k = 0; k < d; k += 16) __builtin_prefetch(row + k);
-}
-
 // Denormals are numbers while it lives, on this thread: flushed to zero they would change sums.
 class Denormals {
 #if defined(__x86_64__)

@@ -230,11 +230,7 @@ struct TileCounting {
   }
 
   void measure_keys(int64_t j, const int* positions, int count, double* keys) {
-    constexpr int kAhead = 4;  // rows asked for before they are read
-    for (int p = 0; p < std::min(count, kAhead); ++p) prefetch(tile.gallery[j + positions[p]], tile.gallery.d);
     for (int p = 0; p < count; p += 2) {
-      for (int next = p + kAhead; next < std::min(count, p + kAhead + 2); ++next)
-        prefetch(tile.gallery[j + positions[next]], tile.gallery.d);
       const int rows = std::min(2, count - p);
       const int64_t a = j + positions[p], b = j + positions[p + rows - 1];
       const float* const y[] = {tile.gallery[a], tile.gallery[b]};

@@ -9,7 +9,7 @@ from mgn.ops.arguments import PRECISIONS, as_features, choice
 from mgn.ops.errors import UserError
 from mgn.ops.native import kernels
 from mgn.ops.ranking import reference
-from mgn.ops.ranking.tiles import OPERANDS, is_readable, on_device, read_ahead, rows, spans, with_next
+from mgn.ops.ranking.tiles import OPERANDS, is_readable, on_device, once, read_ahead, rows, spans, with_next
 
 
 class Comparison(NamedTuple):
@@ -81,7 +81,7 @@ def keys_of_pairs(comparison, queries, items):
     if is_readable(query) and is_readable(gallery) and query.device == gallery.device:
         comparison.kernels.canonical_keys(query, gallery, queries, items, cosine, keys)
         return keys
-    parts = spans(len(items), OPERANDS // 4 // max(query.shape[1], 1))
+    parts = spans(len(items), once(gallery.device) // 4 // max(query.shape[1], 1))
     pieces = on_device(gallery, [items[part].to(gallery.device) for part in parts], query.device, mapped)
     for part, item_rows in zip(parts, pieces):
         numbers = torch.arange(len(item_rows), device=query.device)
