@@ -204,7 +204,7 @@ def main():
     print(f'{name}; torch {torch.__version__}; mgn.ops {implementation(args.device)}')
     for work in args.works or works:
         if work == 'bfloat16' and product.available('bfloat16', torch.device(args.device)) != 'bfloat16':
-            print('bfloat16: this device has no units for it')
+            print('bfloat16: this device ranks by float32 products')
             continue
         print(f'{work}: ', end='', flush=True)
         works[work]()

@@ -190,8 +190,7 @@ struct TileCounting {
       for (const double level : {levels[i].first, levels[i].second})
         if (std::isfinite(level)) margin = std::max(margin, std::abs(level));
     }
-    // The levels' own rounding, and that to float, is added. One margin serves all levels, so that their ends descend as
-    // they do.
+    // The levels' own rounding, and that to float, is added. One margin for all: their ends descend as they do.
     margin = filter.error[q] + (filter.error[q] + margin) * 0x1p-22;
     counting.low.resize(m);
     counting.high.resize(m);
