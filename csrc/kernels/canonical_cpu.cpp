@@ -44,10 +44,10 @@ void canonical_keys(const Rows& query, const Rows& gallery, const int64_t* queri
     Keys keys_of{loops, cosine, query.d};
     for (int64_t p = begin; p < end;) {
       if (p == begin || queries[p] != queries[p - 1]) {
-        keys_of.query = query[queries[p]];
+        const float* const row = query[queries[p]];
         double square;
-        loops.squares(nullptr, &keys_of.query, 1, query.d, &square);
-        keys_of.norm = std::sqrt(square);
+        loops.squares(nullptr, &row, 1, query.d, &square);
+        keys_of.set(row, std::sqrt(square));
       }
       const int count = p + 1 < end && queries[p + 1] == queries[p] ? 2 : 1;
       const float* const y[] = {gallery[items[p]], gallery[items[p + count - 1]]};

@@ -23,17 +23,19 @@ struct SumLoops {
 
 const SumLoops& sum_loops(int instruction_set);
 
-// The keys of a query with any rows.
+// The keys of one row with any others, be it of the query and they of the gallery or the other way round.
 struct Keys {
   const SumLoops& loops;
   const bool cosine;
   const int64_t d;
-  const float* query = nullptr;
+  const float* row = nullptr;
   double norm = 0;
+
+  void set(const float* new_row, double new_norm) { row = new_row, norm = new_norm; }
 
   // y one row or two, and their norms.
   void operator()(const float* const* y, const double* norms, int rows, double* keys) const {
-    (cosine ? loops.products : loops.squared_differences)(query, y, rows, d, keys);
+    (cosine ? loops.products : loops.squared_differences)(row, y, rows, d, keys);
     for (int r = 0; r < rows && cosine; ++r) keys[r] = norm * norms[r] > 0 ? -(keys[r] / (norm * norms[r])) : 0;
   }
 };

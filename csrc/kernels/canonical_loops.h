@@ -6,16 +6,23 @@ typedef double Wide __attribute__((vector_size(VECTOR_BYTES)));
 constexpr int kWideLanes = VECTOR_BYTES / 8, kSums = 16 / kWideLanes;
 typedef float Narrow __attribute__((vector_size(VECTOR_BYTES / 2), aligned(4)));
 
+TARGET inline Wide widen(const float* from) {
+#if VECTOR_BYTES == 64
+  return Wide(_mm512_cvtps_pd(_mm256_loadu_ps(from)));  // gcc converts the halves one by one
+#else
+  return __builtin_convertvector(*reinterpret_cast<const Narrow*>(from), Wide);
+#endif
+}
+
 template <Term term, int rows>
 TARGET inline void add_sixteen(const float* x, const float* const* y, int64_t k, Wide (*sums)[kSums]) {
 #pragma GCC unroll 8
   for (int part = 0; part < kSums; ++part) {
     Wide from_x = {};
-    if (term != Term::square)
-      from_x = __builtin_convertvector(*reinterpret_cast<const Narrow*>(x + k + part * kWideLanes), Wide);
+    if (term != Term::square) from_x = widen(x + k + part * kWideLanes);
 #pragma GCC unroll 2
     for (int r = 0; r < rows; ++r) {
-      const Wide from_y = __builtin_convertvector(*reinterpret_cast<const Narrow*>(y[r] + k + part * kWideLanes), Wide);
+      const Wide from_y = widen(y[r] + k + part * kWideLanes);
       Wide value = term == Term::square ? from_y * from_y : term == Term::product ? from_x * from_y : from_x - from_y;
       if (term == Term::squared_difference) {
         value *= value;

@@ -22,6 +22,7 @@ namespace {
 constexpr int kChunk = 2048;         // similarities at a time
 constexpr int kMany = 256;           // matches from which on searching among them is faster than comparing with each
 constexpr int64_t kGrain = 1 << 16;  // elements worth a thread
+constexpr int64_t kTogether = 128, kOpen = 1 << 16;  // queries and, about, open pairs that are decided together
 
 template <typename T> struct CountLoops {
   void (*negate)(const T* distances, int n, T* similarity);
@@ -76,16 +77,15 @@ template <typename T> struct Counting {
   std::vector<std::pair<double, double>> levels;
   std::vector<int> excluded_open;
   std::vector<int> positions;
-  std::vector<double> keys;
   bool excluded[kChunk] = {};  // of the chunk's items
 
-  explicit Counting(const CountLoops<T>& loops) : loops(loops), positions(2 * kChunk), keys(kChunk) {}
+  explicit Counting(const CountLoops<T>& loops) : loops(loops), positions(2 * kChunk) {}
 
-  // Counts the chunk's n items first, first + 1, …, of which `left` are in `kept`: those not below the farthest match.
-  // On demand fill() writes all similarities and keys_of(positions, count, keys) finds keys.
-  template <typename Fill, typename KeysOf>
-  int64_t count(const Matches& matches, int64_t q, int64_t first, int n, int left, const Fill& fill,
-                const KeysOf& keys_of) {
+  // Counts the chunk's n items, of which `left` are in `kept`: those not below the farthest match. On demand fill()
+  // writes all similarities. Each open item is counted from the first level that it is above, and passed to
+  // visit(position, reached, above): its key may move it to an earlier level, from the first that it may have reached.
+  template <typename Fill, typename Visit>
+  void count(const Matches& matches, int64_t q, int n, int left, const Fill& fill, const Visit& visit) {
     const int64_t begin = matches.offsets[q], m = matches.offsets[q + 1] - begin;
     if (m > kMany) {
       int open = 0;
@@ -96,7 +96,7 @@ template <typename T> struct Counting {
         if (above < m) ++matches.steps[begin + above];
         if (first_reached(low.data(), m, similarity[j]) < above) positions[open++] = j;
       }
-      return decide(matches, q, first, open, keys_of);
+      return visit_open(open, m, visit);
     }
     int to_decide = 0;
     for (int64_t end = m; end > 0 && left > 0; end -= std::min<int64_t>(end, 4)) {
@@ -124,30 +124,32 @@ template <typename T> struct Counting {
       }
       if (from > 0 && above[0] < left / 2) left = loops.keep(kept, left, low[from - 1], kept);
     }
-    return decide(matches, q, first, to_decide, keys_of);
+    visit_open(to_decide, m, visit);
   }
 
-  // An open item was counted from the first level that it is above. Its key may move it to an earlier level.
-  template <typename KeysOf>
-  int64_t decide(const Matches& matches, int64_t q, int64_t first, int open, const KeysOf& keys_of) {
-    const int64_t begin = matches.offsets[q], m = matches.offsets[q + 1] - begin;
-    const auto end = std::remove_if(positions.begin(), positions.begin() + open, [&](int j) { return excluded[j]; });
-    const int count = int(end - positions.begin());
-    keys_of(positions.data(), count, keys.data());
-    for (int p = 0; p < count; ++p) {
-      const T value = similarity[positions[p]];
-      const int64_t above = first_below(high.data(), m, value), reached = first_reached(low.data(), m, value);
-      const int64_t level = first_behind(matches, begin + reached, begin + above, keys[p], first + positions[p]);
-      if (level == begin + above) continue;
-      ++matches.steps[level];
-      if (above < m) --matches.steps[begin + above];
-    }
-    return count;
+  template <typename Visit> void visit_open(int open, int64_t m, const Visit& visit) const {
+    for (int p = 0; p < open; ++p)
+      if (const int j = positions[p]; !excluded[j])
+        visit(j, first_reached(low.data(), m, similarity[j]), first_below(high.data(), m, similarity[j]));
   }
 };
 
-// Counts the non-matches of a tile, query by query. One per thread.
+// Counts an item, so far from level `above` on, from where its key says.
+void decide(const Matches& matches, int64_t q, int64_t reached, int64_t above, double key, int64_t item) {
+  const int64_t begin = matches.offsets[q], end = matches.offsets[q + 1];
+  const int64_t level = first_behind(matches, begin + reached, begin + above, key, item);
+  if (level == begin + above) return;
+  ++matches.steps[level];
+  if (begin + above < end) --matches.steps[begin + above];
+}
+
+// Counts the non-matches of a tile, query by query. One per thread. What many queries leave open is decided item by item,
+// so that a row of the gallery is read once for them, and theirs stay in the second-level cache.
 struct TileCounting {
+  struct Open {
+    int64_t q, reached, above;
+    int64_t before;  // the item's open pair before this one, or −1
+  };
   const Tile& tile;
   const Filter& filter;
   const Matches& matches;
@@ -156,6 +158,8 @@ struct TileCounting {
   const SumLoops& sums;
   Counting<float> counting;
   Keys keys_of;
+  std::vector<Open> open = {};
+  std::vector<int64_t> last_open = std::vector<int64_t>(tile.gallery.count, -1);  // of each item
   int64_t by_key = 0;  // how many items were decided by their keys
 
   // Of the query at hand:
@@ -169,11 +173,33 @@ struct TileCounting {
     if (m == 0) return;
     match_keys = matches.keys + matches.offsets[q];
     known = std::isfinite(filter.error[q]);
-    keys_of.query = tile.query[q];
-    keys_of.norm = tile.cosine ? tile.query_norms[q] : 0;
     set_levels();
     for (int64_t j = 0; j < tile.gallery.count; j += kChunk)
       count_chunk(j, int(std::min<int64_t>(kChunk, tile.gallery.count - j)));
+  }
+
+  void decide_open() {
+    for (int64_t j = 0; j < tile.gallery.count; ++j) {
+      keys_of.set(tile.gallery[j], tile.gallery_norms[j]);
+      for (int64_t next = last_open[j]; next >= 0;) {
+        const Open* pairs[2];
+        int count = 0;
+        for (; next >= 0 && count < 2; next = open[next].before) pairs[count++] = &open[next];
+        const int64_t a = pairs[0]->q, b = pairs[count - 1]->q;
+        const float* const y[] = {tile.query[a], tile.query[b]};
+        const double norms[] = {tile.query_norms[a], tile.query_norms[b]};
+        double keys[2];
+        keys_of(y, norms, count, keys);
+        for (int i = 0; i < count; ++i) {
+          const auto& [of, reached, above, before] = *pairs[i];
+          const double key = reranked ? final_distance(*reranked, of, tile.cosine, keys[i], 1) : keys[i];
+          decide(matches, of, reached, above, key, tile.first + j);
+        }
+      }
+      last_open[j] = -1;
+    }
+    by_key += open.size();
+    open.clear();
   }
 
  private:
@@ -219,23 +245,12 @@ struct TileCounting {
         exclude(item);
       });
     const int left = counting.loops.keep(counting.similarity, n, counting.low[m - 1], counting.kept);
-    by_key += counting.count(
-        matches, q, first, n, left, [] {},
-        [&](const int* positions, int count, double* keys) {
-          measure_keys(j, positions, count, keys);
-          for (int p = 0; p < count && reranked; ++p) keys[p] = final_distance(*reranked, q, tile.cosine, keys[p], 1);
+    counting.count(
+        matches, q, n, left, [] {},
+        [&](int position, int64_t reached, int64_t above) {
+          open.push_back({q, reached, above, std::exchange(last_open[j + position], int64_t(open.size()))});
         });
     std::fill(counting.excluded, counting.excluded + n, false);
-  }
-
-  void measure_keys(int64_t j, const int* positions, int count, double* keys) {
-    for (int p = 0; p < count; p += 2) {
-      const int rows = std::min(2, count - p);
-      const int64_t a = j + positions[p], b = j + positions[p + rows - 1];
-      const float* const y[] = {tile.gallery[a], tile.gallery[b]};
-      const double norms[] = {tile.gallery_norms[a], tile.gallery_norms[b]};
-      keys_of(y, norms, rows, keys + p);
-    }
   }
 
   // Counts an item whose encoding overlaps the query's: its similarity bounds its final distance.
@@ -250,9 +265,11 @@ struct TileCounting {
     const int64_t to = bounded ? std::upper_bound(match_keys, match_keys + m, high) - match_keys : m;
     int64_t level = matches.offsets[q] + from;
     if (from < to) {
-      double keys[2];
-      measure_keys(j, &position, 1, keys);
-      const double distance = final_distance(*reranked, q, tile.cosine, keys[0], jaccard);
+      const float* const row = tile.gallery[j + position];
+      double exact;
+      keys_of.set(tile.query[q], tile.query_norms[q]);
+      keys_of(&row, tile.gallery_norms + j + position, 1, &exact);
+      const double distance = final_distance(*reranked, q, tile.cosine, exact, jaccard);
       level = first_behind(matches, level, matches.offsets[q] + to, distance, tile.first + j + position);
       ++by_key;
     }
@@ -270,7 +287,11 @@ int64_t count_nonmatches(const Tile& tile, const Filter& filter, const Matches& 
     const Denormals denormals;
     TileCounting counting{tile, filter, matches, excluded, reranked, sums,
                           Counting<float>(count_loops<float>(instruction_set)), {sums, tile.cosine, tile.query.d}};
-    for (int64_t q = begin; q < end; ++q) counting.count_query(q);
+    for (int64_t q = begin; q < end; ++q) {
+      counting.count_query(q);
+      if (q % kTogether == 0 || int64_t(counting.open.size()) > kOpen) counting.decide_open();
+    }
+    counting.decide_open();
     by_key += counting.by_key;
   });
   return by_key;
@@ -309,9 +330,9 @@ int64_t count_in_distances(const T* distances, int64_t queries, int64_t items, i
                          ++counting.excluded_open[i];
                      });
         counting.count(
-            matches, q, j, n, left, [&] { loops.negate(row, n, counting.similarity); },
-            [&](const int* positions, int count, double* keys) {
-              for (int p = 0; p < count; ++p) keys[p] = row[positions[p]];
+            matches, q, n, left, [&] { loops.negate(row, n, counting.similarity); },
+            [&](int position, int64_t reached, int64_t above) {
+              decide(matches, q, reached, above, row[position], j + position);
             });
         std::fill(counting.excluded, counting.excluded + n, false);
       }
