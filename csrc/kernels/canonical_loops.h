@@ -8,7 +8,7 @@ typedef float Narrow __attribute__((vector_size(VECTOR_BYTES / 2), aligned(4)));
 
 TARGET inline Wide widen(const float* from) {
 #if VECTOR_BYTES == 64
-  return Wide(_mm512_cvtps_pd(_mm256_loadu_ps(from)));  // gcc converts the halves one by one
+  return Wide(_mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(from)));  // gcc by itself converts the halves one by one
 #else
   return __builtin_convertvector(*reinterpret_cast<const Narrow*>(from), Wide);
 #endif

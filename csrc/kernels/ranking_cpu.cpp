@@ -29,7 +29,7 @@ template <typename T> struct CountLoops {
   int (*keep)(const T* values, int n, T low, T* kept);
   int (*keep_negated)(const T* values, int n, T low, T* kept);
   void (*count_levels)(const T* values, int n, const T* low, const T* high, int* above, int* open);
-  int (*find_open)(const T* values, int n, T low, T high, int* positions);
+  int (*find_open)(const T* values, int n, const T* low, const T* high, int* positions);
 };
 
 // For each mask of eight bits, the positions of its ones, then anything.
@@ -106,19 +106,21 @@ template <typename T> struct Counting {
       for (int i = 0; i < 4; ++i)
         lows[i] = low[from + std::min(i, group - 1)], highs[i] = high[from + std::min(i, group - 1)];
       std::fill(kept + left, kept + left + 16, -std::numeric_limits<T>::infinity());
-      int above[4];
-      int open[4];
+      int above[4], open[4];
       loops.count_levels(kept, left, lows, highs, above, open);
+      bool any_open = false;
       for (int i = 0; i < group; ++i) {
         const int64_t level = from + i;
         matches.steps[begin + level] += above[i];
         if (level + 1 < m) matches.steps[begin + level + 1] -= above[i];
-        if (open[i] == excluded_open[level]) continue;
+        any_open |= open[i] != excluded_open[level];
+      }
+      if (any_open) {
         if (!to_decide) fill();
         int* const found = positions.data() + to_decide;
-        const int within = loops.find_open(similarity, n, low[level], high[level], found);
-        const auto of_nearer = [&](int j) {  // they are found with the level before, or with one before that
-          return level > 0 && !(similarity[j] < low[level - 1]) && !(similarity[j] > high[level - 1]);
+        const int within = loops.find_open(similarity, n, lows, highs, found);
+        const auto of_nearer = [&](int j) {  // open at a nearer level, too, with which they will be found
+          return from > 0 && !(similarity[j] < low[from - 1]) && !(similarity[j] > high[from - 1]);
         };
         to_decide = int(std::remove_if(found, found + within, of_nearer) - positions.data());
       }
@@ -206,7 +208,7 @@ struct TileCounting {
   // Between which similarities a pair that ties with a match may lie.
   void set_levels() {
     const double scale = filter.level_scale[q], shift = filter.level_shift[q];
-    std::vector<std::pair<double, double>>& levels = counting.levels;
+    auto& levels = counting.levels;
     double margin = 0;
     levels.resize(m);
     for (int64_t i = 0; i < m; ++i) {
@@ -218,8 +220,7 @@ struct TileCounting {
     }
     // The levels' own rounding, and that to float, is added. One margin for all: their ends descend as they do.
     margin = filter.error[q] + (filter.error[q] + margin) * 0x1p-22;
-    counting.low.resize(m);
-    counting.high.resize(m);
+    counting.low.resize(m), counting.high.resize(m);
     for (int64_t i = 0; i < m; ++i) {
       const float infinity = std::numeric_limits<float>::infinity();
       counting.low[i] = known ? float(levels[i].first - margin) : -infinity;
