@@ -2,8 +2,8 @@
 
     make peers && python -m benchmarks.ranking [work …] [--device=cuda] [--rounds=5]
 
-Works: subspace, large, isotropic, bfloat16, metrics, distances, msmt17; all by default. Sides alternate; prints medians
-and ratios.
+Works: subspace, large, isotropic, bfloat16, metrics, distances, matches, msmt17; all by default. Sides alternate;
+prints medians and ratios.
 """
 
 import argparse
@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from benchmarks.machine import cpu_model
 from benchmarks.peers import fastreid_evaluate_rank, torchreid_evaluate_rank
 from mgn.ops import evaluate_rank, implementation, match_ranks
+from mgn.ops.arguments import all_ids
 from mgn.ops.metrics import query_metrics
 from mgn.ops.ranking import product
+from mgn.ops.ranking.ranks import identities, sorted_matches
 
 G, D, IDENTITIES, CAMERAS = 82_161, 2048, 3_060, 15  # MSMT17's gallery
 
@@ -58,12 +60,21 @@ def alternate(sides, rounds):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def against_product(queries, rounds, device, dimensions=64, noise=1.3, precision='float32'):
-    """Ranks from features against the fastest float32 product of that shape that torch has here, alone."""
+def against_product(queries, rounds, device, dimensions=64, noise=1.3, precision='auto'):
+    """Ranks from features against the fastest float32 product of that shape that torch has here, alone: in one call, or
+    in tiles, whose results stay in a cache."""
     args = problem(queries, dimensions, noise)
     features = [x.to(device) for x in args[:2]]
-    products = {f'product by {gemm.__name__}': (lambda gemm=gemm: gemm(*features))
-                for gemm in product.gemms(features[0].device)}
+    query, gallery = (x.split(2048) for x in features)
+
+    def in_tiles(gemm):
+        for items in gallery:
+            for block in query:
+                gemm(block, items)
+    products = {}
+    for gemm in product.gemms(features[0].device):
+        products[f'product by {gemm.__name__}'] = lambda gemm=gemm: gemm(*features)
+        products[f'{gemm.__name__} in tiles'] = lambda gemm=gemm: in_tiles(gemm)
     results = []
     sides = {'match_ranks': lambda: results.append(match_ranks(*features, *args[2:], precision=precision)), **products}
     seconds = alternate(sides, rounds)
@@ -72,7 +83,7 @@ def against_product(queries, rounds, device, dimensions=64, noise=1.3, precision
     result = results[-1]
     print(f'match_ranks {ours:.3f} s: {ours / min(seconds.values()):.2f}× the fastest product; '
           f'mAP {query_metrics(*result[:2])[1].mean():.1%}, {result.redecided / queries:.0f} pairs a query by key')
-    if precision != 'float32':
+    if precision == 'bfloat16':
         assert np.array_equal(result.ranks, match_ranks(*features, *args[2:]).ranks), 'another precision, other ranks'
 
 
@@ -142,6 +153,19 @@ def distances(rounds):
           f'{torchreid / seconds["mgn"]:.0f}×')
 
 
+def matches(rounds):
+    """What match_ranks does before its products at MSMT17's size, the keys of matches aside."""
+    rng = np.random.default_rng(0)
+    pids, camids = ([rng.integers(0, below, n) for n in (11_659, G)] for below in (IDENTITIES, CAMERAS))
+    keys = torch.from_numpy(rng.standard_normal(500_000))
+
+    def prepare():
+        ids = all_ids(11_659, G, *pids, *camids)
+        return sorted_matches(identities(ids, -1), ids, lambda queries, items: keys[:len(items)])
+    seconds = alternate({'matches': prepare}, rounds)['matches']
+    print(f'{1000 * seconds:.0f} ms for {len(prepare().items):,} matches')
+
+
 def msmt17(device):
     """The full size, once."""
     args = problem(11_659)
@@ -171,6 +195,7 @@ def main():
         'bfloat16': lambda: against_product(4096, max(args.rounds // 2, 1), args.device, precision='bfloat16'),
         'metrics': lambda: metrics(args.rounds),
         'distances': lambda: distances(args.rounds),
+        'matches': lambda: matches(args.rounds),
         'msmt17': lambda: msmt17(args.device),
     }
     name = f'{cpu_model()}, {torch.get_num_threads()} threads'
@@ -179,7 +204,7 @@ def main():
     print(f'{name}; torch {torch.__version__}; mgn.ops {implementation(args.device)}')
     for work in args.works or works:
         if work == 'bfloat16' and product.available('bfloat16', torch.device(args.device)) != 'bfloat16':
-            print('bfloat16: this device has no units for it')
+            print('bfloat16: this device ranks by float32 products')
             continue
         print(f'{work}: ', end='', flush=True)
         works[work]()

@@ -8,7 +8,7 @@ import torch
 
 from mgn.ops.arguments import shown
 from mgn.ops.errors import UserError
-from mgn.ops.ranking.product import available
+from mgn.ops.private import cpu_capabilities
 from mgn.runs import processes
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def resolve_precision(precision, device, name):
         choices = ', '.join(map(repr, ('auto', *DTYPES)))
         raise UserError(f"{name} must be one of {choices}, found {shown(precision)}; 'float32' runs everywhere")
     if precision == 'auto':
-        precision = available('bfloat16', device)
+        precision = 'bfloat16' if has_bfloat16(device) else 'float32'
         units = {'cuda': 'a GPU of capability 8.0 or higher', 'cpu': 'a CPU with AVX512-BF16 or AMX'}.get(device.type)
         why = f'is {"" if precision == "bfloat16" else "not "}{units}' if units else 'may have no units for bfloat16'
         logger.info("%s = 'auto' means %s: %s %s", name, precision, device, why)
@@ -65,6 +65,13 @@ def resolve_precision(precision, device, name):
         torch.set_float32_matmul_precision('highest')
         torch.backends.cudnn.allow_tf32 = False
     return precision
+
+
+def has_bfloat16(device):
+    """Whether the device has units for bfloat16, as far as is known."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_capability(device) >= (8, 0) and torch.version.hip is None
+    return device.type == 'cpu' and any(cpu_capabilities().get(name) for name in ('avx512_bf16', 'amx_tile'))
 
 
 def peak_memory(device):

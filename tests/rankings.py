@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from mgn.ops import match_ranks
+from mgn.ops.ranking import product
 
 METRICS = ['cosine', 'euclidean']
 
@@ -160,3 +161,18 @@ def published_distances(keys, squares, queries, k1=20, k2=6, lambda_value=0.3):
 
 def ascending_sum(terms):
     return np.cumsum(terms, 0)[-1]  # NumPy's own sum is pairwise
+
+
+def on_tensor_cores(monkeypatch, products=None):
+    """Every precision filters on the CPU too: products(q, g) of rounded operands, float32's unless given."""
+    def rounded(q, g):
+        return q.float() @ g.float().T
+    take = products or rounded
+
+    def of_operands(query, items, precision):
+        large, small = (query[0], items[0]), (query[-1], items[-1])
+        if precision != 'bfloat16':
+            return take(*large)
+        return take(small[0], large[1]) + take(large[0], small[1]) + take(*large)
+    monkeypatch.setattr(product, 'available', lambda precision, device: 'float32' if precision == 'auto' else precision)
+    monkeypatch.setattr(product, 'products', of_operands)

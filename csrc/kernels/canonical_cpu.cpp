@@ -27,10 +27,11 @@ void canonical_norms(const Rows& rows, double* norms, int instruction_set, const
   parallel(rows.count, std::max<int64_t>(2, grain_of(kGrain, rows.d)), [&](int64_t begin, int64_t end) {
     const Denormals denormals;
     for (int64_t i = begin; i < end; i += 2) {
-      const float* const both[] = {rows[i], rows[std::min(i + 1, end - 1)]};
+      const int count = i + 1 < end ? 2 : 1;
+      const float* const both[] = {rows[i], rows[i + count - 1]};
       double squares[2];
-      loops.squares(nullptr, both, rows.d, squares);
-      for (int64_t r = i; r < std::min(i + 2, end); ++r) norms[r] = std::sqrt(squares[r - i]);
+      loops.squares(nullptr, both, count, rows.d, squares);
+      for (int r = 0; r < count; ++r) norms[i + r] = std::sqrt(squares[r]);
     }
   });
 }
@@ -40,24 +41,21 @@ void canonical_keys(const Rows& query, const Rows& gallery, const int64_t* queri
   const SumLoops& loops = sum_loops(instruction_set);
   parallel(pairs, std::max<int64_t>(2, grain_of(kGrain, query.d)), [&](int64_t begin, int64_t end) {
     const Denormals denormals;
-    Keys keys_of(loops, cosine, query.d);
+    Keys keys_of{loops, cosine, query.d};
     for (int64_t p = begin; p < end;) {
       if (p == begin || queries[p] != queries[p - 1]) {
-        const float* const row[] = {query[queries[p]], query[queries[p]]};
-        double squares[2];
-        loops.squares(nullptr, row, query.d, squares);
-        keys_of.norm = std::sqrt(squares[0]);
-        loops.widen(row[0], query.d, keys_of.query.data());
+        const float* const row = query[queries[p]];
+        double square;
+        loops.squares(nullptr, &row, 1, query.d, &square);
+        keys_of.set(row, std::sqrt(square));
       }
-      const bool two = p + 1 < end && queries[p + 1] == queries[p];
-      const float* const y[] = {gallery[items[p]], gallery[items[p + two]]};
-      double norms[2], both[2];
-      loops.squares(nullptr, y, query.d, norms);
+      const int count = p + 1 < end && queries[p + 1] == queries[p] ? 2 : 1;
+      const float* const y[] = {gallery[items[p]], gallery[items[p + count - 1]]};
+      double norms[2] = {};
+      if (cosine) loops.squares(nullptr, y, count, query.d, norms);
       for (double& norm : norms) norm = std::sqrt(norm);
-      keys_of(y, norms, both);
-      keys[p] = both[0];
-      if (two) keys[p + 1] = both[1];
-      p += 1 + two;
+      keys_of(y, norms, count, keys + p);
+      p += count;
     }
   });
 }

@@ -22,13 +22,14 @@ namespace {
 constexpr int kChunk = 2048;         // similarities at a time
 constexpr int kMany = 256;           // matches from which on searching among them is faster than comparing with each
 constexpr int64_t kGrain = 1 << 16;  // elements worth a thread
+constexpr int64_t kTogether = 128, kOpen = 1 << 16;  // queries and, about, open pairs that are decided together
 
 template <typename T> struct CountLoops {
   void (*negate)(const T* distances, int n, T* similarity);
   int (*keep)(const T* values, int n, T low, T* kept);
   int (*keep_negated)(const T* values, int n, T low, T* kept);
   void (*count_levels)(const T* values, int n, const T* low, const T* high, int* above, int* open);
-  int (*find_open)(const T* values, int n, T low, T high, int* positions);
+  int (*find_open)(const T* values, int n, const T* low, const T* high, int* positions);
 };
 
 // For each mask of eight bits, the positions of its ones, then anything.
@@ -66,11 +67,6 @@ void for_excluded(const Excluded& excluded, int64_t q, int64_t first, int64_t en
   all(excluded.junk, excluded.junk + excluded.junk_count);
 }
 
-float round_down(double value) {
-  const float nearest = float(value);
-  return nearest > value ? std::nextafter(nearest, -std::numeric_limits<float>::infinity()) : nearest;
-}
-
 // Counts along one row of similarities, from chunk to chunk.
 template <typename T> struct Counting {
   const CountLoops<T>& loops;
@@ -81,16 +77,15 @@ template <typename T> struct Counting {
   std::vector<std::pair<double, double>> levels;
   std::vector<int> excluded_open;
   std::vector<int> positions;
-  std::vector<double> keys;
   bool excluded[kChunk] = {};  // of the chunk's items
 
-  explicit Counting(const CountLoops<T>& loops) : loops(loops), positions(kChunk), keys(kChunk + 1) {}
+  explicit Counting(const CountLoops<T>& loops) : loops(loops), positions(2 * kChunk) {}
 
-  // Counts the chunk's n items first, first + 1, …, of which `left` are in `kept`: those not below the farthest match.
-  // On demand fill() writes all similarities and keys_of(positions, count, keys) finds keys.
-  template <typename Fill, typename KeysOf>
-  int64_t count(const Matches& matches, int64_t q, int64_t first, int n, int left, const Fill& fill,
-                const KeysOf& keys_of) {
+  // Counts the chunk's n items, of which `left` are in `kept`: those not below the farthest match. On demand fill()
+  // writes all similarities. Each open item is counted from the first level that it is above, and passed to
+  // visit(position, reached, above): its key may move it to an earlier level, from the first that it may have reached.
+  template <typename Fill, typename Visit>
+  void count(const Matches& matches, int64_t q, int n, int left, const Fill& fill, const Visit& visit) {
     const int64_t begin = matches.offsets[q], m = matches.offsets[q + 1] - begin;
     if (m > kMany) {
       int open = 0;
@@ -101,10 +96,9 @@ template <typename T> struct Counting {
         if (above < m) ++matches.steps[begin + above];
         if (first_reached(low.data(), m, similarity[j]) < above) positions[open++] = j;
       }
-      return decide(matches, q, first, open, keys_of);
+      return visit_open(open, m, visit);
     }
-    int64_t by_key = 0;
-    bool filled = false;
+    int to_decide = 0;
     for (int64_t end = m; end > 0 && left > 0; end -= std::min<int64_t>(end, 4)) {
       const int64_t from = std::max<int64_t>(end - 4, 0);
       const int group = int(end - from);
@@ -112,49 +106,52 @@ template <typename T> struct Counting {
       for (int i = 0; i < 4; ++i)
         lows[i] = low[from + std::min(i, group - 1)], highs[i] = high[from + std::min(i, group - 1)];
       std::fill(kept + left, kept + left + 16, -std::numeric_limits<T>::infinity());
-      int above[4];
-      int open[4];
+      int above[4], open[4];
       loops.count_levels(kept, left, lows, highs, above, open);
+      bool any_open = false;
       for (int i = 0; i < group; ++i) {
         const int64_t level = from + i;
         matches.steps[begin + level] += above[i];
         if (level + 1 < m) matches.steps[begin + level + 1] -= above[i];
-        if (open[i] == excluded_open[level]) continue;
-        if (!filled) fill(), filled = true;
-        const int within = loops.find_open(similarity, n, low[level], high[level], positions.data());
-        const auto decided = [&](int j) {
-          return level > 0 && !(similarity[j] < low[level - 1]) && !(similarity[j] > high[level - 1]);
+        any_open |= open[i] != excluded_open[level];
+      }
+      if (any_open) {
+        if (!to_decide) fill();
+        int* const found = positions.data() + to_decide;
+        const int within = loops.find_open(similarity, n, lows, highs, found);
+        const auto of_nearer = [&](int j) {  // open at a nearer level, too, with which they will be found
+          return from > 0 && !(similarity[j] < low[from - 1]) && !(similarity[j] > high[from - 1]);
         };
-        const auto rest = std::remove_if(positions.begin(), positions.begin() + within,
-                                         decided);  // those were decided with the level before
-        by_key += decide(matches, q, first, int(rest - positions.begin()), keys_of);
+        to_decide = int(std::remove_if(found, found + within, of_nearer) - positions.data());
       }
       if (from > 0 && above[0] < left / 2) left = loops.keep(kept, left, low[from - 1], kept);
     }
-    return by_key;
+    visit_open(to_decide, m, visit);
   }
 
-  // An open item was counted from the first level that it is above. Its key may move it to an earlier level.
-  template <typename KeysOf>
-  int64_t decide(const Matches& matches, int64_t q, int64_t first, int open, const KeysOf& keys_of) {
-    const int64_t begin = matches.offsets[q], m = matches.offsets[q + 1] - begin;
-    const auto end = std::remove_if(positions.begin(), positions.begin() + open, [&](int j) { return excluded[j]; });
-    const int count = int(end - positions.begin());
-    keys_of(positions.data(), count, keys.data());
-    for (int p = 0; p < count; ++p) {
-      const T value = similarity[positions[p]];
-      const int64_t above = first_below(high.data(), m, value), reached = first_reached(low.data(), m, value);
-      const int64_t level = first_behind(matches, begin + reached, begin + above, keys[p], first + positions[p]);
-      if (level == begin + above) continue;
-      ++matches.steps[level];
-      if (above < m) --matches.steps[begin + above];
-    }
-    return count;
+  template <typename Visit> void visit_open(int open, int64_t m, const Visit& visit) const {
+    for (int p = 0; p < open; ++p)
+      if (const int j = positions[p]; !excluded[j])
+        visit(j, first_reached(low.data(), m, similarity[j]), first_below(high.data(), m, similarity[j]));
   }
 };
 
-// Counts the non-matches of a tile, query by query. One per thread.
+// Counts an item, so far from level `above` on, from where its key says.
+void decide(const Matches& matches, int64_t q, int64_t reached, int64_t above, double key, int64_t item) {
+  const int64_t begin = matches.offsets[q], end = matches.offsets[q + 1];
+  const int64_t level = first_behind(matches, begin + reached, begin + above, key, item);
+  if (level == begin + above) return;
+  ++matches.steps[level];
+  if (begin + above < end) --matches.steps[begin + above];
+}
+
+// Counts the non-matches of a tile, query by query. One per thread. What many queries leave open is decided item by item,
+// so that a row of the gallery is read once for them, and theirs stay in the second-level cache.
 struct TileCounting {
+  struct Open {
+    int64_t q, reached, above;
+    int64_t before;  // the item's open pair before this one, or −1
+  };
   const Tile& tile;
   const Filter& filter;
   const Matches& matches;
@@ -163,13 +160,14 @@ struct TileCounting {
   const SumLoops& sums;
   Counting<float> counting;
   Keys keys_of;
+  std::vector<Open> open = {};
+  std::vector<int64_t> last_open = std::vector<int64_t>(tile.gallery.count, -1);  // of each item
   int64_t by_key = 0;  // how many items were decided by their keys
 
   // Of the query at hand:
   int64_t q = 0, m = 0;  // m matches
   const double* match_keys = nullptr;
   bool known = false;     // whether the filter says anything
-  bool prepared = false;  // whether keys_of holds the query
 
   void count_query(int64_t query) {
     q = query;
@@ -177,17 +175,40 @@ struct TileCounting {
     if (m == 0) return;
     match_keys = matches.keys + matches.offsets[q];
     known = std::isfinite(filter.error[q]);
-    prepared = false;
     set_levels();
     for (int64_t j = 0; j < tile.gallery.count; j += kChunk)
       count_chunk(j, int(std::min<int64_t>(kChunk, tile.gallery.count - j)));
+  }
+
+  void decide_open() {
+    for (int64_t j = 0; j < tile.gallery.count; ++j) {
+      keys_of.set(tile.gallery[j], tile.gallery_norms[j]);
+      for (int64_t next = last_open[j]; next >= 0;) {
+        const Open* pairs[2];
+        int count = 0;
+        for (; next >= 0 && count < 2; next = open[next].before) pairs[count++] = &open[next];
+        const int64_t a = pairs[0]->q, b = pairs[count - 1]->q;
+        const float* const y[] = {tile.query[a], tile.query[b]};
+        const double norms[] = {tile.query_norms[a], tile.query_norms[b]};
+        double keys[2];
+        keys_of(y, norms, count, keys);
+        for (int i = 0; i < count; ++i) {
+          const auto& [of, reached, above, before] = *pairs[i];
+          const double key = reranked ? final_distance(*reranked, of, tile.cosine, keys[i], 1) : keys[i];
+          decide(matches, of, reached, above, key, tile.first + j);
+        }
+      }
+      last_open[j] = -1;
+    }
+    by_key += open.size();
+    open.clear();
   }
 
  private:
   // Between which similarities a pair that ties with a match may lie.
   void set_levels() {
     const double scale = filter.level_scale[q], shift = filter.level_shift[q];
-    std::vector<std::pair<double, double>>& levels = counting.levels;
+    auto& levels = counting.levels;
     double margin = 0;
     levels.resize(m);
     for (int64_t i = 0; i < m; ++i) {
@@ -197,14 +218,13 @@ struct TileCounting {
       for (const double level : {levels[i].first, levels[i].second})
         if (std::isfinite(level)) margin = std::max(margin, std::abs(level));
     }
-    // The levels' own rounding is added. One margin serves all levels, so that their ends descend as they do.
-    margin = filter.error[q] + margin * 0x1p-50;
-    counting.low.resize(m);
-    counting.high.resize(m);
+    // The levels' own rounding, and that to float, is added. One margin for all: their ends descend as they do.
+    margin = filter.error[q] + (filter.error[q] + margin) * 0x1p-22;
+    counting.low.resize(m), counting.high.resize(m);
     for (int64_t i = 0; i < m; ++i) {
       const float infinity = std::numeric_limits<float>::infinity();
-      counting.low[i] = known ? round_down(levels[i].first - margin) : -infinity;
-      counting.high[i] = known ? -round_down(-(levels[i].second + margin)) : infinity;
+      counting.low[i] = known ? float(levels[i].first - margin) : -infinity;
+      counting.high[i] = known ? float(levels[i].second + margin) : infinity;
     }
     // Excluded items are set below every level, unless a level reaches there.
     counting.excluded_open.assign(std::min<int64_t>(m, kMany), 0);
@@ -226,27 +246,12 @@ struct TileCounting {
         exclude(item);
       });
     const int left = counting.loops.keep(counting.similarity, n, counting.low[m - 1], counting.kept);
-    by_key += counting.count(
-        matches, q, first, n, left, [] {},
-        [&](const int* positions, int count, double* keys) {
-          measure_keys(j, positions, count, keys);
-          for (int p = 0; p < count && reranked; ++p) keys[p] = final_distance(*reranked, q, tile.cosine, keys[p], 1);
+    counting.count(
+        matches, q, n, left, [] {},
+        [&](int position, int64_t reached, int64_t above) {
+          open.push_back({q, reached, above, std::exchange(last_open[j + position], int64_t(open.size()))});
         });
     std::fill(counting.excluded, counting.excluded + n, false);
-  }
-
-  void measure_keys(int64_t j, const int* positions, int count, double* keys) {
-    if (!prepared && count) {
-      sums.widen(tile.query[q], tile.query.d, keys_of.query.data());
-      keys_of.norm = tile.query_norms[q];
-      prepared = true;
-    }
-    for (int p = 0; p < count; p += 2) {
-      const int64_t a = j + positions[p], b = j + positions[std::min(p + 1, count - 1)];
-      const float* const y[] = {tile.gallery[a], tile.gallery[b]};
-      const double norms[] = {tile.gallery_norms[a], tile.gallery_norms[b]};
-      keys_of(y, norms, keys + p);
-    }
   }
 
   // Counts an item whose encoding overlaps the query's: its similarity bounds its final distance.
@@ -261,9 +266,11 @@ struct TileCounting {
     const int64_t to = bounded ? std::upper_bound(match_keys, match_keys + m, high) - match_keys : m;
     int64_t level = matches.offsets[q] + from;
     if (from < to) {
-      double keys[2];
-      measure_keys(j, &position, 1, keys);
-      const double distance = final_distance(*reranked, q, tile.cosine, keys[0], jaccard);
+      const float* const row = tile.gallery[j + position];
+      double exact;
+      keys_of.set(tile.query[q], tile.query_norms[q]);
+      keys_of(&row, tile.gallery_norms + j + position, 1, &exact);
+      const double distance = final_distance(*reranked, q, tile.cosine, exact, jaccard);
       level = first_behind(matches, level, matches.offsets[q] + to, distance, tile.first + j + position);
       ++by_key;
     }
@@ -280,8 +287,12 @@ int64_t count_nonmatches(const Tile& tile, const Filter& filter, const Matches& 
   parallel(tile.query.count, 1, [&](int64_t begin, int64_t end) {
     const Denormals denormals;
     TileCounting counting{tile, filter, matches, excluded, reranked, sums,
-                          Counting<float>(count_loops<float>(instruction_set)), Keys(sums, tile.cosine, tile.query.d)};
-    for (int64_t q = begin; q < end; ++q) counting.count_query(q);
+                          Counting<float>(count_loops<float>(instruction_set)), {sums, tile.cosine, tile.query.d}};
+    for (int64_t q = begin; q < end; ++q) {
+      counting.count_query(q);
+      if (q % kTogether == 0 || int64_t(counting.open.size()) > kOpen) counting.decide_open();
+    }
+    counting.decide_open();
     by_key += counting.by_key;
   });
   return by_key;
@@ -320,9 +331,9 @@ int64_t count_in_distances(const T* distances, int64_t queries, int64_t items, i
                          ++counting.excluded_open[i];
                      });
         counting.count(
-            matches, q, j, n, left, [&] { loops.negate(row, n, counting.similarity); },
-            [&](const int* positions, int count, double* keys) {
-              for (int p = 0; p < count; ++p) keys[p] = row[positions[p]];
+            matches, q, n, left, [&] { loops.negate(row, n, counting.similarity); },
+            [&](int position, int64_t reached, int64_t above) {
+              decide(matches, q, reached, above, row[position], j + position);
             });
         std::fill(counting.excluded, counting.excluded + n, false);
       }

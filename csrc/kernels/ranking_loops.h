@@ -74,16 +74,19 @@ TARGET void count_levels(const T* values, int n, const T* low, const T* high, in
   }
 }
 
-// Positions of the values between low and high, NaN among them.
-template <typename T> TARGET int find_open(const T* values, int n, T low, T high, int* positions) {
+// Positions of the values between the ends of any of four levels, NaN among them.
+template <typename T> TARGET int find_open(const T* values, int n, const T* low, const T* high, int* positions) {
   typedef T Lanes __attribute__((vector_size(VECTOR_BYTES), aligned(alignof(T))));
   constexpr int lanes = VECTOR_BYTES / int(sizeof(T));
   int count = 0;
   for (int j = 0; j < n; j += lanes) {
     const Lanes value = *reinterpret_cast<const Lanes*>(values + j);
-    if (all_set((value < low) | (value > high))) continue;
-    for (int i = j; i < j + lanes && i < n; ++i)
-      if (!(values[i] < low) && !(values[i] > high)) positions[count++] = i;
+    auto outside = (value < low[0]) | (value > high[0]);
+#pragma GCC unroll 3
+    for (int i = 1; i < 4; ++i) outside &= (value < low[i]) | (value > high[i]);
+    if (all_set(outside)) continue;
+    for (int lane = 0; lane < lanes && j + lane < n; ++lane)
+      if (!outside[lane]) positions[count++] = j + lane;
   }
   return count;
 }

@@ -15,7 +15,7 @@ HALF_TYPES = torch.float16, torch.bfloat16
 FLOAT_TYPES = {*HALF_TYPES, torch.float32, torch.float64}
 INTEGER_TYPES = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32,
                  torch.uint64}
-PRECISIONS = 'float32', 'tf32', 'bfloat16'
+PRECISIONS = 'auto', 'float32', 'tf32', 'bfloat16'
 LARGEST_K = 4096
 NUMBER_THEM = 'pass an integer for each row, e.g. by numpy.unique(…, return_inverse=True)'
 
@@ -149,19 +149,20 @@ def as_tensor(array, name):
 
 
 class Ids(NamedTuple):
-    """NumPy arrays of int64."""
-    query_pids: np.ndarray      # (Q,)
-    gallery_pids: np.ndarray    # (G,)
-    query_camids: np.ndarray    # (Q,)
-    gallery_camids: np.ndarray  # (G,)
+    """int64 tensors, contiguous, of the device that prepares the matches."""
+    query_pids: torch.Tensor      # (Q,)
+    gallery_pids: torch.Tensor    # (G,)
+    query_camids: torch.Tensor    # (Q,)
+    gallery_camids: torch.Tensor  # (G,)
 
     def of_queries(self, block):
         return self._replace(query_pids=self.query_pids[block], query_camids=self.query_camids[block])
 
 
-def all_ids(queries, items, query_pids, gallery_pids, query_camids, gallery_camids):
-    return Ids(as_ids(query_pids, queries, 'query_pids'), as_ids(gallery_pids, items, 'gallery_pids'),
-               as_ids(query_camids, queries, 'query_camids'), as_ids(gallery_camids, items, 'gallery_camids'))
+def all_ids(queries, items, query_pids, gallery_pids, query_camids, gallery_camids, device='cpu'):
+    ids = (as_ids(query_pids, queries, 'query_pids'), as_ids(gallery_pids, items, 'gallery_pids'),
+           as_ids(query_camids, queries, 'query_camids'), as_ids(gallery_camids, items, 'gallery_camids'))
+    return Ids(*(torch.from_numpy(array).contiguous().to(device) for array in ids))
 
 
 def as_ids(ids, length, name, remedy=NUMBER_THEM):

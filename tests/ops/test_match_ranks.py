@@ -1,6 +1,7 @@
 """Ranks of true matches against a pure Python loop that computes every canonical key and sorts."""
 
 import functools
+import mmap
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,7 +12,8 @@ from mining import examples
 from rankings import METRICS, extremes, naive_key, naive_keys, naive_ranks, near_ties, problem, ranks_of
 
 from mgn.ops import match_ranks, match_ranks_from_distance
-from mgn.ops.arguments import Ids
+from mgn.ops.arguments import all_ids
+from mgn.ops.ranking import keys, tiles
 from mgn.ops.ranking.keys import Comparison, finite_norms, keys_in_order
 from mgn.ops.ranking.ranks import identities, nonmatches_between, sorted_matches
 
@@ -97,7 +99,7 @@ def test_items_are_numbered_from_any_number_on(ranking):
     """As in the last part of a gallery of 2⁴⁰ items and more: matches, own identity and ties by number."""
     query, gallery, query_pids, gallery_pids, query_camids, gallery_camids = problem(6, 90, 7, levels=2)
     comparison = Comparison(torch.from_numpy(query), torch.from_numpy(gallery), cosine=True, precision='float32')
-    ids = Ids(query_pids, gallery_pids, query_camids, gallery_camids)
+    ids = all_ids(6, 90, query_pids, gallery_pids, query_camids, gallery_camids)
     excluded, norms = identities(ids, 0), finite_norms(comparison.query, 'query')
     matches = sorted_matches(excluded, ids, functools.partial(keys_in_order, comparison))
     want, got = (nonmatches_between(comparison, norms, first, matches._replace(items=matches.items + first),
@@ -147,6 +149,22 @@ def test_every_container_type_and_layout_gives_the_same_ranks(ranking, levels):
         assert ranks_of(q, g, *(torch.tensor(x) for x in lists)) == expected
         assert ranks_of(q, g, *lists) == expected
     assert ranks_of(tensors[0].half(), gallery, *(x.astype(np.int32) for x in ids)) == expected
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.float16])
+def test_a_gallery_in_a_file_gives_the_same_ranks(ranking, monkeypatch, tmp_path, dtype):
+    """It is read in several parts, each asked for while the one before is worked with."""
+    query, gallery, *ids = problem(6, 900, 33)
+    np.save(tmp_path / 'gallery.npy', gallery.astype(dtype))
+    in_file, asked = np.load(tmp_path / 'gallery.npy', mmap_mode='r'), []
+    expected = naive_ranks(query, np.array(in_file, np.float32), *ids)
+    monkeypatch.setattr(tiles, 'memory_advice', lambda: lambda *args: asked.append(args))
+    for module in (keys, tiles):
+        monkeypatch.setattr(module, 'OPERANDS', 4 * 64 * 33)
+    assert ranks_of(query, in_file, *ids) == expected
+    first, size = in_file.ctypes.data, in_file.nbytes
+    assert len(asked) > 10 and all(first - mmap.PAGESIZE < address and address + length <= first + size
+                                   for address, length, _ in asked)
 
 
 def test_bfloat16_features_are_taken_as_they_are():
@@ -235,7 +253,7 @@ def test_shapes_and_types_that_do_not_fit_are_named(which, bad, message):
 
 @pytest.mark.parametrize('options, message', [({'metric': 'manhattan'}, "'cosine' or 'euclidean', not 'manhattan'"),
                                               ({'precision': 'float16'},
-                                               "'float32' or 'tf32' or 'bfloat16', not 'float16'")])
+                                               "'auto' or 'float32' or 'tf32' or 'bfloat16', not 'float16'")])
 def test_unknown_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         match_ranks(*problem(3, 4, 5), **options)

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 from memory import only_linux, printed
-from rankings import METRICS, clustered, extremes, naive_ranks, near_ties, problem, ranks_of, same
+from rankings import (METRICS, clustered, extremes, naive_ranks, near_ties, on_tensor_cores, problem, ranks_of, same)
 
 from mgn.ops import match_ranks
-from mgn.ops.arguments import PRECISIONS
 from mgn.ops.ranking import product, ranks
 
 MAKERS = [near_ties, problem, extremes]
@@ -46,11 +45,10 @@ def test_threads_change_nothing(make, metric):
 @pytest.mark.parametrize('precision', ['tf32', 'bfloat16'])
 @pytest.mark.parametrize('make', [*MAKERS, clustered])
 def test_precision_changes_nothing_but_what_goes_by_key(ranking, monkeypatch, make, precision, metric):
-    """Also where this CPU has no units for it: float32 products of the rounded operands err no more than those
-    would."""
+    """Float32 products of the rounded operands err no more than tensor cores."""
     args = make(12, 900) if make is clustered else make(11, 300, 33)
     expected = match_ranks(*args, metric=metric)
-    monkeypatch.setattr(product, 'available', lambda precision, device: precision)
+    on_tensor_cores(monkeypatch)
     got = match_ranks(*args, metric=metric, precision=precision)
     assert same(got, expected)
     if make is clustered:
@@ -59,26 +57,113 @@ def test_precision_changes_nothing_but_what_goes_by_key(ranking, monkeypatch, ma
 
 def test_operands_keep_what_their_precision_promises():
     x = torch.from_numpy(problem(50, 1, 40)[0]).mul(torch.logspace(-8, 8, 50)[:, None])
-    rounded = product.operand(x, 'tf32')
+    rounded, = product.operand(x, 'tf32')
     assert (rounded.view(torch.int32) & 0x1fff == 0).all()
     assert ((rounded - x).abs() <= 2.0 ** -11 * x.abs()).all() and ((rounded - x).abs() > 2.0 ** -12.5 * x.abs()).any()
     large, small = product.operand(x, 'bfloat16')
-    assert torch.equal(large, large.bfloat16().float()) and torch.equal(small, small.bfloat16().float())
-    assert ((large.double() + small - x.double()).abs() <= 2.0 ** -16 * x.abs()).all()
+    assert large.dtype == small.dtype == torch.bfloat16
+    assert ((large.double() + small.double() - x.double()).abs() <= 2.0 ** -16 * x.abs()).all()
 
 
-@pytest.mark.parametrize('precision', PRECISIONS)
+@pytest.mark.parametrize('precision', ['tf32', 'bfloat16'])
+@pytest.mark.parametrize('kept', [True, False])
+def test_what_operands_lose_is_measured_row_by_row(monkeypatch, precision, kept):
+    x = torch.from_numpy(problem(90, 1, 40)[0]).mul(torch.logspace(-11, 16, 90)[:, None])
+    x[7], x[8], x[9] = 0, 3e38, 1e-41
+    monkeypatch.setattr(product, 'OPERANDS', 40 * 32)  # three pieces
+    monkeypatch.setattr(product, 'once', lambda device: 10 ** 6 if kept else 0)
+    norms = x.double().norm(dim=1)
+    operand, residual = product.operands(x, norms, precision)
+    for part in (slice(0, 90), slice(13, 57)):
+        assert all(torch.equal(got, want) for got, want in
+                   zip(operand(part), product.operand(x[part].contiguous(), precision)))
+    lost = (sum(y.double() for y in operand(slice(0, 90))) - x.double()).norm(dim=1) / norms
+    known = product.in_range(norms)
+    assert known.any() and (~known).any() and (residual[~known] == 0).all()
+    assert (residual[known] >= lost[known]).all() and (residual[known] <= 1.002 * lost[known]).all()
+
+
+@pytest.mark.parametrize('precision', ['float32', 'tf32', 'bfloat16'])
 @pytest.mark.parametrize('width', [1, 7, 256, 2048])
-def test_products_err_less_than_they_are_said_to(precision, width):
+def test_products_err_less_than_they_are_said_to(monkeypatch, precision, width):
+    if precision != 'float32':
+        on_tensor_cores(monkeypatch)
     rng = np.random.default_rng(width)
     for make in (lambda n: rng.standard_normal((n, width)), lambda n: rng.random((n, width)),
                  lambda n: rng.standard_normal((n, width)) ** 9):
-        q, g = (torch.from_numpy(make(n).astype(np.float32)) for n in (40, 300))
-        with product.exact_float32():
-            products = product.products(product.operand(q, precision), product.operand(g, precision), precision)
-        norms = q.double().norm(dim=1)[:, None] * g.double().norm(dim=1)
-        error = (products.double() - q.double() @ g.double().T).abs() / norms
-        assert error.max() <= product.relative_error(precision, width, torch.device('cpu'))
+        assert (error_of(*(torch.from_numpy(make(n).astype(np.float32)) for n in (40, 300)), precision) <= 1).all()
+
+
+def error_of(q, g, precision):
+    """(q, n): the errors of products, in parts of what is said to bound them."""
+    norms = q.double().norm(dim=1), g.double().norm(dim=1)
+    (q_operand, q_residual), (g_operand, g_residual) = (
+        product.operands(*pair, precision) for pair in zip((q, g), norms))
+    with product.exact_float32():
+        got = product.products(q_operand(slice(None)), g_operand(slice(None)), precision)
+    bound = product.relative_error(precision, q.shape[1], q.device, q_residual, g_residual) * norms[0]
+    return (got.double() - q.double() @ g.double().T).abs() / bound[:, None] / norms[1]
+
+
+def truncating(step, extra):
+    """q @ gᵀ of a tensor core: `step` products at a time, and their sum so far, are cut to 2^−(23 + extra) of the
+    largest of them and added; the sum is cut to 24 bits."""
+    def cut(values, exponents):
+        return np.ldexp(np.trunc(np.ldexp(values, -exponents)), exponents)
+
+    def exponent(values):
+        return np.where(values == 0, -1000, np.frexp(values)[1] - 1)
+
+    def products(q, g):
+        q, g = q.double().numpy(), g.double().numpy()
+        sums = np.zeros((len(q), len(g)))
+        for first in range(0, q.shape[1], step):
+            terms = q[:, None, first:first + step] * g[None, :, first:first + step]
+            terms = np.concatenate((sums[..., None], terms), 2)
+            sums = cut(terms, exponent(terms).max(2, keepdims=True) - 23 - extra).sum(2)
+            sums = cut(sums, exponent(sums) - 23)
+        return torch.from_numpy(sums).float()
+    return products
+
+
+def adversaries(width, extra):
+    """Rows whose products are 1, then just too small for the unit: every term is lost, and all errors have one sign."""
+    small = np.sqrt((2 - 2.0 ** -6) * 2.0 ** (-24 - extra))
+    rows = np.full((6, width), small, np.float32)
+    rows[:, 0] = 1
+    rows[1::2, 0] = -1  # the sum grows towards 0
+    rows[2:4, 1::2] = 0
+    rows[4:] *= np.float32(0.9)
+    return torch.from_numpy(rows)
+
+
+TENSOR_CORES = [(4, 0), (8, 1), (16, 2)]  # V100, A100, H100: Fasi et al., "Numerical behavior of NVIDIA tensor cores"
+
+
+@pytest.mark.parametrize('step, extra', TENSOR_CORES)
+@pytest.mark.parametrize('precision', ['tf32', 'bfloat16'])
+@pytest.mark.parametrize('width', [5, 64, 2048])
+def test_truncating_tensor_cores_err_less_than_products_are_said_to(monkeypatch, precision, width, step, extra):
+    on_tensor_cores(monkeypatch, truncating(step, extra))
+    rows = adversaries(width, extra)
+    others = torch.from_numpy(np.random.default_rng(0).random((20, width)).astype(np.float32))
+    errors = error_of(torch.cat((rows, others[:5])), torch.cat((rows, others)), precision)
+    assert errors.max() <= 1
+    if width == 2048 and step == 4:  # the rows are as bad as they are meant to be
+        assert errors.max() > 0.2
+
+
+@pytest.mark.parametrize('step, extra', TENSOR_CORES)
+@pytest.mark.parametrize('precision', ['tf32', 'bfloat16'])
+@pytest.mark.parametrize('metric', METRICS)
+def test_truncating_tensor_cores_change_no_rank(monkeypatch, metric, precision, step, extra):
+    query, gallery, *ids = clustered(12, 300, 32)
+    rows = adversaries(32, extra).numpy()
+    query[:6], gallery[:60] = rows, np.repeat(rows, 10, 0)
+    args = query, gallery, *ids
+    expected = match_ranks(*args, metric=metric)
+    on_tensor_cores(monkeypatch, truncating(step, extra))
+    assert same(match_ranks(*args, metric=metric, precision=precision), expected)
 
 
 @pytest.mark.parametrize('metric', METRICS)
@@ -142,7 +227,7 @@ def test_settings_of_torch_change_nothing_and_are_restored(make):
         assert same(match_ranks(*args), expected)
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
     torch.set_default_dtype(torch.float64)
-    product.float32_is_float32.cache_clear()  # the probe is of float32 nevertheless
+    product.keeps_operands.cache_clear()  # the probe is of float32 nevertheless
     try:
         assert same(match_ranks(*args), expected)
     finally:
@@ -173,21 +258,33 @@ def test_what_was_inherited_is_inherited_again():
         torch.backends.fp32_precision = 'none'
 
 
-def test_a_product_that_drops_bits_is_found_out_and_taken_for_what_it_is(monkeypatch):
-    coarse = lambda q, g: (q.bfloat16() @ g.bfloat16().T).float()  # noqa: E731
-    args = clustered()
+@pytest.fixture
+def forgetful():
+    """forgetful() lets products be probed anew, as they are after the test."""
+    def forget():
+        product.keeps_operands.cache_clear()
+        product.rounds_sums.cache_clear()
+    yield forget
+    forget()
+
+
+def coarse(q, g):
+    return q.bfloat16().float() @ g.bfloat16().float().T
+
+
+@pytest.mark.parametrize('gemm, keeps, rounds, error', [
+    (lambda q, g: q @ g.T, True, True, 2.0 ** -18), (coarse, False, True, 2.0 ** -6),
+    *((truncating(*unit), True, False, 2.0 ** -16) for unit in TENSOR_CORES)])
+def test_products_that_drop_bits_or_truncate_are_found_out(monkeypatch, forgetful, gemm, keeps, rounds, error):
+    args, device = clustered(12, 300), torch.device('cpu')
     expected = match_ranks(*args)
-    product.float32_is_float32.cache_clear()
-    monkeypatch.setattr(product, 'gemms', lambda device: (coarse,))
-    try:
-        assert not product.float32_is_float32(torch.device('cpu'))
-        assert product.relative_error('float32', 64, torch.device('cpu')) > 2.0 ** -7
-    finally:
-        product.float32_is_float32.cache_clear()
-    monkeypatch.setattr(product, 'gemms', lambda device: (lambda q, g: q.bfloat16().float() @ g.bfloat16().float().T,))
-    monkeypatch.setattr(product, 'float32_is_float32', lambda device: False)
+    forgetful()
+    monkeypatch.setattr(product, 'gemms', lambda device: (gemm,))
+    monkeypatch.setattr(product, 'probe_size', lambda device: 128)
     got = match_ranks(*args)
-    assert same(got, expected) and got.redecided > expected.redecided
+    assert product.keeps_operands(device) == keeps and product.rounds_sums(device) == rounds
+    assert 0.95 * error < product.relative_error('float32', 64, device) < 1.1 * error
+    assert same(got, expected) and got.redecided >= expected.redecided + (not keeps)
 
 
 def test_what_the_matrix_product_leaves_open_is_counted(ranking):

@@ -11,11 +11,12 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from implementations import COMPILED, IMPLEMENTATIONS, run_as
 from memory import only_linux, printed
 from mining import examples
-from rankings import METRICS, clustered, extremes, naive_keys, near_ties, problem, published_distances, same
+from rankings import (METRICS, clustered, extremes, naive_keys, near_ties, on_tensor_cores, problem,
+                      published_distances, same)
 
 from mgn.ops import drop_in, k_reciprocal_ranks, match_ranks, match_ranks_from_distance, re_ranking, topk
 from mgn.ops.arguments import PRECISIONS
-from mgn.ops.ranking import nearest, product, ranks, reference, reranking
+from mgn.ops.ranking import nearest, ranks, reference, reranking
 
 PARAMETERS = [(20, 6, 0.3), (5, 1, 0.3), (7, 3, 0.0), (4, 2, 1.0), (1, 1, 0.5), (3, 9, 0.9), (30, 6, 1e-9),
               (60, 30, 0.3)]
@@ -150,7 +151,7 @@ def test_no_query_or_no_gallery(implementation, Q, G):
 def test_tiles_threads_precision_and_implementation_change_nothing(monkeypatch, metric):
     args = clustered(40, 500, pids=40, copies=90)
     expected = k_reciprocal_ranks(*args, metric=metric)
-    monkeypatch.setattr(product, 'available', lambda precision, device: precision)
+    on_tensor_cores(monkeypatch)
     for tile in ((100, 64), (64, 37), (999, 2000)):
         for module in (nearest, ranks, reranking):
             monkeypatch.setattr(module, 'tile_of', lambda query, gallery: tile)

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from implementations import IMPLEMENTATIONS, run_as
 from memory import only_linux, printed
 from mining import examples
-from rankings import METRICS, extremes, naive_keys, near_ties, problem
+from rankings import METRICS, extremes, naive_keys, near_ties, on_tensor_cores, problem
 
 from mgn.ops import topk, topk_from_distance
 from mgn.ops.arguments import PRECISIONS
@@ -127,7 +127,7 @@ def test_tiles_threads_precision_and_taking_one_tensor_twice_change_nothing(monk
     query, gallery = clustered()
     few = gallery[:400]
     expected = topk(query, gallery, 25, metric), topk(few, few, 25, metric, exclude_self=exclude_self)
-    monkeypatch.setattr(product, 'available', lambda precision, device: precision)
+    on_tensor_cores(monkeypatch)
 
     def unchanged(**options):
         return same(topk(query, gallery, 25, metric, **options), expected[0]) and same(
@@ -154,7 +154,7 @@ def test_a_coarse_product_leaves_more_to_the_keys_and_changes_nothing(implementa
     query, gallery = clustered(20, 400)
     expected = naive(query, gallery, 10)[0]
     monkeypatch.setattr(product, 'gemms', lambda device: (lambda q, g: q.bfloat16().float() @ g.bfloat16().float().T,))
-    monkeypatch.setattr(product, 'float32_is_float32', lambda device: False)
+    monkeypatch.setattr(product, 'keeps_operands', lambda device: False)
     assert topk(query, gallery, 10).indices.tolist() == expected
 
 

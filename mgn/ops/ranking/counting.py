@@ -24,7 +24,7 @@ class FilterTerms(NamedTuple):
 
 
 class Matches(NamedTuple):
-    """Query q's true matches are offsets[q]:offsets[q + 1], ascending by (key, item). Tensors or NumPy arrays."""
+    """Query q's true matches are offsets[q]:offsets[q + 1], ascending by (key, item)."""
     offsets: torch.Tensor  # (q + 1,) int64
     keys: torch.Tensor     # (M,) float64
     items: torch.Tensor    # (M,) int64
@@ -34,7 +34,7 @@ class Matches(NamedTuple):
 
 
 class Excluded(NamedTuple):
-    """What is no non-match of query q: its identity order[begin[q]:end[q]], and junk; ascending. Tensors or arrays."""
+    """What is no non-match of query q: its identity order[begin[q]:end[q]], and junk; ascending."""
     order: torch.Tensor  # (G,) int64
     begin: torch.Tensor  # (q,) int64
     end: torch.Tensor    # (q,) int64
@@ -52,8 +52,3 @@ class Overlaps(NamedTuple):
     offsets: torch.Tensor  # (q + 1,) int64
     items: torch.Tensor    # (E,) int32
     jaccard: torch.Tensor  # (E,) float64
-
-
-def as_tensors(arrays, device='cpu'):
-    """A named tuple of NumPy arrays or tensors → the same of tensors on the device."""
-    return type(arrays)(*(torch.as_tensor(array, device=device) for array in arrays))

@@ -24,7 +24,7 @@ class Nearest(NamedTuple):
 
 
 @uncompiled
-def topk(query, gallery, k, metric='cosine', precision='float32', exclude_self=False):
+def topk(query, gallery, k, metric='cosine', precision='auto', exclude_self=False):
     """The k nearest gallery items of every query, by (canonical key, gallery index) as match_ranks orders them.
 
     A matrix product, tile by tile, selects; what lies within its error of the k-th is decided by its key. So the result
@@ -39,7 +39,7 @@ def topk(query, gallery, k, metric='cosine', precision='float32', exclude_self=F
     Returns:
         Nearest, of min(k, G) columns (G − 1 with exclude_self). Distances carry no gradient. Memory: 256 MB, 48 bytes
         per row and 30 per entry of the result, beyond features and result; 1 GB more where query and gallery are one
-        tensor.
+        tensor; on a GPU 2 GB more, as of match_ranks.
     Raises:
         UserError: k out of range, exclude_self of two tensors, and whatever match_ranks refuses of features.
     """
@@ -105,21 +105,25 @@ def nearest(comparison, query_norms, gallery_norms, k, exclude_self=False, farth
 
     The largest key is asked for by `farthest`, else None.
     """
-    query, gallery, cosine, _ = comparison
+    query, gallery, cosine, *_ = comparison
     wanted = [(k, 1), (1, -1)] if farthest else [(k, 1)]
     searches = [Search(count, sign, min(count + exclude_self + max(16, count // 2), len(gallery)))
                 for count, sign in wanted]
     results = [(torch.empty(len(query), count, dtype=torch.float64), torch.empty(len(query), count, dtype=torch.int64))
                for count, _ in wanted]
     if len(gallery) and len(query) and k:
-        precision, relative_error = product.chosen(comparison)
+        width, is_one = query.shape[1], is_one_tensor(comparison)
+        precision = product.available(comparison.precision, query.device) if width else 'float32'
         comparison = comparison._replace(precision=precision)
+        item_operand, item_residual = product.operands(gallery, gallery_norms, precision)
+        operand, residual = (item_operand, item_residual) if is_one else product.operands(query, query_norms, precision)
         *item_terms, largest = product.item_terms(gallery_norms, cosine)
-        error = product.query_terms(query_norms, largest, relative_error, query.shape[1], cosine)[-1]
+        relative_error = product.relative_error(precision, width, query.device, residual, item_residual)
+        error = product.query_terms(query_norms, largest, relative_error, width, cosine)[-1]
         # No key is larger where no feature is negative, and then there may be many as large.
         never_negative = farthest and cosine and query.shape[1] and min(query.amin(), gallery.amin()) >= 0
         with product.exact_float32():
-            for block, selected in selections(comparison, item_terms, searches):
+            for block, selected in selections(comparison, (operand, item_operand), item_terms, searches):
                 for search, (keys, items), candidates in zip(searches, results, selected):
                     keys[block], items[block], crowded, bound = settle(comparison, search, block, candidates,
                                                                        error[block], exclude_self)
@@ -132,9 +136,9 @@ def nearest(comparison, query_norms, gallery_norms, k, exclude_self=False, farth
     return *results[0], results[1][0][:, 0] if farthest else None
 
 
-def selections(comparison, item_terms, searches):
+def selections(comparison, operands, item_terms, searches):
     """Yields each block of queries with (values, items) for each search: its `capacity` smallest −sign · similarity."""
-    query, gallery, _, precision = comparison
+    query, gallery, _, precision, _ = comparison
     capacity = sum(search.capacity for search in searches)
     items_at_once, queries_at_once = tile_of(query, gallery)
     queries_at_once = min(queries_at_once, max(SELECTED // capacity, 1))
@@ -156,11 +160,11 @@ def selections(comparison, item_terms, searches):
             kernels.select_nearest(dots, scale, shift, part.start, values, items)
 
     for block in spans(len(query), queries_at_once):
-        query_operand = product.operand(rows(query, block), precision)
+        query_operand = operands[0](block)
         for part in spans(len(gallery), items_at_once):
             if is_one and part.start < block.start:
                 continue
-            dots = product.products(query_operand, product.operand(rows(gallery, part), precision), precision)
+            dots = product.products(query_operand, operands[1](part), precision)
             select(block, part, dots)
             if is_one and part.start > block.start:
                 select(part, block, dots.T.contiguous())
@@ -192,9 +196,9 @@ def settle(comparison, search, block, candidates, error, exclude_self):
     is_candidate = (values <= bound[:, None]) & (items >= 0)
     is_candidate = is_candidate[:, :max(int(is_candidate.sum(1).max()), k)]
     items = items[:, :is_candidate.shape[1]]
-    pairs = (numbers[is_candidate].cpu().numpy() for numbers in (owner.expand_as(items), items))
+    pairs = (numbers[is_candidate] for numbers in (owner.expand_as(items), items))
     keys = torch.full(items.shape, torch.inf, dtype=torch.float64, device=items.device)
-    keys[is_candidate] = sign * torch.from_numpy(keys_of_pairs(comparison, *pairs)).to(keys.device)
+    keys[is_candidate] = sign * keys_of_pairs(comparison, *pairs)
     keys, items = first_by_key(keys, items, k)
     return sign * keys.cpu(), items.cpu(), crowded.cpu().nonzero()[:, 0] + block.start, bound
 
@@ -213,7 +217,7 @@ def settle_crowded(comparison, search, queries, limits, item_terms, exclude_self
     """
     (bound, limit_keys, limit_items), (item_scale, item_shift), (k, sign, _) = limits, item_terms, search
     precision, comparison = comparison.precision, comparison.of_queries(queries.to(comparison.query.device))
-    query, gallery, _, _ = comparison
+    query, gallery, *_ = comparison
     limit_keys = sign * limit_keys
     keys = torch.full((len(query), k), torch.inf, dtype=torch.float64)
     items = torch.full((len(query), k), len(gallery))
@@ -226,7 +230,7 @@ def settle_crowded(comparison, search, queries, limits, item_terms, exclude_self
             is_candidate &= torch.arange(part.start, part.stop) != queries[:, None]
         owners, found = is_candidate.nonzero().T
         found += part.start
-        found_keys = sign * torch.from_numpy(keys_of_pairs(comparison, owners.numpy(), found.numpy()))
+        found_keys = sign * keys_of_pairs(comparison, owners.to(query.device), found.to(query.device)).cpu()
         limit_key, limit_item = limit_keys[owners, 0], limit_items[owners, 0]
         within = (found_keys < limit_key) | ((found_keys == limit_key) & (found <= limit_item))
         owners, found, found_keys = owners[within], found[within], found_keys[within]

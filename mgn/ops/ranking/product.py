@@ -8,10 +8,14 @@ import time
 
 import torch
 
-from mgn.ops.private import cpu_capabilities, onednn_product
+from mgn.ops.private import onednn_product
+from mgn.ops.ranking.tiles import OPERANDS, is_readable, once, rows, spans
 
 # Rows within this range can neither overflow in a product nor lose it to underflow or to flushed denormals.
 SMALLEST, LARGEST = 2.0 ** -40, 2.0 ** 60
+# GPUs by their capability: those on which `make gpu` has passed, and those with float64 at half the rate of float32.
+# Where both hold, precision 'auto' is bfloat16: a faster product that leaves more pairs to their float64 keys.
+PROVEN, FAST_FLOAT64 = (), ((8, 0), (9, 0), (10, 0))
 TRIALS, WORTH_A_TRIAL = 3, 2 ** 28  # products timed of each GEMM, of so many multiplications at least
 LOCK = threading.RLock()
 TIMES = {}  # (GEMM, threads) → seconds a multiplication in its trials
@@ -40,53 +44,49 @@ def exact_float32():
 
 
 def available(precision, device):
-    """The precision that filters on this device: float32 where it has no faster units for the one asked for."""
-    has_units = False  # nothing is known of other devices
-    if device.type == 'cuda':
-        has_units = torch.cuda.get_device_capability(device) >= (8, 0) and torch.version.hip is None
-    elif device.type == 'cpu' and precision == 'bfloat16':
-        has_units = any(cpu_capabilities().get(name) for name in ('avx512_bf16', 'amx_tile'))
-    return precision if has_units else 'float32'
+    """The precision that filters on this device: float32 on CPUs, and where a GPU has no units for the one asked for.
+
+    On AMX three bfloat16 products take as long as one of float32, and rounding their operands takes longer.
+    """
+    if device.type != 'cuda' or torch.version.hip is not None:
+        return 'float32'
+    capability = torch.cuda.get_device_capability(device)
+    if precision == 'auto':
+        return 'bfloat16' if capability in PROVEN and capability in FAST_FLOAT64 else 'float32'
+    return precision if capability >= (8, 0) else 'float32'
 
 
-def chosen(comparison):
-    """The precision that filters this comparison, and its relative_error."""
-    width, device = comparison.query.shape[1], comparison.query.device
-    precision = available(comparison.precision, device) if width else 'float32'
-    return precision, relative_error(precision, width, device)
-
-
-def relative_error(precision, width, device):
+def relative_error(precision, width, device, query_residual=None, item_residual=None):
     """c such that |products(q, g) − q·g| ≤ c·‖q‖·‖g‖ for rows of `width`, of norms from SMALLEST to LARGEST.
 
-    Sums in any order (Higham, "Accuracy and Stability of Numerical Algorithms", §3.1); tensor cores and AMX may
-    truncate.
+    Sums in any order (Higham, "Accuracy and Stability of Numerical Algorithms", §3.1); tensor cores may truncate. With
+    the residuals that `operands` measured, where it rounds: a tensor, c of each query.
     """
     # What underflows or is flushed is at most 2⁻¹²⁶ a term, and the product of norms at least 2⁻⁸⁰.
-    underflow = width * 2.0 ** -40
-    if precision == 'bfloat16':  # two parts leave 2⁻¹⁶ of each operand; the product of the small ones is left out
-        return 1.02 * summing(width + 2, 2.0 ** -22) + 3.1 * 2.0 ** -16 + underflow
+    left_out = width * 2.0 ** -40
+    if precision != 'float32':
+        left_out = left_out + query_residual + item_residual.max() * (1 + query_residual)
+    if precision == 'bfloat16':  # the product of the small parts, each 2⁻⁸ of its operand, is left out
+        return 1.03 * summing(width + 2, 2.0 ** -22) + left_out + 1.02 * 2.0 ** -16
     if precision == 'tf32':
-        return 1.01 * (summing(width, 2.0 ** -22) + 2 * 2.0 ** -11) + underflow
-    if not float32_is_float32(device):  # at worst bfloat16, truncated
-        return 1.02 * (summing(width, 2.0 ** -22) + 2 * 2.0 ** -7) + underflow
+        return 1.01 * summing(width, 2.0 ** -22) + left_out
+    if not keeps_operands(device):  # at worst bfloat16, truncated
+        return 1.02 * (summing(width, 2.0 ** -22) + 2 * 2.0 ** -7) + left_out
     emulated = device.type == 'cuda' and 'CUBLAS_EMULATE_SINGLE_PRECISION' in os.environ
-    return summing(width, 2.0 ** -22 if emulated else 2.0 ** -24) + underflow
+    return summing(width, 2.0 ** -24 if rounds_sums(device) and not emulated else 2.0 ** -22) + left_out
 
 
 # similarity = product · item_scale + item_shift orders the gallery as the metric does: q·g/‖g‖, or 2 q·g − ‖g‖². The
 # level of a key on that scale is key · level_scale + level_shift: −‖q‖ · key, or ‖q‖² − key.
 
 def item_terms(norms, cosine):
-    """(n,) float64 norms → item_scale, item_shift (n,) float32, and the largest norm that they say anything of.
-
-    A NaN says nothing, of rows outside the range.
+    """(n,) float64 norms → item_scale, item_shift (n,) float32, and, if not cosine, the largest norm that they say
+    anything of. A NaN says nothing, of rows outside the range.
     """
-    # A row of zeros has products of 0 exactly.
-    inside = ((norms >= SMALLEST) & (norms <= LARGEST)) | (norms == 0)
+    inside = in_range(norms) | (norms == 0)  # a row of zeros has products of 0 exactly
     scale = torch.where(norms > 0, 1 / norms, 0) if cosine else torch.full_like(norms, 2)
     shift = torch.where(inside, torch.zeros_like(norms) if cosine else -norms * norms, torch.nan)
-    return scale.float(), shift.float(), torch.where(inside, norms, 0).amax()
+    return scale.float(), shift.float(), None if cosine else torch.where(inside, norms, 0).amax()
 
 
 def query_terms(norms, largest, relative_error, width, cosine):
@@ -102,21 +102,47 @@ def query_terms(norms, largest, relative_error, width, cosine):
     else:
         error = 1.01 * (2 * relative_error * norms * largest + own * (norms + largest) ** 2)
         scale, shift = torch.full_like(norms, -1), norms * norms
-    return scale, shift, torch.where((norms >= SMALLEST) & (norms <= LARGEST), error, torch.inf)
+    return scale, shift, torch.where(in_range(norms), error, torch.inf)
+
+
+def in_range(norms):
+    return (norms >= SMALLEST) & (norms <= LARGEST)
 
 
 def summing(width, unit):
     return width * unit / (1 - width * unit) if width * unit < 0.5 else float('inf')
 
 
-@functools.cache
-def float32_is_float32(device):
-    """Whether products keep all 24 bits of an operand: environment variables, unlike torch, can make them drop some."""
-    fine = torch.diag(torch.full((256,), 1 + 2.0 ** -23, dtype=torch.float32, device=device))
-    one = torch.eye(256, dtype=torch.float32, device=device)
+def probe(query, items):
+    """The products of two matrices by every GEMM of their device that may be asked for float32."""
     with exact_float32():
-        results = [result for gemm in gemms(device) for result in (gemm(fine, one), gemm(one, fine))]
-    return all(torch.equal(result, fine) for result in results)
+        return [gemm(query, items) for gemm in gemms(query.device)]
+
+
+@functools.cache
+def keeps_operands(device):
+    """Whether products keep all 24 bits of an operand: environment variables, unlike torch, can make them drop some."""
+    size = probe_size(device)
+    fine = torch.diag(torch.full((size,), 1 + 2.0 ** -23, dtype=torch.float32, device=device))
+    one = torch.eye(size, dtype=torch.float32, device=device)
+    return all(torch.equal(result, fine) for pair in ((fine, one), (one, fine)) for result in probe(*pair))
+
+
+@functools.cache
+def rounds_sums(device):
+    """Whether products round their sums to nearest: tensor cores truncate, also where they emulate float32.
+
+    1 + 1.5·2⁻²⁴ is 1 + 2⁻²³ to nearest, in whatever order zeros are added, and 1 truncated.
+    """
+    size = probe_size(device)
+    row, one = torch.arange(size, device=device), torch.ones(size, size, dtype=torch.float32, device=device)
+    terms = torch.eye(size, dtype=torch.float32, device=device)
+    terms[row, (row + 1 + row % 97) % size] = 1.5 * 2.0 ** -24  # in the same step of a tensor core, or in a later one
+    return all((result == 1 + 2.0 ** -23).all() for pair in ((terms, one), (one, terms)) for result in probe(*pair))
+
+
+def probe_size(device):
+    return 2048 if device.type == 'cuda' else 256  # libraries emulate large products only
 
 
 def gemms(device):
@@ -127,30 +153,53 @@ def gemms(device):
 
 
 def operand(features, precision):
-    """(n, D) float32 → what `products` takes, rounded so that nothing else rounds it: a tensor, or two for bfloat16."""
-    if precision == 'tf32':  # to nearest, ties to even, in the 13 bits that float32 has more
-        bits = features.view(torch.int32)
-        return ((bits + 0xfff + ((bits >> 13) & 1)) & ~0x1fff).view(torch.float32)
+    """(n, D) float32 → what `products` takes, rounded so that nothing else rounds it: parts, which sum to the rows."""
+    if precision == 'tf32':  # to nearest, ties away from zero, in the 13 bits that float32 has more
+        return (features.view(torch.int32) + 0x1000 & ~0x1fff).view(torch.float32),
     if precision == 'bfloat16':
         large = features.bfloat16()
-        small = (features - large).bfloat16()
-        return (large, small) if features.is_cuda else (large.float(), small.float())
-    return features
+        return large, (features - large).bfloat16()
+    return features,
+
+
+def operands(features, norms, precision):
+    """part → the operand of those rows; and the norm that each row loses, relative to its own: (n,) float64, None if 0.
+
+    What has to be converted is converted once where it fits, else at each use.
+    """
+    def made(part):
+        return operand(rows(features, part), precision)
+    if precision == 'float32' and is_readable(features):
+        return made, None
+    residual = torch.zeros_like(norms) if precision != 'float32' else None
+    fitting, whole = once(features.device), None
+    for part in spans(len(features), max(OPERANDS, fitting // 8) // max(features.shape[1], 1)):
+        parts = made(part)
+        if residual is not None:
+            lost = functools.reduce(torch.sub, parts, rows(features, part))
+            lost /= norms[part].clamp(SMALLEST, LARGEST).float()[:, None]  # first, so that squares do not underflow
+            residual[part] = 1.001 * torch.linalg.vector_norm(lost, dim=1).double()
+        if features.numel() <= fitting:
+            whole = whole or [x.new_empty(features.shape) for x in parts]
+            for kept, x in zip(whole, parts):
+                kept[part] = x
+    if residual is not None:
+        residual.masked_fill_(~in_range(norms), 0)  # of those the terms say nothing
+    return (lambda part: tuple(x[part] for x in whole)) if whole else made, residual
 
 
 def products(query, items, precision):
     """Operands of (q, D) and (n, D) → (q, n) float32, within relative_error of the products of their rows."""
     if precision == 'bfloat16':
         (q_large, q_small), (large, small) = query, items
-        if large.is_cuda:
-            pairs = (q_small, large), (q_large, small), (q_large, large)
-            return functools.reduce(torch.Tensor.add_, (torch.mm(a, b.T, out_dtype=torch.float32) for a, b in pairs))
-        torch.backends.mkldnn.matmul.fp32_precision = 'bf16'
-        return torch.mm(q_small, large.T).addmm_(q_large, small.T).addmm_(q_large, large.T)
+        sums = torch.mm(q_small, large.T, out_dtype=torch.float32)
+        for q, g in ((q_large, small), (q_large, large)):
+            torch.addmm(sums, q, g.T, out_dtype=torch.float32, out=sums)
+        return sums
     if precision == 'tf32':
         torch.backends.cuda.matmul.fp32_precision = 'tf32'
-        return torch.mm(query, items.T)
-    return fastest(gemms(query.device), query, items)
+        return torch.mm(query[0], items[0].T)
+    return fastest(gemms(query[0].device), query[0], items[0])
 
 
 def fastest(candidates, query, items):

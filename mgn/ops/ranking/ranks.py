@@ -9,9 +9,10 @@ import torch
 from mgn.ops.arguments import all_ids, as_distances, as_junk_pid
 from mgn.ops.private import uncompiled
 from mgn.ops.ranking import product
-from mgn.ops.ranking.counting import Excluded, FilterTerms, Matches, Tile, as_tensors
+from mgn.ops.ranking.counting import Excluded, FilterTerms, Matches, Tile
 from mgn.ops.ranking.keys import compared, finite_norms, keys_in_order, ranking_kernels, refuse_not_finite
-from mgn.ops.ranking.tiles import OPERANDS, blocks_of, denormals, read_ahead, refuse_nan, rows, spans, tile_of
+from mgn.ops.ranking.tiles import (OPERANDS, blocks_of, denormals, in_pinned_memory, is_readable, on_device, once,
+                                   refuse_nan, rows, spans, tile_of)
 
 PAIRS = 2 ** 19  # of one identity looked at together
 
@@ -25,7 +26,7 @@ class MatchRanks(NamedTuple):
 
 @uncompiled
 def match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery_camids, metric='cosine', junk_pid=-1,
-                precision='float32'):
+                precision='auto'):
     """Ranks of the true matches (same pid, other camid) among the non-junk gallery, nearest first.
 
     The order is that of (canonical key, gallery index). The key, in float64 from float32 features, by sums taken as 16
@@ -36,29 +37,32 @@ def match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery_
 
     Args:
         query: (Q, D), gallery: (G, D), float32 or half, NumPy arrays or tensors of one device; they are not copied. A
-            gallery of host memory goes with queries on a GPU too: it is moved there tile by tile. It may be a
-            memory-mapped file, larger than memory.
+            gallery of host memory goes with queries on a GPU too: a part is moved there while the one before is ranked.
+            It may be a memory-mapped file (np.memmap), larger than memory.
         query_pids, gallery_pids, query_camids, gallery_camids: (Q,) and (G,) of any integer type.
         metric: 'cosine' or 'euclidean'.
         junk_pid: the id of boxes that are neither match nor non-match; None for none. Items of the query's own pid and
             camid are junk too. A query of the junk id has no match.
-        precision: of the matrix product: 'float32', 'tf32' or 'bfloat16' (three products of split features); it changes
-            the time, never the ranks. Where the device has no units for it, float32.
+        precision: of the matrix product: 'auto', 'float32', 'tf32' or 'bfloat16' (three products of split features).
+            It changes the time, never the ranks. 'auto' is the fastest that is proven on the device. Where that has no
+            units for the one asked for, and on every CPU, it is float32.
     Returns:
-        MatchRanks. Memory: 256 MB and 32 bytes per row and match at most, beyond features, ids and result.
+        MatchRanks. Memory: 256 MB and 32 bytes per row and match at most, beyond features, ids and result; on a GPU
+        2 GB more for features that are converted or rounded.
     Raises:
         UserError: float64 or non-finite features (naming the row), shapes or devices that do not fit, an unknown
             option.
     """
     comparison = compared(query, gallery, metric, precision, streamed=True)
-    ids = all_ids(len(query), len(gallery), query_pids, gallery_pids, query_camids, gallery_camids)
+    ids = all_ids(len(query), len(gallery), query_pids, gallery_pids, query_camids, gallery_camids,
+                  comparison.query.device)
     query_norms = finite_norms(comparison.query, 'query')
     excluded = identities(ids, as_junk_pid(junk_pid))
     matches = sorted_matches(excluded, ids, functools.partial(keys_in_order, comparison))
     steps, redecided = nonmatches_between(comparison, query_norms, 0, matches, excluded)
     offsets = matches.offsets
     del matches  # as_ranks takes as much memory
-    return MatchRanks(offsets, as_ranks(steps, offsets), redecided)
+    return MatchRanks(offsets.cpu().numpy(), as_ranks(steps, offsets), redecided)
 
 
 @uncompiled
@@ -79,124 +83,165 @@ def match_ranks_from_distance(dist, query_pids, gallery_pids, query_camids, gall
     dist = dist.cpu()
 
     def distances_of(queries, items):
-        return dist[torch.from_numpy(queries), torch.from_numpy(items)].double().numpy()
+        return dist[queries, items].double()
     excluded = identities(ids, as_junk_pid(junk_pid))
     matches = sorted_matches(excluded, ids, distances_of)
-    offsets, excluded, matches = matches.offsets, as_tensors(excluded), as_tensors(matches)
-    steps = torch.zeros(len(matches.keys), dtype=torch.int64)
+    steps = torch.zeros_like(matches.items)
     for block, distances in blocks_of(dist):
         kernels, given = ranking_kernels(dist.device), (matches.of_queries(block), excluded.of_queries(block))
         refuse_nan(kernels.count_in_distances(distances, *given, steps), distances, block)
-    return MatchRanks(offsets, as_ranks(steps, offsets), 0)
+    return MatchRanks(matches.offsets.numpy(), as_ranks(steps, matches.offsets), 0)
 
 
 def identities(ids, junk_pid):
     """The gallery by identity, and the indices of junk: Excluded."""
-    query_pids, gallery_pids = ids.query_pids, ids.gallery_pids
-    smallest, largest = (int(gallery_pids.min()), int(gallery_pids.max())) if len(gallery_pids) else (0, 0)
-    # NumPy sorts 16 bits by radix.
-    narrow = (gallery_pids - smallest).astype(np.uint16) if largest - smallest < 2 ** 16 else gallery_pids
-    order = np.argsort(narrow, kind='stable')
-    begin, end = (np.searchsorted(gallery_pids, query_pids, side, sorter=order) for side in ('left', 'right'))
+    gallery_pids, order = ids.gallery_pids.sort(stable=True)
+    begin, end = (torch.searchsorted(gallery_pids, ids.query_pids, right=right) for right in (False, True))
     if junk_pid is None:
-        return Excluded(order, begin, end, np.empty(0, np.int64))
-    end = np.where(query_pids == junk_pid, begin, end)  # a query of the junk id has no match
-    return Excluded(order, begin, end, np.flatnonzero(gallery_pids == junk_pid))
+        return Excluded(order, begin, end, order[:0])
+    end = torch.where(ids.query_pids == junk_pid, begin, end)  # a query of the junk id has no match
+    return Excluded(order, begin, end, (ids.gallery_pids == junk_pid).nonzero()[:, 0])
 
 
 def sorted_matches(excluded, ids, keys_of):
-    """Matches: the items of every query's identity from another camera. keys_of(queries, items) gives their keys."""
-    order, begin, end, _ = excluded
-    lengths = end - begin
-    reached = np.cumsum(lengths)
-    offsets, keys, items = np.zeros(len(begin) + 1, np.int64), [np.empty(0)], [np.empty(0, np.int64)]
-    first = 0
-    while first < len(begin):
-        before = reached[first] - lengths[first]
+    """Matches: the items of every query's identity from another camera. keys_of(queries, items) gives their keys.
+
+    PAIRS of a query and an item of its identity at a time. Their keys are asked for in the order of the items, so that
+    a row of the gallery is read once.
+    """
+    reached = (excluded.end - excluded.begin).cumsum(0).cpu().numpy()
+    offsets = torch.zeros(len(reached) + 1, dtype=torch.int64, device=excluded.order.device)
+    keys, items, first = [], [], 0
+    while first < len(reached):
+        before = reached[first - 1] if first else 0
         last = max(first + 1, int(np.searchsorted(reached, before + PAIRS, 'right')))
-        counts = lengths[first:last]
-        queries = np.repeat(np.arange(first, last), counts)
-        shifts = np.repeat(begin[first:last] + before - (reached[first:last] - counts), counts)
-        candidates = order[np.arange(len(queries)) + shifts]
-        is_match = ids.gallery_camids[candidates] != ids.query_camids[queries]
-        queries, matched = queries[is_match], candidates[is_match]
+        queries, matched = matches_by_item(excluded, ids, slice(first, last))
         matched_keys = keys_of(queries, matched)
-        ascending = np.lexsort((matched, matched_keys, queries))
-        offsets[first + 1:last + 1] = np.bincount(queries - first, minlength=last - first)
-        keys.append(matched_keys[ascending])
-        items.append(matched[ascending])
+        ascending = in_order(matched_keys, queries - first)
+        offsets[1:].index_add_(0, queries, torch.ones_like(queries))
+        keys.append(matched_keys.index_select(0, ascending))  # a third of the time of keys[ascending]
+        items.append(matched.index_select(0, ascending))
         first = last
-    return Matches(np.cumsum(offsets), np.concatenate(keys), np.concatenate(items))
+    if not keys:
+        keys, items = [offsets[:0].double()], [offsets[:0]]
+    return Matches(offsets.cumsum_(0), torch.cat(keys), torch.cat(items))
 
 
-def nonmatches_between(comparison, query_norms, first, matches, excluded, reranking=()):
+def matches_by_item(excluded, ids, block):
+    """Queries and items of all matches of a block of queries, ascending by (item, query)."""
+    order, begin, end, _ = excluded.of_queries(block)
+    lengths = end - begin
+    owners = torch.repeat_interleave(lengths)
+    shifts = begin - lengths.cumsum(0) + lengths
+    places = torch.arange(len(owners), device=order.device).add_(shifts.index_select(0, owners))
+    items = order.index_select(0, places)
+    queries = owners.add_(block.start)
+    from_another = ids.gallery_camids.index_select(0, items) != ids.query_camids.index_select(0, queries)
+    matches = from_another.nonzero()[:, 0]
+    items = items.index_select(0, matches)
+    ascending = (items.int() if len(order) < 2 ** 31 else items).sort(stable=True).indices  # of 32 bits: half the time
+    return queries.index_select(0, matches.index_select(0, ascending)), items.index_select(0, ascending)
+
+
+def in_order(keys, queries):
+    """The order of matches by (query, key), others as they are. Sorts integers, which takes a third of the time."""
+    bits = (keys + 0.0).view(torch.int64)  # −0 becomes 0
+    by_key = (bits ^ (bits >> 63 & 2 ** 63 - 1)).sort(stable=True).indices
+    return by_key.index_select(0, queries.index_select(0, by_key).int().sort(stable=True).indices)
+
+
+def nonmatches_between(comparison, query_norms, first, matches, excluded, reranking=(), host=None):
     """Counts the non-matches between each match and the one before it, in one pass over the gallery's tiles.
 
     Args:
         comparison: of (Q, D) queries with their norms and (G, D) items, numbered first, first + 1, ….
-        matches: Matches of the Q queries, as NumPy arrays; also of items elsewhere.
-        excluded: Excluded, as `identities` returns it, of items of this gallery.
-        reranking: Overlaps, largest squares and λ, to count by re-ranked distances, on the CPU; queries of one tile.
+        matches: Matches of the Q queries; also of items elsewhere. On the device that counts.
+        excluded: Excluded, as `identities` returns it, of items of this gallery, there as well.
+        reranking: Overlaps, largest squares and λ, to count by re-ranked distances, on the CPU.
+        host: for that, the features (query, gallery) in main memory, where the comparison's are not.
     Returns:
-        (M,) int64 on the CPU, and the number of pairs that were decided by their keys.
+        (M,) int64, and the number of pairs that were decided by their keys.
     """
-    query, gallery, cosine, _ = comparison
-    device, width, offsets = query.device, query.shape[1], matches.offsets
-    counting_device = torch.device('cpu') if reranking else device
-    kernels = ranking_kernels(counting_device)
+    kernels = ranking_kernels(matches.keys.device)
     count = kernels.count_reranked if reranking else kernels.count_nonmatches
-    matches, excluded = as_tensors(matches, counting_device), as_tensors(excluded, counting_device)
-    steps = torch.zeros(len(matches.keys), dtype=torch.int64, device=counting_device)
-    redecided = torch.zeros(1, dtype=torch.int64, device=counting_device)
-    items_at_once, queries_at_once = tile_of(query, gallery)
-    precision, relative_error = product.chosen(comparison)
-
-    @functools.lru_cache(maxsize=None if len(query) * width <= OPERANDS else 1)  # converted once, where that fits
-    def queries(start, stop):
-        query_rows = rows(query, slice(start, stop))
-        return query_rows.to(counting_device), product.operand(query_rows, precision)
-
+    steps = torch.zeros_like(matches.items)
+    redecided = torch.zeros(1, dtype=torch.int64, device=steps.device)
+    offsets, blocks = matches.offsets.cpu(), spans(len(query_norms), tile_of(*comparison[:2])[1])
+    blocks = [block for block in blocks if offsets[block.start] < offsets[block.stop]]
+    tiles = filtered_tiles(comparison, query_norms, blocks)
     with product.exact_float32():
-        for part, tile, norms in finite_tiles(comparison, items_at_once):
-            item_scale, item_shift, largest = product.item_terms(norms, cosine)
-            operand = product.operand(tile, precision)
-            for block in spans(len(query), len(query) if reranking else queries_at_once):
-                if offsets[block.start] == offsets[block.stop]:
-                    continue
-                query_rows, query_operand = queries(block.start, block.stop)
-                dots = product.products(query_operand, operand, precision)
-                terms = product.query_terms(query_norms[block], largest, relative_error, width, cosine)
-                terms = FilterTerms(dots, item_scale, item_shift, *terms)
-                pairs, terms = (as_tensors(tensors, counting_device) for tensors in (
-                    Tile(query_rows, tile, query_norms[block], norms), terms))
-                count(pairs, cosine, first + part.start, terms, matches.of_queries(block), excluded.of_queries(block),
-                      *reranking, steps, redecided)
-    return steps.cpu(), redecided.item()
+        for block, part, tile, terms in in_main_memory(tiles, *host) if host else tiles:
+            count(tile, comparison.cosine, first + part.start, terms, matches.of_queries(block),
+                  excluded.of_queries(block), *reranking, steps, redecided)
+    return steps, redecided.item()
 
 
-def finite_tiles(comparison, items_at_once):
-    """Yields each part of the gallery, its rows on the query's device and their norms; UserError if not finite."""
-    query, gallery, _, _ = comparison
+def filtered_tiles(comparison, query_norms, blocks):
+    """Yields (block of queries, part of the gallery, Tile, FilterTerms) for all tiles; UserError if not finite.
+
+    On a GPU what is of items alone is made for as many tiles as `once` allows.
+    """
+    query, gallery, cosine, *_ = comparison
+    device, width = query.device, max(query.shape[1], 1)
+    items_at_once = tile_of(query, gallery)[0]
+    precision = product.available(comparison.precision, device) if query.shape[1] else 'float32'
+
+    @functools.lru_cache(maxsize=None if query.numel() <= min(once(device), 2 ** 26) else 1)
+    def of_queries(number):
+        query_rows, norms = rows(query, blocks[number]), query_norms[blocks[number]]
+        operand, residual = product.operands(query_rows, norms, precision)
+        return query_rows, norms, operand(slice(None)), residual
+    pieces = items_at_once
+    if device.type == 'cuda':
+        pieces = max((once(device) if gallery.is_cuda else OPERANDS) // (width if is_readable(gallery) else 2 * width),
+                     items_at_once)
+    for piece, items, norms in finite_pieces(comparison, spans(len(gallery), pieces)):
+        scale, shift, largest = product.item_terms(norms, cosine)
+        operand, residual = product.operands(items, norms, precision)
+        for number, block in enumerate(blocks):
+            query_rows, own_norms, query_operand, query_residual = of_queries(number)
+            error = product.relative_error(precision, query.shape[1], device, query_residual, residual)
+            terms = product.query_terms(own_norms, largest, error, query.shape[1], cosine)
+            for part in spans(len(items), items_at_once):
+                dots = product.products(query_operand, operand(part), precision)
+                yield (block, slice(piece.start + part.start, piece.start + part.stop),
+                       Tile(query_rows, items[part], own_norms, norms[part]),
+                       FilterTerms(dots, scale[part], shift[part], *terms))
+
+
+def in_main_memory(tiles, query, gallery):
+    """The tiles of a GPU for the CPU to count, with rows of these features: a tile is copied while one is counted."""
+    def copied():
+        for block, part, tile, terms in tiles:
+            computing = torch.cuda.current_stream(terms.dots.device)
+            norms, terms = map(in_pinned_memory, tile[2:]), FilterTerms(*map(in_pinned_memory, terms))
+            tile = Tile(rows(query, block), rows(gallery, part), *norms)
+            yield computing.record_event(), (block, part, tile, terms)
+    before = next(copies := copied(), None)
+    while before:
+        after = next(copies, None)
+        before[0].synchronize()
+        yield before[1]
+        before = after
+
+
+def finite_pieces(comparison, pieces):
+    """Yields each piece of the gallery, its rows on the query's device and their norms; UserError if not finite."""
+    query, gallery, _, _, mapped = comparison
     finite = torch.ones((), dtype=torch.bool, device=query.device)
-    parts = spans(len(gallery), items_at_once)
-    for part, ahead in zip(parts, [*parts[1:], None]):
-        tile = rows(gallery, part).to(query.device)
-        if ahead:
-            read_ahead(gallery, [(ahead.start, ahead.stop)])
-        norms = torch.empty(len(tile), dtype=torch.float64, device=query.device)
-        comparison.kernels.canonical_norms(tile, norms)
+    for piece, items in zip(pieces, on_device(gallery, pieces, query.device, mapped)):
+        norms = torch.empty(len(items), dtype=torch.float64, device=query.device)
+        comparison.kernels.canonical_norms(items, norms)
         finite &= norms.isfinite().all()
         if query.device.type == 'cpu' and not finite:  # elsewhere this would wait for the device
             break
-        yield part, tile, norms
+        yield piece, items, norms
     if not finite:
         refuse_not_finite(gallery, 'gallery')
 
 
 def as_ranks(steps, offsets):
     """Non-matches between each match and its query's one before → its rank: matches take ranks, too. NumPy."""
-    reached = steps.add_(1).cumsum_(0).numpy()
-    begin, lengths = offsets[:-1], np.diff(offsets)
-    before = np.concatenate(([0], reached))[begin]  # all that the queries before have counted
-    reached -= np.repeat(before, lengths)
-    return reached
+    reached = steps.add_(1).cumsum_(0)
+    before = torch.cat((reached.new_zeros(1), reached))[offsets[:-1]]  # all that the queries before have counted
+    return reached.sub_(torch.repeat_interleave(before, offsets.diff())).cpu().numpy()

@@ -22,7 +22,7 @@ from mgn.ops.ranking.tiles import denormals, spans, tile_of
 @uncompiled
 @denormals()
 def k_reciprocal_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery_camids, k1=20, k2=6,
-                       lambda_value=0.3, metric='cosine', junk_pid=-1, precision='float32'):
+                       lambda_value=0.3, metric='cosine', junk_pid=-1, precision='auto'):
     """Ranks of the true matches by the k-reciprocal re-ranked distance, ties by gallery index; no N×N matrix is made.
 
     The published formula, d² being (1 − cos)² or the squared Euclidean distance, of the canonical keys of match_ranks,
@@ -44,25 +44,29 @@ def k_reciprocal_ranks(query, gallery, query_pids, gallery_pids, query_camids, g
     comparison = compared(query, gallery, metric, precision)
     k1, k2, lambda_value = reranking(k1, k2, lambda_value)
     ids = all_ids(len(query), len(gallery), query_pids, gallery_pids, query_camids, gallery_camids)
-    (query, gallery, cosine, _), queries = comparison, len(query)
+    (query, gallery, cosine, *_), queries = comparison, len(query)
     norms = torch.cat((finite_norms(query, 'query'), finite_norms(gallery, 'gallery')))
     encodings, maxima = encode_features(comparison, norms, k1, k2)
+    host = comparison._replace(query=query.cpu(), gallery=gallery.cpu())
     columns = sparse_kernels().transpose(*rows_between(encodings, queries, len(norms)), len(norms))
     excluded, offsets, ranks, redecided = identities(ids, as_junk_pid(junk_pid)), [np.zeros(1, np.int64)], [], 0
     for block in spans(queries, tile_of(query, gallery)[1]):
         block_encodings = rows_between(encodings, block.start, block.stop)
         overlaps = Overlaps(*sparse_kernels().overlap(*block_encodings, *columns, len(gallery)))
-        block_comparison, block_excluded = comparison.of_queries(block), excluded.of_queries(block)
+        block_host, block_excluded = host.of_queries(block), excluded.of_queries(block)
         largest = maxima[block]
 
         def final_distances_of(owners, items):
-            squares = squared(keys_of_pairs(block_comparison, owners, items), cosine)
-            jaccard = jaccard_of(overlaps, owners, items)
-            return final_distances(jaccard, relative(squares, largest[owners]), lambda_value)
+            squares = squared(keys_of_pairs(block_host, owners, items).numpy(), cosine)
+            owners, items = owners.numpy(), items.numpy()
+            distances = final_distances(jaccard_of(overlaps, owners, items), relative(squares, largest[owners]),
+                                        lambda_value)
+            return torch.from_numpy(distances)
         matches = sorted_matches(block_excluded, ids.of_queries(block), final_distances_of)
-        steps, reconsidered = nonmatches_between(block_comparison, norms[block], 0, matches, block_excluded,
-                                                 (overlaps, torch.from_numpy(largest), lambda_value))
-        offsets.append(matches.offsets[1:] + offsets[-1][-1])
+        steps, reconsidered = nonmatches_between(
+            comparison.of_queries(block), norms[block], 0, matches, block_excluded,
+            (overlaps, torch.from_numpy(largest), lambda_value), block_host[:2] if query.is_cuda else None)
+        offsets.append(matches.offsets.numpy()[1:] + offsets[-1][-1])
         ranks.append(as_ranks(steps, matches.offsets))
         redecided += reconsidered
     return MatchRanks(np.concatenate(offsets), np.concatenate([np.empty(0, np.int64), *ranks]), redecided)
@@ -77,7 +81,8 @@ def encode_features(comparison, norms, k1, k2):
     maxima = squared(farthest.numpy(), comparison.cosine)
 
     def relative_squares(owners, items):
-        return relative(squared(keys_of_pairs(comparison, owners, items), comparison.cosine), maxima[owners])
+        pairs = (torch.from_numpy(indices).to(features.device) for indices in (owners, items))
+        return relative(squared(keys_of_pairs(comparison, *pairs).cpu().numpy(), comparison.cosine), maxima[owners])
     return encode(items, k1, k2, relative_squares), maxima
 
 

@@ -2,7 +2,6 @@
 
 import functools
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -11,12 +10,12 @@ from mgn.ops.errors import UserError
 from mgn.ops.private import uncompiled
 from mgn.ops.ranking.counting import Matches
 from mgn.ops.ranking.keys import compared, finite_norms, keys_in_order
-from mgn.ops.ranking.ranks import MatchRanks, as_ranks, identities, nonmatches_between, sorted_matches
+from mgn.ops.ranking.ranks import MatchRanks, as_ranks, identities, in_order, nonmatches_between, sorted_matches
 
 
 @uncompiled
 def match_ranks_sharded(query, gallery, query_pids, gallery_pids, query_camids, gallery_camids, metric='cosine',
-                        junk_pid=-1, precision='float32', group=None):
+                        junk_pid=-1, precision='auto', group=None):
     """match_ranks of queries and a gallery that the processes of a group hold in parts: the same ranks, bit for bit.
 
     Every process calls it with its own part, and gets the ranks of all queries. Queries and items are numbered through
@@ -44,7 +43,8 @@ def match_ranks_sharded(query, gallery, query_pids, gallery_pids, query_camids, 
 
     def check():
         comparison = compared(query, gallery, metric, precision, streamed=True)
-        ids = all_ids(len(query), len(gallery), query_pids, gallery_pids, query_camids, gallery_camids)
+        ids = all_ids(len(query), len(gallery), query_pids, gallery_pids, query_camids, gallery_camids,
+                      comparison.query.device)
         width, dtype = comparison.query.shape[1], comparison.query.dtype
         options = {'metric': metric, 'junk_pid': repr(as_junk_pid(junk_pid)), 'precision': precision,
                    'width D': width if len(query) or len(gallery) else None,
@@ -59,9 +59,9 @@ def match_ranks_sharded(query, gallery, query_pids, gallery_pids, query_camids, 
         query_norms = finite_norms(comparison.query, 'query')
         excluded = identities(ids, junk_pid)
         matches = sorted_matches(excluded, ids, functools.partial(keys_in_order, comparison))
-        owners = np.repeat(np.arange(len(comparison.query)), np.diff(matches.offsets))
-        columns = owners, matches.keys.view(np.int64), matches.items + first
-        return (query_norms, excluded.numbered_from(first), torch.from_numpy(np.stack(columns, axis=1))), len(owners)
+        owners = torch.repeat_interleave(matches.offsets.diff())
+        own_matches = torch.stack((owners, matches.keys.view(torch.int64), matches.items + first), 1)
+        return (query_norms, excluded.numbered_from(first), own_matches), len(owners)
     (query_norms, excluded, own_matches), counts = agreed(group, find)
     matches = all_matches(own_matches, counts, len(comparison.query), group)
 
@@ -70,15 +70,16 @@ def match_ranks_sharded(query, gallery, query_pids, gallery_pids, query_camids, 
         return steps.to(carrier(group)), redecided
     steps, redecided = agreed(group, count)
     dist.all_reduce(steps, group=group)
-    return MatchRanks(matches.offsets, as_ranks(steps.cpu(), matches.offsets), sum(redecided))
+    return MatchRanks(matches.offsets.cpu().numpy(), as_ranks(steps.to(matches.offsets.device), matches.offsets),
+                      sum(redecided))
 
 
 def with_all_queries(comparison, ids, counts, options, group):
     """The queries of all processes, counts[r] of process r, and their ids, beside this process's own gallery."""
-    query, gallery, _, _ = comparison
+    query, gallery, *_ = comparison
     width = options['width D'] or 0
     all_queries = gathered(query.to(options['type of queries'] or query.dtype), counts, width, group).to(query.device)
-    pids, camids = (gathered(torch.from_numpy(own)[:, None], counts, 1, group)[:, 0].cpu().numpy()
+    pids, camids = (gathered(own[:, None], counts, 1, group)[:, 0].to(query.device)
                     for own in (ids.query_pids, ids.query_camids))
     gallery = gallery if len(gallery) else gallery.new_empty(0, width)
     return comparison._replace(query=all_queries, gallery=gallery), ids._replace(query_pids=pids, query_camids=camids)
@@ -86,11 +87,12 @@ def with_all_queries(comparison, ids, counts, options, group):
 
 def all_matches(own, counts, queries, group):
     """Matches of all processes, whose own are rows (query, bits of the key, item)."""
-    owners, keys, items = gathered(own, counts, 3, group).cpu().T.contiguous().numpy()
-    keys = keys.view(np.float64)
-    ascending = np.lexsort((items, keys, owners))
-    offsets = np.concatenate(([0], np.cumsum(np.bincount(owners, minlength=queries))))
-    return Matches(offsets, keys[ascending], items[ascending])
+    owners, keys, items = gathered(own, counts, 3, group).to(own.device).T.contiguous()
+    keys = keys.view(torch.float64)
+    ascending = in_order(keys, owners)  # ties keep their order, that of the processes and of their items
+    offsets = torch.zeros(queries + 1, dtype=torch.int64, device=own.device)
+    offsets[1:].index_add_(0, owners, torch.ones_like(owners))
+    return Matches(offsets.cumsum_(0), keys[ascending], items[ascending])
 
 
 def agreed(group, run):

@@ -13,11 +13,15 @@ from mgn.ops.errors import UserError
 PRODUCTS = 2 ** 22           # of a tile: 16 MB
 ITEMS = 2048                 # of a tile, at most
 OPERANDS = 2 ** 23           # elements of a tile's queries and of its items, where they are converted: 32 MB each
-NEAR = 4                     # rows apart that are read from a file together
+ONCE = 3 * 2 ** 26           # numbers converted once for all tiles, on a GPU: 768 MB
+NEAR = 16                    # rows apart that are read from a file together
 
 
 def spans(count, step):
+    """Slices that cover `count`, of at most `step`: of one length but the last, as thin matrix products are slow."""
     step = max(step, 1)
+    if parts := -(-count // step):
+        step = min(step, -(-count // (64 * parts)) * 64)
     return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
 
@@ -30,6 +34,11 @@ def rows(features, part):
     """The part as the kernels read it, float32; a view wherever it is so already."""
     part = features[part].float()
     return part if is_readable(part) else part.contiguous()
+
+
+def once(device):
+    """How many numbers of features are converted once for all tiles; what is more is converted for each."""
+    return ONCE if device.type == 'cuda' else OPERANDS
 
 
 def tile_of(query, gallery):
@@ -71,21 +80,62 @@ def denormals():
         torch.set_flush_denormal(bool(flushed))
 
 
-def read_ahead(features, runs):
-    """Has the system begin to read rows first … last − 1 of each run (first, last), where they lie in a mapped file."""
-    advise = memory_advice()
-    if advise is None or features.device.type != 'cpu' or features.numel() == 0 or features.stride(1) != 1:
+def on_device(gallery, parts, device, mapped=False):
+    """Yields the rows of each part of the gallery, a slice or ascending numbers, as the kernels of the device read it.
+
+    From main memory to a GPU they go through pinned memory on a stream of their own: while the device computes with a
+    part, the next is read and copied. No more than two are there at once.
+    """
+    if gallery.device == device:
+        for part, ahead in with_next(parts):
+            part_rows = rows(gallery, part)
+            if mapped:
+                read_ahead(gallery, ahead)
+            yield part_rows
         return
-    edges = features.data_ptr() + np.asarray(runs) * (features.stride(0) * features.element_size())
-    begin, end = edges[:, 0] // mmap.PAGESIZE * mmap.PAGESIZE, edges[:, 1]
-    for address, length in zip(begin.tolist(), (end - begin).tolist()):
+    copies, used = torch.cuda.Stream(device), []
+    for part, ahead in with_next(parts):
+        if len(used) > 1:
+            used.pop(0).synchronize()
+        if mapped:
+            read_ahead(gallery, ahead)
+        pinned = in_pinned_memory(gallery[part])
+        with torch.cuda.stream(copies):
+            part_rows = pinned.to(device, non_blocking=True)
+        computing = torch.cuda.current_stream(device)
+        computing.wait_stream(copies)
+        part_rows.record_stream(computing)
+        yield rows(part_rows, slice(None))
+        used.append(computing.record_event())
+
+
+def in_pinned_memory(tensor):
+    """A copy in page-locked memory, without which copies between main memory and a GPU wait for each other."""
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor, non_blocking=True)
+
+
+def with_next(parts):
+    """Yields each part and the one after it, None after the last."""
+    return zip(parts, [*parts[1:], None])
+
+
+def read_ahead(features, part):
+    """Has the system begin to read these rows, a slice or ascending numbers, where they lie in a mapped file."""
+    advise = memory_advice()
+    is_memory = features.device.type == 'cpu' and features.numel() and features.stride(1) == 1
+    if part is None or advise is None or not is_memory:
+        return
+    if isinstance(part, slice):
+        first, last = np.array([part.start]), np.array([part.stop])
+    else:  # runs of rows, near ones together with what lies between
+        items = part.numpy()
+        apart = np.flatnonzero(np.diff(items) > NEAR) + 1
+        first, last = items[np.r_[0, apart]], items[np.r_[apart - 1, -1]] + 1
+    row = features.stride(0) * features.element_size()
+    begin = (features.data_ptr() + first * row) // mmap.PAGESIZE * mmap.PAGESIZE
+    for address, length in zip(begin.tolist(), (features.data_ptr() + last * row - begin).tolist()):
         advise(address, length, mmap.MADV_WILLNEED)
-
-
-def runs_of(items):
-    """Runs (first, last) of rows, n×2, from their numbers, ascending; near ones together with what lies between."""
-    apart = np.flatnonzero(np.diff(items) > NEAR) + 1
-    return np.stack((items[np.r_[0, apart]], items[np.r_[apart - 1, -1]] + 1), axis=1)
 
 
 @functools.cache

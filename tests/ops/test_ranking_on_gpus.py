@@ -1,0 +1,226 @@
+"""What ranking asks of a GPU, seen without one: launches for each tile, whom the host waits for, the order of copies.
+
+Fake tensors of torch compute no values, but have devices, types and shapes, and raise where the host asks for a value.
+"""
+
+import contextlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from rankings import METRICS, clustered
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mgn.ops.arguments import Ids, all_ids
+from mgn.ops.ranking import keys, nearest, product, ranks, tiles
+from mgn.ops.ranking.keys import Comparison, finite_norms, keys_of_pairs
+
+PRECISIONS = ['float32', 'tf32', 'bfloat16']
+NO_LAUNCH = ('aten::empty', 'aten::new_empty', 'aten::detach', 'prim::device')
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that launch a kernel: all on a GPU but views and allocations. A product counts as one.
+
+    waits: the names of those whose result the host waits for.
+    """
+    def __init__(self):
+        super().__init__()
+        self.count, self.waits = 0, []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        name = operator._schema.name
+        on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda for x in (*args, result))
+        leaves = isinstance(result, torch.Tensor) and not result.is_cuda
+        if on_gpu and (leaves or name in ('aten::nonzero', 'aten::_local_scalar_dense')):
+            self.waits.append(name)
+        self.count += on_gpu and not operator.is_view and name not in NO_LAUNCH
+        return result
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """fake_gpu(precision): an H200 whose tensors have no values."""
+    @contextlib.contextmanager
+    def fake_gpu(precision):
+        with FakeTensorMode(), Launches() as launches:
+            def norms(features, norms):
+                launches.count += 1
+            monkeypatch.setattr(keys, 'ranking_kernels', lambda device: SimpleNamespace(canonical_norms=norms))
+            monkeypatch.setattr(product, 'available', lambda asked, device: precision)
+            monkeypatch.setattr(product, 'keeps_operands', lambda device: True)
+            monkeypatch.setattr(product, 'rounds_sums', lambda device: True)
+            monkeypatch.setattr(torch.cuda, 'get_device_properties',
+                                lambda device: SimpleNamespace(L2_cache_size=60 * 2 ** 20))
+            yield launches
+    return fake_gpu
+
+
+OF_COUNTING = 3  # launches of count_nonmatches: the list is emptied, counting, deciding (ranking_cuda.cu)
+
+
+@pytest.mark.parametrize('precision, of_product', [('float32', 1), ('tf32', 1), ('bfloat16', 3)])
+@pytest.mark.parametrize('metric', METRICS)
+@pytest.mark.parametrize('dtype', [torch.float32, pytest.param(torch.float16, marks=pytest.mark.long)])
+def test_a_tile_of_msmt17_takes_six_launches_at_most_and_waits_for_nothing(fake_gpu, precision, of_product, metric,
+                                                                          dtype):
+    seen, launched = [], []
+    with fake_gpu(precision) as launches:
+        query, gallery = (torch.empty(n, 2048, device='cuda', dtype=dtype) for n in (11_659, 82_161))
+        query_norms = torch.empty(11_659, dtype=torch.float64, device='cuda')
+        comparison = Comparison(query, gallery, metric == 'cosine', precision)
+        blocks = tiles.spans(len(query), tiles.tile_of(query, gallery)[1])
+        with product.exact_float32(), pytest.raises(DataDependentOutputException):  # at the end: were all finite?
+            for block, part, tile, terms in ranks.filtered_tiles(comparison, query_norms, blocks):
+                assert terms.dots.shape == (block.stop - block.start, part.stop - part.start)
+                assert (len(tile.query), len(tile.gallery)) == terms.dots.shape
+                assert tile.query.dtype == tile.gallery.dtype == terms.dots.dtype == torch.float32
+                assert launches.waits == []
+                seen.append((block.start, part.start, part.stop))
+                launched.append(launches.count)
+    assert [block.stop - block.start for block in blocks] == [2944, 2944, 2944, 2827]  # no thin product
+    parts = [(first, last) for start, first, last in seen if start == 0]
+    assert [first for first, _ in parts] == [0, *(last for _, last in parts[:-1])] and parts[-1][1] == len(gallery)
+    assert sorted(seen) == [(block.start, *part) for block in blocks for part in parts]
+    assert np.median(np.diff(launched)) == of_product and of_product + OF_COUNTING <= 6
+    shared = launched[-1] / len(launched) - of_product  # made once for many tiles
+    assert shared < (0.7 if precision == 'float32' else 1.8) * (1 if dtype == torch.float32 else 2)
+
+
+@pytest.mark.parametrize('metric', METRICS)
+def test_the_keys_of_all_matches_take_one_launch_where_the_features_lie(fake_gpu, monkeypatch, metric):
+    """The whole of match_ranks, with sizes made up where they follow from values, on tensors of one device."""
+    called = []
+
+    def canonical_keys(query, gallery, queries, items, cosine, keys):
+        called.append(len(keys))
+        assert query.is_cuda and gallery.is_cuda and queries.is_cuda and items.is_cuda and keys.is_cuda
+
+    def count_nonmatches(tile, cosine, first, terms, matches, excluded, steps, redecided):
+        called.append('tile')
+        assert all(x.is_cuda and x.is_contiguous() for x in (*tile, *terms, *matches, *excluded, steps, redecided))
+        assert len(matches.offsets) - 1 == len(excluded.begin) == len(tile.query) and len(matches.keys) == len(steps)
+    with fake_gpu('float32') as launches:
+        norms = keys.ranking_kernels('cuda').canonical_norms
+        kernels = SimpleNamespace(canonical_norms=norms, canonical_keys=canonical_keys,
+                                  count_nonmatches=count_nonmatches)
+        for module in (keys, ranks):
+            monkeypatch.setattr(module, 'ranking_kernels', lambda device: kernels)
+        monkeypatch.setattr(torch, 'repeat_interleave', lambda counts, *_: counts.new_empty(300_000))
+        monkeypatch.setattr(torch.Tensor, 'nonzero', lambda x: x.new_empty(290_000, 1, dtype=torch.int64))
+        monkeypatch.setattr(torch.Tensor, 'numpy', lambda x: np.linspace(0, 300_000, len(x)).astype(int))
+        monkeypatch.setattr(torch.Tensor, '__bool__', lambda x: True)
+        monkeypatch.setattr(torch.Tensor, 'item', lambda x: 0)
+        query, gallery = (torch.empty(n, 64, device='cuda') for n in (11_659, 82_161))
+        monkeypatch.setattr(torch.Tensor, 'sub_', lambda x, other: x)  # its sizes are made up
+        monkeypatch.setattr(ranks, 'all_ids', lambda *args: Ids(
+            *(torch.empty(n, dtype=torch.int64, device=args[-1]) for n in (11_659, 82_161, 11_659, 82_161))))
+        ranks.match_ranks(query, gallery, None, None, None, None, metric=metric)
+    assert called[0] == 290_000 and set(called[1:]) == {'tile'} and len(launches.waits) <= 4
+
+
+@pytest.mark.parametrize('precision', PRECISIONS)
+def test_neighbours_round_each_row_once(fake_gpu, monkeypatch, precision):
+    rounded, operand = [], product.operand
+    monkeypatch.setattr(product, 'operand', lambda x, precision: rounded.append(len(x)) or operand(x, precision))
+    monkeypatch.setattr(nearest, 'is_one_tensor', lambda comparison: True)
+    with fake_gpu(precision):
+        features = torch.empty(93_820, 2048, device='cuda')
+        norms = torch.empty(93_820, dtype=torch.float64, device='cuda')
+        comparison = Comparison(features, features, True, precision)
+        with contextlib.suppress(DataDependentOutputException):
+            nearest.nearest(comparison, norms, norms, 21)
+    assert precision == 'float32' or sum(rounded) == 93_820
+
+
+class OnGpu(torch.Tensor):
+    """A tensor of the CPU that stands for one of a GPU."""
+    def record_stream(self, stream):
+        LOG.append('kept until it was computed with')
+
+
+LOG = []
+
+
+@pytest.fixture
+def stubs(monkeypatch):
+    """Streams, events and pinned memory that write into LOG what is asked of them."""
+    class Pinned:
+        def __init__(self, tensor):
+            self.tensor = tensor.clone()
+            LOG.append(f'pinned {len(tensor)}')
+
+        def to(self, device, non_blocking):
+            assert non_blocking
+            LOG.append(f'copied {len(self.tensor)}')
+            return self.tensor.as_subclass(OnGpu)
+
+    def event():
+        number = sum(entry.startswith('event') for entry in LOG) + 1
+        LOG.append(f'event {number}')
+        return SimpleNamespace(synchronize=lambda: LOG.append(f'host waits for event {number}'))
+    computing = SimpleNamespace(record_event=event, wait_stream=lambda stream: LOG.append('computing waits for copies'))
+
+    @contextlib.contextmanager
+    def stream(stream):
+        LOG.append('copies {')
+        yield
+        LOG.append('}')
+    LOG.clear()
+    monkeypatch.setattr(torch.cuda, 'Stream', lambda device: 'copies')
+    monkeypatch.setattr(torch.cuda, 'stream', stream)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: computing)
+    monkeypatch.setattr(tiles, 'in_pinned_memory', Pinned)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+def test_a_part_of_the_gallery_is_copied_while_the_one_before_is_computed_with(stubs, dtype):
+    gallery = torch.arange(50).reshape(10, 5).to(dtype)
+    parts = [slice(0, 3), slice(3, 7), torch.tensor([2, 2, 9, 9, 9])]
+    copy = [*'copies {,copied,},computing waits for copies,kept until it was computed with'.split(',')]
+    for part, rows in zip(parts, tiles.on_device(gallery, parts, torch.device('cuda', 0))):
+        assert rows.dtype == torch.float32 and torch.equal(rows.as_subclass(torch.Tensor), gallery[part].float())
+        LOG.append(f'computes {len(rows)}')
+
+    def steps(n):
+        return [f'pinned {n}', copy[0], f'copied {n}', *copy[2:], f'computes {n}']
+    # The third part takes the place of the first: by then that has been computed with, but perhaps not the second.
+    assert LOG == [*steps(3), 'event 1', *steps(4), 'event 2', 'host waits for event 1', *steps(5)]
+
+
+def test_re_ranking_counts_a_tile_while_the_next_is_computed_and_copied(stubs, monkeypatch):
+    monkeypatch.setattr(ranks, 'tile_of', lambda query, gallery: (100, 1000))
+    monkeypatch.setattr(ranks, 'in_pinned_memory', torch.clone)
+    query, gallery, *ids = clustered(9, 300)
+    features = tuple(map(torch.from_numpy, (query, gallery)))
+    comparison, ids = Comparison(*features, True, 'float32'), all_ids(9, 300, *ids)
+    norms, excluded = finite_norms(features[0], 'query'), ranks.identities(ids, -1)
+    matches = ranks.sorted_matches(excluded, ids, lambda queries, items: keys_of_pairs(comparison, queries, items))
+    take = product.products
+    monkeypatch.setattr(product, 'products', lambda *args: LOG.append('product') or take(*args))
+    expected = ranks.nonmatches_between(comparison, norms, 0, matches, excluded)
+    LOG.clear()
+    got = ranks.nonmatches_between(comparison, norms, 0, matches, excluded, host=features)
+    assert torch.equal(got[0], expected[0]) and got[1] == expected[1] and expected[0].sum() > 0
+    assert LOG == ['product', 'event 1', 'product', 'event 2', 'host waits for event 1', 'product', 'event 3',
+                   'host waits for event 2', 'host waits for event 3']
+
+
+@pytest.mark.parametrize('capability, proven, expected', [
+    ((8, 0), (), 'float32'), ((9, 0), (), 'float32'), ((9, 0), ((9, 0),), 'bfloat16'), ((8, 9), ((8, 9),), 'float32'),
+    ((9, 0), ((8, 0),), 'float32'), ((7, 5), ((7, 5),), 'float32')])
+def test_auto_is_the_fastest_precision_where_it_is_proven(monkeypatch, capability, proven, expected):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    monkeypatch.setattr(product, 'PROVEN', proven)
+    gpu = torch.device('cuda', 0)
+    assert product.available('auto', gpu) == expected
+    for precision in PRECISIONS:
+        assert product.available(precision, gpu) == (precision if capability >= (8, 0) else 'float32')
+
+
+@pytest.mark.parametrize('precision', ['auto', *PRECISIONS])
+def test_a_cpu_ranks_by_float32_products(precision):
+    assert product.available(precision, torch.device('cpu')) == 'float32'
