@@ -80,13 +80,15 @@ bool batch_hard(Tensor anchors, Tensor labels, std::optional<Tensor> candidates,
   STD_TORCH_CHECK(!loss == !slope && !candidates == !candidate_labels,
                   "mgn_cuda: pass loss and slope together, and candidates and candidate_labels together");
   const auto x = mining(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx);
-  const Tensor finished = torch::stable::new_empty(anchors, {loss ? x.heads : 0}, ScalarType::Int);
   const mgn::TripletLoss triplet = {pointer(loss, anchors, wide(anchors), x.heads),
-                                    pointer(slope, anchors, wide(anchors), x.heads * x.n),
-                                    static_cast<int*>(finished.data_ptr()), !margin, margin.value_or(0)};
+                                    pointer(slope, anchors, wide(anchors), x.heads * x.n), !margin, margin.value_or(0)};
+  int multiprocessors = 0;
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, anchors.get_device_index()));
+  const mgn::MiningPlan plan = mgn::plan_mining(x, multiprocessors);
+  const Tensor scratch = torch::stable::new_empty(anchors, {plan.scratch_bytes}, ScalarType::Byte);
   check(mgn::batch_hard_forward(x, indices(labels, anchors, x.n),
-                                indices(candidate_labels ? *candidate_labels : labels, anchors, x.m), triplet, 0,
-                                current_stream(anchors)));
+                                indices(candidate_labels ? *candidate_labels : labels, anchors, x.m), triplet, plan,
+                                scratch.data_ptr(), current_stream(anchors)));
   return true;  // as far as is known without waiting: features that are not finite show as NaN
 }
 

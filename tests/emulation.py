@@ -78,18 +78,18 @@ def receive(process, dtype, *shape):
 
 
 def batch_hard(process, anchors, labels, candidates=None, candidate_labels=None, margin=0.3, with_loss=True,
-               entries=None, tile=0):
+               entries=None, tile=0, parts=0):
     """(heads, N, D) through forward and backward → (BatchHard, loss, slope, gradients).
 
     The upstream gradients are 1, 2, … per head.
     entries: pairs_by_candidate if the backward kernel shall read sorted pairs.
-    tile: anchors of a block, 0 for the usual choice.
+    tile: anchors of a block, parts: blocks that share the candidates; 0 for the usual choice on 132 multiprocessors.
     """
     heads, n, d = anchors.shape
     m = n if candidates is None else candidates.shape[1]
     wide = torch.float64 if anchors.dtype == torch.float64 else torch.float32
-    process.stdin.write(struct.pack('10qd', TYPES.index(anchors.dtype), heads, n, m, d, candidates is None, with_loss,
-                                    margin is None, entries is not None, tile, margin or 0))
+    process.stdin.write(struct.pack('11qd', TYPES.index(anchors.dtype), heads, n, m, d, candidates is None, with_loss,
+                                    margin is None, entries is not None, tile, parts, margin or 0))
     given = [anchors, labels] if candidates is None else [anchors, candidates, labels, candidate_labels]
     process.stdin.write(b''.join(map(to_bytes, given)))
     process.stdin.flush()
