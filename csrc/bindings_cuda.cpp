@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kernels/batch_hard_cuda.h"
+#include "kernels/nearest_cuda.h"
 #include "kernels/pairwise_distance_cuda.h"
 #include "kernels/ranking_cuda.h"
 
@@ -173,6 +174,21 @@ void count_nonmatches(Tensors tile, bool cosine, int64_t first, Tensors filter_t
       integers(redecided, 1), current_stream(query)));
 }
 
+void select_nearest(Tensor dots, Tensor item_scale, Tensor item_shift, int64_t first, Tensor values, Tensor items) {
+  const torch::stable::accelerator::DeviceGuard guard(dots.get_device_index());
+  const int64_t queries = dots.size(0), n = dots.size(1), capacity = values.size(1);
+  STD_TORCH_CHECK(first + n <= int64_t(1) << 32 && capacity < int64_t(1) << 30,
+                  "mgn_cuda: expected fewer than 2^32 items, of which fewer than 2^30 are selected, but got ", first + n,
+                  " and ", capacity);
+  const Tensor scratch =
+      torch::stable::new_empty(items, {queries * mgn::nearest_scratch(capacity)}, ScalarType::Long);
+  check(mgn::select_nearest({floats(dots, dots, queries * n), n, floats(item_scale, dots, n), floats(item_shift, dots, n)},
+                            queries, n, first,
+                            {capacity, floats(values, dots, queries * capacity), indices(items, dots, queries * capacity),
+                             static_cast<unsigned long long*>(scratch.data_ptr())},
+                            current_stream(dots)));
+}
+
 void pairwise_distance(Tensor x, Tensor y, int64_t metric, Tensor out) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2, "mgn_cuda: expected x and y of shape (rows, D), but got ", x.dim(),
@@ -218,6 +234,9 @@ STABLE_TORCH_LIBRARY(mgn_cuda, m) {
       "count_nonmatches(Tensor[] tile, bool cosine, int first, Tensor[] filter_terms, Tensor[] matches, "
       "Tensor[] excluded, Tensor(a!) steps, Tensor(b!) redecided) -> ()");
   m.def("pairwise_distance(Tensor x, Tensor y, int metric, Tensor(a!) out) -> ()");
+  m.def(
+      "select_nearest(Tensor dots, Tensor item_scale, Tensor item_shift, int first, Tensor(a!) values, "
+      "Tensor(b!) items) -> ()");
   m.def("unusable(int device) -> str");
   m.def("build() -> str");
   m.def("sources() -> str");
@@ -229,6 +248,7 @@ STABLE_TORCH_LIBRARY_IMPL(mgn_cuda, CUDA, m) {
   m.impl("canonical_norms", TORCH_BOX(&canonical_norms));
   m.impl("canonical_keys", TORCH_BOX(&canonical_keys));
   m.impl("count_nonmatches", TORCH_BOX(&count_nonmatches));
+  m.impl("select_nearest", TORCH_BOX(&select_nearest));
   m.impl("pairwise_distance", TORCH_BOX(&pairwise_distance));
 }
 

@@ -24,6 +24,7 @@ FLAGS = {
                 '-fsanitize-sections=cuda_shared'],
     'thread': ['-O1', '-g1', '-fsanitize=thread'],
 }
+FILES = {'ranking': ('ranking', 'nearest')}  # kernels of one executable, by the beginning of their names
 ORDERS = ['forward', 'reverse', '1', '2', '3']
 TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # as FeatureType counts them
 
@@ -147,8 +148,11 @@ def ranking_kernels(process):
              [query, gallery, tile.query_norms, tile.gallery_norms, *filter_terms, *matches, steps, *excluded,
               redecided], [steps, redecided])
 
+    def select_nearest(dots, item_scale, item_shift, first, values, items):
+        call(3, [*dots.shape, first, values.shape[1]], [dots, item_scale, item_shift, values, items], [values, items])
+
     return SimpleNamespace(canonical_norms=canonical_norms, canonical_keys=canonical_keys,
-                           count_nonmatches=count_nonmatches)
+                           count_nonmatches=count_nonmatches, select_nearest=select_nearest)
 
 
 def missed_lines(folder, names):

@@ -337,6 +337,9 @@ EMULATOR_UNWATCHED inline unsigned ballot(unsigned mask, bool vote, const char* 
 #define __syncthreads() emulator::barrier([] { static const char place[] = EMULATOR_PLACE; return place; }())
 #define __shfl_xor_sync(mask, value, flip) \
   emulator::exchange(mask, value, emulator::lane() ^ unsigned(flip), EMULATOR_PLACE)
+#define __shfl_up_sync(mask, value, distance) \
+  emulator::exchange(mask, value, emulator::lane() - (emulator::lane() < unsigned(distance) ? 0 : unsigned(distance)), \
+                     EMULATOR_PLACE)
 #define __ballot_sync(mask, vote) emulator::ballot(mask, vote, EMULATOR_PLACE)
 #define __all_sync(mask, vote) (emulator::ballot(mask, vote, EMULATOR_PLACE) == (mask))
 
@@ -358,6 +361,16 @@ inline float __double2float_rd(double x) {
   return nearest > x ? std::nextafter(nearest, -HUGE_VALF) : nearest;
 }
 inline float __double2float_ru(double x) { return -__double2float_rd(-x); }
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
 using std::isfinite;
 using std::isnan;
 

@@ -61,7 +61,7 @@ def test_spans_of_a_long_row_and_more_matches_than_shared_memory_counts(emulated
 
 
 @pytest.mark.parametrize('metric', METRICS)
-def test_neighbours_by_the_same_kernels_and_torch_topk(emulated, monkeypatch, metric):
+def test_neighbours_by_the_same_kernels(emulated, monkeypatch, metric):
     for make in (problem, near_ties, extremes):
         query, gallery, *_ = make(5, 90, 17)
         expected = topk(query, gallery, 20, metric), topk(gallery, gallery, 20, metric, exclude_self=True)
