@@ -202,6 +202,26 @@ void pairwise_distance(Tensor x, Tensor y, int64_t metric, Tensor out) {
                                current_stream(x)));
 }
 
+void pairwise_distance_gradient(Tensor x, Tensor y, std::optional<Tensor> dist, Tensor grad, int64_t metric,
+                                Tensor out) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const int64_t n = x.size(0), m = y.size(0), d = x.size(1);
+  const bool cosine = mgn::Metric(metric) == mgn::Metric::cosine;
+  STD_TORCH_CHECK(dist.has_value() == (mgn::Metric(metric) == mgn::Metric::euclidean),
+                  "mgn_cuda: pass dist with the Euclidean distance alone");
+  for (const Tensor& matrix : {grad, dist.value_or(grad)})
+    STD_TORCH_CHECK(matrix.get_device_index() == x.get_device_index() && matrix.scalar_type() == wide(x) &&
+                        matrix.dim() == 2 && matrix.size(0) == n && matrix.size(1) == m,
+                    "mgn_cuda: expected dist and grad of shape (", n, ", ", m, "), of the distances' type and device");
+  const Tensor scratch = torch::stable::new_empty(x, {cosine ? n + m + n * d : 0}, ScalarType::Double), &of = dist ? *dist : grad;
+  check(mgn::pairwise_distance_gradient(
+      {feature_type(x.scalar_type()), mgn::Metric(metric), n, m, d, pointer(x, x, x.scalar_type(), n * d),
+       pointer(y, x, x.scalar_type(), m * d), pointer(out, x, x.scalar_type(), n * d),
+       static_cast<double*>(scratch.data_ptr())},
+      {of.data_ptr(), grad.data_ptr(), {of.stride(0), of.stride(1)}, {grad.stride(0), grad.stride(1)}},
+      current_stream(x)));
+}
+
 // Why this build cannot run on that device (an architecture that it was not compiled for), or nothing.
 std::string unusable(int64_t device) {
   const torch::stable::accelerator::DeviceGuard guard{static_cast<int32_t>(device)};
@@ -235,6 +255,8 @@ STABLE_TORCH_LIBRARY(mgn_cuda, m) {
       "Tensor[] excluded, Tensor(a!) steps, Tensor(b!) redecided) -> ()");
   m.def("pairwise_distance(Tensor x, Tensor y, int metric, Tensor(a!) out) -> ()");
   m.def(
+      "pairwise_distance_gradient(Tensor x, Tensor y, Tensor? dist, Tensor grad, int metric, Tensor(a!) out) -> ()");
+  m.def(
       "select_nearest(Tensor dots, Tensor item_scale, Tensor item_shift, int first, Tensor(a!) values, "
       "Tensor(b!) items) -> ()");
   m.def("unusable(int device) -> str");
@@ -248,6 +270,7 @@ STABLE_TORCH_LIBRARY_IMPL(mgn_cuda, CUDA, m) {
   m.impl("canonical_norms", TORCH_BOX(&canonical_norms));
   m.impl("canonical_keys", TORCH_BOX(&canonical_keys));
   m.impl("count_nonmatches", TORCH_BOX(&count_nonmatches));
+  m.impl("pairwise_distance_gradient", TORCH_BOX(&pairwise_distance_gradient));
   m.impl("select_nearest", TORCH_BOX(&select_nearest));
   m.impl("pairwise_distance", TORCH_BOX(&pairwise_distance));
 }

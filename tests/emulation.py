@@ -109,11 +109,19 @@ def batch_hard(process, anchors, labels, candidates=None, candidate_labels=None,
     return mined, loss, slope, gradients
 
 
-def pairwise_distance(process, x, y, metric):
-    """(N, D), (M, D) through the kernel → (N, M)."""
-    process.stdin.write(struct.pack('5q', TYPES.index(x.dtype), METRICS.index(metric), len(x), len(y), x.shape[1]))
+def pairwise_distance(process, x, y, metric, dist_and_grad=()):
+    """(N, D), (M, D) through the kernel → (N, M); with (N, M) distances and gradients → (N, D), the gradient of x.
+
+    They may both be transposed.
+    """
+    transposed = any(matrix.stride(0) < matrix.stride(1) for matrix in dist_and_grad)
+    process.stdin.write(struct.pack('7q', TYPES.index(x.dtype), METRICS.index(metric), len(x), len(y), x.shape[1],
+                                    transposed, bool(dist_and_grad)))
     process.stdin.write(to_bytes(x) + to_bytes(y))
+    process.stdin.write(b''.join(to_bytes(matrix.T if transposed else matrix) for matrix in dist_and_grad))
     process.stdin.flush()
+    if dist_and_grad:
+        return receive(process, x.dtype, *x.shape)
     return receive(process, torch.float64 if x.dtype == torch.float64 else torch.float32, len(x), len(y))
 
 
