@@ -19,9 +19,7 @@ ROOT = Path(__file__).parent.parent
 FLAGS = {
     'plain': ['-O1'],
     'coverage': ['-O0', '--coverage'],
-    # Variables in a section of their own are watched only when the section is named.
-    'address': ['-O1', '-g1', '-fsanitize=address,undefined', '-fno-sanitize-recover=undefined',
-                '-fsanitize-sections=cuda_shared'],
+    'address': ['-O1', '-g1', '-fsanitize=address,undefined', '-fno-sanitize-recover=undefined'],
     'thread': ['-O1', '-g1', '-fsanitize=thread'],
 }
 FILES = {'ranking': ('ranking', 'nearest')}  # kernels of one executable, by the beginning of their names
@@ -54,12 +52,13 @@ def compile_for_emulator(folder, name, sources, flags):
     return Path(folder) / name
 
 
-def start(executable, *arguments, order='forward'):
-    """The executable with pipes. Its address space is not randomised: ThreadSanitizer needs the usual layout."""
+def start(executable, *arguments, order='forward', blocks=1, mutant=0):
+    """The executable with pipes, `blocks` of a kernel at a time. Its address space is not randomised: ThreadSanitizer needs the usual layout."""
     plain = [shutil.which('setarch'), '-R'] if shutil.which('setarch') else []
     return subprocess.Popen([*plain, executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE,
-                            env={**os.environ, 'EMULATOR_ORDER': order, 'TSAN_OPTIONS': 'atexit_sleep_ms=0'})
+                            env={**os.environ, 'EMULATOR_ORDER': order, 'EMULATOR_BLOCKS': str(blocks),
+                                 'EMULATOR_MUTANT': str(mutant), 'TSAN_OPTIONS': 'atexit_sleep_ms=0'})
 
 
 def to_bytes(tensor):

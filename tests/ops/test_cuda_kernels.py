@@ -17,10 +17,12 @@ def sorted_always(pos_idx, neg_idx, m):
     return pairs_by_candidate(pos_idx, neg_idx, m, scanned=-1)
 
 
-def check(process, anchors, labels, candidates=(), margin=0.3, with_loss=True, entries=None, tile=0):
+def check(process, anchors, labels, candidates=(), margin=0.3, with_loss=True, entries=None, tile=0,
+          parts=0):
     """Forward and backward of one case are right."""
     mined, loss, slope, gradients = batch_hard(process, anchors, labels, *candidates, margin=margin,
-                                               with_loss=with_loss, entries=entries, tile=tile)
+                                               with_loss=with_loss, entries=entries, tile=tile,
+                                               parts=parts)
     assert_mined(mined, anchors, labels, *candidates)
     wide = mined.dist_ap.dtype
     upstream = torch.arange(1, len(anchors) + 1, dtype=wide)
@@ -69,6 +71,15 @@ def run_all(process, table):
 def test_sizes_and_types(kernels, kind, order):
     with kernels(kind, order) as process:
         run_all(process, SHORT)
+
+
+@pytest.mark.parametrize('blocks, order', [(2, '1'), (3, '2'), (4, '3')])
+def test_blocks_at_the_same_time(kernels, blocks, order):
+    with kernels('plain', order, blocks=blocks) as process:
+        run_all(process, SHORT[::3])
+        for tile, parts in ((16, 3), (64, 2)):
+            anchors, labels, candidates = features_of(40, 200, 9, torch.float32)
+            check(process, anchors, labels, candidates, tile=tile, parts=parts)
 
 
 @pytest.mark.long
