@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Wide<T>) == 8 ? 1 : 2) mine(F
   for (int64_t column = part * kColumns; column < f.m; column += f.parts * kColumns) {
     C total[kRowsPerThread][kColumnsPerThread] = {};
     const auto as_it_is = [](int, C element) { return element; };
-    sum_tile<T, kRowsPerThread>(anchors + first * f.d, f.n - first, candidates + column * f.d, f.m - column, f.d,
+    sum_tile<T, kRowsPerThread>(anchors + first * f.d, f.n - first, candidates + column * f.d, f.m - column, int(f.d),
                                 as_it_is, as_it_is, total);
 #pragma unroll
     for (int c = 0; c < kColumnsPerThread; ++c) {
@@ -257,6 +257,7 @@ MiningPlan plan_mining(const BatchHard& x, int multiprocessors, int anchors, int
 cudaError_t batch_hard_forward(const BatchHard& x, const int64_t* labels, const int64_t* candidate_labels,
                                const TripletLoss& triplet, const MiningPlan& plan, void* scratch,
                                cudaStream_t stream) {
+  if (x.d >= kMostDimensions) return cudaErrorInvalidValue;
   if (x.heads * x.n == 0)  // no anchors: losses of 0
     return triplet.loss ? cudaMemsetAsync(triplet.loss, 0, x.heads * (x.type == FeatureType::float64 ? 8 : 4), stream)
                         : cudaSuccess;

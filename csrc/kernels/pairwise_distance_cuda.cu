@@ -55,7 +55,7 @@ template <typename T> __global__ void __launch_bounds__(kThreads, sizeof(Wide<T>
   const Scale *of_x = t.scales ? t.scales + i0 : nullptr, *of_y = t.scales ? t.scales + t.n + j0 : nullptr;
   C total[kRowsPerThread][kColumnsPerThread] = {};
   sum_tile<T, kRowsPerThread>(
-      t.x + i0 * t.d, t.n - i0, t.y + j0 * t.d, t.m - j0, t.d,
+      t.x + i0 * t.d, t.n - i0, t.y + j0 * t.d, t.m - j0, int(t.d),
       [&](int r, C element) { return scaled(element, of_x ? of_x + r : nullptr); },
       [&](int c, C element) { return scaled(element, of_y ? of_y + c : nullptr); }, total);
 
@@ -99,6 +99,7 @@ template <typename T> cudaError_t distances(const Pairs& p, cudaStream_t stream)
 }  // namespace
 
 cudaError_t pairwise_distance(const Pairs& pairs, cudaStream_t stream) {
+  if (pairs.d >= kMostDimensions) return cudaErrorInvalidValue;
   return with_type(pairs.type, [&](auto element) { return distances<decltype(element)>(pairs, stream); });
 }
 

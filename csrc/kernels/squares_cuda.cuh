@@ -7,6 +7,7 @@ namespace {
 
 constexpr int kThreads = 256, kSide = 16, kWarps = kThreads / 32;  // a block is 16 × 16 threads
 constexpr int kColumns = 64, kColumnsPerThread = kColumns / kSide;
+constexpr int64_t kMostDimensions = 1 << 25;  // fewer: offsets in a tile of 64 rows are ints
 constexpr int kDepth = 32;  // dimensions in shared memory; summed apart, then added: bounds the rounding
 
 template <typename C> struct alignas(16) Packet {  // what one instruction reads from shared memory, or writes there
@@ -43,10 +44,10 @@ template <typename T, int kRows> struct Slice {
       }
   }
 
-  // Dimensions from, from + 1, …; those from d on are 0.
-  __device__ void load(const T* x, int last, int64_t d, int64_t from) {
-    const int64_t k = from + threadIdx.x % 32;
-    each(last, [&](int p, int e, int row) { element[p][e] = k < d ? x[row * d + k] : T(); });
+  // The next dimensions, those before x are done; those beyond the `left` that there are, are 0.
+  __device__ void load(const T* x, int last, int d, int left) {
+    const int k = threadIdx.x % 32;
+    each(last, [&](int p, int e, int row) { element[p][e] = k < left ? x[row * d + k] : T(); });
   }
   template <typename Of> __device__ void store(Shared& slice, int last, Of of) const {
     Packet<Wide<T>> packet;
@@ -84,7 +85,7 @@ template <typename Difference> __device__ double warp_norm(int64_t d, Difference
 // rows, at least one; what is summed of rows beyond them means nothing. of_x(r, element) and of_y(c, element) return
 // the element to use. While one slice is summed, the next is on its way.
 template <typename T, int kRowsPerThread, typename OfX, typename OfY>
-__device__ void sum_tile(const T* x, int64_t rows, const T* y, int64_t columns, int64_t d, OfX of_x, OfY of_y,
+__device__ void sum_tile(const T* x, int64_t rows, const T* y, int64_t columns, int d, OfX of_x, OfY of_y,
                          Wide<T> (&total)[kRowsPerThread][kColumnsPerThread]) {
   using C = Wide<T>;
   constexpr int kRows = kSide * kRowsPerThread, kCount = Packet<C>::kCount;
@@ -94,16 +95,17 @@ __device__ void sum_tile(const T* x, int64_t rows, const T* y, int64_t columns, 
   int last_x = int(rows < kRows ? rows : kRows) - 1, last_y = int(columns < kColumns ? columns : kColumns) - 1;
   Slice<T, kColumns> next_y;
   Slice<T, kRows> next_x;
-  next_y.load(y, last_y, d, 0);
-  next_x.load(x, last_x, d, 0);
-  for (int64_t from = 0; from < d; from += kDepth) {
+  next_y.load(y, last_y, d, d);
+  next_x.load(x, last_x, d, d);
+  for (int left = d; left > 0; left -= kDepth) {
     __syncthreads();  // the last slice has been read
     next_y.store(y_slice, last_y, of_y);
     next_x.store(x_slice, last_x, of_x);
     __syncthreads();
     asm volatile("" : "+r"(last_x), "+r"(last_y));  // offsets of rows are found again: to keep them takes too many registers
-    next_y.load(y, last_y, d, from + kDepth);
-    next_x.load(x, last_x, d, from + kDepth);
+    x += kDepth, y += kDepth;
+    next_y.load(y, last_y, d, left - kDepth);
+    next_x.load(x, last_x, d, left - kDepth);
     C sum[kRowsPerThread][kColumnsPerThread] = {};
 #pragma unroll
     for (int depth = 0; depth < kDepth; ++depth) {

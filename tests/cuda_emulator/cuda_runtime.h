@@ -14,8 +14,6 @@
 // Without a sanitizer shared memory starts each block as 0xAB bytes. The program aborts, naming reason and place, at a barrier that not all
 // threads reach, at a warp intrinsic whose mask does not match its callers, and at a deadlock.
 //
-// EMULATOR_MUTANT is the number of a line of a source that tests/mutants.py has prepared to go wrong.
-//
 // Not covered: dynamic shared memory, inline PTX, tensor cores, speed. It has the intrinsics that the project's kernels use; a new one goes to the end of this file.
 #pragma once
 #include <link.h>
@@ -63,7 +61,7 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 typedef void* cudaStream_t;
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -360,9 +358,13 @@ template <typename T> T torn_add(T* target, T value) {
   return before;
 }
 
+// Which of the faults of tests/mutants.py there is.
 inline int mutant() {
   static const int number = std::getenv("EMULATOR_MUTANT") ? std::atoi(std::getenv("EMULATOR_MUTANT")) : 0;
   return number;
+}
+template <typename T> T add(int number, T* target, T value) {
+  return mutant() == number ? torn_add(target, value) : atomic_add(target, value);
 }
 
 // Another block is about to run.

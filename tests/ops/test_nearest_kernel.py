@@ -59,6 +59,20 @@ def test_widths_capacities_and_ties(kernels, kind, order, levels):
             check(ranking_kernels(process).select_nearest, tiles_of(widths, 2, levels), capacity)
 
 
+def descending(*widths):
+    """Tiles in which every value joins, since it is below all before it."""
+    lasts = np.cumsum(widths)
+    return [(-torch.arange(last - width, last).float()[None], torch.ones(width), torch.zeros(width), int(last - width))
+            for width, last in zip(widths, lasts)]
+
+
+@pytest.mark.parametrize('kind', ['plain', 'address'])
+def test_a_buffer_that_is_filled_to_its_end(kernels, kind):
+    with kernels(kind, of='ranking') as process:
+        check(ranking_kernels(process).select_nearest, descending(2050, 2048, 3000), 2050)
+        check(ranking_kernels(process).select_nearest, descending(2048, 1024, 1000), 2048)
+
+
 def test_tiles_in_any_order(kernels):
     """Where query and gallery are one tensor, a block of queries sees its tiles in the order of others."""
     tiles = tiles_of([40, 500, 300, 7], levels=2)
