@@ -21,6 +21,10 @@ FLAGS = {
     'coverage': ['-O0', '--coverage'],
     'address': ['-O1', '-g1', '-fsanitize=address,undefined', '-fno-sanitize-recover=undefined'],
     'thread': ['-O1', '-g1', '-fsanitize=thread'],
+    'fused': ['-O2', '-mfma', '-ffp-contract=fast'],
+    # Loads and stores call the functions of banks.cpp. Unoptimised, so that one of 16 bytes stays one.
+    'banks': ['-O0', '-g1', '-no-pie', '-fno-threadsafe-statics', '-fsanitize=thread', '-U__SANITIZE_THREAD__',
+              '--param', 'tsan-instrument-func-entry-exit=0'],
 }
 FILES = {'ranking': ('ranking', 'nearest')}  # kernels of one executable, by the beginning of their names
 ORDERS = ['forward', 'reverse', '1', '2', '3']
@@ -40,25 +44,30 @@ def compile_for_emulator(folder, name, sources, flags):
     compiler = need('g++', 'which compiles kernels for the emulator')
     command = [compiler, '-std=c++17', '-U_FORTIFY_SOURCE', '-w', *flags, '-I', ROOT / 'tests/cuda_emulator',
                '-I', ROOT / 'csrc/kernels']
+    is_counted, counter = flags == FLAGS['banks'], ROOT / 'tests/cuda_emulator/banks.cpp'
+    sources = [*sources, counter] if is_counted else sources
+    own = {counter: ['-O1', '-fno-sanitize=thread']}
     objects = [f'{name}-{Path(source).stem}.o' for source in sources]
-    compiling = [subprocess.Popen([*command, '-c', '-o', out, '-x', 'c++', source], cwd=folder, stderr=subprocess.PIPE,
-                                  text=True) for source, out in zip(sources, objects)]
+    compiling = [subprocess.Popen([*command, *own.get(source, []), '-c', '-o', out, '-x', 'c++', source], cwd=folder,
+                                  stderr=subprocess.PIPE, text=True) for source, out in zip(sources, objects)]
     errors = [process.communicate()[1] for process in compiling]
     assert all(process.returncode == 0 for process in compiling), '\n'.join(errors)
-    done = subprocess.run([*command, '-o', name, *objects], cwd=folder, capture_output=True, text=True)
+    without_library = ['-fno-sanitize=thread'] if is_counted else []
+    done = subprocess.run([*command, *without_library, '-o', name, *objects], cwd=folder, capture_output=True, text=True)
     if done.returncode and 'cannot find' in done.stderr and 'san' in done.stderr and not os.environ.get('CI'):
         pytest.skip(f'no library for {flags} here: {done.stderr.splitlines()[-2]}')
     assert done.returncode == 0, done.stderr
     return Path(folder) / name
 
 
-def start(executable, *arguments, order='forward', blocks=1, mutant=0):
+def start(executable, *arguments, order='forward', blocks=1, mutant=0, banks=''):
     """The executable with pipes, `blocks` of a kernel at a time. Its address space is not randomised: ThreadSanitizer needs the usual layout."""
     plain = [shutil.which('setarch'), '-R'] if shutil.which('setarch') else []
     return subprocess.Popen([*plain, executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE,
                             env={**os.environ, 'EMULATOR_ORDER': order, 'EMULATOR_BLOCKS': str(blocks),
-                                 'EMULATOR_MUTANT': str(mutant), 'TSAN_OPTIONS': 'atexit_sleep_ms=0'})
+                                 'EMULATOR_MUTANT': str(mutant), 'EMULATOR_BANKS': str(banks),
+                                 'TSAN_OPTIONS': 'atexit_sleep_ms=0'})
 
 
 def to_bytes(tensor):
@@ -160,6 +169,21 @@ def ranking_kernels(process):
 
     return SimpleNamespace(canonical_norms=canonical_norms, canonical_keys=canonical_keys,
                            count_nonmatches=count_nonmatches, select_nearest=select_nearest)
+
+
+def passes_over_banks(executable, file):
+    """{(source, its line's text, 'load' or 'store'): (passes over the banks, fewest possible)} of what banks.cpp wrote."""
+    counts = [line.split() for line in file.read_text().splitlines()]
+    codes = [hex(int(code, 16) - 1) for code, *_ in counts]  # what is known is where a call returns to
+    places = subprocess.run(['addr2line', '-e', executable, *codes], capture_output=True, text=True, check=True).stdout
+    table = {}
+    for (_, stores, _, passes, fewest), place in zip(counts, places.splitlines()):
+        path, number = place.split(' ')[0].split(':')
+        text = Path(path).read_text().splitlines()[int(number) - 1].strip()
+        key = Path(path).name, text, 'store' if stores == '1' else 'load'
+        before = table.get(key, (0, 0))
+        table[key] = before[0] + int(passes), before[1] + int(fewest)
+    return table
 
 
 def missed_lines(folder, names):
