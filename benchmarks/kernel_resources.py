@@ -79,15 +79,17 @@ def disassembled(path):
     """{kernel: its instructions, (address, text)} of an object file for LOOKED_AT."""
     listing = subprocess.run([tool('cuobjdump'), '-sass', '-arch', f'sm_{LOOKED_AT}', path], capture_output=True,
                              text=True, check=True).stdout
+    functions = re.findall(r'Function : (\w+)\n(.*?)(?=Function :|\Z)', listing, re.S)
     return {name: [(int(address, 16), text) for address, text in re.findall(r'/\*([0-9a-f]{4,})\*/ +([^;]*?) *;', body)]
-            for name, body in re.findall(r'Function : (\w+)\n(.*?)(?=Function :|\Z)', listing, re.S)}
+            for name, body in functions}
 
 
 def traits(code):
     """What of EXPECTED's kinds the instructions have."""
     def count(pattern):
         return sum(re.search(pattern, text) is not None for _, text in code)
-    return {'in flight': pending_loads(code)[0], 'ahead': pending_loads(2 * main_loop(code))[1], 'wide loads': count(r'\bLDS\.128'), 'wide stores': count(r'\bSTS\.128'),
+    return {'in flight': pending_loads(code)[0], 'ahead': pending_loads(2 * main_loop(code))[1],
+            'wide loads': count(r'\bLDS\.128'), 'wide stores': count(r'\bSTS\.128'),
             'barriers': count(r'\bBAR\.SYNC'), 'fences': count(r'\bMEMBAR')}
 
 
@@ -110,14 +112,16 @@ def pending_loads(code):
     in_flight, ahead, pending = 0, 0, set()
     for _, text in code:
         name, _, operands = re.sub(r'^@!?U?P\w+ +', '', text).partition(' ')
-        written, _, others = operands.partition(',')
-        used = re.findall(r'\bR\d+\b', operands if name.startswith(('ST', 'RED')) else others)
-        pending.difference_update(used)
+        registers = [int(number) for number in re.findall(r'\bR(\d+)\b', operands)]
+        data, others = registers[:1], registers[1:]
+        if name.startswith(('ST', 'RED')):  # address, then data
+            data, others = registers[-1:], registers[:-1]
+        width = 4 if '.128' in name else 2 if '.64' in name else 1
+        moved = {first + i for first in data for i in range(width)}
+        pending.difference_update(others, moved)
         if name.startswith('LDG'):
-            pending.add(written.strip())
+            pending |= moved
             in_flight = max(in_flight, len(pending))
-        else:
-            pending.discard(written.strip())
         if name.startswith(('FFMA', 'DFMA')):
             ahead = max(ahead, len(pending))
     return in_flight, ahead

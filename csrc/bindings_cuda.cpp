@@ -178,15 +178,15 @@ void select_nearest(Tensor dots, Tensor item_scale, Tensor item_shift, int64_t f
   const torch::stable::accelerator::DeviceGuard guard(dots.get_device_index());
   const int64_t queries = dots.size(0), n = dots.size(1), capacity = values.size(1);
   STD_TORCH_CHECK(first + n <= int64_t(1) << 32 && capacity < int64_t(1) << 30,
-                  "mgn_cuda: expected fewer than 2^32 items, of which fewer than 2^30 are selected, but got ", first + n,
+                  "mgn_cuda: expected up to 2^32 items, of which fewer than 2^30 are selected, but got ", first + n,
                   " and ", capacity);
-  const Tensor scratch =
-      torch::stable::new_empty(items, {queries * mgn::nearest_scratch(capacity)}, ScalarType::Long);
-  check(mgn::select_nearest({floats(dots, dots, queries * n), n, floats(item_scale, dots, n), floats(item_shift, dots, n)},
-                            queries, n, first,
-                            {capacity, floats(values, dots, queries * capacity), indices(items, dots, queries * capacity),
-                             static_cast<unsigned long long*>(scratch.data_ptr())},
-                            current_stream(dots)));
+  const Tensor scratch = torch::stable::new_empty(items, {queries * mgn::nearest_scratch(capacity)});
+  const mgn::Selected selected = {capacity, floats(values, dots, queries * capacity),
+                                  indices(items, dots, queries * capacity),
+                                  static_cast<unsigned long long*>(scratch.data_ptr())};
+  const mgn::Filter filter = {floats(dots, dots, queries * n), n, floats(item_scale, dots, n),
+                              floats(item_shift, dots, n)};
+  check(mgn::select_nearest(filter, queries, n, first, selected, current_stream(dots)));
 }
 
 void pairwise_distance(Tensor x, Tensor y, int64_t metric, Tensor out) {
@@ -213,7 +213,8 @@ void pairwise_distance_gradient(Tensor x, Tensor y, std::optional<Tensor> dist, 
     STD_TORCH_CHECK(matrix.get_device_index() == x.get_device_index() && matrix.scalar_type() == wide(x) &&
                         matrix.dim() == 2 && matrix.size(0) == n && matrix.size(1) == m,
                     "mgn_cuda: expected dist and grad of shape (", n, ", ", m, "), of the distances' type and device");
-  const Tensor scratch = torch::stable::new_empty(x, {cosine ? n + m + n * d : 0}, ScalarType::Double), &of = dist ? *dist : grad;
+  const Tensor scratch = torch::stable::new_empty(x, {cosine ? n + m + n * d : 0}, ScalarType::Double);
+  const Tensor& of = dist ? *dist : grad;
   check(mgn::pairwise_distance_gradient(
       {feature_type(x.scalar_type()), mgn::Metric(metric), n, m, d, pointer(x, x, x.scalar_type(), n * d),
        pointer(y, x, x.scalar_type(), m * d), pointer(out, x, x.scalar_type(), n * d),

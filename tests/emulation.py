@@ -53,7 +53,8 @@ def compile_for_emulator(folder, name, sources, flags):
     errors = [process.communicate()[1] for process in compiling]
     assert all(process.returncode == 0 for process in compiling), '\n'.join(errors)
     without_library = ['-fno-sanitize=thread'] if is_counted else []
-    done = subprocess.run([*command, *without_library, '-o', name, *objects], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([*command, *without_library, '-o', name, *objects], cwd=folder, capture_output=True,
+                          text=True)
     if done.returncode and 'cannot find' in done.stderr and 'san' in done.stderr and not os.environ.get('CI'):
         pytest.skip(f'no library for {flags} here: {done.stderr.splitlines()[-2]}')
     assert done.returncode == 0, done.stderr
@@ -61,9 +62,12 @@ def compile_for_emulator(folder, name, sources, flags):
 
 
 def start(executable, *arguments, order='forward', blocks=1, mutant=0, banks=''):
-    """The executable with pipes, `blocks` of a kernel at a time. Its address space is not randomised: ThreadSanitizer needs the usual layout."""
+    """The executable with pipes, `blocks` of a kernel at a time.
+
+    Its address space is not randomised: ThreadSanitizer needs the usual layout.
+    """
     plain = [shutil.which('setarch'), '-R'] if shutil.which('setarch') else []
-    return subprocess.Popen([*plain, executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    return subprocess.Popen([*plain, executable, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE,
                             env={**os.environ, 'EMULATOR_ORDER': order, 'EMULATOR_BLOCKS': str(blocks),
                                  'EMULATOR_MUTANT': str(mutant), 'EMULATOR_BANKS': str(banks),
@@ -172,7 +176,7 @@ def ranking_kernels(process):
 
 
 def passes_over_banks(executable, file):
-    """{(source, its line's text, 'load' or 'store'): (passes over the banks, fewest possible)} of what banks.cpp wrote."""
+    """What banks.cpp wrote: {(source, text of its line, 'load' or 'store'): (passes over the banks, the fewest)}."""
     counts = [line.split() for line in file.read_text().splitlines()]
     codes = [hex(int(code, 16) - 1) for code, *_ in counts]  # what is known is where a call returns to
     places = subprocess.run(['addr2line', '-e', executable, *codes], capture_output=True, text=True, check=True).stdout

@@ -142,7 +142,8 @@ int64_t nearest_scratch(int64_t capacity) { return capacity + kSpan > kBuffer ? 
 
 cudaError_t select_nearest(const Filter& filter, int64_t queries, int64_t items, int64_t first,
                            const Selected& selected, cudaStream_t stream) {
-  return launch<Select>(select, queries, kThreads, stream, {filter, items, first, selected, nearest_scratch(selected.capacity)});
+  return launch<Select>(select, queries, kThreads, stream,
+                        {filter, items, first, selected, nearest_scratch(selected.capacity)});
 }
 
 }  // namespace mgn

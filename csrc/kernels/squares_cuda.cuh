@@ -102,7 +102,8 @@ __device__ void sum_tile(const T* x, int64_t rows, const T* y, int64_t columns, 
     next_y.store(y_slice, last_y, of_y);
     next_x.store(x_slice, last_x, of_x);
     __syncthreads();
-    asm volatile("" : "+r"(last_x), "+r"(last_y));  // offsets of rows are found again: to keep them takes too many registers
+    // Offsets of rows are found again for each slice: to keep them would take too many registers.
+    asm volatile("" : "+r"(last_x), "+r"(last_y));
     x += kDepth, y += kDepth;
     next_y.load(y, last_y, d, left - kDepth);
     next_x.load(x, last_x, d, left - kDepth);

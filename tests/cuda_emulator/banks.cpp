@@ -1,11 +1,11 @@
-// Counts the bank conflicts of shared memory. Linked to sources that -fsanitize=thread has instrumented, in the place of
-// its run-time library: every load and store calls a function below. At exit it writes to the file EMULATOR_BANKS, for
-// each place of the code: its address, whether it stores, how many accesses of whole warps there were, how many passes
-// over the banks they took, and how many they would take without a conflict.
+// Counts the bank conflicts of shared memory. It is linked to sources that -fsanitize=thread has instrumented, in the
+// place of that option's library: every load and store calls a function below. At exit it writes to the file
+// EMULATOR_BANKS, for each place of the code: its address, whether it stores, how many accesses of whole warps there
+// were, how many passes over the banks they took, and how many they would take without a conflict.
 //
 // A multiprocessor has 32 banks of 4 bytes. In a pass each serves one word, to every lane that asks for it. Accesses of
-// 16 bytes go by eight lanes, of 8 bytes by sixteen. A lane's n-th access at a place belongs to its warp's n-th. Atomics
-// are not counted.
+// 16 bytes go by eight lanes, of 8 bytes by sixteen. The n-th accesses of the lanes at a place are one of their warp.
+// Atomics are not counted.
 #include <cuda_runtime.h>
 
 #include <array>

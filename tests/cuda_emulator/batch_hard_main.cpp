@@ -53,7 +53,15 @@ void run(const Case& c) {
 
 }  // namespace
 
-int main() {
+// With arguments (heads, anchors, candidates, multiprocessors) it prints how mining is shared out.
+int main(int count, char** arguments) {
+  if (count == 5) {
+    mgn::BatchHard mining = {};
+    mining.heads = std::atoi(arguments[1]), mining.n = std::atoi(arguments[2]), mining.m = std::atoi(arguments[3]);
+    const auto plan = mgn::plan_mining(mining, std::atoi(arguments[4]));
+    std::printf("%d %d %d\n", plan.anchors, int(plan.tiles), int(plan.parts));
+    return 0;
+  }
   if (mgn::batch_hard_loads()) return 1;
   for (Case c; std::fread(&c, sizeof c, 1, stdin) == 1;) run(c);
 }

@@ -7,14 +7,15 @@
 //
 // Blocks run one after another or, without a sanitizer, EMULATOR_BLOCKS of them (up to 4) at a time: they take turns at
 // random, at waits, fences and atomics. Each then sees global memory as it was when it started or last had a fence, and
-// what it writes is hidden from the others until its next fence, if none comes, until all have ended: a fence publishes
-// what any thread of its block has written. Atomics are seen at once, and publish nothing else. It knows the memory
-// that was passed to emulator::global_memory.
+// what it writes is hidden from the others until its next fence or, if none comes, until all have ended. A fence
+// publishes what any thread of its block has written. Atomics are seen at once, and publish nothing
+// else. Global memory is what was passed to emulator::global_memory.
 //
-// Without a sanitizer shared memory starts each block as 0xAB bytes. The program aborts, naming reason and place, at a barrier that not all
-// threads reach, at a warp intrinsic whose mask does not match its callers, and at a deadlock.
+// Without a sanitizer shared memory starts each block as 0xAB bytes. The program aborts, naming reason and place, at a
+// barrier that not all threads reach, at a warp intrinsic whose mask does not match its callers, and at a deadlock.
 //
-// Not covered: dynamic shared memory, inline PTX, tensor cores, speed. It has the intrinsics that the project's kernels use; a new one goes to the end of this file.
+// Not covered: dynamic shared memory, inline PTX, tensor cores, speed. It has the intrinsics that the project's kernels
+// use; a new one goes to the end of this file.
 #pragma once
 #include <link.h>
 #include <setjmp.h>
@@ -334,7 +335,8 @@ inline int64_t published_at(const void* address) {
   int64_t found = -1;
   if (machine.at_a_time > 1)
     each_piece([&](char* memory, size_t at, size_t size) {
-      if (address >= memory && address < memory + size) found = int64_t(at + (static_cast<const char*>(address) - memory));
+      const char* byte = static_cast<const char*>(address);
+      if (memory <= byte && byte < memory + size) found = int64_t(at + (byte - memory));
     });
   return found;
 }

@@ -1,5 +1,6 @@
-// Calls from standard input to the launchers of ranking_cuda.h and nearest_cuda.h, results to standard output. A call: its number, how
-// many integers and arrays, the integers, each array's size in bytes and content. The answer: the arrays it may change.
+// Calls from standard input to the launchers of ranking_cuda.h and nearest_cuda.h, results to standard output. A call:
+// its number, how many integers and arrays, the integers, each array's size in bytes and content. The answer: the
+// arrays it may change.
 #include "bytes.h"
 #include "nearest_cuda.h"
 #include "ranking_cuda.h"

@@ -15,8 +15,8 @@ from mgn.ops.distance import DISTANCES
 from mgn.ops.ranking import keys
 
 
-# Stores whose places the data choose. The emulator's threads append one after another, those of a warp on a GPU in step,
-# to neighbouring places.
+# Stores whose places the data choose. The emulator's threads append one after another; on a GPU those of a warp do
+# it in step, to neighbouring places.
 BY_DATA = {('nearest_cuda.cu', 'store'), ('ranking_cuda.cu', 'store')}
 
 

@@ -4,11 +4,12 @@ import itertools
 
 import pytest
 import torch
-from emulation import ORDERS, TYPES, batch_hard, missed_lines, need, pairwise_distance
+from emulation import ORDERS, TYPES, batch_hard, missed_lines, need, pairwise_distance, start
 from hypothesis import HealthCheck, given, settings
 from mining import (RELATIVE_ERROR, assert_mined, cases, examples, naive, naive_loss, random_candidates,
                     random_features, random_labels)
 
+from mgn.ops import native
 from mgn.ops.distance import DISTANCES as METRICS, pairwise_distance_reference
 from mgn.ops.triplet import backward_reference, batch_hard_reference, pairs_by_candidate, triplet_loss_reference
 
@@ -270,6 +271,33 @@ def test_no_split_of_the_candidates_changes_a_bit(kernels):
         for mined, loss, slope, gradients in results:
             first = *results[0][0], *results[0][1:3], *results[0][3]
             assert all(torch.equal(*pair) for pair in zip((*mined, loss, slope, *gradients), first))
+
+
+@pytest.mark.parametrize('heads, n, m, multiprocessors, expected', [
+    (3, 64, 64, 132, (16, 4, 1)),       # one tile of candidates: nothing to split
+    (1, 1024, 1024, 132, (16, 64, 4)),  # 256 blocks of four tiles
+    (1, 2048, 2048, 132, (64, 32, 8)),
+    (8, 8192, 8192, 132, (64, 128, 1)),
+    (1, 16, 100_000, 132, (16, 1, 261)),
+    (1, 5, 0, 132, (16, 1, 1)),
+])
+def test_every_multiprocessor_has_work(kernels, heads, n, m, multiprocessors, expected):
+    with kernels('plain') as process:
+        printed = start(process.args[-1], heads, n, m, multiprocessors).communicate()[0].decode()
+    anchors, tiles, parts = plan = tuple(map(int, printed.split()))
+    assert plan == expected and heads * tiles * parts >= min(multiprocessors, heads * tiles * -(-m // 64))
+
+
+def test_the_cuda_module_takes_what_python_passes():
+    """Tensors of the CPU get as far as the search for a kernel of their device: the arguments fit the schema."""
+    if native.missing('_cuda'):
+        pytest.skip(native.missing('_cuda'))
+    x, y, grad = torch.ones(3, 4), torch.ones(5, 4), torch.ones(3, 5)
+    items = torch.zeros(3, 2, dtype=torch.int64)
+    for operator, arguments in ((torch.ops.mgn_cuda.pairwise_distance_gradient, (x, y, None, grad, 1, x)),
+                                (torch.ops.mgn_cuda.select_nearest, (grad, grad[0], grad[0], 0, x[:, :2], items))):
+        with pytest.raises(NotImplementedError, match="'CPU' backend"):
+            operator.default(*arguments)
 
 
 def test_every_line_of_the_kernels_is_run(kernels, tmp_path_factory):

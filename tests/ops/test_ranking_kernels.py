@@ -115,7 +115,8 @@ def test_without_the_intrinsics_that_round_it_would(kernels, tmp_path):
     for path in (ROOT / 'csrc/kernels').glob('*'):
         text = path.read_text().replace('__dmul_rn(a - b, a - b)', '(a - b) * (a - b)')
         (tmp_path / path.name).write_text(text)
-    sources = [tmp_path / 'ranking_cuda.cu', tmp_path / 'nearest_cuda.cu', ROOT / 'tests/cuda_emulator/ranking_main.cpp']
+    driver = ROOT / 'tests/cuda_emulator/ranking_main.cpp'
+    sources = [tmp_path / 'ranking_cuda.cu', tmp_path / 'nearest_cuda.cu', driver]
     process = start(compile_for_emulator(tmp_path, 'fused', sources, FLAGS['fused']))
     fused = keys_and_norms(process, 'euclidean')
     finish(process)
