@@ -85,8 +85,10 @@ template <typename T> __global__ void __launch_bounds__(kThreads) project(Gradie
   const T* x = g.x + i * g.d;
   const double *pull = g.pull + i * g.d, norm = g.norms[i];
   double along = 0;
+#pragma unroll 1  // the divisions of more at once take too many registers
   for (int64_t k = threadIdx.x % 32; k < g.d; k += 32) along += pull[k] * unit(widen(x[k]), &norm);
   along = sum_over_warp(along);
+#pragma unroll 1
   for (int64_t k = threadIdx.x % 32; k < g.d; k += 32)
     g.out[i * g.d + k] = narrow<T>(Wide<T>(norm == 0 ? 0 : (pull[k] - along * unit(widen(x[k]), &norm)) / norm));
 }
