@@ -245,8 +245,8 @@ cudaError_t forward(const BatchHard& x, const int64_t* labels, const int64_t* ca
 MiningPlan plan_mining(const BatchHard& x, int multiprocessors, int anchors, int64_t parts) {
   const auto ceiling = [](int64_t count, int64_t size) { return (count + size - 1) / size; };
   const int64_t columns = ceiling(x.m, kColumns), wanted = 2 * int64_t(multiprocessors);  // two blocks on each
-  // 64 anchors at a time make better use of a multiprocessor, once there is work for a block or two on each.
-  if (!anchors) anchors = x.heads * ceiling(x.n, 64) * columns >= wanted ? 64 : 16;
+  // 64 anchors at a time make better use of a multiprocessor, where there are so many, and work for every block.
+  if (!anchors) anchors = x.n > 32 && x.heads * ceiling(x.n, 64) * columns >= wanted ? 64 : 16;
   const int64_t tiles = ceiling(x.n, anchors), blocks = x.heads * tiles;
   if (!parts && blocks && columns) parts = ceiling(columns, ceiling(columns, ceiling(wanted, blocks)));
   if (parts < 1) parts = 1;

@@ -60,7 +60,9 @@ def passes(tmp_path_factory):
     return passes
 
 
-@pytest.mark.parametrize('group, cases', [('batch_hard', mine), ('pairwise_distance', measure), ('ranking', rank)])
+@pytest.mark.parametrize('group, cases', [
+    ('batch_hard', mine), pytest.param('pairwise_distance', measure, marks=pytest.mark.long),
+    pytest.param('ranking', rank, marks=pytest.mark.long)])
 def test_conflicts_are_those_that_are_known(passes, group, cases):
     table = passes(group, cases)
     print(f'\n| source | line | access | passes | fewest |\n|{"---|" * 5}')

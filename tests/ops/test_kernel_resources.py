@@ -106,6 +106,7 @@ def test_what_is_too_much_or_missing_is_said():
     assert list(missing('other', [])) == []
 
 
+@pytest.mark.long  # CI runs benchmarks.kernel_resources, which says the same of all kernels
 def test_the_tile_loader_is_ahead_and_the_last_block_has_fences():
     nvcc = need('nvcc', 'which compiles CUDA kernels')
     entries, code = compile_sources(nvcc, [KERNELS / 'batch_hard_cuda.cu'], [LOOKED_AT])

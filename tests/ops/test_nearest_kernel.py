@@ -51,7 +51,8 @@ CASES = [([1], 1), ([5], 40), ([300, 40, 700], 17), ([1030, 1024, 3], 46), ([204
          ([1500, 6000], 2100), ([6200], 2060)]
 
 
-@pytest.mark.parametrize('kind, order', [*(('plain', order) for order in ORDERS), ('address', '1'), ('thread', '1')])
+@pytest.mark.parametrize('kind, order', [*(('plain', order) for order in ORDERS), ('address', '1'),
+                                         pytest.param('thread', '1', marks=pytest.mark.long)])
 @pytest.mark.parametrize('levels', [None, 1])
 def test_widths_capacities_and_ties(kernels, kind, order, levels):
     with kernels(kind, order, 'ranking') as process:
