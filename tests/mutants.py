@@ -19,7 +19,7 @@ class Mutant(NamedTuple):
 
 # What is compared with a size, or with the last row. The conditions of loops are none: without them nothing ends.
 SIZE = (r'(?:2 \* b\.n|b\.heads \* rows \* slices|[tg]\.n \+ [tg]\.m|n\.rows\.count|p\.count|[a-z]\.(?:n|m|d|items)|'
-        r'\b(?:n|m|d|open|end|items|last|room|kPackets|kRows|kColumns|kSpan|kLevels)\b)(?! *[.*])')
+        r'\b(?:n|m|d|open|end|items|last|left|room|kPackets|kRows|kColumns|kSpan|kLevels)\b)(?! *[.*])')
 PATTERNS = {
     'barrier': (r'__syncthreads\(\)', 'if (emulator::mutant() != {number}) {text}'),
     'fence': (r'__threadfence\(\)', 'if (emulator::mutant() != {number}) {text}'),

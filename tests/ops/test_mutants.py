@@ -56,8 +56,8 @@ def rank(process):
             check_ranks(*problem(5, 40, 17), metric=metric, junk_pid=1)
             check_ranks(*near_ties(3, 60, 33), metric=metric)
         for matches in (1024, 1400):  # counted in shared memory, and in global memory
-            problems.append((*problem(2, 2300, 2)[:2], np.zeros(2, int), np.arange(2300) >= matches, np.ones(2, int),
-                             np.zeros(2300, int)))
+            pids = (np.arange(2300) >= matches).astype(int)
+            problems.append((*problem(2, 2300, 2)[:2], np.zeros(2, int), pids, np.ones(2, int), np.zeros(2300, int)))
         got = [ranks_of(*each) for each in problems]
     assert got == [ranks_of(*each) for each in problems]
     for widths, capacity in (([5], 40), ([1030, 700], 46), ([300, 2048], 1500), ([4400], 2060)):
@@ -143,4 +143,4 @@ def test_every_mutant_is_found(mutated):
 def test_mutants_of_mining_are_found(mutated, kind):
     mutants, run = mutated
     chosen = [mutant for mutant in mutants if mutant.kind == kind and mutant.place.startswith('batch_hard_cuda')]
-    assert chosen and not any(survives(run, mutant) for mutant in chosen[:2])
+    assert run('batch_hard', PLAIN, 0) and chosen and not any(survives(run, mutant) for mutant in chosen[:2])
