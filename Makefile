@@ -17,8 +17,8 @@ sanitize:    # the CPU operations under AddressSanitizer and UndefinedBehaviorSa
 	cd build/sanitize && MGN_CUDA=0 CFLAGS='$(SANITIZERS)' LDFLAGS='$(SANITIZERS)' python setup.py build_ext --inplace
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	  pytest -n 0 --ignore-glob='*_cuda*.py' --ignore=tests/ops/test_native.py \
-	  --ignore=tests/ops/test_kernel_resources.py --ignore=tests/ops/test_ranking_kernels.py \
+	  pytest -n 0 --ignore-glob='*_cuda*.py' --ignore-glob='*_kernel*.py' --ignore=tests/ops/test_native.py \
+	  --ignore=tests/ops/test_mutants.py --ignore=tests/ops/test_banks.py \
 	  -k 'not memory_stays and not all_at_once and not need_no and not needs_no' tests/ops
 
 gpu:         # on a machine with a GPU: build, GPU tests, compute-sanitizer, times; STEPS='…' for some of them

@@ -20,7 +20,8 @@ if sys.platform == 'win32':
     sys.exit('mgn: Windows is not supported; install it on Linux or macOS, or in the Windows Subsystem for Linux')
 
 LIMITED = not sysconfig.get_config_var('Py_GIL_DISABLED')  # free-threaded Python has no limited API
-ARCHITECTURES = ['7.5', '8.0', '8.6', '9.0', '10.0', '12.0']  # one per generation; PTX of the last serves newer ones
+# One per generation; PTX of the last serves newer ones.
+ARCHITECTURES = ['7.5', '8.0', '8.6', '9.0', '10.0', '11.0', '12.0']
 
 
 def cuda_toolkit():

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kernels/batch_hard_cuda.h"
+#include "kernels/nearest_cuda.h"
 #include "kernels/pairwise_distance_cuda.h"
 #include "kernels/ranking_cuda.h"
 
@@ -80,13 +81,15 @@ bool batch_hard(Tensor anchors, Tensor labels, std::optional<Tensor> candidates,
   STD_TORCH_CHECK(!loss == !slope && !candidates == !candidate_labels,
                   "mgn_cuda: pass loss and slope together, and candidates and candidate_labels together");
   const auto x = mining(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx);
-  const Tensor finished = torch::stable::new_empty(anchors, {loss ? x.heads : 0}, ScalarType::Int);
   const mgn::TripletLoss triplet = {pointer(loss, anchors, wide(anchors), x.heads),
-                                    pointer(slope, anchors, wide(anchors), x.heads * x.n),
-                                    static_cast<int*>(finished.data_ptr()), !margin, margin.value_or(0)};
+                                    pointer(slope, anchors, wide(anchors), x.heads * x.n), !margin, margin.value_or(0)};
+  int multiprocessors = 0;
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, anchors.get_device_index()));
+  const mgn::MiningPlan plan = mgn::plan_mining(x, multiprocessors);
+  const Tensor scratch = torch::stable::new_empty(anchors, {plan.scratch_bytes}, ScalarType::Byte);
   check(mgn::batch_hard_forward(x, indices(labels, anchors, x.n),
-                                indices(candidate_labels ? *candidate_labels : labels, anchors, x.m), triplet, 0,
-                                current_stream(anchors)));
+                                indices(candidate_labels ? *candidate_labels : labels, anchors, x.m), triplet, plan,
+                                scratch.data_ptr(), current_stream(anchors)));
   return true;  // as far as is known without waiting: features that are not finite show as NaN
 }
 
@@ -171,6 +174,21 @@ void count_nonmatches(Tensors tile, bool cosine, int64_t first, Tensors filter_t
       integers(redecided, 1), current_stream(query)));
 }
 
+void select_nearest(Tensor dots, Tensor item_scale, Tensor item_shift, int64_t first, Tensor values, Tensor items) {
+  const torch::stable::accelerator::DeviceGuard guard(dots.get_device_index());
+  const int64_t queries = dots.size(0), n = dots.size(1), capacity = values.size(1);
+  STD_TORCH_CHECK(first + n <= int64_t(1) << 32 && capacity < int64_t(1) << 30,
+                  "mgn_cuda: expected up to 2^32 items, of which fewer than 2^30 are selected, but got ", first + n,
+                  " and ", capacity);
+  const Tensor scratch = torch::stable::new_empty(items, {queries * mgn::nearest_scratch(capacity)});
+  const mgn::Selected selected = {capacity, floats(values, dots, queries * capacity),
+                                  indices(items, dots, queries * capacity),
+                                  static_cast<unsigned long long*>(scratch.data_ptr())};
+  const mgn::Filter filter = {floats(dots, dots, queries * n), n, floats(item_scale, dots, n),
+                              floats(item_shift, dots, n)};
+  check(mgn::select_nearest(filter, queries, n, first, selected, current_stream(dots)));
+}
+
 void pairwise_distance(Tensor x, Tensor y, int64_t metric, Tensor out) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2, "mgn_cuda: expected x and y of shape (rows, D), but got ", x.dim(),
@@ -182,6 +200,27 @@ void pairwise_distance(Tensor x, Tensor y, int64_t metric, Tensor out) {
                                 pointer(x, x, x.scalar_type(), n * d), pointer(y, x, x.scalar_type(), m * d),
                                 pointer(out, x, wide(x), n * m), static_cast<double*>(scratch.data_ptr())},
                                current_stream(x)));
+}
+
+void pairwise_distance_gradient(Tensor x, Tensor y, std::optional<Tensor> dist, Tensor grad, int64_t metric,
+                                Tensor out) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const int64_t n = x.size(0), m = y.size(0), d = x.size(1);
+  const bool cosine = mgn::Metric(metric) == mgn::Metric::cosine;
+  STD_TORCH_CHECK(dist.has_value() == (mgn::Metric(metric) == mgn::Metric::euclidean),
+                  "mgn_cuda: pass dist with the Euclidean distance alone");
+  for (const Tensor& matrix : {grad, dist.value_or(grad)})
+    STD_TORCH_CHECK(matrix.get_device_index() == x.get_device_index() && matrix.scalar_type() == wide(x) &&
+                        matrix.dim() == 2 && matrix.size(0) == n && matrix.size(1) == m,
+                    "mgn_cuda: expected dist and grad of shape (", n, ", ", m, "), of the distances' type and device");
+  const Tensor scratch = torch::stable::new_empty(x, {cosine ? n + m + n * d : 0}, ScalarType::Double);
+  const Tensor& of = dist ? *dist : grad;
+  check(mgn::pairwise_distance_gradient(
+      {feature_type(x.scalar_type()), mgn::Metric(metric), n, m, d, pointer(x, x, x.scalar_type(), n * d),
+       pointer(y, x, x.scalar_type(), m * d), pointer(out, x, x.scalar_type(), n * d),
+       static_cast<double*>(scratch.data_ptr())},
+      {of.data_ptr(), grad.data_ptr(), {of.stride(0), of.stride(1)}, {grad.stride(0), grad.stride(1)}},
+      current_stream(x)));
 }
 
 // Why this build cannot run on that device (an architecture that it was not compiled for), or nothing.
@@ -216,6 +255,11 @@ STABLE_TORCH_LIBRARY(mgn_cuda, m) {
       "count_nonmatches(Tensor[] tile, bool cosine, int first, Tensor[] filter_terms, Tensor[] matches, "
       "Tensor[] excluded, Tensor(a!) steps, Tensor(b!) redecided) -> ()");
   m.def("pairwise_distance(Tensor x, Tensor y, int metric, Tensor(a!) out) -> ()");
+  m.def(
+      "pairwise_distance_gradient(Tensor x, Tensor y, Tensor? dist, Tensor grad, int metric, Tensor(a!) out) -> ()");
+  m.def(
+      "select_nearest(Tensor dots, Tensor item_scale, Tensor item_shift, int first, Tensor(a!) values, "
+      "Tensor(b!) items) -> ()");
   m.def("unusable(int device) -> str");
   m.def("build() -> str");
   m.def("sources() -> str");
@@ -227,6 +271,8 @@ STABLE_TORCH_LIBRARY_IMPL(mgn_cuda, CUDA, m) {
   m.impl("canonical_norms", TORCH_BOX(&canonical_norms));
   m.impl("canonical_keys", TORCH_BOX(&canonical_keys));
   m.impl("count_nonmatches", TORCH_BOX(&count_nonmatches));
+  m.impl("pairwise_distance_gradient", TORCH_BOX(&pairwise_distance_gradient));
+  m.impl("select_nearest", TORCH_BOX(&select_nearest));
   m.impl("pairwise_distance", TORCH_BOX(&pairwise_distance));
 }
 

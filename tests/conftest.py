@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from emulation import FLAGS, ROOT, compile_for_emulator, finish, start
+from emulation import FILES, FLAGS, ROOT, compile_for_emulator, finish, start
 from implementations import IMPLEMENTATIONS, run_as
 from PIL import Image
 
@@ -91,11 +91,12 @@ def kernels(tmp_path_factory):
     folder, built = tmp_path_factory.mktemp('kernels'), {}
 
     @contextmanager
-    def kernels(kind, order='forward', of='batch_hard'):
+    def kernels(kind, order='forward', of='batch_hard', blocks=1):
         if (kind, of) not in built:
-            sources = [*(ROOT / 'csrc/kernels').glob(f'{of}*.cu'), ROOT / f'tests/cuda_emulator/{of}_main.cpp']
+            sources = [path for path in (ROOT / 'csrc/kernels').glob('*.cu') if path.name.startswith(FILES.get(of, of))]
+            sources.append(ROOT / f'tests/cuda_emulator/{of}_main.cpp')
             built[kind, of] = compile_for_emulator(folder, f'{of}_{kind}', sources, FLAGS[kind])
-        process = start(built[kind, of], order=order)
+        process = start(built[kind, of], order=order, blocks=blocks)
         try:
             yield process
         except BaseException:

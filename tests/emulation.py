@@ -19,11 +19,14 @@ ROOT = Path(__file__).parent.parent
 FLAGS = {
     'plain': ['-O1'],
     'coverage': ['-O0', '--coverage'],
-    # Variables in a section of their own are watched only when the section is named.
-    'address': ['-O1', '-g1', '-fsanitize=address,undefined', '-fno-sanitize-recover=undefined',
-                '-fsanitize-sections=cuda_shared'],
+    'address': ['-O1', '-g1', '-fsanitize=address,undefined', '-fno-sanitize-recover=undefined'],
     'thread': ['-O1', '-g1', '-fsanitize=thread'],
+    'fused': ['-O2', '-mfma', '-ffp-contract=fast'],
+    # Loads and stores call the functions of banks.cpp. Unoptimised, so that one of 16 bytes stays one.
+    'banks': ['-O0', '-g1', '-no-pie', '-fno-threadsafe-statics', '-fsanitize=thread', '-U__SANITIZE_THREAD__',
+              '--param', 'tsan-instrument-func-entry-exit=0'],
 }
+FILES = {'ranking': ('ranking', 'nearest')}  # kernels of one executable, by the beginning of their names
 ORDERS = ['forward', 'reverse', '1', '2', '3']
 TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # as FeatureType counts them
 
@@ -41,24 +44,34 @@ def compile_for_emulator(folder, name, sources, flags):
     compiler = need('g++', 'which compiles kernels for the emulator')
     command = [compiler, '-std=c++17', '-U_FORTIFY_SOURCE', '-w', *flags, '-I', ROOT / 'tests/cuda_emulator',
                '-I', ROOT / 'csrc/kernels']
+    is_counted, counter = flags == FLAGS['banks'], ROOT / 'tests/cuda_emulator/banks.cpp'
+    sources = [*sources, counter] if is_counted else sources
+    own = {counter: ['-O1', '-fno-sanitize=thread']}
     objects = [f'{name}-{Path(source).stem}.o' for source in sources]
-    compiling = [subprocess.Popen([*command, '-c', '-o', out, '-x', 'c++', source], cwd=folder, stderr=subprocess.PIPE,
-                                  text=True) for source, out in zip(sources, objects)]
+    compiling = [subprocess.Popen([*command, *own.get(source, []), '-c', '-o', out, '-x', 'c++', source], cwd=folder,
+                                  stderr=subprocess.PIPE, text=True) for source, out in zip(sources, objects)]
     errors = [process.communicate()[1] for process in compiling]
     assert all(process.returncode == 0 for process in compiling), '\n'.join(errors)
-    done = subprocess.run([*command, '-o', name, *objects], cwd=folder, capture_output=True, text=True)
+    without_library = ['-fno-sanitize=thread'] if is_counted else []
+    done = subprocess.run([*command, *without_library, '-o', name, *objects], cwd=folder, capture_output=True,
+                          text=True)
     if done.returncode and 'cannot find' in done.stderr and 'san' in done.stderr and not os.environ.get('CI'):
         pytest.skip(f'no library for {flags} here: {done.stderr.splitlines()[-2]}')
     assert done.returncode == 0, done.stderr
     return Path(folder) / name
 
 
-def start(executable, *arguments, order='forward'):
-    """The executable with pipes. Its address space is not randomised: ThreadSanitizer needs the usual layout."""
+def start(executable, *arguments, order='forward', blocks=1, mutant=0, banks=''):
+    """The executable with pipes, `blocks` of a kernel at a time.
+
+    Its address space is not randomised: ThreadSanitizer needs the usual layout.
+    """
     plain = [shutil.which('setarch'), '-R'] if shutil.which('setarch') else []
-    return subprocess.Popen([*plain, executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    return subprocess.Popen([*plain, executable, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE,
-                            env={**os.environ, 'EMULATOR_ORDER': order, 'TSAN_OPTIONS': 'atexit_sleep_ms=0'})
+                            env={**os.environ, 'EMULATOR_ORDER': order, 'EMULATOR_BLOCKS': str(blocks),
+                                 'EMULATOR_MUTANT': str(mutant), 'EMULATOR_BANKS': str(banks),
+                                 'TSAN_OPTIONS': 'atexit_sleep_ms=0'})
 
 
 def to_bytes(tensor):
@@ -78,18 +91,18 @@ def receive(process, dtype, *shape):
 
 
 def batch_hard(process, anchors, labels, candidates=None, candidate_labels=None, margin=0.3, with_loss=True,
-               entries=None, tile=0):
+               entries=None, tile=0, parts=0):
     """(heads, N, D) through forward and backward → (BatchHard, loss, slope, gradients).
 
     The upstream gradients are 1, 2, … per head.
     entries: pairs_by_candidate if the backward kernel shall read sorted pairs.
-    tile: anchors of a block, 0 for the usual choice.
+    tile: anchors of a block, parts: blocks that share the candidates; 0 for the usual choice on 132 multiprocessors.
     """
     heads, n, d = anchors.shape
     m = n if candidates is None else candidates.shape[1]
     wide = torch.float64 if anchors.dtype == torch.float64 else torch.float32
-    process.stdin.write(struct.pack('10qd', TYPES.index(anchors.dtype), heads, n, m, d, candidates is None, with_loss,
-                                    margin is None, entries is not None, tile, margin or 0))
+    process.stdin.write(struct.pack('11qd', TYPES.index(anchors.dtype), heads, n, m, d, candidates is None, with_loss,
+                                    margin is None, entries is not None, tile, parts, margin or 0))
     given = [anchors, labels] if candidates is None else [anchors, candidates, labels, candidate_labels]
     process.stdin.write(b''.join(map(to_bytes, given)))
     process.stdin.flush()
@@ -108,11 +121,19 @@ def batch_hard(process, anchors, labels, candidates=None, candidate_labels=None,
     return mined, loss, slope, gradients
 
 
-def pairwise_distance(process, x, y, metric):
-    """(N, D), (M, D) through the kernel → (N, M)."""
-    process.stdin.write(struct.pack('5q', TYPES.index(x.dtype), METRICS.index(metric), len(x), len(y), x.shape[1]))
+def pairwise_distance(process, x, y, metric, dist_and_grad=()):
+    """(N, D), (M, D) through the kernel → (N, M); with (N, M) distances and gradients → (N, D), the gradient of x.
+
+    They may both be transposed.
+    """
+    transposed = any(matrix.stride(0) < matrix.stride(1) for matrix in dist_and_grad)
+    process.stdin.write(struct.pack('7q', TYPES.index(x.dtype), METRICS.index(metric), len(x), len(y), x.shape[1],
+                                    transposed, bool(dist_and_grad)))
     process.stdin.write(to_bytes(x) + to_bytes(y))
+    process.stdin.write(b''.join(to_bytes(matrix.T if transposed else matrix) for matrix in dist_and_grad))
     process.stdin.flush()
+    if dist_and_grad:
+        return receive(process, x.dtype, *x.shape)
     return receive(process, torch.float64 if x.dtype == torch.float64 else torch.float32, len(x), len(y))
 
 
@@ -147,8 +168,26 @@ def ranking_kernels(process):
              [query, gallery, tile.query_norms, tile.gallery_norms, *filter_terms, *matches, steps, *excluded,
               redecided], [steps, redecided])
 
+    def select_nearest(dots, item_scale, item_shift, first, values, items):
+        call(3, [*dots.shape, first, values.shape[1]], [dots, item_scale, item_shift, values, items], [values, items])
+
     return SimpleNamespace(canonical_norms=canonical_norms, canonical_keys=canonical_keys,
-                           count_nonmatches=count_nonmatches)
+                           count_nonmatches=count_nonmatches, select_nearest=select_nearest)
+
+
+def passes_over_banks(executable, file):
+    """What banks.cpp wrote: {(source, text of its line, 'load' or 'store'): (passes over the banks, the fewest)}."""
+    counts = [line.split() for line in file.read_text().splitlines()]
+    codes = [hex(int(code, 16) - 1) for code, *_ in counts]  # what is known is where a call returns to
+    places = subprocess.run(['addr2line', '-e', executable, *codes], capture_output=True, text=True, check=True).stdout
+    table = {}
+    for (_, stores, _, passes, fewest), place in zip(counts, places.splitlines()):
+        path, number = place.split(' ')[0].split(':')
+        text = Path(path).read_text().splitlines()[int(number) - 1].strip()
+        key = Path(path).name, text, 'store' if stores == '1' else 'load'
+        before = table.get(key, (0, 0))
+        table[key] = before[0] + int(passes), before[1] + int(fewest)
+    return table
 
 
 def missed_lines(folder, names):

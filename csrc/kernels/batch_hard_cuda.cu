@@ -1,11 +1,12 @@
 // Batch-hard mining on CUDA, forward: one launch, whatever the size.
 //
-// A block owns 16 or 64 anchors of a head and passes over all candidates, 64 at a time, as a matrix product would:
-// slices of both in shared memory, a register tile a thread. It sums (x − y)² where a product sums x·y, so nothing
-// cancels between near duplicates and nothing has to be measured again. Then it mines the tile in registers; the
-// distances never reach memory. At the end each warp settles anchors: it measures the selected pairs in double, and
-// selects again in double where squares left the range of their type. The last block of a head to finish sums that
-// head's loss in a fixed order.
+// A block owns 16 or 64 anchors of a head and passes over candidates, 64 at a time, as a matrix product would: slices
+// of both in shared memory, a register tile a thread. It sums (x − y)² where a product sums x·y, so nothing cancels
+// between near duplicates and nothing has to be measured again. Then it mines the tile in registers; the distances
+// never reach memory. Where there are too few anchors for every multiprocessor, the candidates are split among several
+// blocks, and the last of them to finish puts their results together; no split changes a bit. It settles the anchors,
+// a warp each: measures the selected pairs in double, and selects again in double where squares left the range of
+// their type. The last block of a head to finish sums that head's loss in a fixed order.
 #include "batch_hard_cuda.h"
 
 #include "squares_cuda.cuh"
@@ -34,13 +35,16 @@ template <typename C> struct Best {
     }
   }
 
-  __device__ void merge_lane(int distance) {
-    const C other_ap = __shfl_xor_sync(kWarp, ap, distance), other_an = __shfl_xor_sync(kWarp, an, distance);
-    const int other_pos = __shfl_xor_sync(kWarp, pos, distance), other_neg = __shfl_xor_sync(kWarp, neg, distance);
-    flags |= __shfl_xor_sync(kWarp, flags, distance);
+  __device__ void merge(const Best& other) {
     // As an unsigned number, −1 (no index) is the largest.
-    if (other_ap > ap || (other_ap == ap && unsigned(other_pos) < unsigned(pos))) ap = other_ap, pos = other_pos;
-    if (other_an < an || (other_an == an && unsigned(other_neg) < unsigned(neg))) an = other_an, neg = other_neg;
+    if (other.ap > ap || (other.ap == ap && unsigned(other.pos) < unsigned(pos))) ap = other.ap, pos = other.pos;
+    if (other.an < an || (other.an == an && unsigned(other.neg) < unsigned(neg))) an = other.an, neg = other.neg;
+    flags |= other.flags;
+  }
+  __device__ void merge_lane(int distance) {
+    merge({__shfl_xor_sync(kWarp, ap, distance), __shfl_xor_sync(kWarp, an, distance),
+           __shfl_xor_sync(kWarp, pos, distance), __shfl_xor_sync(kWarp, neg, distance),
+           __shfl_xor_sync(kWarp, flags, distance)});
   }
 };
 
@@ -65,10 +69,26 @@ template <typename T> struct Forward {
   Wide<T>*dist_ap, *dist_an;
   int64_t *pos_idx, *neg_idx;
   Wide<T>*loss, *slope;
-  int* finished;
   bool soft;
   double margin;
+  int64_t tiles, parts;    // of a head's anchors, and of its candidates
+  int *finished, *arrived; // how many blocks have, of each head and of each tile
+  Best<Wide<T>>* partial;  // (heads, tiles, parts, anchors of a block)
 };
+
+// Whether this block is the last of `blocks` to come here. What the others wrote before is then to be seen. The whole
+// block calls it; the barriers make one thread's fences count for all.
+__device__ bool is_last(int* arrived, int64_t blocks) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(arrived, 1) == blocks - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
 
 // Measures the selected partner; selects again if the selection is in doubt. By one warp.
 template <typename T>
@@ -135,10 +155,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(Wide<T>) == 8 ? 1 : 2) mine(F
   using C = Wide<T>;
   constexpr int kRows = kSide * kRowsPerThread;
   __shared__ Best<C> selected[kRows];
-  __shared__ bool last;
 
   const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
-  const int64_t tiles = (f.n + kRows - 1) / kRows, head = blockIdx.x / tiles, first = blockIdx.x % tiles * kRows;
+  const int64_t part = blockIdx.x % f.parts, tile = blockIdx.x / f.parts, head = tile / f.tiles,
+                first = tile % f.tiles * kRows;
   const T *anchors = f.anchors + head * f.n * f.d, *candidates = f.candidates + head * f.m * f.d;
 
   Best<C> best[kRowsPerThread];
@@ -149,14 +169,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(Wide<T>) == 8 ? 1 : 2) mine(F
     best[r] = Best<C>::none();
   }
 
-  for (int64_t column = 0; column < f.m; column += kColumns) {
+  for (int64_t column = part * kColumns; column < f.m; column += f.parts * kColumns) {
     C total[kRowsPerThread][kColumnsPerThread] = {};
     const auto as_it_is = [](int, C element) { return element; };
-    sum_tile<T, kRowsPerThread>(anchors + first * f.d, f.n - first, candidates + column * f.d, f.m - column, f.d,
+    sum_tile<T, kRowsPerThread>(anchors + first * f.d, f.n - first, candidates + column * f.d, f.m - column, int(f.d),
                                 as_it_is, as_it_is, total);
 #pragma unroll
     for (int c = 0; c < kColumnsPerThread; ++c) {
-      const int64_t j = column + tx * kColumnsPerThread + c;
+      const int64_t j = column + column_of<C>(tx, c);
       if (j >= f.m) continue;
       const int64_t label = f.candidate_labels[j];
 #pragma unroll
@@ -164,18 +184,27 @@ __global__ void __launch_bounds__(kThreads, sizeof(Wide<T>) == 8 ? 1 : 2) mine(F
     }
   }
 
+  Best<C>* const partial = f.partial + tile * f.parts * kRows;
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) {
     for (int distance = kSide / 2; distance; distance /= 2) best[r].merge_lane(distance);
-    if (best[r].pos >= 0 && best[r].ap < kTiny<C>) best[r].flags |= kPositiveOutOfRange;
-    if (best[r].neg >= 0 && best[r].an < kTiny<C>) best[r].flags |= kNegativeTiny;
-    if (tx == 0) selected[ty * kRowsPerThread + r] = best[r];
+    if (tx == 0) (f.parts > 1 ? partial + part * kRows : selected)[ty * kRowsPerThread + r] = best[r];
+  }
+  if (f.parts > 1) {
+    if (!is_last(f.arrived + tile, f.parts)) return;
+    if (threadIdx.x < kRows) {
+      Best<C> merged = partial[threadIdx.x];
+      for (int64_t p = 1; p < f.parts; ++p) merged.merge(partial[p * kRows + threadIdx.x]);
+      selected[threadIdx.x] = merged;
+    }
   }
   __syncthreads();
 
-  for (int r = threadIdx.x / 32; r < kRows && first + r < f.n; r += kThreads / 32) {
+  for (int r = threadIdx.x / 32; r < kRows && first + r < f.n; r += kWarps) {
     const int64_t i = first + r, at = head * f.n + i;
-    const Best<C> winner = selected[r];
+    Best<C> winner = selected[r];
+    if (winner.pos >= 0 && winner.ap < kTiny<C>) winner.flags |= kPositiveOutOfRange;
+    if (winner.neg >= 0 && winner.an < kTiny<C>) winner.flags |= kNegativeTiny;
     if (!warp_finds_all_finite(anchors + i * f.d, f.d)) {
       if (threadIdx.x % 32 == 0) {
         f.dist_ap[at] = f.dist_an[at] = C(nan(""));
@@ -192,39 +221,48 @@ __global__ void __launch_bounds__(kThreads, sizeof(Wide<T>) == 8 ? 1 : 2) mine(F
            f.neg_idx + at);
   }
 
-  if (f.loss == nullptr) return;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(f.finished + head, 1) == tiles - 1;
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
-  sum_loss(f, head);
+  if (f.loss && is_last(f.finished + head, f.tiles)) sum_loss(f, head);
 }
 
 template <typename T>
 cudaError_t forward(const BatchHard& x, const int64_t* labels, const int64_t* candidate_labels, const TripletLoss& t,
-                    int anchors_per_block, cudaStream_t stream) {
+                    const MiningPlan& plan, void* scratch, cudaStream_t stream) {
   using C = Wide<T>;
+  int* const finished = static_cast<int*>(scratch);
+  const int64_t tiles = x.heads * plan.tiles, counters = x.heads + tiles;
+  auto* const partial = reinterpret_cast<Best<C>*>(finished + (counters + 3) / 4 * 4);
   const Forward<T> f = {x.n, x.m, x.d, static_cast<const T*>(x.anchors), static_cast<const T*>(x.candidates), labels,
                         candidate_labels, static_cast<C*>(x.dist_ap), static_cast<C*>(x.dist_an), x.pos_idx, x.neg_idx,
-                        static_cast<C*>(t.loss), static_cast<C*>(t.slope), t.finished, t.soft, t.margin};
-  if (t.loss)
-    if (const cudaError_t error = cudaMemsetAsync(t.finished, 0, x.heads * sizeof(int), stream)) return error;
-  // 64 at a time make better use of a multiprocessor, once there are enough anchors for a block on each.
-  const int64_t rows = anchors_per_block ? anchors_per_block : x.heads * x.n >= 8192 ? 64 : 16;
-  return launch(rows == 64 ? mine<T, 4> : mine<T, 1>, x.heads * ((x.n + rows - 1) / rows), kThreads, stream, f);
+                        static_cast<C*>(t.loss), static_cast<C*>(t.slope), t.soft, t.margin, plan.tiles, plan.parts,
+                        finished, finished + x.heads, partial};
+  if (t.loss || plan.parts > 1)
+    if (const cudaError_t error = cudaMemsetAsync(finished, 0, counters * sizeof(int), stream)) return error;
+  return launch(plan.anchors == 64 ? mine<T, 4> : mine<T, 1>, tiles * plan.parts, kThreads, stream, f);
 }
 
 }  // namespace
 
+MiningPlan plan_mining(const BatchHard& x, int multiprocessors, int anchors, int64_t parts) {
+  const auto ceiling = [](int64_t count, int64_t size) { return (count + size - 1) / size; };
+  const int64_t columns = ceiling(x.m, kColumns), wanted = 2 * int64_t(multiprocessors);  // two blocks on each
+  // 64 anchors at a time make better use of a multiprocessor, where there are so many, and work for every block.
+  if (!anchors) anchors = x.n > 32 && x.heads * ceiling(x.n, 64) * columns >= wanted ? 64 : 16;
+  const int64_t tiles = ceiling(x.n, anchors), blocks = x.heads * tiles;
+  if (!parts && blocks && columns) parts = ceiling(columns, ceiling(columns, ceiling(wanted, blocks)));
+  if (parts < 1) parts = 1;
+  const int64_t entry = x.type == FeatureType::float64 ? sizeof(Best<double>) : sizeof(Best<float>);
+  return {anchors, tiles, parts, (x.heads + blocks + 3) / 4 * 16 + (parts > 1 ? blocks * parts * anchors * entry : 0)};
+}
+
 cudaError_t batch_hard_forward(const BatchHard& x, const int64_t* labels, const int64_t* candidate_labels,
-                               const TripletLoss& triplet, int anchors_per_block, cudaStream_t stream) {
+                               const TripletLoss& triplet, const MiningPlan& plan, void* scratch,
+                               cudaStream_t stream) {
+  if (x.d >= kMostDimensions) return cudaErrorInvalidValue;
   if (x.heads * x.n == 0)  // no anchors: losses of 0
     return triplet.loss ? cudaMemsetAsync(triplet.loss, 0, x.heads * (x.type == FeatureType::float64 ? 8 : 4), stream)
                         : cudaSuccess;
   return with_type(x.type, [&](auto element) {
-    return forward<decltype(element)>(x, labels, candidate_labels, triplet, anchors_per_block, stream);
+    return forward<decltype(element)>(x, labels, candidate_labels, triplet, plan, scratch, stream);
   });
 }
 

@@ -21,7 +21,6 @@ struct BatchHard {  // every pointer is on the device; all is contiguous
 struct TripletLoss {  // left out where loss is null
   void* loss;         // (heads)
   void* slope;        // (heads, n): ∂loss/∂dist_ap = −∂loss/∂dist_an
-  int* finished;      // (heads) scratch
   bool soft;          // log(1 + exp(ap − an)) instead of max(0, ap − an + margin)
   double margin;
 };
@@ -37,9 +36,18 @@ struct MinedGradient {
   void* grad_candidates;  // (heads, m, d); not written where the anchors are their own candidates
 };
 
-// One launch each, whose result is returned. anchors_per_block: 16, 64, or 0 to choose by the number of anchors.
+// How mining is shared out among blocks; it changes no bit of the result.
+struct MiningPlan {
+  int anchors;            // of a block: 16 or 64
+  int64_t tiles, parts;   // blocks for a head's anchors, and blocks that share the candidates of each of these
+  int64_t scratch_bytes;
+};
+// For a device of so many multiprocessors; anchors and parts are chosen where they are 0.
+MiningPlan plan_mining(const BatchHard& mining, int multiprocessors, int anchors = 0, int64_t parts = 0);
+
+// One launch each, whose result is returned. scratch: plan.scratch_bytes, aligned to 16.
 cudaError_t batch_hard_forward(const BatchHard& mining, const int64_t* labels, const int64_t* candidate_labels,
-                               const TripletLoss& triplet, int anchors_per_block, cudaStream_t stream);
+                               const TripletLoss& triplet, const MiningPlan& plan, void* scratch, cudaStream_t stream);
 cudaError_t batch_hard_backward(const BatchHard& mining, const MinedGradient& gradient, cudaStream_t stream);
 
 // Whether this build has code for the current device.

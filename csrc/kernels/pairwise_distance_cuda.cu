@@ -30,7 +30,7 @@ template <typename T> struct Tiles {
   Scale* scales;  // of the rows of x, then of y; null but for the cosine
 };
 
-constexpr int kWarps = kThreads / 32, kRowsPerThread = 4, kRows = kSide * kRowsPerThread;
+constexpr int kRowsPerThread = 4, kRows = kSide * kRowsPerThread;
 
 template <typename T> __global__ void __launch_bounds__(kThreads) find_scales(Tiles<T> t) {
   const int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
@@ -55,7 +55,7 @@ template <typename T> __global__ void __launch_bounds__(kThreads, sizeof(Wide<T>
   const Scale *of_x = t.scales ? t.scales + i0 : nullptr, *of_y = t.scales ? t.scales + t.n + j0 : nullptr;
   C total[kRowsPerThread][kColumnsPerThread] = {};
   sum_tile<T, kRowsPerThread>(
-      t.x + i0 * t.d, t.n - i0, t.y + j0 * t.d, t.m - j0, t.d,
+      t.x + i0 * t.d, t.n - i0, t.y + j0 * t.d, t.m - j0, int(t.d),
       [&](int r, C element) { return scaled(element, of_x ? of_x + r : nullptr); },
       [&](int c, C element) { return scaled(element, of_y ? of_y + c : nullptr); }, total);
 
@@ -66,7 +66,7 @@ template <typename T> __global__ void __launch_bounds__(kThreads, sizeof(Wide<T>
   for (int r = 0; r < kRowsPerThread; ++r)
 #pragma unroll
     for (int c = 0; c < kColumnsPerThread; ++c) {
-      const int64_t i = i0 + ty * kRowsPerThread + r, j = j0 + tx * kColumnsPerThread + c;
+      const int64_t i = i0 + ty * kRowsPerThread + r, j = j0 + column_of<C>(tx, c);
       if (i >= t.n || j >= t.m) continue;
       t.out[i * t.m + j] = finished(total[r][c], t.metric);
       if (total[r][c] < low || total[r][c] == infinity<C>())
@@ -76,7 +76,7 @@ template <typename T> __global__ void __launch_bounds__(kThreads, sizeof(Wide<T>
     for (unsigned lanes = __ballot_sync(kWarp, doubt >> pair & 1); lanes; lanes &= lanes - 1) {
       const int thread = threadIdx.x / 32 * 32 + __ffs(lanes) - 1;
       const int r = thread / kSide * kRowsPerThread + pair / kColumnsPerThread,
-                c = thread % kSide * kColumnsPerThread + pair % kColumnsPerThread;
+                c = column_of<C>(thread % kSide, pair % kColumnsPerThread);
       const T *x = t.x + (i0 + r) * t.d, *y = t.y + (j0 + c) * t.d;
       const double a = of_x ? of_x[r].norm : 1, b = of_y ? of_y[c].norm : 1;
       const double dist = warp_norm(t.d, [&](int64_t k) { return widen(x[k]) / a - widen(y[k]) / b; });
@@ -99,6 +99,7 @@ template <typename T> cudaError_t distances(const Pairs& p, cudaStream_t stream)
 }  // namespace
 
 cudaError_t pairwise_distance(const Pairs& pairs, cudaStream_t stream) {
+  if (pairs.d >= kMostDimensions) return cudaErrorInvalidValue;
   return with_type(pairs.type, [&](auto element) { return distances<decltype(element)>(pairs, stream); });
 }
 

@@ -21,4 +21,13 @@ struct Pairs {  // every pointer is on the device; all is contiguous
 // One launch, two for the cosine; returns what they returned.
 cudaError_t pairwise_distance(const Pairs& pairs, cudaStream_t stream);
 
+struct DistanceGradient {  // elements of the distances' type, of row i and column j at i · strides[0] + j · strides[1]
+  const void *dist, *grad;  // (n, m); dist for the Euclidean distance alone
+  int64_t dist_strides[2], grad_strides[2];
+};
+
+// The gradient with respect to x, to pairs.out (n, d), of the rows' type; scratch: (n + m + n · d) for the cosine. One
+// launch, three for the cosine.
+cudaError_t pairwise_distance_gradient(const Pairs& pairs, const DistanceGradient& of, cudaStream_t stream);
+
 }  // namespace mgn

@@ -111,10 +111,9 @@ __global__ void __launch_bounds__(kThreads) count(Count c) {
   for (int i = threadIdx.x; i < kLevels; i += kThreads) steps[i] = 0;
 
   for (int64_t from = 0; from < items; from += kSpan) {
-    __syncthreads();  // the last span has been counted
-    for (int j = threadIdx.x; j < kSpan; j += kThreads) skipped[j] = false;
+    for (int j = threadIdx.x; j < kSpan; j += kThreads) skipped[j] = false;  // what this thread alone has counted
     __syncthreads();
-    const int64_t first = c.tile.first + from, end = c.tile.first + (from + kSpan < items ? from + kSpan : items);
+    const int64_t first = c.tile.first + from, end = first + kSpan;
     for (int list = 0; list < 2; ++list) {
       const int64_t* excluded = list ? c.excluded.junk : c.excluded.order + c.excluded.begin[q];
       const int64_t n = list ? c.excluded.junk_count : c.excluded.end[q] - c.excluded.begin[q];

@@ -5,12 +5,57 @@
 namespace mgn {
 namespace {
 
-constexpr int kThreads = 256, kSide = 16;  // a block is 16 × 16 threads
+constexpr int kThreads = 256, kSide = 16, kWarps = kThreads / 32;  // a block is 16 × 16 threads
 constexpr int kColumns = 64, kColumnsPerThread = kColumns / kSide;
+constexpr int64_t kMostDimensions = 1 << 25;  // fewer: offsets in a tile of 64 rows are ints
 constexpr int kDepth = 32;  // dimensions in shared memory; summed apart, then added: bounds the rounding
 
-template <typename C> struct alignas(16) Four {  // read from shared memory in one instruction, or two
-  C at[4];
+template <typename C> struct alignas(16) Packet {  // what one instruction reads from shared memory, or writes there
+  static constexpr int kCount = 16 / sizeof(C);
+  C at[kCount];
+};
+
+// The c-th column of thread tx. Neighbours read neighbouring packets, so that they read different banks.
+template <typename C> __device__ int column_of(int tx, int c) {
+  constexpr int kCount = Packet<C>::kCount;
+  return c / kCount * kSide * kCount + tx * kCount + c % kCount;
+}
+
+// kDepth dimensions of kRows rows, on their way to shared memory: a warp has all dimensions of some packets of rows.
+template <typename T, int kRows> struct Slice {
+  static_assert(kDepth == 32, "a lane has one dimension");
+  static constexpr int kCount = Packet<Wide<T>>::kCount, kPackets = kRows / kCount;
+  static constexpr int kPerWarp = kPackets < kWarps ? 1 : kPackets / kWarps;
+  // [dimension][packet]. An odd number of packets: eight lanes that store one beside each other use all banks.
+  using Shared = Packet<Wide<T>>[kDepth][kPackets + 1];
+  static_assert(kPackets % 2 == 0, "with the pad it is odd");
+  T element[kPerWarp][kCount];
+
+  // Calls with the packet, the place in it and the row; the last row stands for those beyond it.
+  template <typename Call> static __device__ void each(int last, Call call) {
+    const int warp = threadIdx.x / 32;
+    if (kPackets < kWarps && warp >= kPackets) return;
+#pragma unroll
+    for (int p = 0; p < kPerWarp; ++p)
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) {
+        const int row = (p * kWarps + warp) * kCount + e;
+        call(p, e, row < last ? row : last);
+      }
+  }
+
+  // The next dimensions, those before x are done; those beyond the `left` that there are, are 0.
+  __device__ void load(const T* x, int last, int d, int left) {
+    const int k = threadIdx.x % 32;
+    each(last, [&](int p, int e, int row) { element[p][e] = k < left ? x[row * d + k] : T(); });
+  }
+  template <typename Of> __device__ void store(Shared& slice, int last, Of of) const {
+    Packet<Wide<T>> packet;
+    each(last, [&](int p, int e, int row) {
+      packet.at[e] = of(row, widen(element[p][e]));
+      if (e == kCount - 1) slice[threadIdx.x % 32][p * kWarps + threadIdx.x / 32] = packet;
+    });
+  }
 };
 
 // Squares outside (tiny, infinity) may have left the range of C.
@@ -37,41 +82,56 @@ template <typename Difference> __device__ double warp_norm(int64_t d, Difference
 }
 
 // total[r][c] = ‖row r − column c‖² of this thread's share of a tile, by the whole block. x has `rows`, y `columns`
-// rows. Elements beyond them count as 0. of_x(r, element) and of_y(c, element) return the element to use.
+// rows, at least one; what is summed of rows beyond them means nothing. of_x(r, element) and of_y(c, element) return
+// the element to use. While one slice is summed, the next is on its way.
 template <typename T, int kRowsPerThread, typename OfX, typename OfY>
-__device__ void sum_tile(const T* x, int64_t rows, const T* y, int64_t columns, int64_t d, OfX of_x, OfY of_y,
+__device__ void sum_tile(const T* x, int64_t rows, const T* y, int64_t columns, int d, OfX of_x, OfY of_y,
                          Wide<T> (&total)[kRowsPerThread][kColumnsPerThread]) {
   using C = Wide<T>;
-  constexpr int kRows = kSide * kRowsPerThread;
-  // [dimension][row or column]; the pad spreads what one warp stores over the banks.
-  __shared__ Four<C> y_slice[kDepth][kColumns / 4 + 1];
-  __shared__ Four<C> x_slice[kDepth][kRows / 4 + 1];
+  constexpr int kRows = kSide * kRowsPerThread, kCount = Packet<C>::kCount;
+  __shared__ typename Slice<T, kColumns>::Shared y_slice;
+  __shared__ typename Slice<T, kRows>::Shared x_slice;
   const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
-  for (int64_t from = 0; from < d; from += kDepth) {
+  int last_x = int(rows < kRows ? rows : kRows) - 1, last_y = int(columns < kColumns ? columns : kColumns) - 1;
+  Slice<T, kColumns> next_y;
+  Slice<T, kRows> next_x;
+  next_y.load(y, last_y, d, d);
+  next_x.load(x, last_x, d, d);
+  for (int left = d; left > 0; left -= kDepth) {
     __syncthreads();  // the last slice has been read
-    const int k = threadIdx.x % kDepth;
-    for (int r = threadIdx.x / kDepth; r < kRows; r += kThreads / kDepth)
-      x_slice[k][r / 4].at[r % 4] = r < rows && from + k < d ? of_x(r, widen(x[r * d + from + k])) : C(0);
-    for (int c = threadIdx.x / kDepth; c < kColumns; c += kThreads / kDepth)
-      y_slice[k][c / 4].at[c % 4] = c < columns && from + k < d ? of_y(c, widen(y[c * d + from + k])) : C(0);
+    next_y.store(y_slice, last_y, of_y);
+    next_x.store(x_slice, last_x, of_x);
     __syncthreads();
+    // Offsets of rows are found again for each slice: to keep them would take too many registers.
+    asm volatile("" : "+r"(last_x), "+r"(last_y));
+    x += kDepth, y += kDepth;
+    next_y.load(y, last_y, d, left - kDepth);
+    next_x.load(x, last_x, d, left - kDepth);
     C sum[kRowsPerThread][kColumnsPerThread] = {};
 #pragma unroll
     for (int depth = 0; depth < kDepth; ++depth) {
-      const Four<C> column = y_slice[depth][tx];
-      C row[kRowsPerThread];
-      if constexpr (kRowsPerThread == 4) {
-        const Four<C> four = x_slice[depth][ty];
+      C row[kRowsPerThread], column[kColumnsPerThread];
 #pragma unroll
-        for (int r = 0; r < 4; ++r) row[r] = four.at[r];
+      for (int c = 0; c < kColumnsPerThread; c += kCount) {
+        const Packet<C> packet = y_slice[depth][column_of<C>(tx, c) / kCount];
+#pragma unroll
+        for (int e = 0; e < kCount; ++e) column[c + e] = packet.at[e];
+      }
+      if constexpr (kRowsPerThread % kCount == 0) {
+#pragma unroll
+        for (int r = 0; r < kRowsPerThread; r += kCount) {
+          const Packet<C> packet = x_slice[depth][(ty * kRowsPerThread + r) / kCount];
+#pragma unroll
+          for (int e = 0; e < kCount; ++e) row[r + e] = packet.at[e];
+        }
       } else {
-        row[0] = x_slice[depth][ty / 4].at[ty % 4];
+        row[0] = x_slice[depth][ty / kCount].at[ty % kCount];
       }
 #pragma unroll
       for (int r = 0; r < kRowsPerThread; ++r)
 #pragma unroll
         for (int c = 0; c < kColumnsPerThread; ++c) {
-          const C difference = column.at[c] - row[r];
+          const C difference = column[c] - row[r];
           sum[r][c] += difference * difference;
         }
     }

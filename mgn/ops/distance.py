@@ -122,8 +122,13 @@ def power_of_two(largest):
 
 
 def _gradient(x, y, dist, grad, metric):
-    """Σ over y of what each pair pulls at x, from differences, in float64, some rows at a time."""
+    """Σ over y of what each pair pulls at x, from differences, in float64; by torch some rows at a time."""
     result, dtype = x.new_empty(x.shape), reference_type(x.device)
+    compiled = kernels(x.device) if x.device.type == 'cuda' else None
+    if compiled:
+        number = DISTANCES.index(metric)
+        compiled.pairwise_distance_gradient.default(x.contiguous(), y.contiguous(), dist, grad, number, result)
+        return result
     rows = max(1, min(1024, math.isqrt(2**24 // max(x.shape[1], 1))))  # rows × rows × D elements at a time at most
     for i in range(0, x.shape[0], rows):
         x_block = x[i:i + rows].to(dtype)

@@ -6,7 +6,7 @@
 namespace {
 
 struct Case {
-  int64_t type, heads, n, m, d, own, with_loss, soft, with_entries, anchors_per_block;
+  int64_t type, heads, n, m, d, own, with_loss, soft, with_entries, anchors_of_block, parts;
   double margin;
 };
 
@@ -17,15 +17,16 @@ void run(const Case& c) {
   const Bytes labels = read(c.n * 8), candidate_labels = read(c.own ? 0 : c.m * 8);
   const Bytes dist_ap = poisoned(rows * wide), dist_an = poisoned(rows * wide), pos_idx = poisoned(rows * 8),
               neg_idx = poisoned(rows * 8);
-  const Bytes loss = poisoned(c.heads * wide), slope = poisoned(rows * wide), finished = poisoned(c.heads * 4);
+  const Bytes loss = poisoned(c.heads * wide), slope = poisoned(rows * wide);
   const mgn::BatchHard mining = {
       mgn::FeatureType(c.type), c.heads, c.n, c.m, c.d, bool(c.own), anchors.get(),
       c.own ? anchors.get() : candidates.get(), dist_ap.get(), dist_an.get(), as<int64_t>(pos_idx),
       as<int64_t>(neg_idx)};
-  const mgn::TripletLoss triplet = {c.with_loss ? loss.get() : nullptr, slope.get(), as<int>(finished), bool(c.soft),
-                                    c.margin};
+  const mgn::TripletLoss triplet = {c.with_loss ? loss.get() : nullptr, slope.get(), bool(c.soft), c.margin};
+  const auto plan = mgn::plan_mining(mining, 132, int(c.anchors_of_block), c.parts);
+  const Bytes scratch = poisoned(plan.scratch_bytes);
   mgn::batch_hard_forward(mining, as<int64_t>(labels), as<int64_t>(c.own ? labels : candidate_labels), triplet,
-                          int(c.anchors_per_block), nullptr);
+                          plan, scratch.get(), nullptr);
   write(dist_ap, rows * wide);
   write(dist_an, rows * wide);
   write(pos_idx, rows * 8);
@@ -52,7 +53,15 @@ void run(const Case& c) {
 
 }  // namespace
 
-int main() {
+// With arguments (heads, anchors, candidates, multiprocessors) it prints how mining is shared out.
+int main(int count, char** arguments) {
+  if (count == 5) {
+    mgn::BatchHard mining = {};
+    mining.heads = std::atoi(arguments[1]), mining.n = std::atoi(arguments[2]), mining.m = std::atoi(arguments[3]);
+    const auto plan = mgn::plan_mining(mining, std::atoi(arguments[4]));
+    std::printf("%d %d %d\n", plan.anchors, int(plan.tiles), int(plan.parts));
+    return 0;
+  }
   if (mgn::batch_hard_loads()) return 1;
   for (Case c; std::fread(&c, sizeof c, 1, stdin) == 1;) run(c);
 }

@@ -1,6 +1,8 @@
-// Calls from standard input to the launchers of ranking_cuda.h, results to standard output. A call: its number, how
-// many integers and arrays, the integers, each array's size in bytes and content. The answer: the arrays it may change.
+// Calls from standard input to the launchers of ranking_cuda.h and nearest_cuda.h, results to standard output. A call:
+// its number, how many integers and arrays, the integers, each array's size in bytes and content. The answer: the
+// arrays it may change.
 #include "bytes.h"
+#include "nearest_cuda.h"
 #include "ranking_cuda.h"
 
 #include <vector>
@@ -63,6 +65,18 @@ void count(Call& c) {
   c.answer(18);
 }
 
+void nearest(Call& c) {
+  const int64_t queries = c.next_integer(), items = c.next_integer(), first = c.next_integer(),
+                capacity = c.next_integer();
+  const float *dots = c.next<float>(), *item_scale = c.next<float>(), *item_shift = c.next<float>();
+  const Bytes scratch = poisoned(8 * queries * mgn::nearest_scratch(capacity));
+  auto* values = c.next<float>();
+  mgn::select_nearest({dots, items, item_scale, item_shift}, queries, items, first,
+                      {capacity, values, c.next<int64_t>(), as<unsigned long long>(scratch)}, nullptr);
+  c.answer(3);
+  c.answer(4);
+}
+
 }  // namespace
 
 int main() {
@@ -73,7 +87,8 @@ int main() {
       call.sizes.push_back(*as<int64_t>(read(8)));
       call.arrays.push_back(read(call.sizes.back()));
     }
-    (head[0] == 0 ? norms : head[0] == 1 ? keys : count)(call);
+    constexpr void (*kCalls[])(Call&) = {norms, keys, count, nearest};
+    kCalls[head[0]](call);
     std::fflush(stdout);
   }
 }

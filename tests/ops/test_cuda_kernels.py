@@ -4,11 +4,12 @@ import itertools
 
 import pytest
 import torch
-from emulation import ORDERS, TYPES, batch_hard, missed_lines, need, pairwise_distance
+from emulation import ORDERS, TYPES, batch_hard, missed_lines, need, pairwise_distance, start
 from hypothesis import HealthCheck, given, settings
 from mining import (RELATIVE_ERROR, assert_mined, cases, examples, naive, naive_loss, random_candidates,
                     random_features, random_labels)
 
+from mgn.ops import native
 from mgn.ops.distance import DISTANCES as METRICS, pairwise_distance_reference
 from mgn.ops.triplet import backward_reference, batch_hard_reference, pairs_by_candidate, triplet_loss_reference
 
@@ -17,10 +18,12 @@ def sorted_always(pos_idx, neg_idx, m):
     return pairs_by_candidate(pos_idx, neg_idx, m, scanned=-1)
 
 
-def check(process, anchors, labels, candidates=(), margin=0.3, with_loss=True, entries=None, tile=0):
+def check(process, anchors, labels, candidates=(), margin=0.3, with_loss=True, entries=None, tile=0,
+          parts=0):
     """Forward and backward of one case are right."""
     mined, loss, slope, gradients = batch_hard(process, anchors, labels, *candidates, margin=margin,
-                                               with_loss=with_loss, entries=entries, tile=tile)
+                                               with_loss=with_loss, entries=entries, tile=tile,
+                                               parts=parts)
     assert_mined(mined, anchors, labels, *candidates)
     wide = mined.dist_ap.dtype
     upstream = torch.arange(1, len(anchors) + 1, dtype=wide)
@@ -69,6 +72,15 @@ def run_all(process, table):
 def test_sizes_and_types(kernels, kind, order):
     with kernels(kind, order) as process:
         run_all(process, SHORT)
+
+
+@pytest.mark.parametrize('blocks, order', [(2, '1'), (3, '2'), (4, '3')])
+def test_blocks_at_the_same_time(kernels, blocks, order):
+    with kernels('plain', order, blocks=blocks) as process:
+        run_all(process, SHORT[::3])
+        for tile, parts in ((16, 3), (64, 2)):
+            anchors, labels, candidates = features_of(40, 200, 9, torch.float32)
+            check(process, anchors, labels, candidates, tile=tile, parts=parts)
 
 
 @pytest.mark.long
@@ -203,6 +215,91 @@ def test_distances(kernels, kind, order):
             check_distances(process, torch.ones(n, width), torch.ones(m, width), 'cosine')
 
 
+def check_gradients(process, x, y, metric):
+    """Of x, and of y by the transposed matrices, against the torch operations that CPUs run."""
+    dist = pairwise_distance_reference(x, y, metric)
+    dist = dist.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    grad = random_features(len(x), len(y), dtype=dist.dtype, seed=2) + 0.5
+    coarse = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[x.dtype]
+    for rows, others, matrices in ((x, y, (dist, grad)), (y, x, (dist.T, grad.T))):
+        expected = torch.ops.mgn.pairwise_distance_gradient(
+            rows, others, matrices[0] if metric == 'euclidean' else None, matrices[1], metric)
+        got = pairwise_distance(process, rows, others, metric, matrices)
+        torch.testing.assert_close(got, expected, rtol=coarse, atol=coarse * expected.abs().nan_to_num(0, 0, 0).max(),
+                                   equal_nan=True)
+
+
+# Around 8 rows x, 64 rows y and 256 dimensions of a block.
+GRADIENTS = list(itertools.product([(1, 70, 33), (9, 64, 257), (17, 5, 256)], TYPES, METRICS))
+
+
+@pytest.mark.parametrize('kind, order', [('plain', 'forward'), ('plain', 'reverse'), *KINDS[-2:]])
+def test_gradients_of_distances(kernels, kind, order):
+    with kernels(kind, order, 'pairwise_distance') as process:
+        for (n, m, width), dtype, metric in GRADIENTS[::1 if kind == 'plain' else 4]:
+            x, y = random_features(n, width, dtype=dtype), random_features(m, width, dtype=dtype, seed=1)
+            y[0] = x[0]
+            check_gradients(process, x, y, metric)
+        for metric in METRICS:  # far from the origin: nothing cancels
+            x = 100 + random_features(5, 40, dtype=torch.float64)
+            check_gradients(process, x, torch.cat((x + 1e-6 * x.flip(0), x, 0 * x)), metric)
+            check_gradients(process, *odd_rows(torch.float64), metric)
+
+
+@pytest.mark.parametrize('metric', METRICS)
+def test_gradients_of_no_rows_and_of_rows_without_dimensions(kernels, metric):
+    with kernels('address', of='pairwise_distance') as process:
+        for n, m, width in ((0, 3, 2), (3, 0, 2), (3, 4, 0)):
+            matrices = torch.zeros(n, m), torch.ones(n, m)
+            got = pairwise_distance(process, torch.ones(n, width), torch.ones(m, width), metric, matrices)
+            assert got.shape == (n, width) and (got == 0).all()
+
+
+def test_no_split_of_the_candidates_changes_a_bit(kernels):
+    """Tiny and huge squares among them: what is then selected in double depends on the best of all parts."""
+    for dtype, exponent in ((torch.float32, 25), (torch.float64, 200)):
+        anchors, labels, (candidates, of_candidates) = features_of(20, 200, 9, torch.float64, heads=1)
+        candidates[0, 60:70], candidates[0, 70] = anchors[0, :10], 0
+        scale = torch.full((200,), 1.0, dtype=torch.float64)
+        scale[::9], scale[1::9] = 10.0 ** exponent, 10.0 ** -exponent
+        anchors[0, 15:] *= 10.0 ** -exponent
+        candidates = (candidates * scale[:, None]).to(dtype)
+        with kernels('plain', '1') as process:
+            results = [batch_hard(process, anchors.to(dtype), labels, candidates, of_candidates, tile=tile, parts=parts)
+                       for tile, parts in ((16, 1), (16, 2), (16, 3), (64, 1), (64, 4), (64, 7))]
+        assert_mined(results[0][0], anchors.to(dtype), labels, candidates, of_candidates)
+        for mined, loss, slope, gradients in results:
+            first = *results[0][0], *results[0][1:3], *results[0][3]
+            assert all(torch.equal(*pair) for pair in zip((*mined, loss, slope, *gradients), first))
+
+
+@pytest.mark.parametrize('heads, n, m, multiprocessors, expected', [
+    (3, 64, 64, 132, (16, 4, 1)),       # one tile of candidates: nothing to split
+    (1, 1024, 1024, 132, (16, 64, 4)),  # 256 blocks of four tiles
+    (1, 2048, 2048, 132, (64, 32, 8)),
+    (8, 8192, 8192, 132, (64, 128, 1)),
+    (1, 16, 100_000, 132, (16, 1, 261)),
+    (1, 5, 0, 132, (16, 1, 1)),
+])
+def test_every_multiprocessor_has_work(kernels, heads, n, m, multiprocessors, expected):
+    with kernels('plain') as process:
+        printed = start(process.args[-1], heads, n, m, multiprocessors).communicate()[0].decode()
+    anchors, tiles, parts = plan = tuple(map(int, printed.split()))
+    assert plan == expected and heads * tiles * parts >= min(multiprocessors, heads * tiles * -(-m // 64))
+
+
+def test_the_cuda_module_takes_what_python_passes():
+    """Tensors of the CPU get as far as the search for a kernel of their device: the arguments fit the schema."""
+    if native.missing('_cuda'):
+        pytest.skip(native.missing('_cuda'))
+    x, y, grad = torch.ones(3, 4), torch.ones(5, 4), torch.ones(3, 5)
+    items = torch.zeros(3, 2, dtype=torch.int64)
+    for operator, arguments in ((torch.ops.mgn_cuda.pairwise_distance_gradient, (x, y, None, grad, 1, x)),
+                                (torch.ops.mgn_cuda.select_nearest, (grad, grad[0], grad[0], 0, x[:, :2], items))):
+        with pytest.raises(NotImplementedError, match="'CPU' backend"):
+            operator.default(*arguments)
+
+
 def test_every_line_of_the_kernels_is_run(kernels, tmp_path_factory):
     """By gcov: each line of the .cu and .cuh files that compiles to anything."""
     need('gcov', 'which counts the lines that were run')
@@ -217,9 +314,11 @@ def test_every_line_of_the_kernels_is_run(kernels, tmp_path_factory):
             batch_hard(process, anchors, labels, *candidates)
         anchors, labels, candidates = features_of(20, None, 9, torch.float64)
         batch_hard(process, 1e-200 * anchors, labels)
+        batch_hard(process, *features_of(20, 200, 9, torch.float64)[:2], parts=3)
         run_all(process, [(0, 3, 3, torch.float32, 0, 0.3, True, False)])
     with kernels('coverage', of='pairwise_distance') as process:
         for dtype, metric in itertools.product((torch.float32, torch.float64), METRICS):
             check_distances(process, *odd_rows(dtype), metric)
+            check_gradients(process, *odd_rows(dtype), metric)
     folder = process.args[-1].parent
     assert missed_lines(folder, ['batch_hard', 'pairwise_distance', 'squares']) == []

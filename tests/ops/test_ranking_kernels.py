@@ -1,10 +1,13 @@
 """The CUDA kernels of ranking on the host, under the emulator and sanitizers, through mgn.ops.match_ranks."""
 
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
-from emulation import ORDERS, missed_lines, need, ranking_kernels
+import torch
+from emulation import (FLAGS, ORDERS, ROOT, compile_for_emulator, finish, missed_lines, need, ranking_kernels,
+                       start)
 from hypothesis import HealthCheck, given, settings, strategies as st
 from mining import examples
 from rankings import METRICS, extremes, naive_ranks, near_ties, problem, ranks_of
@@ -61,7 +64,7 @@ def test_spans_of_a_long_row_and_more_matches_than_shared_memory_counts(emulated
 
 
 @pytest.mark.parametrize('metric', METRICS)
-def test_neighbours_by_the_same_kernels_and_torch_topk(emulated, monkeypatch, metric):
+def test_neighbours_by_the_same_kernels(emulated, monkeypatch, metric):
     for make in (problem, near_ties, extremes):
         query, gallery, *_ = make(5, 90, 17)
         expected = topk(query, gallery, 20, metric), topk(gallery, gallery, 20, metric, exclude_self=True)
@@ -79,6 +82,46 @@ def test_all_go_by_key_where_all_are_equal(emulated):
         check(query, gallery, *ids)
     matched = np.diff(result.offsets) > 0
     assert result.redecided == sum(int((ids[1] != pid).sum()) for pid in ids[0][matched])
+
+
+def fuses():
+    if ' fma ' not in Path('/proc/cpuinfo').read_text():
+        pytest.skip('this CPU has no fused multiply-add of x86')
+
+
+def keys_and_norms(process, metric):
+    kernels = ranking_kernels(process)
+    query, gallery = (torch.from_numpy(features) for features in problem(4, 60, 33)[:2])
+    queries, items = (pairs.flatten() for pairs in torch.meshgrid(torch.arange(4), torch.arange(60), indexing='ij'))
+    norms, of_pairs = (torch.empty(n, dtype=torch.float64) for n in (60, 240))
+    kernels.canonical_norms(gallery, norms)
+    kernels.canonical_keys(query, gallery, queries, items, metric == 'cosine', of_pairs)
+    return torch.cat((norms, of_pairs)).view(torch.int64)
+
+
+@pytest.mark.parametrize('metric', METRICS)
+def test_a_compiler_that_fuses_what_it_can_changes_no_bit(kernels, metric):
+    fuses()
+    results = []
+    for kind in ('plain', 'fused'):
+        with kernels(kind, of='ranking') as process:
+            results.append(keys_and_norms(process, metric))
+    assert torch.equal(*results)
+
+
+@pytest.mark.long
+def test_without_the_intrinsics_that_round_it_would(kernels, tmp_path):
+    fuses()
+    for path in (ROOT / 'csrc/kernels').glob('*'):
+        text = path.read_text().replace('__dmul_rn(a - b, a - b)', '(a - b) * (a - b)')
+        (tmp_path / path.name).write_text(text)
+    driver = ROOT / 'tests/cuda_emulator/ranking_main.cpp'
+    sources = [tmp_path / 'ranking_cuda.cu', tmp_path / 'nearest_cuda.cu', driver]
+    process = start(compile_for_emulator(tmp_path, 'fused', sources, FLAGS['fused']))
+    fused = keys_and_norms(process, 'euclidean')
+    finish(process)
+    with kernels('plain', of='ranking') as process:
+        assert not torch.equal(keys_and_norms(process, 'euclidean'), fused)
 
 
 def test_features_that_are_not_finite_are_named(emulated):

@@ -145,8 +145,6 @@ def selections(comparison, operands, item_terms, searches):
     is_one = is_one_tensor(comparison) and len(query) * capacity * 12 <= STATE
     if is_one:
         items_at_once = queries_at_once = min(items_at_once, queries_at_once)
-    # On CUDA torch.topk selects.
-    kernels = comparison.kernels if hasattr(comparison.kernels, 'select_nearest') else reference
     item_scale, item_shift = item_terms
     selected = {}  # of a block's start: what is selected so far
 
@@ -157,7 +155,7 @@ def selections(comparison, operands, item_terms, searches):
                                      for search in searches]
         for search, (values, items) in zip(searches, selected[block.start]):
             scale, shift = -search.sign * item_scale[part], -search.sign * item_shift[part]
-            kernels.select_nearest(dots, scale, shift, part.start, values, items)
+            comparison.kernels.select_nearest(dots, scale, shift, part.start, values, items)
 
     for block in spans(len(query), queries_at_once):
         query_operand = operands[0](block)
