@@ -33,7 +33,7 @@ def carry_out(main, flags, arguments):
     handler.setFormatter(logging.Formatter('%(asctime)s %(levelname).1s %(message)s', '%H:%M:%S'))
     package = logging.getLogger('mgn')
     package.addHandler(handler)
-    package.setLevel(logging.INFO)
+    package.setLevel(logging.DEBUG if flags.verbosity > 0 else logging.INFO)  # absl's -v
     package.propagate = False  # absl prints the root logger's messages too
     try:
         processes.join()

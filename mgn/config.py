@@ -19,10 +19,9 @@ from pathlib import Path
 import gin
 
 # All that can be configured: a recipe may bind what the binary at hand does not use.
-from mgn import annotations, evaluation, features, losses, model, optim, training  # noqa: F401
+from mgn import annotations, evaluation, features, losses, model, optim, training, weights  # noqa: F401
 from mgn.data import augmentation, datasets  # noqa: F401
 from mgn.ops.errors import MissingFile, UserError
-from mgn.runs import checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,8 @@ RECIPES = PACKAGE if os.path.isdir(os.path.join(PACKAGE, 'gin')) else os.path.di
 SHARED = ('dataset', 'input_size')  # training and evaluation have to agree on them
 MACRO = 'gin.macro'
 NOT_SAVED = {'output_dir', 'features_dir', 'weights'}  # never read from a checkpoint
-TRAINING = ('train', 'mgn_losses', 'make_optimizer', 'Adam', 'AdamW', 'SGD', 'multi_step', 'cosine', 'Augmentation')
+TRAINING = ('train', 'mgn_losses', 'circle_softmax', 'CentreLosses', 'make_optimizer', 'Adam', 'AdamW', 'SGD',
+            'multi_step', 'cosine', 'Augmentation')
 # Parameters in configurations that earlier versions saved → their names of today; None: another binding has the value.
 EXTRACTION = ('input_size', 'batch_size', 'workers', 'flip_test', 'precision')
 MOVED = {**{f'evaluate.{name}': f'Extractor.{name}' for name in EXTRACTION},
@@ -60,7 +60,7 @@ def load(gin_files, bindings, saved=''):
 
 def load_checkpoint(gin_files, bindings):
     """The content of the checkpoint that the flags bind to `weights`. Its configuration is loaded, below theirs."""
-    content = checkpoint.load(bound_weights(gin_files, bindings))
+    content = weights.load_checkpoint(bound_weights(gin_files, bindings))
     load(gin_files, bindings, saved=content['config'])
     return content
 
@@ -68,12 +68,12 @@ def load_checkpoint(gin_files, bindings):
 def bound_weights(gin_files, bindings):
     """The path that the flags bind to `weights`; UserError where they bind none."""
     parse(gin_files, bindings)
-    weights = gin.query_parameter('%weights')
-    if not weights or not isinstance(weights, str):
-        found = '' if weights is None else f', found weights = {weights!r}'
+    path = gin.query_parameter('%weights')
+    if not path or not isinstance(path, str):
+        found = '' if path is None else f', found weights = {path!r}'
         raise UserError(f'The path of a checkpoint is needed{found}; '
                         f"give --gin_bindings=\"weights='runs/market/best.pth'\"")
-    return os.path.abspath(os.path.expanduser(weights))
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def default_output_dir(gin_files):

@@ -22,6 +22,7 @@ from mgn.ops.query_expansion import expand_queries
 from mgn.results import table, write_results
 from mgn.runs import checkpoint as checkpoints
 from mgn.runs import processes
+from mgn.runs.files import writing
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +30,21 @@ logger = logging.getLogger(__name__)
 @gin.configurable(denylist=['checkpoint'])
 def evaluate_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset: Dataset = gin.REQUIRED,
                         output_dir: str | None = None, device: str = 'auto',
-                        features_dir: str | None = None) -> dict:
+                        features_dir: str | None = None, test_sets: tuple[Dataset, ...] = ()) -> dict:
     """Evaluates a loaded checkpoint on `dataset`; prints the table, writes output_dir/eval.json, returns the results.
 
     weights: the checkpoint's path. output_dir: None means the working folder.
-    features_dir: a folder written by mgn.extract, whose features are read in place of the images.
+    features_dir: a folder written by mgn.extract, whose features are read in place of the images of `dataset`.
+    test_sets: further data sets, whose results follow in the table and in the list 'test_sets' of the results.
     """
     device = find_device(device)
+    for test_set in test_sets:
+        check_dataset(test_set)
     model = load_for_features(checkpoint, weights, device)
     results = {'weights': weights, 'step': checkpoint['step'],
                **evaluate(model, dataset, device, features_dir=features_dir)}
+    if test_sets:
+        results['test_sets'] = [evaluate(model, test_set, device) for test_set in test_sets]
     if processes.number() == 0:
         print(table(results))
         write_results(results, output_dir or os.getcwd())
@@ -54,6 +60,21 @@ def extract_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset: 
         raise UserError("mgn.extract needs a folder for the features; give --gin_bindings=\"features_dir='features'\"")
     device = find_device(device)
     write_features(load_for_features(checkpoint, weights, device), dataset, Extractor(device), features_dir)
+
+
+@gin.configurable(denylist=['checkpoint'])
+def convert_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_dir: str | None = None) -> None:
+    """Writes weights that another project has saved (`mgn.weights`) as a checkpoint, <name>_mgn.pth in output_dir.
+
+    Its configuration is the present one, bindings of the command line included.
+    """
+    model = MGN(num_classes=checkpoint['num_classes'], fresh=False)
+    checkpoints.load_model(model, checkpoint['model'], weights)
+    path = os.path.join(output_dir or os.getcwd(), f'{os.path.splitext(os.path.basename(weights))[0]}_mgn.pth')
+    with writing(path, 'Bind another output_dir.'):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    checkpoints.save(path, {**checkpoint, 'config': checkpoints.configuration(portable=True)})
+    logger.info('wrote %s', path)
 
 
 def load_for_features(checkpoint, weights, device):

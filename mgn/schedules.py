@@ -8,7 +8,7 @@ from bisect import bisect_right
 
 import gin
 
-from mgn.ops.arguments import real
+from mgn.ops.arguments import integer, real
 from mgn.ops.errors import UserError
 
 
@@ -23,11 +23,15 @@ def multi_step(step, total_steps, warmup_steps: int = 2000, warmup_factor: float
 
 @gin.configurable(denylist=['step', 'total_steps'])
 def cosine(step, total_steps, warmup_steps: int = 2000, warmup_factor: float = 0.01, start: int = 0,
-           final_factor: float = 0.0) -> float:
-    """Linear warm-up, constant until step `start`, then half a cosine to final_factor at total_steps."""
+           final_factor: float = 0.0, period: int = 1) -> float:
+    """Linear warm-up, constant until step `start`, then half a cosine to final_factor at total_steps.
+
+    period: steps from one change along the cosine to the next; those of an epoch change it once an epoch.
+    """
     check_steps(total_steps, {'cosine.warmup_steps': [warmup_steps], 'cosine.start': [start]})
     check_factors({'cosine.warmup_factor': warmup_factor, 'cosine.final_factor': final_factor})
-    progress = min(max(step - start, 0) / max(total_steps - start, 1), 1)
+    integer(period, 'cosine.period', 1, 2 ** 31 - 1, '1 changes the rate at each step')
+    progress = min(max(step - start, 0) // period * period / max(total_steps - start, 1), 1)
     return warmup(step, warmup_steps, warmup_factor) * (
         final_factor + (1 - final_factor) * 0.5 * (1 + math.cos(math.pi * progress)))
 

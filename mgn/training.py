@@ -92,6 +92,8 @@ class Training:
     #                                    best.pth (mgn/averaging.py); None: no average
     compile: bool = False              # the model goes through torch.compile
     resume: bool = True                # False refuses an output_dir that holds a run
+    freeze: tuple[str, ...] = ()       # modules, e.g. ('trunk', 'branches'), that do not learn, in evaluation mode,
+    freeze_steps: int = 0              # during so many steps from the first on
     mining: str = 'all'                # anchors find their hardest pairs among the images of all processes, or
     #                                    'process': among those of their own
     sync_bn: bool = False              # batch statistics of all processes together; on GPUs only
@@ -126,7 +128,7 @@ class Training:
     def check_options(self):
         """Raises UserError for what cannot be trained; replaces 'auto' and None by what they stand for."""
         limits = {'P': (2, 2 ** 16), 'K': (1, 2 ** 16), 'seed': (0, 2 ** 63 - 1), 'workers': (0, 1024),
-                  'keep_last': (0, 2 ** 31 - 1)}
+                  'keep_last': (0, 2 ** 31 - 1), 'freeze_steps': (0, 2 ** 31 - 1)}
         steps = dict.fromkeys(('total_steps', 'log_every', 'checkpoint_every', 'evaluate_every'), (1, 2 ** 31 - 1))
         for name, (low, high) in {**limits, **steps}.items():
             integer(getattr(self, name), f'train.{name}', low, high, f'the default is {getattr(Training, name, low)}')
@@ -157,11 +159,12 @@ class Training:
         torch.backends.cudnn.benchmark = self.device.type == 'cuda'
         torch.manual_seed(self.seed)  # of the initial weights; nothing else draws from torch
         model = MGN(self.num_classes, fresh=saved is None and self.first)  # the others get these weights from process 0
-        losses = make_losses(self.losses, self.num_classes, len(model.parts), model.architecture['embedding_dim'])
+        losses = make_losses(self.losses, self.num_classes, *model.embeddings_shape)
         for module in (model, losses):
             module.to(self.device, memory_format=torch.channels_last).train()
         average = None if self.ema_decay is None else WeightAverage(model, self.ema_decay)
         group = processes.group_of(self.device)
+        self.frozen = [module_named(model, name) for name in self.freeze]
         self.mining_group = group if self.mining == 'all' else None
         self.network = distributed(model, self.device, group, self.sync_bn)
         self.network_losses = distributed(losses, self.device, group)
@@ -218,9 +221,12 @@ class Training:
         self.note_unreadable(batch.unreadable)
         factor = self.schedule(state.step, self.total_steps)
         self.lr = set_lr(state.optimizer, factor)
+        frozen = self.frozen if state.step < self.freeze_steps else ()
+        for module in self.frozen:
+            module.train(not frozen)
         try:
             losses = train_step(self.network, state.optimizer, self.augmentation, batch, self.device, self.precision,
-                                self.clip_gradient_norm, self.mining_group, state.scaler, self.network_losses)
+                                self.clip_gradient_norm, self.mining_group, state.scaler, self.network_losses, frozen)
         except UserError as error:  # on the CPU mining refuses features that are not finite
             state.check_finite(self.last_good())  # an earlier loss, or a weight, tells more
             raise UserError(f'{error.message} (step {state.step}; {self.last_good()})') from None
@@ -300,6 +306,15 @@ def check_split(P, mining, sync_bn, device):
     if sync_bn and count > 1 and device.type != 'cuda':
         raise UserError(f'train.sync_bn = True needs GPUs, as torch synchronises nowhere else, but the device is '
                         f'{device}. Bind train.sync_bn = False.')
+
+
+def module_named(model, name):
+    """The module of this name; UserError with the names that there are."""
+    modules = dict(model.named_modules())
+    if not name or name not in modules:
+        raise UserError(f'train.freeze names the module {name!r}, which MGN does not have; bind some of '
+                        f'{", ".join(dict(model.named_children()))} or of their parts, such as branches.0')
+    return modules[name]
 
 
 def log_step(log, bar, record):

@@ -32,7 +32,10 @@ class Draws(NamedTuple):
 
 @gin.configurable
 class Augmentation:
-    """Horizontal flip → pad with black and crop back → normalise → random erasing, each image with its own draw.
+    """AutoAugment → resize → horizontal flip → pad with black and crop back → normalise → random erasing.
+
+    Each image has its own draw. AutoAugment is torchvision's, with ImageNet's policy (Cubuk et al., CVPR 2019), of an
+    image as it was decoded; it happens in the workers.
 
     Erasing (Zhong et al., "Random Erasing Data Augmentation", AAAI 2020) fills a box with the mean, 0 once normalised;
     its aspect ratio is uniform in `erasing_aspect`, as in fast-reid.
@@ -40,17 +43,29 @@ class Augmentation:
 
     def __init__(self, flip_probability: float = 0.5, padding: int = 10, erasing_probability: float = 0.5,
                  erasing_area: tuple[float, float] = (0.02, 0.4),
-                 erasing_aspect: tuple[float, float] = (0.3, 1 / 0.3)):
+                 erasing_aspect: tuple[float, float] = (0.3, 1 / 0.3), auto_augment_probability: float = 0.0):
+        self.auto_augment_probability = auto_augment_probability
         self.flip_probability, self.padding = flip_probability, padding
         self.erasing_probability, self.erasing_area, self.erasing_aspect = (
             erasing_probability, erasing_area, erasing_aspect)
-        for name in ('flip_probability', 'erasing_probability'):
+        for name in ('flip_probability', 'erasing_probability', 'auto_augment_probability'):
             arguments.real(getattr(self, name), f'Augmentation.{name}', 0, 1, 'a share of the images, 0 for none')
         arguments.integer(padding, 'Augmentation.padding', 0, 1000, 'in pixels, 0 pads nothing')
         for name, most in (('erasing_area', 1), ('erasing_aspect', 1000)):
             if not 0 < getattr(self, name)[0] <= getattr(self, name)[1] <= most:
                 raise UserError(f'Augmentation.{name} must be two numbers with 0 < least ≤ most ≤ {most}, but it is '
                                 f'{getattr(self, name)}; bind Augmentation.erasing_probability = 0.0 to erase nothing')
+
+    def auto_augment(self, image, seed, step, position):
+        """(3, h, w) uint8 → the same, changed by a policy that depends on seed, step and position alone, or not."""
+        rng = random_streams.generator(seed, random_streams.AUTO_AUGMENT, step, position)
+        if rng.random() >= self.auto_augment_probability:
+            return image
+        from torchvision.transforms import AutoAugment  # takes as long to import as torch
+
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(int(rng.integers(2 ** 63)))
+            return AutoAugment()(image)
 
     def draw(self, seed, step, batch_size, size, first=0):
         """The draws of `batch_size` images from position `first` of a step's batch on; size=(H, W) in pixels."""

@@ -1,16 +1,18 @@
-"""Files → samples: Market-1501, DukeMTMC-reID, MSMT17, any folder in Market-1501's layout, and a drawn demo.
+"""Files → samples: published data sets, any folder in Market-1501's layout, any table, several joined, a drawn demo.
 
 Every function returns a `Dataset` whose lists are sorted by path (MSMT17: in the order of its list files), with the
 ids that the files carry. Ids become labels 0…C−1 only for training (`train_labels`).
 """
 
 import contextlib
+import csv
 import logging
 import os
 import re
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import gin
+import numpy as np
 
 from mgn.data import pedestrians as drawn_pedestrians
 from mgn.ops.errors import FileError, MissingFile, UserError
@@ -96,6 +98,81 @@ def market_layout(root: str) -> Dataset:
     """
     root = os.path.abspath(os.path.expanduser(root))
     return read_market_layout(os.path.basename(root), root, camera_required=False)
+
+
+@gin.configurable
+def cuhk03(root: str, boxes: Literal['detected', 'labeled'] = 'detected') -> Dataset:
+    """CUHK03 (Li et al., "DeepReID", CVPR 2014) by the protocol of 767 and 700 identities, in Market-1501's layout.
+
+    The protocol and the folder CUHK03-NP with `detected` and `labeled` are those of Zhong et al., "Re-ranking Person
+    Re-identification with k-reciprocal Encoding", CVPR 2017. boxes: by a detector, or drawn by hand.
+    """
+    aliases = [os.path.join(alias, boxes) for alias in ('cuhk03-np', 'CUHK03-NP', 'CUHK03_New_Protocol', 'cuhk03', '')]
+    counts = Counts(767, 7365, 1400, 5332, 2) if boxes == 'detected' else Counts(767, 7368, 1400, 5328, 2)
+    return read_market_layout(f'CUHK03 ({boxes})', root, aliases, counts)
+
+
+@gin.configurable
+def cuhk01(root: str, seed: int = 0) -> Dataset:
+    """CUHK01 (Li et al., "Human Reidentification with Transferred Metric Learning", ACCV 2012) under `root`.
+
+    File names such as 0001003.png: identity 1, its third image of four, of which the first two are camera 1's. There is
+    no published split: `seed` draws the 485 identities to train on; of the others camera 1 is the query.
+    """
+    folder = find_folder(root, ('CUHK01', 'cuhk01', ''), (), ('campus',))[0]
+    samples, folder = [], os.path.join(folder, 'campus')
+    with reading(folder):
+        file_names = sorted(os.listdir(folder))
+    for file_name in file_names:
+        if fields := re.fullmatch(r'(\d{4})(\d{3})\.png', file_name):
+            samples.append(Sample(os.path.join(folder, file_name), int(fields[1]), (int(fields[2]) + 1) // 2))
+    pids = sorted({sample.pid for sample in samples})
+    chosen = {*np.random.default_rng(seed).permutation(pids)[:485].tolist()}
+    parts = ([s for s in samples if s.pid in chosen], [s for s in samples if s.pid not in chosen and s.camid == 1],
+             [s for s in samples if s.pid not in chosen and s.camid > 1])
+    return report(Dataset('CUHK01', folder, *parts), Counts(485, 1940, 972, 972, 2))
+
+
+@gin.configurable
+def csv_table(root: str, file: str = 'dataset.csv') -> Dataset:
+    """Any images, listed in root/file, whose first line is path,pid,camid,split, in any order and among others.
+
+    path: of an image, relative to `root` or whole. pid, camid: numbers. split: train, query or gallery. The pid −1 of
+    the gallery is left out as junk.
+    """
+    root, parts = os.path.abspath(os.path.expanduser(root)), {'train': [], 'query': [], 'gallery': []}
+    path = os.path.join(root, file)
+    with reading(path), open(path, encoding='utf-8-sig', errors='surrogateescape', newline='') as lines:
+        table = csv.DictReader(lines, restval='')
+        if not {'path', 'pid', 'camid', 'split'} <= {*(table.fieldnames or ())}:
+            raise UserError(f'{path} should begin with the line path,pid,camid,split, but its first line has the columns '
+                            f'{table.fieldnames}; add that line')
+        for row in table:
+            numbers = [re.fullmatch(rf'\s*(-?{NUMBER})\s*', row[name]) for name in ('pid', 'camid')]
+            if None in numbers or not row['path'] or row['split'] not in parts:
+                raise UserError(f'Rows must hold a path, the numbers pid and camid, and train, query or gallery, but line '
+                                f'{table.line_num} of {path} is {row}; correct it')
+            sample = Sample(os.path.join(root, row['path']), *(int(number[1]) for number in numbers))
+            if sample.pid != JUNK_PID:
+                parts[row['split']].append(sample)
+    missing = [part for part in ('query', 'gallery') if not parts[part]]
+    if missing:
+        raise UserError(f'{path} lists no image of {" and ".join(missing)}; add rows with that split')
+    return report(Dataset(os.path.basename(root), root, **parts, not_to_train='' if parts['train'] else (
+        f'{path} lists no image to train on; add rows with the split train')), None)
+
+
+@gin.configurable
+def joined(datasets: tuple[Dataset, ...] = gin.REQUIRED) -> Dataset:
+    """Several data sets to train on at once: identities and cameras of different ones are different. Tests on the first.
+    """
+    train, pids, camids = [], 0, 0
+    for dataset in datasets:
+        check_dataset(dataset, to_train=True)
+        train += [sample._replace(pid=pids + sample.pid, camid=camids + sample.camid) for sample in dataset.train]
+        pids, camids = (1 + max(getattr(sample, name) for sample in train) for name in ('pid', 'camid'))
+    first = datasets[0]
+    return report(first._replace(name='+'.join(dataset.name for dataset in datasets), train=train), None)
 
 
 @gin.configurable

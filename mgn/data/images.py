@@ -92,11 +92,7 @@ class Decoder:
             if frames > 1 and image.format != 'MPO':  # the further images of a photograph are not wanted
                 raise ValueError(f'an animation of {frames} images; replace it by one image')
             image.load()
-            with contextlib.suppress(Exception):  # damaged EXIF data turn nothing, as in fast-reid
-                image = ImageOps.exif_transpose(image)
-            if image.mode.startswith('I'):  # 16 bits of grey, which Pillow's conversion would clip at 255
-                return np.repeat((np.asarray(image)[..., None] >> 8).astype(np.uint8), 3, axis=2)
-            return np.array(image.convert('RGB'))
+            return rgb_array(image)
 
     def fits(self, width, height):
         return width * height <= self.max_pixels and max(width, height) <= LONGEST_SIDE
@@ -104,6 +100,15 @@ class Decoder:
     def too_large(self):
         return (f'an image of more than {self.max_pixels} pixels, or {LONGEST_SIDE} on one side, which is refused '
                 f'before it is decoded; replace it by a smaller one or bind Decoder.max_pixels')
+
+
+def rgb_array(image):
+    """A PIL image → (h, w, 3) uint8, upright as its EXIF data say, without transparency."""
+    with contextlib.suppress(Exception):  # damaged EXIF data turn nothing, as in fast-reid
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith('I'):  # 16 bits of grey, which Pillow's conversion would clip at 255
+        return np.repeat((np.asarray(image)[..., None] >> 8).astype(np.uint8), 3, axis=2)
+    return np.array(image.convert('RGB'))
 
 
 def to_batch(images, size):
@@ -146,7 +151,8 @@ class TrainBatches(Dataset):
     def __getitem__(self, step):
         images, unreadable, indices = [], {}, self.indices(step)
         for position, index in zip(self.positions, indices):
-            images.append(self.image(index, step, position, unreadable))
+            image = self.image(index, step, position, unreadable)
+            images.append(self.augmentation.auto_augment(image, self.sampler.seed, step, position))
         draws = self.augmentation.draw(self.sampler.seed, step, len(indices), self.size, self.positions.start)
         labels = torch.tensor([self.labels[index] for index in indices])
         return TrainBatch(to_batch(images, self.size), labels, draws, list(unreadable.values()))

@@ -8,7 +8,7 @@ import numpy as np
 from mgn.ops.errors import UserError
 
 # What a draw is for; two purposes never share a stream. The numbers are part of a run's reproducibility.
-IDENTITY_ORDER, IDENTITY_IMAGES, AUGMENTATION, REPLACEMENT = range(4)
+IDENTITY_ORDER, IDENTITY_IMAGES, AUGMENTATION, REPLACEMENT, AUTO_AUGMENT = range(5)
 
 
 def generator(seed, purpose, *place):

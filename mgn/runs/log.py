@@ -53,7 +53,7 @@ class RunLog:
         if not evaluations:
             return f'{self.path} holds no evaluation'
         shown = evaluations[0], max(evaluations, key=lambda record: record['mAP']), evaluations[-1]
-        return (aligned('  step', {f'{record["step"]:6d}': record for record in shown})
+        return (aligned('  step', {f'{record["step"]:6d}': record for record in shown}.items())
                 + f'\ncheckpoints, metrics and configuration are in {os.path.dirname(self.path)}')
 
     def flush(self):
@@ -66,10 +66,10 @@ class RunLog:
 
 
 def aligned(heading, evaluations):
-    """A table in per cent: a row for each of {label: {measure: number}}, below `heading` and the names in METRICS."""
+    """A table in per cent: a row for each of [(label, {measure: number})], below `heading` and the names in METRICS."""
     rows = [[heading, *METRICS]]
     rows += [[label, *(f'{100 * results.get(name, math.nan):.2f}' for name in METRICS)]
-             for label, results in evaluations.items()]
+             for label, results in evaluations]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return '\n'.join('  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 
