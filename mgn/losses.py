@@ -66,7 +66,7 @@ def circle_softmax(cosines, labels, scale: float = 64.0, margin: float = 0.35) -
     """
     is_own = F.one_hot(labels, cosines.shape[1]).bool()
     weight = torch.where(is_own, 1 + margin - cosines, cosines + margin).relu().detach()
-    return scale * weight * (cosines - torch.where(is_own, 1 - margin, margin))
+    return scale * weight * torch.where(is_own, cosines - (1 - margin), cosines - margin)
 
 
 def smoothed_cross_entropy(logits, labels, smoothing):

@@ -9,13 +9,13 @@ from mgn.runs.log import aligned
 
 def table(results):
     """The results of an evaluation in per cent, a row for each data set and stage."""
-    stages, notes = [], ''
+    stages, notes = [], []
     for each in (results, *results.get('test_sets', ())):
         stages += [(each['dataset'], each), ('+ query expansion', each.get('query_expansion')),
                    ('+ re-ranking', each.get('rerank'))]
-        notes += ('\n{dataset}: {queries} queries, {queries_without_match} of them without a match; {gallery} in the '
-                  'gallery').format(**each)
-    return f'{aligned("per cent", [stage for stage in stages if stage[1]])}{notes}'
+        notes.append('{queries} queries, {queries_without_match} of them without a match; {gallery} in the gallery'
+                     .format(**each))
+    return aligned('data set', [stage for stage in stages if stage[1]]) + '\nper cent; ' + '\n'.join(notes)
 
 
 def write_results(results, output_dir):

@@ -21,8 +21,8 @@ from mgn.runs import checkpoint
 logger = logging.getLogger(__name__)
 
 KNOWN = ('Known are checkpoints of mgn.train; MGN of fast-reid, with keys such as backbone.0.weight, '
-         'b1.0.0.conv1.weight and b1_head.bnneck.weight or b1_head.bottleneck.0.weight; and backbones, with conv1.weight '
-         'and layer1.0.conv1.weight')
+         'b1.0.0.conv1.weight and b1_head.bnneck.weight or b1_head.bottleneck.0.weight; and backbones, with '
+         'conv1.weight and layer1.0.conv1.weight')
 DATASETS = {751: 'market1501', 702: 'dukemtmcreid', 1041: 'msmt17'}  # by their number of identities to train on
 DEPTHS = {5: 'resnet50', 22: 'resnet101'}  # by the blocks of layer3 behind the first
 HEADS = ('b1', 'b2', 'b3', 'b21', 'b22', 'b31', 'b32', 'b33')

@@ -333,3 +333,25 @@ def test_off_a_terminal_every_logging_step_is_a_plain_line(market, tmp_path, cap
     assert [line.split(':')[0] for line in lines] == ['step 3', 'step 6', 'step 7']
     for name in ('loss', 'cross_entropy', 'triplet', 'lr', 'images/s', 'data_wait'):
         assert all(f'{name} ' in line for line in lines)
+
+
+def test_frozen_modules_stay_as_they_are_until_their_step_and_in_a_resumed_run(market, tmp_path):
+    freeze = "train.freeze = ('trunk', 'branches.0')", 'train.freeze_steps = 3', 'lr = 1e-2'
+    train(market, tmp_path / 'whole', *freeze)
+    train(market, tmp_path / 'parts', *freeze, 'total_steps = 2')
+    early = checkpoint.load(str(tmp_path / 'parts' / 'last.pth'))['model']
+    train(market, tmp_path / 'start', *freeze, 'total_steps = 1', 'train.resume = False')
+    train(market, tmp_path / 'parts', *freeze, 'train.schedule = @cosine')
+    before = checkpoint.load(str(tmp_path / 'start' / 'last.pth'))['model']
+    one, other = (checkpoint.load(str(tmp_path / run / 'last.pth'))['model'] for run in ('whole', 'parts'))
+    frozen = [name for name in early if name.startswith(('trunk.', 'branches.0.'))]
+    assert all(torch.equal(early[name], before[name]) for name in frozen)  # statistics, too
+    assert not torch.equal(early['branches.1.0.conv1.weight'], before['branches.1.0.conv1.weight'])
+    assert all(not torch.equal(one[name], early[name]) for name in frozen if 'weight' in name)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_frozen_module_that_is_not_there_is_an_error(market, tmp_path):
+    with pytest.raises(ValueError, match="the module 'backbone', .* have; bind some of trunk, branches"):
+        train(market, tmp_path, "train.freeze = ('backbone',)")
+    assert not (tmp_path / 'last.pth').exists()

@@ -156,14 +156,14 @@ def drop(state, beginning):
     (lambda state: state.update({'backbone.NL_1.0.g': torch.zeros(1)}), 'NL_1.0.g is unexpected'),
     (lambda state: state.update(pixel_mean=torch.tensor([0.5, 0.5, 0.5])), r'pixel_mean = \[0.5, 0.5, 0.5\]'),
     (lambda state: state.update({'b1_head.bnneck.weight': 'x'}), "1 keys do not.*is no tensor, but 'x'"),
-    (lambda state: state.update({'b2_pool.1.weight': torch.zeros(2, 2)}), r'heads.1.reduction.weight has shape \(2, 2\)'),
+    (lambda state: state.update({'b2_pool.1.weight': torch.zeros(2, 2)}), r'heads.1.reduction.* has shape \(2, 2\)'),
     (lambda state: drop(state, 'b33_pool.1'), 'heads.7.reduction.weight is missing'),
     (lambda state: drop(state, 'b21_pool.0.p'), 'pools.1.p is missing'),
     (lambda state: drop(state, 'b1.0.4.'), '4 blocks of b1.0'),
     (lambda state: {'model': {}}, 'holds no weights by name'),
     (lambda state: {'a.weight': torch.zeros(1), 'b': torch.zeros(2)}, '2 keys do not, the first of them a.weight, b'),
     (lambda state: [1, 2], 'holds no weights by name, but list'),
-    (lambda state: {'conv1.weight': torch.zeros(1), 'layer1.0.conv1.weight': torch.zeros(1)}, 'a backbone without heads'),
+    (lambda state: dict.fromkeys(['conv1.weight', 'layer1.0.conv1.weight'], torch.zeros(1)), 'a backbone without heads'),
 ], ids=range(12))
 def test_what_fits_no_layout_is_refused_with_the_keys_that_do_not(tmp_path, change, message):
     with pytest.raises(UserError, match=f'(?s)w.pth.*({message})'):
@@ -223,8 +223,8 @@ def test_a_crafted_configuration_of_a_checkpoint_is_refused_by_load(tmp_path):
     content = {'num_classes': 0, 'step': 0, 'model': model.state_dict(), 'config': "MGN.backbone = 'resnet18'"}
     checkpoint.save(str(tmp_path / 'fine.pth'), content)
     assert mgn.load(str(tmp_path / 'fine.pth'), 'cpu').embed(images(1).byte()).shape == (1, 2048)
-    for text, message in (('MGN.parts = "abc"', 'MGN.parts to values in parentheses'), ('MGN.bnneck = 3', 'True or False'),
-                          ('MGN.parts = (1', 'cannot be read'), ('input_size = 3', 'height and width')):
+    for text, message in (('MGN.parts = "abc"', 'MGN.parts to values in parentheses'),
+                          ('MGN.bnneck = 3', 'True or False'), ('MGN.parts = (1', 'cannot be read'), ('input_size = 3', 'height and width')):
         checkpoint.save(str(tmp_path / 'bad.pth'), {**content, 'config': text})
         with pytest.raises(UserError, match=message):
             mgn.load(str(tmp_path / 'bad.pth'), 'cpu')

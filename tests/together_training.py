@@ -51,7 +51,7 @@ class InPrecision(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr('mgn.model.make_resnet', lambda backbone, pretrained: ThinResNet())
+            patch.setattr('mgn.model.make_resnet', lambda backbone, imagenet: ThinResNet())
             self.model = MGN(classes, embedding_dim=16).to(dtype).train()
         self.dtype = dtype
         for module in self.modules():
@@ -132,7 +132,7 @@ def thin_run(folder, name, *bindings):
     """Trains in all processes at once, in folder/name; returns this process's model."""
     data(folder, 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('mgn.model.make_resnet', lambda backbone, pretrained: ThinResNet())
+        patch.setattr('mgn.model.make_resnet', lambda backbone, imagenet: ThinResNet())
         try:
             return train(folder / 'own', folder / name, f'P = {2 * processes.count()}', *bindings)
         finally:

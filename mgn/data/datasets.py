@@ -145,13 +145,13 @@ def csv_table(root: str, file: str = 'dataset.csv') -> Dataset:
     with reading(path), open(path, encoding='utf-8-sig', errors='surrogateescape', newline='') as lines:
         table = csv.DictReader(lines, restval='')
         if not {'path', 'pid', 'camid', 'split'} <= {*(table.fieldnames or ())}:
-            raise UserError(f'{path} should begin with the line path,pid,camid,split, but its first line has the columns '
+            raise UserError(f'{path} should begin with the line path,pid,camid,split, but begins with the columns '
                             f'{table.fieldnames}; add that line')
         for row in table:
             numbers = [re.fullmatch(rf'\s*(-?{NUMBER})\s*', row[name]) for name in ('pid', 'camid')]
             if None in numbers or not row['path'] or row['split'] not in parts:
-                raise UserError(f'Rows must hold a path, the numbers pid and camid, and train, query or gallery, but line '
-                                f'{table.line_num} of {path} is {row}; correct it')
+                raise UserError(f'Rows must hold a path, the numbers pid and camid, and train, query or gallery, but '
+                                f'line {table.line_num} of {path} is {row}; correct it')
             sample = Sample(os.path.join(root, row['path']), *(int(number[1]) for number in numbers))
             if sample.pid != JUNK_PID:
                 parts[row['split']].append(sample)
@@ -164,8 +164,7 @@ def csv_table(root: str, file: str = 'dataset.csv') -> Dataset:
 
 @gin.configurable
 def joined(datasets: tuple[Dataset, ...] = gin.REQUIRED) -> Dataset:
-    """Several data sets to train on at once: identities and cameras of different ones are different. Tests on the first.
-    """
+    """Several data sets to train on at once: their identities and cameras are all different. Tests on the first."""
     train, pids, camids = [], 0, 0
     for dataset in datasets:
         check_dataset(dataset, to_train=True)
