@@ -163,7 +163,7 @@ def drop(state, beginning):
     (lambda state: {'model': {}}, 'holds no weights by name'),
     (lambda state: {'a.weight': torch.zeros(1), 'b': torch.zeros(2)}, '2 keys do not, the first of them a.weight, b'),
     (lambda state: [1, 2], 'holds no weights by name, but list'),
-    (lambda state: dict.fromkeys(['conv1.weight', 'layer1.0.conv1.weight'], torch.zeros(1)), 'a backbone without heads'),
+    (lambda state: dict.fromkeys(['conv1.weight', 'layer1.0.conv1.weight'], torch.zeros(1)), 'backbone without heads'),
 ], ids=range(12))
 def test_what_fits_no_layout_is_refused_with_the_keys_that_do_not(tmp_path, change, message):
     with pytest.raises(UserError, match=f'(?s)w.pth.*({message})'):
@@ -224,7 +224,8 @@ def test_a_crafted_configuration_of_a_checkpoint_is_refused_by_load(tmp_path):
     checkpoint.save(str(tmp_path / 'fine.pth'), content)
     assert mgn.load(str(tmp_path / 'fine.pth'), 'cpu').embed(images(1).byte()).shape == (1, 2048)
     for text, message in (('MGN.parts = "abc"', 'MGN.parts to values in parentheses'),
-                          ('MGN.bnneck = 3', 'True or False'), ('MGN.parts = (1', 'cannot be read'), ('input_size = 3', 'height and width')):
+                          ('MGN.bnneck = 3', 'True or False'), ('MGN.parts = (1', 'cannot be read'),
+                          ('input_size = 3', 'height and width')):
         checkpoint.save(str(tmp_path / 'bad.pth'), {**content, 'config': text})
         with pytest.raises(UserError, match=message):
             mgn.load(str(tmp_path / 'bad.pth'), 'cpu')
