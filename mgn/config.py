@@ -32,7 +32,7 @@ RECIPES = PACKAGE if os.path.isdir(os.path.join(PACKAGE, 'gin')) else os.path.di
 SHARED = ('dataset', 'input_size')  # training and evaluation have to agree on them
 MACRO = 'gin.macro'
 NOT_SAVED = {'output_dir', 'features_dir', 'weights'}  # never read from a checkpoint
-TRAINING = ('train', 'mgn_losses', 'circle_softmax', 'CentreLosses', 'make_optimizer', 'Adam', 'AdamW', 'SGD',
+TRAINING = ('train', 'mgn_losses', 'circle_softmax', 'make_optimizer', 'Adam', 'AdamW', 'SGD',
             'multi_step', 'cosine', 'Augmentation')
 # Parameters in configurations that earlier versions saved → their names of today; None: another binding has the value.
 EXTRACTION = ('input_size', 'batch_size', 'workers', 'flip_test', 'precision')

@@ -79,22 +79,6 @@ def smoothed_cross_entropy(logits, labels, smoothing):
     return F.cross_entropy(logits, labels, label_smoothing=smoothing * classes / max(classes - 1, 1))
 
 
-@gin.configurable(denylist=['num_classes', 'branches', 'embedding_dim'])
-class CentreLosses(nn.Module):
-    """mgn_losses, and half the squared distance of each embedding to a learnt centre of its identity (Wen et al., "A
-    Discriminative Feature Learning Approach for Deep Face Recognition", ECCV 2016), mean over images and embeddings."""
-
-    def __init__(self, num_classes, branches, embedding_dim, centre_weight: float = 5e-4):
-        super().__init__()
-        self.centre_weight = real(centre_weight, 'CentreLosses.centre_weight', 0, math.inf, '0 leaves it out')
-        self.centres = nn.Parameter(torch.randn(branches, num_classes, embedding_dim))
-
-    def forward(self, output, labels, candidates=None, candidate_labels=None):
-        squares = (output.embeddings - self.centres[:, labels]).square().sum(2)  # (triplets, B)
-        return {**mgn_losses(output, labels, candidates, candidate_labels),
-                'centre': self.centre_weight / 2 * squares.mean()}
-
-
 class FunctionLosses(nn.Module):
     """A function such as mgn_losses as a module without parameters."""
 

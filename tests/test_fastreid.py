@@ -141,8 +141,9 @@ def curves(path, steps, images, labels):
         set_lr(optimizer, factor)
         for module in frozen:
             module.train(step >= 2)
-        losses = train_step(model, optimizer, NoAugmentation(), TrainBatch(batch, labels, [labels] * 4, []), torch.device('cpu'),
-                            'float32', None, frozen=frozen if step < 2 else ())
+        batch = TrainBatch(batch, labels, [labels] * 4, [])
+        losses = train_step(model, optimizer, NoAugmentation(), batch, torch.device('cpu'), 'float32', None,
+                            frozen=frozen if step < 2 else ())
         result[1].append([losses['cross_entropy'].item(), losses['triplet'].item()])
     return torch.tensor(result[0]), torch.tensor(result[1])
 

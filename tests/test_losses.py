@@ -6,7 +6,7 @@ import pytest
 import torch
 from mining import naive, naive_loss
 
-from mgn.losses import CentreLosses, circle_softmax, make_losses, mgn_losses, smoothed_cross_entropy
+from mgn.losses import circle_softmax, mgn_losses, smoothed_cross_entropy
 from mgn.model import MGNOutput
 
 TOLERANCE = {torch.float32: {'rtol': 1e-5, 'atol': 1e-5}, torch.float64: {'rtol': 1e-12, 'atol': 1e-12}}
@@ -100,14 +100,3 @@ def test_circle_softmax_equals_its_formula_and_its_gradient_treats_weights_as_co
             weight = max(weight, 0)
             assert logits[b, c].item() == pytest.approx(scale * weight * (cosine - offset), rel=1e-12)
             assert cosines.grad[b, c].item() == pytest.approx(scale * weight, rel=1e-12)
-
-
-def test_centre_losses_add_half_the_mean_squared_distance_to_the_centre():
-    embeddings, labels = random_anchors((2,), 12, 6, torch.float64)
-    logits = tuple(random_anchors((), 12, 4, torch.float64, seed=seed)[0] for seed in range(3))
-    output = MGNOutput(logits, embeddings, torch.empty(12, 0))
-    losses = make_losses(CentreLosses, 4, 2, 6).double()
-    terms = losses(output, labels)
-    distances = [((embeddings[t, b] - losses.centres[t, labels[b]]) ** 2).sum() for t in range(2) for b in range(12)]
-    assert terms.pop('centre').item() == pytest.approx(5e-4 * sum(distances).item() / 24 / 2, rel=1e-10)
-    assert terms == mgn_losses(output, labels)
