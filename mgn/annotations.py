@@ -1,4 +1,4 @@
-"""Whether a value that gin binds fits the annotation of its parameter, and a description of what would fit."""
+"""Whether a value that gin binds fits the annotation of its parameter, and the error where it does not."""
 
 import collections.abc
 import sys
@@ -7,9 +7,18 @@ import typing
 
 from gin.config import ConfigurableReference
 
+from mgn.ops.arguments import shown
+from mgn.ops.errors import UserError
+
 WORDS = {bool: 'True or False', int: 'an integer', float: 'a finite number', types.NoneType: 'None',
          str: 'a string that is not empty'}
 UNIONS = typing.Union, types.UnionType
+
+
+def check(value, annotation, name):
+    """UserError where the value of `name` does not fit."""
+    if not fits(value, annotation):
+        raise UserError(f'{name} must be {in_words(annotation)}, found {shown(value)}')
 
 
 def fits(value, annotation):

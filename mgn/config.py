@@ -187,8 +187,8 @@ def check_values(config):
         for name, value in parameters.items():
             bound = value.config_key[0] if is_macro(value) else f'{selector.split(".")[-1]}.{name}'
             value = without_macros(value, config)
-            if name in expected and not annotations.fits(value, expected[name]):
-                raise UserError(f'{bound} must be {annotations.in_words(expected[name])}, found {value!r}')
+            if name in expected:
+                annotations.check(value, expected[name], bound)
 
 
 def without_macros(value, config, inside=()):

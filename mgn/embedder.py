@@ -1,14 +1,12 @@
 """Images → features by somebody's weights, for programs that want no configuration: `mgn.load`."""
 
-import inspect
-
 import numpy as np
 import torch
 from PIL import Image
 
 from mgn import annotations, weights
 from mgn.data.images import Decoder, rgb_array, to_batch
-from mgn.devices import find_device
+from mgn.devices import Precision, find_device
 from mgn.features import Extractor
 from mgn.model import MGN
 from mgn.ops.arguments import shown
@@ -25,15 +23,19 @@ class Embedder:
     def __init__(self, path, device='auto', precision='float32', flip_test=False, batch_size=64):
         content = weights.load_checkpoint(path)
         values = weights.saved_values(content['config'], path)
-        options = {name: values[f'MGN.{name}'] for name in inspect.signature(MGN).parameters if f'MGN.{name}' in values}
+        self.input_size, options = values.get('input_size', (384, 128)), {}
         for name, annotation in annotations.of_parameters(MGN).items():
-            if name in options and not annotations.fits(value := options[name], annotation):
-                raise UserError(f'{path} should bind MGN.{name} to {annotations.in_words(annotation)}, but has '
-                                f'{shown(value)}; give another file')
-        self.device, self.input_size = find_device(device), values.get('input_size', (384, 128))
+            if f'MGN.{name}' in values:
+                options[name] = values[f'MGN.{name}']
+                annotations.check(options[name], annotation, f'{path}: MGN.{name}')
+        annotations.check(self.input_size, tuple[int, int], f'{path}: input_size')
+        annotations.check(device, str, 'device')
+        annotations.check(precision, Precision, 'precision')
+        annotations.check(flip_test, bool, 'flip_test')
+        self.device = find_device(device)
         self.extractor = Extractor(self.device, self.input_size, batch_size, 0, flip_test, precision)
         self.model = MGN(**{**options, 'num_classes': 0, 'fresh': False})
-        checkpoint.load_model(self.model, content['model'], path, features_only=True)
+        checkpoint.load_model(self.model, content['model'], path, without='.classifier.')
         self.model.to(self.device, memory_format=torch.channels_last).eval()
         self.dim, self.decode = self.model.feature_dim, Decoder()
 

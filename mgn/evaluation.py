@@ -10,7 +10,7 @@ import time
 import gin
 import torch
 
-from mgn.data.datasets import Dataset, check_dataset
+from mgn.data.datasets import Dataset
 from mgn.devices import find_device, peak_memory
 from mgn.feature_files import read_features, write_features
 from mgn.features import Extractor, check_alike
@@ -38,8 +38,6 @@ def evaluate_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset:
     test_sets: further data sets, whose results follow in the table and in the list 'test_sets' of the results.
     """
     device = find_device(device)
-    for test_set in test_sets:
-        check_dataset(test_set)
     model = load_for_features(checkpoint, weights, device)
     results = {'weights': weights, 'step': checkpoint['step'],
                **evaluate(model, dataset, device, features_dir=features_dir)}
@@ -55,7 +53,6 @@ def evaluate_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset:
 def extract_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset: Dataset = gin.REQUIRED,
                        device: str = 'auto', features_dir: str | None = None) -> None:
     """Writes the features of a loaded checkpoint on `dataset` into features_dir (`mgn.feature_files`)."""
-    check_dataset(dataset)
     if features_dir is None:
         raise UserError("mgn.extract needs a folder for the features; give --gin_bindings=\"features_dir='features'\"")
     device = find_device(device)
@@ -80,7 +77,7 @@ def convert_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_di
 def load_for_features(checkpoint, weights, device):
     """The checkpoint's MGN without classifiers, on `device`."""
     model = MGN(num_classes=0, fresh=False).to(device, memory_format=torch.channels_last)
-    checkpoints.load_model(model, checkpoint['model'], weights, features_only=True)
+    checkpoints.load_model(model, checkpoint['model'], weights, without='.classifier.')
     return model
 
 
@@ -111,8 +108,10 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_ca
     Raises:
         UserError: options out of range, unreadable images, features of something else, or no query with a match.
     """
-    check_dataset(dataset)
-    check_options(cross_camera, query_expansion, alpha, rerank, k1, k2, lambda_value)
+    arguments.integer(query_expansion, 'evaluate.query_expansion', 0, arguments.LARGEST_K,
+                      'so many gallery items are averaged into a query, 0 for none')
+    arguments.exponent(alpha, 'evaluate.')
+    arguments.reranking(k1, k2, lambda_value, 'evaluate.')
     extractor, ids = extractor or Extractor(device), identities(dataset, cross_camera)
     check_alike(dataset, ('query', 'gallery'), model)
     start = time.perf_counter()
@@ -141,16 +140,6 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_ca
         results['rerank'] = {'k1': k1, 'k2': k2, 'lambda_value': lambda_value, 'expanded': query_expansion > 0,
                              **stage('re-ranking', start, ranks, device)}
     return processes.share(results)
-
-
-def check_options(cross_camera, query_expansion, alpha, rerank, k1, k2, lambda_value):
-    """UserError for options out of range, before any image is read."""
-    arguments.integer(query_expansion, 'evaluate.query_expansion', 0, arguments.LARGEST_K,
-                      'so many gallery items are averaged into a query, 0 for none')
-    arguments.truth(rerank, 'evaluate.rerank', 'evaluate.k1, k2 and lambda_value are its parameters')
-    arguments.truth(cross_camera, 'evaluate.cross_camera', 'False takes matches of the same camera, too')
-    arguments.exponent(alpha, 'evaluate.')
-    arguments.reranking(k1, k2, lambda_value, 'evaluate.')
 
 
 def identities(dataset, cross_camera):

@@ -29,7 +29,6 @@ CHECKED = 'checked.txt'  # a line for each large file whose checksum was found r
 LARGE = 2 ** 26          # bytes of a file that is checked once: their SHA-256 takes about a tenth of a second
 PARTS = ('query', 'gallery')
 NAMES = ('pids', 'camids', 'paths', 'features')
-STORAGES = ('float32', 'float16')
 
 
 @gin.configurable(denylist=['model', 'dataset', 'extractor', 'features_dir'])
@@ -41,11 +40,9 @@ def write_features(model, dataset, extractor, features_dir,
         model: MGN on the extractor's device. dataset: Dataset. extractor: mgn.features.Extractor.
         storage: 'float32', or 'float16' for half the bytes.
     Raises:
-        UserError: storage out of range, unreadable images, a folder that holds features or that not all processes
+        UserError: unreadable images, a folder that holds features or that not all processes
             share, features that are not finite. FileError: files that cannot be written.
     """
-    if storage not in STORAGES:
-        raise UserError(f'write_features.storage must be one of {", ".join(STORAGES)}, found {storage!r}')
     manifest = os.path.join(features_dir, MANIFEST)
     if processes.share(os.path.exists(manifest)):
         raise UserError(f'The features_dir holds features already: {manifest}; remove it or bind another features_dir')

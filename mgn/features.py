@@ -5,7 +5,6 @@ import hashlib
 import logging
 import os
 import time
-from typing import Literal
 
 import gin
 import numpy as np
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from mgn.data.images import TestBatches
 from mgn.data.augmentation import normalise
 from mgn.data.loader import load_batches
-from mgn.devices import DTYPES, resolve_precision
+from mgn.devices import DTYPES, Precision, resolve_precision
 from mgn.ops import arguments
 from mgn.ops.errors import UserError
 from mgn.runs import processes
@@ -38,12 +37,11 @@ class Extractor:
         precision: of the model's forward pass, by autocast: 'float32', 'bfloat16', 'float16', or 'auto' for bfloat16
             where the device has units for it, else float32. Features are averaged and normalised in float32 always.
     Raises:
-        UserError: input_size, batch_size, workers or precision out of range.
+        UserError: input_size, batch_size or workers out of range.
     """
 
     def __init__(self, device, input_size: tuple[int, int] = gin.REQUIRED, batch_size: int = 64, workers: int = 4,
-                 flip_test: bool = False,
-                 precision: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'float32'):
+                 flip_test: bool = False, precision: Precision = 'float32'):
         check_size(input_size, 'input_size')
         arguments.integer(batch_size, 'Extractor.batch_size', 1, 4096, '64 is usual')
         arguments.integer(workers, 'Extractor.workers', 0, 1024, '0 leaves decoding to the main process')
@@ -91,9 +89,7 @@ class Extractor:
 
 
 def check_size(size, name):
-    """UserError unless `size`, the value of the binding `name`, is the height and width of an image in pixels."""
-    if not isinstance(size, (tuple, list)) or len(size) != 2:
-        raise UserError(f'{name} must be height and width in pixels, not {arguments.shown(size)}; (384, 128) is usual')
+    """UserError where `size`, height and width of an image, is out of range; `name` is its binding."""
     for side, pixels in zip(('height', 'width'), size):
         arguments.integer(pixels, f'{name}: its {side}', 1, 4096, '(384, 128) is usual')
 
@@ -101,13 +97,13 @@ def check_size(size, name):
 @contextlib.contextmanager
 def evaluation_mode(model):
     """The model in evaluation mode; afterwards each of its modules is back in the mode that it had."""
-    modes = {module: module.training for module in model.modules()}
+    learning = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for module in learning:
+            module.training = True
 
 
 def check_alike(dataset, parts, model=None):

@@ -53,7 +53,7 @@ class MGN(nn.Module):
         fresh: False leaves `pretrained` aside, for a model whose weights a checkpoint will replace.
     """
 
-    def __init__(self, num_classes: int, backbone: str = 'resnet50', pretrained: bool | str = True,
+    def __init__(self, num_classes: int, backbone: Literal[BACKBONES] = 'resnet50', pretrained: bool | str = True,
                  parts: tuple[int, ...] = (1, 2, 3), last_strides: tuple[int, ...] = (2, 1, 1),
                  embedding_dim: int = 256, pooling: Literal['max', 'avg', 'gem'] = 'max',
                  first_pooling: Literal['padded', 'ceil'] = 'padded', reduction_bn: bool = True,
@@ -67,8 +67,6 @@ class MGN(nn.Module):
                             f'parts={parts}, last_strides={last_strides}; bind MGN.parts and MGN.last_strides to one '
                             f'length')
         integer(embedding_dim, 'MGN.embedding_dim', 1, 2 ** 16, '256 is published')
-        if pooling not in POOLINGS:
-            raise UserError(f'MGN.pooling must be one of {", ".join(POOLINGS)}, found {pooling!r}')
         if paper_heads and bnneck:
             raise UserError('The paper has no BNNeck: with MGN.paper_heads = True bind MGN.bnneck = False')
         resnet = make_resnet(backbone, imagenet=fresh and pretrained is True)
@@ -238,8 +236,6 @@ class IBN(nn.Module):
 
 def make_resnet(backbone, imagenet=False):
     """A torchvision ResNet, or one with IBN in layer1 to layer3; with torchvision's ImageNet weights where asked."""
-    if backbone not in BACKBONES:
-        raise UserError(f'MGN.backbone must be one of {", ".join(BACKBONES)}, found {backbone!r}')
     import torchvision  # takes as long to import as torch, which --help need not wait for
 
     name = backbone.removesuffix('_ibn')

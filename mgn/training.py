@@ -7,17 +7,18 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import gin
 import torch
 
 from mgn.averaging import WeightAverage
 from mgn.data.augmentation import Augmentation
-from mgn.data.datasets import Dataset, check_dataset, train_labels
+from mgn.data.datasets import Dataset, check_trainable, train_labels
 from mgn.data.images import TrainBatches
 from mgn.data.sampler import IdentitySampler
 from mgn.data.loader import count_unreadable, load_batches
-from mgn.devices import find_device, resolve_precision
+from mgn.devices import Precision, find_device, resolve_precision
 from mgn.evaluation import evaluate
 from mgn.features import Extractor, check_alike, check_size
 from mgn.losses import make_losses, mgn_losses
@@ -85,7 +86,7 @@ class Training:
     evaluate_first: bool = True        # evaluate before the first step, too
     keep_last: int = 1                 # older checkpoints kept beside last.pth, as step_<n>.pth
     clip_gradient_norm: float | None = None  # largest Euclidean norm of the whole gradient; None: any
-    precision: str = 'auto'            # of forward and backward pass, by autocast: 'float32', 'bfloat16', 'float16'
+    precision: Precision = 'auto'      # of forward and backward pass, by autocast: 'float32', 'bfloat16', 'float16'
     #                                    (with loss scaling), or 'auto': 'bfloat16' if the device has units for it,
     #                                    else 'float32'. Weights, losses and mining are float32.
     ema_decay: float | None = None     # of an exponential moving average of the weights, which is evaluated and becomes
@@ -94,7 +95,7 @@ class Training:
     resume: bool = True                # False refuses an output_dir that holds a run
     freeze: tuple[str, ...] = ()       # modules, e.g. ('trunk', 'branches'), that do not learn, in evaluation mode,
     freeze_steps: int = 0              # during so many steps from the first on
-    mining: str = 'all'                # anchors find their hardest pairs among the images of all processes, or
+    mining: Literal['all', 'process'] = 'all'  # anchors find their hardest pairs among the images of all processes, or
     #                                    'process': among those of their own
     sync_bn: bool = False              # batch statistics of all processes together; on GPUs only
 
@@ -119,7 +120,6 @@ class Training:
             with Interruption() as interruption, progress(self.total_steps, initial=start) as self.bar:
                 self.loop(interruption)
             if self.first:
-                self.log.close()
                 if self.state.step > start:  # else this process has not used the whole configuration
                     self.write_configuration()
                 print(self.log.summary())
@@ -135,7 +135,7 @@ class Training:
         if self.clip_gradient_norm is not None:
             real(self.clip_gradient_norm, 'train.clip_gradient_norm', 1e-30, math.inf, 'None clips nothing')
         check_size(self.input_size, 'input_size')
-        check_dataset(self.dataset, to_train=True)
+        check_trainable(self.dataset)
         self.schedule(0, self.total_steps)  # refuses what does not fit
         self.output_dir = os.path.abspath(os.path.expanduser(self.output_dir or self.default_output_dir))
         self.device = find_device(self.device)
@@ -192,7 +192,8 @@ class Training:
         while True:
             if interruption.asked():
                 self.leave(interruption)
-            if self.evaluation_is_due() and not processes.share(self.first and self.log.evaluated(state.step)):
+            due = self.is_due(self.evaluate_every) and (state.step > 0 or self.evaluate_first)
+            if due and not processes.share(self.first and self.log.evaluated(state.step)):
                 with interruption.at_once():
                     self.measure()
             if state.step >= self.total_steps:
@@ -211,9 +212,6 @@ class Training:
 
     def is_due(self, period):
         return self.state.step % period == 0 or self.state.step == self.total_steps
-
-    def evaluation_is_due(self):
-        return self.is_due(self.evaluate_every) and (self.state.step > 0 or self.evaluate_first)
 
     def step(self, batch):
         """Trains on one batch."""
@@ -254,7 +252,6 @@ class Training:
         state.check_finite(self.last_good())
         if self.first and state.step != self.saved_step:
             self.check_lock()
-            self.log.flush()
             save_last(self.output_dir, state.content(), self.keep_last, self.saved_step)
             self.write_configuration()
         self.saved_step = state.step
@@ -296,8 +293,6 @@ class Training:
 def check_split(P, mining, sync_bn, device):
     """Raises UserError where the batch cannot be split, or the options do not fit the processes."""
     count = processes.count()
-    if mining not in ('all', 'process'):
-        raise UserError(f"train.mining should be 'all' or 'process', but is {mining!r}.")
     if P % count:
         raise UserError(f'P = {P}, the identities of a batch, is no multiple of the {count} processes. Bind another P.')
     if mining == 'process' and P == count > 1:

@@ -88,10 +88,8 @@ def saved_values(config, path):
     values = {}
     try:
         for statement in gin.config_parser.ConfigParser(config, gin.config.ParserDelegate(skip_unknown=True)):
-            if isinstance(statement, gin.config_parser.BindingStatement) and statement.arg_name:
-                values[f'{statement.selector}.{statement.arg_name}'] = statement.value
-            elif isinstance(statement, gin.config_parser.BindingStatement):
-                values[statement.selector] = statement.value
+            if isinstance(statement, gin.config_parser.BindingStatement):
+                values['.'.join(filter(None, (statement.selector, statement.arg_name)))] = statement.value
     except (ValueError, SyntaxError, TypeError, RecursionError, tokenize.TokenError) as error:
         raise UserError(f'The configuration in {path} cannot be read: {error}. Give another checkpoint.') from None
     return {name: values.get(str(value)[1:]) if str(value).startswith('%') else value for name, value in values.items()}
@@ -99,9 +97,8 @@ def saved_values(config, path):
 
 def load_backbone(resnet, weights, name):
     """Loads a backbone's weights into the ResNet of this name, but for its classifier, which MGN does not use."""
-    own = {key: tensor for key, tensor in resnet.state_dict().items() if key.startswith('fc.')}
     tell(weights)
-    checkpoint.load_model(resnet, {**weights.state, **own}, weights.path, remedy=(
+    checkpoint.load_model(resnet, weights.state, weights.path, without='fc.', remedy=(
         f'They should be those of {name}: bind another MGN.backbone, or give another file to MGN.pretrained.'))
 
 
@@ -110,9 +107,7 @@ def load_all_but_classifiers(model, weights):
     tell(weights)
     differing = [f'MGN.{name} = {value!r}' for name, value in weights.options.items()
                  if model.architecture.get(name, value) != (list(value) if isinstance(value, tuple) else value)]
-    own = {key: tensor for key, tensor in model.state_dict().items() if '.classifier.' in key}
-    state = {key: tensor for key, tensor in weights.state.items() if '.classifier.' not in key}
-    checkpoint.load_model(model, {**state, **own}, weights.path, remedy=(
+    checkpoint.load_model(model, weights.state, weights.path, without='.classifier.', remedy=(
         f'They are of {", ".join(differing) or "another MGN"}: bind that, or give another file to MGN.pretrained.'))
     if differing:
         logger.warning('%s was trained with %s, which is bound otherwise', weights.path, ', '.join(differing))

@@ -493,6 +493,17 @@ def test_a_value_of_another_type_is_an_error_that_names_the_binding_and_what_fit
     ('train.keep_last = 1.5', 'train.keep_last must be an integer'),
     ('mgn_losses.margin = (1,)', r'mgn_losses.margin must be a finite number or None, found \(1,\)'),
     ('MGN.parts = (1, 2.5)', r'MGN.parts must be values in parentheses as in \(1, 2, 3\), each an integer'),
+    ('device = 5', 'device must be a string that is not empty, found 5'),
+    ("feature_precision = 'int8'", "feature_precision must be 'auto' or 'float32' or .*, found 'int8'"),
+    ('train.precision = 16', "train.precision must be 'auto' or 'float32' or .*, found 16"),
+    ("write_features.storage = 'int8'", "write_features.storage must be 'float32' or 'float16', found 'int8'"),
+    ("train.mining = 'none'", "train.mining must be 'all' or 'process', found 'none'"),
+    ("MGN.backbone = 'vit'", "MGN.backbone must be 'resnet18' or .* or 'resnet101_ibn', found 'vit'"),
+    ("MGN.pooling = 'mean'", "MGN.pooling must be 'max' or 'avg' or 'gem', found 'mean'"),
+    ('dataset = @market1501', r'dataset must be a reference with parentheses such as @name\(\), found @market1501'),
+    ('rerank = 20', 'rerank must be True or False, found 20'),
+    ('query_expansion = 2.0', 'query_expansion must be an integer, found 2.0'),
+    ("evaluate.cross_camera = 'False'", "evaluate.cross_camera must be True or False, found 'False'"),
     ('a = %b\nb = %a\nP = %a', 'is bound to itself')])
 def test_a_value_that_does_not_fit_is_told_with_what_does(binding, message):
     with pytest.raises(UserError, match=message):

@@ -126,10 +126,6 @@ def test_features_are_not_overwritten_and_options_are_checked(written, model, ro
     dataset = market_layout(str(root))
     with pytest.raises(ValueError, match='The features_dir holds features already: .*manifest.json; remove'):
         write_features(model, dataset, extractor(), str(written))
-    with pytest.raises(ValueError, match="write_features.storage must be one of float32, float16, found 'int8'"):
-        write_features(model, dataset, extractor(), str(tmp_path / 'other'), storage='int8')
-    with pytest.raises(ValueError, match="Extractor.precision must be one of 'auto', 'float32', .*found 'int8'"):
-        extractor(precision='int8')
     (tmp_path / 'file').write_text('')
     with pytest.raises(OSError, match='Features cannot be written to .*file/x: .*; free disk space or bind another'):
         write_features(model, dataset, extractor(), str(tmp_path / 'file' / 'x'))
@@ -142,10 +138,7 @@ def test_features_are_not_overwritten_and_options_are_checked(written, model, ro
     ('workers', 2.0, 'workers must be an integer from 0 to 1024, not 2.0'),
     ('input_size', (0, 24), 'input_size: its height must be an integer from 1 to 4096, not 0'),
     ('input_size', (48, 100_000), 'input_size: its width must be an integer from 1 to 4096, not 100000'),
-    ('input_size', (48, '24'), "input_size: its width must be an integer from 1 to 4096, not '24'"),
-    ('input_size', 5, 'input_size must be height and width in pixels, not 5; .384, 128. is usual'),
-    ('input_size', (48,), r'input_size must be height and width in pixels, not \(48,\)'),
-    ('input_size', None, 'input_size must be height and width in pixels, not None')])
+    ('input_size', (48, '24'), "input_size: its width must be an integer from 1 to 4096, not '24'")])
 def test_options_out_of_range_are_refused(option, value, message):
     with pytest.raises(UserError, match=f'^(Extractor.)?{message}'):
         Extractor(CPU, **{'input_size': SIZE, option: value})

@@ -309,7 +309,6 @@ def test_a_log_drops_a_torn_line_and_the_lines_of_later_steps(tmp_path):
     log = RunLog(str(tmp_path), 2)
     assert log.evaluated(0) and not log.evaluated(2)
     log.write({'step': 3, 'loss': 0.5})
-    log.close()
     assert records(tmp_path) == [{'step': 0, 'mAP': 0.1}, {'step': 2, 'loss': 1.5}, {'step': 3, 'loss': 0.5}]
 
 

@@ -218,14 +218,27 @@ def test_what_is_no_image_is_refused(files, image):
         mgn.load(files['B'][0], device='cpu').embed([image])
 
 
+@pytest.mark.parametrize('device', [5, None, True, 2.5, [], {}, 10 ** 5000, torch.device('cpu')], ids=type)
+def test_a_device_that_is_no_name_is_a_sentence(files, device):
+    with pytest.raises(UserError, match='^device must be a string that is not empty, found '):
+        mgn.load(files['B'][0], device)
+
+
+@pytest.mark.parametrize('precision', ['int8', None, 16, ['float32']])
+def test_other_precisions_are_refused(files, precision):
+    choices = "'auto' or 'float32' or 'bfloat16' or 'float16'"
+    with pytest.raises(UserError, match=f'^precision must be {choices}, found '):
+        mgn.load(files['B'][0], 'cpu', precision)
+
+
 def test_a_crafted_configuration_of_a_checkpoint_is_refused_by_load(tmp_path):
     model = MGN(0, 'resnet18', pretrained=False)
     content = {'num_classes': 0, 'step': 0, 'model': model.state_dict(), 'config': "MGN.backbone = 'resnet18'"}
     checkpoint.save(str(tmp_path / 'fine.pth'), content)
     assert mgn.load(str(tmp_path / 'fine.pth'), 'cpu').embed(images(1).byte()).shape == (1, 2048)
-    for text, message in (('MGN.parts = "abc"', 'MGN.parts to values in parentheses'),
+    for text, message in (('MGN.parts = "abc"', 'MGN.parts must be values in parentheses'),
                           ('MGN.bnneck = 3', 'True or False'), ('MGN.parts = (1', 'cannot be read'),
-                          ('input_size = 3', 'height and width')):
+                          ('input_size = 3', 'input_size must be values in parentheses')):
         checkpoint.save(str(tmp_path / 'bad.pth'), {**content, 'config': text})
         with pytest.raises(UserError, match=message):
             mgn.load(str(tmp_path / 'bad.pth'), 'cpu')

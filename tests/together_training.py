@@ -230,8 +230,6 @@ def check_what_cannot_be_split_is_refused(folder):
         training.check_split(N, 'process', False, CPU)
     with pytest.raises(ValueError, match='train.sync_bn = True needs GPUs.*the device is cpu'):
         training.check_split(N, 'all', True, CPU)
-    with pytest.raises(ValueError, match="train.mining should be 'all' or 'process', but is 'none'"):
-        training.check_split(N, 'none', False, CPU)
 
 
 def check_values_and_rows_travel(folder):

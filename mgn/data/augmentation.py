@@ -89,29 +89,16 @@ class Augmentation:
         return 0, 0, 0, 0
 
     def __call__(self, images, draws):
-        """images: (B, 3, H, W) uint8, draws on the same device → (B, 3, H, W) float32, normalised, channels-last."""
+        """(B, 3, H, W) uint8 of any strides, Draws on the same device → (B, 3, H, W) float32, channels-last.
+
+        Batched tensor operations, which never wait for a GPU. Channels-last images are faster. Of a box to erase, what
+        lies outside of the image is ignored.
+        """
         return augment(images, *draws, self.padding)
 
 
 def augment(images, flip, top, left, erase, padding):
-    """Horizontal flip → pad with black and crop back → normalise → fill a box; every image has its own values.
-
-    Batched tensor operations, which never wait for a GPU.
-
-    Args:
-        images: (B, 3, H, W) uint8, of any strides; channels-last ones are faster.
-        flip: (B,) bool.
-        top, left: (B,) int64 from 0 to 2·padding, of the crop in the padded image.
-        erase: (B, 4) int64, top, left, bottom, right of the box in the crop. What lies outside is ignored, and an
-            empty box erases nothing.
-        padding: in pixels, on each side.
-    Returns:
-        (B, 3, H, W) float32, channels-last.
-    Raises:
-        ValueError: shapes, types or devices that do not fit together; on the CPU a crop outside the padded image.
-    """
-    check_images(images)
-    check_draws(images, Draws(flip, top, left, erase), padding)
+    """Horizontal flip → pad with black and crop back → normalise → fill a box; every image has its own values."""
     count, _, height, width = images.shape
     pixels = images.permute(0, 2, 3, 1)
     both = torch.stack((pixels, pixels.flip(2))).flatten(3)                # (2, B, H, 3W), as it is and mirrored
@@ -140,7 +127,9 @@ def normalise(images):
 
     Raises ValueError for another shape or type.
     """
-    check_images(images)
+    if images.dim() != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+        raise ValueError(f'Images must be (B, 3, H, W) and torch.uint8, but these are {tuple(images.shape)} and '
+                         f'{images.dtype}; mgn.data.images.to_batch makes them')
     count, _, height, width = images.shape
     mean, std = mean_and_std(width, images.device)
     # Rows of 3W numbers make long vector loops; (…, 3) would make short ones.
@@ -154,28 +143,3 @@ def mean_and_std(width, device):
     return tuple(torch.tensor(values).repeat(width).to(device) for values in (MEAN, STD))
 
 
-def check_images(images):
-    if not isinstance(images, torch.Tensor) or images.dim() != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
-        raise ValueError(f'Images must be (B, 3, H, W) and torch.uint8, but these are {describe(images)}; '
-                         f'mgn.data.images.to_batch makes them')
-
-
-def check_draws(images, draws, padding):
-    arguments.integer(padding, 'padding', 0, 2 ** 31 - 1, '0 pads nothing')
-    for name, draw in draws._asdict().items():
-        shape = (len(images), 4) if name == 'erase' else (len(images),)
-        dtype = torch.bool if name == 'flip' else torch.int64
-        if not isinstance(draw, torch.Tensor) or (draw.shape, draw.dtype, draw.device) != (shape, dtype, images.device):
-            raise ValueError(f'{name} must have the shape {shape} and be {dtype} on {images.device} like the images, '
-                             f'but it is {describe(draw)}; pass one draw per image')
-    if images.device.type == 'cpu':  # a GPU would have to be waited for
-        for name, draw in (('top', draws.top), ('left', draws.left)):
-            for place in ((draw < 0) | (draw > 2 * padding)).nonzero():
-                raise ValueError(f'{name} must lie between 0 and {2 * padding}, twice the padding, but it is '
-                                 f'{draw[place].item()} for image {place.item()}; draw and augment with one padding')
-
-
-def describe(value):
-    if not isinstance(value, torch.Tensor):
-        return type(value).__name__
-    return f'{tuple(value.shape)}, {value.dtype} on {value.device}'

@@ -6,6 +6,7 @@ ids that the files carry. Ids become labels 0…C−1 only for training (`train_
 
 import contextlib
 import csv
+import itertools
 import logging
 import os
 import re
@@ -68,24 +69,17 @@ def msmt17(root: str, combine_val: bool = False) -> Dataset:
 
     Trains on list_train.txt alone, or with list_val.txt too where `combine_val`.
     """
-    folder, not_to_train = find_folder(root, ('MSMT17_V1', 'MSMT17_V2', 'msmt17', 'MSMT17', ''),
-                                       ('list_train.txt', 'list_val.txt'), ('list_query.txt', 'list_gallery.txt'))
-    versions = [[os.path.join(folder, name) for name in pair]
-                for pair in (('train', 'test'), ('mask_train_v2', 'mask_test_v2'))]
-    train_folder, test_folder = max(versions, key=lambda pair: [os.path.isdir(images) for images in reversed(pair)])
-    if not (os.path.isdir(train_folder) and os.path.isdir(test_folder)):
-        tried = ', '.join(path for pair in versions for path in pair)
-        not_to_train = (f'The images of MSMT17 are missing, looked for the folders of V1 and V2, {tried}; '
-                        f'unpack the images there')
-    if not os.path.isdir(test_folder):
-        raise MissingFile(not_to_train)
+    lists = ('list_train.txt', 'list_val.txt'), ('list_query.txt', 'list_gallery.txt')
+    versions = [tuple((images, *names) for images, names in zip(folders, lists))
+                for folders in (('train', 'test'), ('mask_train_v2', 'mask_test_v2'))]
+    folder, (in_train, in_test), not_to_train = find_folder(
+        root, ('MSMT17_V1', 'MSMT17_V2', 'msmt17', 'MSMT17', ''), *versions)
     train = []
     if not not_to_train:
-        for list_name in ('list_train.txt', 'list_val.txt')[:1 + combine_val]:
-            train += read_msmt_list(os.path.join(folder, list_name), train_folder)
+        for list_name in lists[0][:1 + combine_val]:
+            train += read_msmt_list(folder, list_name, in_train[0])
         logger.info('MSMT17 trains on %s', 'list_train.txt and list_val.txt' if combine_val else 'list_train.txt alone')
-    query, gallery = (read_msmt_list(os.path.join(folder, f'list_{part}.txt'), test_folder)
-                      for part in ('query', 'gallery'))
+    query, gallery = (read_msmt_list(folder, list_name, in_test[0]) for list_name in lists[1])
     dataset = Dataset('MSMT17', folder, train, query, gallery, not_to_train)
     return report(dataset, Counts(1041, 32621 if combine_val else 30248, 11659, 82161, 15))
 
@@ -119,7 +113,7 @@ def cuhk01(root: str, seed: int = 0) -> Dataset:
     File names such as 0001003.png: identity 1, its third image of four, of which the first two are camera 1's. There is
     no published split: `seed` draws the 485 identities to train on; of the others camera 1 is the query.
     """
-    folder = find_folder(root, ('CUHK01', 'cuhk01', ''), (), ('campus',))[0]
+    folder = find_folder(root, ('CUHK01', 'cuhk01', ''), ((), ('campus',)))[0]
     samples, folder = [], os.path.join(folder, 'campus')
     with reading(folder):
         file_names = sorted(os.listdir(folder))
@@ -167,7 +161,7 @@ def joined(datasets: tuple[Dataset, ...] = gin.REQUIRED) -> Dataset:
     """Several data sets to train on at once: their identities and cameras are all different. Tests on the first."""
     train, pids, camids = [], 0, 0
     for dataset in datasets:
-        check_dataset(dataset, to_train=True)
+        check_trainable(dataset)
         train += [sample._replace(pid=pids + sample.pid, camid=camids + sample.camid) for sample in dataset.train]
         pids, camids = (1 + max(getattr(sample, name) for sample in train) for name in ('pid', 'camid'))
     first = datasets[0]
@@ -192,29 +186,29 @@ def pedestrians(root: str, seed: int = 0, draw: bool = True) -> Dataset:
 TRAIN, QUERY, GALLERY = MARKET_FOLDERS = ('bounding_box_train', 'query', 'bounding_box_test')
 
 
-def find_folder(root, aliases, to_train, to_evaluate):
-    """The first root/alias that holds all files to train and to evaluate, or else those to evaluate; and a sentence.
+def find_folder(root, aliases, *versions):
+    """The first root/alias that holds all files of a version, or else those to evaluate; that version; and a sentence.
 
-    The sentence lists every path tried; it is empty where nothing is missing. It is the message of a MissingFile where
-    no root/alias holds the files to evaluate.
+    versions: (names of files to train, names of files to evaluate). The sentence lists every path tried; it is empty
+    where nothing is missing. It is the message of a MissingFile where no root/alias holds the files to evaluate.
     """
     root = os.path.abspath(os.path.expanduser(root))
     folders = [os.path.join(root, alias) if alias else root for alias in aliases]
-    contents = *to_train, *to_evaluate
-    paths = [os.path.join(folder, name) for folder in folders for name in contents]
+    contents = [(*to_train, *to_evaluate) for to_train, to_evaluate in versions]
+    paths = dict.fromkeys(os.path.join(folder, name) for folder in folders for names in contents for name in names)
     tried = '\n  '.join(path if os.path.exists(path) else f'{path} (missing)' for path in paths)
-    missing = (f'No folder holds {", ".join(contents)}; looked for\n  {tried}\n'
+    missing = (f'No folder holds {" or ".join(map(", ".join, contents))}; looked for\n  {tried}\n'
                f"bind data_root to the folder that holds them, e.g. data_root='datasets'")
-    for names, sentence in ((contents, ''), (to_evaluate, missing)):
-        for folder in folders:
-            if all(os.path.exists(os.path.join(folder, name)) for name in names):
-                return folder, sentence
+    for part, sentence in ((slice(0, 2), ''), (slice(1, 2), missing)):
+        for folder, version in itertools.product(folders, versions):
+            if all(os.path.exists(os.path.join(folder, name)) for names in version[part] for name in names):
+                return folder, version, sentence
     raise MissingFile(missing)
 
 
 def read_market_layout(name, root, aliases=('',), published=None, camera_required=True):
     """The data set in the first root/alias that has Market-1501's folders. published: Counts to compare it with."""
-    folder, not_to_train = find_folder(root, aliases, (TRAIN,), (QUERY, GALLERY))
+    folder, _, not_to_train = find_folder(root, aliases, ((TRAIN,), (QUERY, GALLERY)))
     parts = [[] if part == TRAIN and not_to_train else read_market_folder(os.path.join(folder, part), camera_required)
              for part in MARKET_FOLDERS]
     without_camera = [sample.path for part in parts for sample in part if sample.camid is None]
@@ -252,12 +246,13 @@ def read_market_folder(folder, camera_required):
     return samples
 
 
-def read_msmt_list(list_file, image_folder):
-    """Samples of one list file, whose lines are `0000/0000_000_01_0303morning_0008_0.jpg 0`: a path and the identity.
+def read_msmt_list(folder, list_name, images):
+    """Samples of one list file, of images in folder/images; its lines are `0000/0000_000_01_0303morning_0008_0.jpg 0`.
 
-    The third field of the file name is the camera. Bytes that are not UTF-8 belong to file names, as everywhere.
+    A path, whose third field is the camera, and the identity. Bytes that are not UTF-8 belong to file names, as
+    everywhere.
     """
-    samples = []
+    samples, list_file = [], os.path.join(folder, list_name)
     with reading(list_file), open(list_file, encoding='utf-8-sig', errors='surrogateescape') as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -266,7 +261,7 @@ def read_msmt_list(list_file, image_folder):
             if fields is None or '..' in fields[1].split('/') or '\0' in line:
                 raise UserError(f'Lines must look like 0000/0000_000_01_0303morning_0008_0.jpg 0, but line {number} of '
                                 f'{list_file} is {line.rstrip()!r:.200}; restore the list')
-            samples.append(Sample(os.path.join(image_folder, fields[1]), int(fields[3]), int(fields[2])))
+            samples.append(Sample(os.path.join(folder, images, fields[1]), int(fields[3]), int(fields[2])))
     if not samples:
         raise UserError(f'{list_file} lists no images; restore the list')
     return samples
@@ -281,13 +276,9 @@ def reading(path):
         raise FileError(f'{path} cannot be read: {error.strerror}; restore it or correct data_root') from error
 
 
-def check_dataset(dataset, to_train=False):
-    """UserError where gin was given a data set's function, not its value; `to_train`: MissingFile without images to
-    train on."""
-    if not isinstance(dataset, Dataset):
-        raise UserError(f'dataset must be a data set, but it is {dataset!r}; bind it with parentheses, '
-                        f'e.g. dataset = @market1501()')
-    if to_train and dataset.not_to_train:
+def check_trainable(dataset):
+    """MissingFile without images to train on."""
+    if dataset.not_to_train:
         raise MissingFile(dataset.not_to_train)
 
 

@@ -36,8 +36,7 @@ class Ignored:
     def __init__(self, *_):
         pass
 
-    def __setstate__(self, _):
-        pass
+    __setstate__ = __init__
 
 
 NUMBERS = [(Ignored, f'numpy.{name}') for name in ('core.multiarray.scalar', '_core.multiarray.scalar', 'dtype')]
@@ -195,9 +194,8 @@ def read(path, mmap=False):
     with open(path, 'rb') as file:
         legacy = file.read(len(LEGACY)) == LEGACY
     if not legacy:
-        with errors_explained(Damaged, f'{path} is damaged or no file of weights'):
-            with zipfile.ZipFile(path) as file:
-                damaged = file.testzip()  # torch.load itself ignores the sums
+        with errors_explained(Damaged, f'{path} is damaged or no file of weights'), zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # torch.load itself ignores the sums
         if damaged:
             raise Damaged(f'{path} is damaged: {damaged} in it has another checksum than was written. Give another '
                           f'file.')
@@ -239,15 +237,13 @@ def errors_explained(kind, message):
         raise kind(f'{message} ({reason}). Give another file.') from error
 
 
-def load_model(model, state, path, features_only=False, remedy='Bind MGN as it was trained, or give other weights.'):
-    """Loads a state dict strictly; with features_only its classifiers are left out.
+def load_model(model, state, path, without=None, remedy='Bind MGN as it was trained, or give other weights.'):
+    """Loads a state dict strictly, but for the names with the text `without` in them: those stay as they are.
 
     Raises UserError with missing, unexpected and ill-shaped keys, ten at most; nothing is loaded then.
     """
-    state = dict(state)
-    if features_only:
-        state = {key: value for key, value in state.items() if '.classifier.' not in str(key)}
-    expected = model.state_dict()
+    state, expected = ({key: value for key, value in dict(values).items() if not without or without not in str(key)}
+                       for values in (state, model.state_dict()))
     problems = [f'{key} is missing' for key in expected if key not in state]
     problems += [f'{key} is unexpected' for key in state if key not in expected]
     problems += [f'{key} {fault}' for key in expected if key in state and (fault := misfit(state[key], expected[key]))]
@@ -256,7 +252,7 @@ def load_model(model, state, path, features_only=False, remedy='Bind MGN as it w
             problems[SHOWN:-SHOWN] = [f'… {len(problems) - 2 * SHOWN} more …']
         raise UserError(f'The weights in {path} do not fit the configured architecture:\n  '
                         + '\n  '.join(problems) + f'\n{remedy}')
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=not without)
 
 
 def misfit(value, expected):

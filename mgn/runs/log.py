@@ -42,10 +42,11 @@ class RunLog:
         with writing(self.path, 'Free disk space; the same command resumes from the last checkpoint.'):
             with open(self.path, 'a') as file:
                 file.write(json.dumps(record) + '\n')
-        for name, value in record.items():
-            if self.events and name != 'step':
-                kind = 'evaluation' if 'mAP' in record else 'training'
-                self.events.add_scalar(f'{kind}/{name}', value, record['step'])
+        if self.events:
+            kind = 'evaluation' if 'mAP' in record else 'training'
+            for name in record.keys() - {'step'}:
+                self.events.add_scalar(f'{kind}/{name}', record[name], record['step'])
+            self.events.flush()
 
     def summary(self):
         """The first, the best and the last evaluation of the run, in per cent."""
@@ -55,14 +56,6 @@ class RunLog:
         shown = evaluations[0], max(evaluations, key=lambda record: record['mAP']), evaluations[-1]
         return (aligned('  step', {f'{record["step"]:6d}': record for record in shown}.items())
                 + f'\ncheckpoints, metrics and configuration are in {os.path.dirname(self.path)}')
-
-    def flush(self):
-        if self.events:
-            self.events.flush()
-
-    def close(self):
-        if self.events:
-            self.events.close()
 
 
 def aligned(heading, evaluations):

@@ -4,6 +4,7 @@ They form a gloo group, whose messages (features, checkpoints, sums) go through 
 their device. In a run of one process every function here returns at once.
 """
 
+import functools
 import os
 import re
 import time
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from mgn.ops.errors import UserError
+from mgn.ops.private import for_tensors
 
 MEETING = timedelta(minutes=5)  # for all processes to start
 PATIENCE = timedelta(hours=2)   # the others wait while process 0 re-ranks; a lost process is noticed by its connection
@@ -131,28 +133,14 @@ def share_tensors(value):
     """The same for a value of dicts, lists and CPU tensors, which are sent one by one as they lie in memory."""
     if count() == 1:
         return value
+    meta = functools.partial(torch.empty_like, device='meta')
     # Dense ones keep their strides, in which an optimizer expects its state.
-    value = with_tensors(value, lambda tensor: tensor if is_dense(tensor) else tensor.contiguous())
-    shapes = share(with_tensors(value, lambda tensor: torch.empty_like(tensor, device='meta')))
+    value = for_tensors(lambda x: x if x.stride() == meta(x).stride() else x.contiguous(), value)
+    shapes = share(for_tensors(meta, value))
     if number() > 0:
-        value = with_tensors(shapes, lambda tensor: torch.empty_like(tensor, device='cpu'))
-    with_tensors(value, lambda tensor: dist.broadcast(  # as bytes: gloo does not know every type
-        tensor.as_strided([tensor.numel()], [1]).view(torch.uint8), src=0))
-    return value
-
-
-def is_dense(tensor):
-    return torch.empty_like(tensor, device='meta').stride() == tensor.stride()
-
-
-def with_tensors(value, function):
-    """`value` with function(tensor) in place of each tensor in its dicts, lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: with_tensors(item, function) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [with_tensors(item, function) for item in value]
+        value = for_tensors(lambda shape: torch.empty_like(shape, device='cpu'), shapes)
+    for_tensors(lambda tensor: dist.broadcast(  # as bytes: gloo does not know every type
+        tensor.as_strided([tensor.numel()], [1]).view(torch.uint8), src=0), value)
     return value
 
 

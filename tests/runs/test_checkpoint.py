@@ -247,7 +247,7 @@ def test_a_classifier_of_another_size_is_refused_where_the_whole_model_is_wanted
 @pytest.mark.parametrize('classes', [0, 7])
 def test_where_features_are_wanted_classifiers_are_dropped(classes):
     source, target = model(classes).state_dict(), model(0)
-    checkpoint.load_model(target, source, 'best.pth', features_only=True)
+    checkpoint.load_model(target, source, 'best.pth', without='.classifier.')
     assert sorted(target.state_dict()) == ['heads.0.reduction.bias', 'heads.0.reduction.weight']
     assert all(torch.equal(value, source[name]) for name, value in target.state_dict().items())
 
@@ -255,6 +255,6 @@ def test_where_features_are_wanted_classifiers_are_dropped(classes):
 def test_where_features_are_wanted_everything_else_is_still_checked():
     state = {**model(7, width=5).state_dict(), 'trunk.0.weight': torch.zeros(1)}
     with pytest.raises(ValueError, match=r'heads.0.reduction.weight has shape \(2, 5\) instead of \(2, 4\)') as raised:
-        checkpoint.load_model(model(0), state, 'best.pth', features_only=True)
+        checkpoint.load_model(model(0), state, 'best.pth', without='.classifier.')
     assert 'trunk.0.weight is unexpected' in str(raised.value)
     assert 'classifier' not in str(raised.value)
