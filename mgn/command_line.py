@@ -12,11 +12,11 @@ def run(main):
         from absl import app, flags
 
         flags.DEFINE_multi_string('gin_file', [], 'Gin file, e.g. --gin_file=gin/market.gin; repeatable, later ones '
-                                  'win. Looked for in the working folder, then among the recipes of this package.')
+                                  'win. Looked for in the working folder, then among the recipes of this package.',
+                                  module_name=sys.argv[0])  # so that --help shows it
         flags.DEFINE_multi_string('gin_bindings', [], 'Gin binding, e.g. --gin_bindings="data_root=\'datasets\'"; '
-                                  'repeatable, later ones win, and all of them win over gin files.')
-        for name in ('gin_file', 'gin_bindings'):  # so that --help shows them
-            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+                                  'repeatable, later ones win, and all of them win over gin files.',
+                                  module_name=sys.argv[0])
         for stream in filter(None, (sys.stdout, sys.stderr)):  # names of files need not be UTF-8
             stream.reconfigure(errors='backslashreplace')
         app.run(lambda arguments: carry_out(main, flags.FLAGS, arguments[1:]))

@@ -15,13 +15,10 @@ from mgn.devices import find_device, peak_memory
 from mgn.feature_files import read_features, write_features
 from mgn.features import Extractor, check_alike
 from mgn.model import MGN
-from mgn.ops import arguments, k_reciprocal_ranks, match_ranks, match_ranks_sharded
+from mgn.ops import arguments, expand_queries, k_reciprocal_ranks, match_ranks, match_ranks_sharded, retrieval_metrics
 from mgn.ops.errors import UserError
-from mgn.ops.metrics import retrieval_metrics
-from mgn.ops.query_expansion import expand_queries
 from mgn.results import table, write_results
-from mgn.runs import checkpoint as checkpoints
-from mgn.runs import processes
+from mgn.runs import checkpoint as checkpoints, processes
 from mgn.runs.files import writing
 
 logger = logging.getLogger(__name__)

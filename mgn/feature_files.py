@@ -6,7 +6,6 @@ A folder holds for `query` and `gallery` each _features.npy (n, D), _pids.npy an
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ from typing import Literal
 import gin
 import numpy as np
 
-from mgn.features import check_alike, hash_of_weights, image_lists
+from mgn.features import check_alike, hash_of, hash_of_weights, image_lists
 from mgn.ops.errors import FileError, MissingFile, UserError
 from mgn.runs import processes
 from mgn.runs.files import write_text
@@ -208,12 +207,9 @@ def file_of(features_dir, part, name):
 
 
 def text_hash(content):
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hash_of([json.dumps(content, sort_keys=True).encode()])
 
 
 def file_hash(path):
-    sha = hashlib.sha256()
     with open(path, 'rb') as file:
-        while block := file.read(2 ** 20):
-            sha.update(block)
-    return sha.hexdigest()
+        return hash_of(iter(lambda: file.read(2 ** 20), b''))

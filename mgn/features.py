@@ -67,9 +67,8 @@ class Extractor:
             for batch in loader:
                 leave_if_nothing_is_lost()
                 if batch.unreadable:
-                    unreadable = '\n  '.join(batch.unreadable)
-                    raise UserError(f'Evaluation needs every image, and these cannot be read:\n  {unreadable}\n'
-                                    f'restore the files or remove them from the data set')
+                    raise UserError('Evaluation needs every image, and these cannot be read:\n  ' + '\n  '.join(
+                        batch.unreadable) + '\nrestore the files or remove them from the data set')
                 features = self.forward(model, batch.images)
                 yield features
                 done += len(features)
@@ -125,12 +124,13 @@ def image_lists(dataset, part):
 def hash_of_weights(model):
     """SHA-256 of the names, shapes and values of all weights that features depend on."""
     state = {name: tensor for name, tensor in model.state_dict().items() if '.classifier.' not in name}
-    return hash_of(array for name in sorted(state) for array in (
-        np.frombuffer(f'{name} {tuple(state[name].shape)}'.encode(), np.uint8), state[name].detach().cpu().numpy()))
+    return hash_of(part for name in sorted(state) for part in (
+        f'{name} {tuple(state[name].shape)}'.encode(), np.ascontiguousarray(state[name].detach().cpu().numpy())))
 
 
-def hash_of(arrays):
+def hash_of(parts):
+    """SHA-256 of bytes and contiguous arrays, one after the other."""
     sha = hashlib.sha256()
-    for array in arrays:
-        sha.update(np.ascontiguousarray(array).tobytes())
+    for part in parts:
+        sha.update(part)
     return sha.hexdigest()

@@ -75,8 +75,7 @@ class MGN(nn.Module):
             weights.load_backbone(resnet, given, backbone)
         if first_pooling == 'ceil':
             resnet.maxpool = nn.MaxPool2d(3, 2, ceil_mode=True)
-        for block in (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4):
-            use_products(block)
+        use_products(nn.ModuleList([resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4]))
         width = resnet.fc.in_features
         self.parts = tuple(parts)
         self.architecture = {  # all that features depend on, beside the weights
@@ -146,8 +145,8 @@ class Head(nn.Module):
         self.norm = nn.BatchNorm1d(dim) if reduction_bn else nn.Identity()
         self.activation = nn.ReLU() if reduction_relu else nn.Identity()
         self.neck = nn.BatchNorm1d(dim) if bnneck else nn.Identity()
-        self.classify_pooled, self.cosine = classify_pooled, cosine
-        self.classifier = nn.Linear(width if classify_pooled else dim, num_classes, bias=False) if num_classes else None
+        self.classify_pooled, linear = classify_pooled, CosineLinear if cosine else nn.Linear
+        self.classifier = linear(width if classify_pooled else dim, num_classes, bias=False) if num_classes else None
         nn.init.kaiming_normal_(self.reduction.weight, mode='fan_out', nonlinearity='relu')
         if reduction_bn:
             nn.init.normal_(self.norm.weight, 1, 0.02)
@@ -160,14 +159,14 @@ class Head(nn.Module):
     def forward(self, pooled):
         reduced = self.activation(self.norm(self.reduction(pooled)))
         feature = self.neck(reduced)
-        return reduced, feature, self.logits(pooled if self.classify_pooled else feature)
+        return reduced, feature, self.classifier and self.classifier(pooled if self.classify_pooled else feature)
 
-    def logits(self, classified):
-        if self.classifier is None:
-            return None
-        if self.cosine:
-            return F.linear(F.normalize(classified), F.normalize(self.classifier.weight))
-        return self.classifier(classified)
+
+class CosineLinear(nn.Linear):
+    """(B, width) → the cosines of each row and each class, (B, C)."""
+
+    def forward(self, rows):
+        return F.linear(F.normalize(rows), F.normalize(self.weight))
 
 
 class MaxPool(nn.Module):

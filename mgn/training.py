@@ -23,15 +23,12 @@ from mgn.evaluation import evaluate
 from mgn.features import Extractor, check_alike, check_size
 from mgn.losses import make_losses, mgn_losses
 from mgn.model import MGN
-from mgn.ops import implementation
+from mgn.ops import METRICS, implementation
 from mgn.ops.arguments import integer, real
 from mgn.ops.errors import UserError
-from mgn.ops.metrics import METRICS
 from mgn.optim import make_optimizer
 from mgn.results import table, write_results
-from mgn.runs import checkpoint as checkpoints
-from mgn.runs import processes
-from mgn.runs.checkpoint import State
+from mgn.runs import checkpoint as checkpoints, processes
 from mgn.runs.files import write_text
 from mgn.runs.folder import best_so_far, locked, newest, remove_older, save_last
 from mgn.runs.interruption import STATUS, Interruption
@@ -170,7 +167,7 @@ class Training:
         self.network_losses = distributed(losses, self.device, group)
         optimizer = make_optimizer(torch.nn.ModuleList([model, losses]))
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == 'float16')
-        self.state = State(model, losses, optimizer, scaler, Meter(), average, self.num_classes)
+        self.state = checkpoints.State(model, losses, optimizer, scaler, Meter(), average, self.num_classes)
         self.saved_step = None  # of last.pth, if it is intact
         self.best = best_so_far(self.output_dir) if saved and self.first else -1.0
         if saved:

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png')
 NUMBER = r'\d{1,18}'  # fits into 64 bits
+COUNTED = 'train_pids', 'train', 'query', 'gallery', 'cameras'  # in published sizes, without junk
 JUNK_PID = -1  # boxes that show no whole person; they are neither matches nor non-matches
 
 
@@ -40,27 +41,18 @@ class Dataset(NamedTuple):
     not_to_train: str = ''  # why there is nothing to train on: a sentence that lists the files looked for
 
 
-class Counts(NamedTuple):
-    """Published sizes; the gallery is counted without junk."""
-    train_pids: int
-    train: int
-    query: int
-    gallery: int
-    cameras: int
-
-
 @gin.configurable
 def market1501(root: str) -> Dataset:
     """Market-1501 (Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV 2015) under `root`."""
     aliases = ('Market-1501-v15.09.15', 'market1501', 'Market-1501', '')
-    return read_market_layout('Market-1501', root, aliases, Counts(751, 12936, 3368, 15913, 6))
+    return read_market_layout('Market-1501', root, aliases, (751, 12936, 3368, 15913, 6))
 
 
 @gin.configurable
 def dukemtmcreid(root: str) -> Dataset:
     """DukeMTMC-reID (Zheng et al., ICCV 2017; withdrawn by the authors of DukeMTMC in 2019) under `root`."""
     aliases = ('DukeMTMC-reID', 'dukemtmcreid', 'dukemtmc-reid', '')
-    return read_market_layout('DukeMTMC-reID', root, aliases, Counts(702, 16522, 2228, 17661, 8))
+    return read_market_layout('DukeMTMC-reID', root, aliases, (702, 16522, 2228, 17661, 8))
 
 
 @gin.configurable
@@ -81,7 +73,7 @@ def msmt17(root: str, combine_val: bool = False) -> Dataset:
         logger.info('MSMT17 trains on %s', 'list_train.txt and list_val.txt' if combine_val else 'list_train.txt alone')
     query, gallery = (read_msmt_list(folder, list_name, in_test[0]) for list_name in lists[1])
     dataset = Dataset('MSMT17', folder, train, query, gallery, not_to_train)
-    return report(dataset, Counts(1041, 32621 if combine_val else 30248, 11659, 82161, 15))
+    return report(dataset, (1041, 32621 if combine_val else 30248, 11659, 82161, 15))
 
 
 @gin.configurable
@@ -102,7 +94,7 @@ def cuhk03(root: str, boxes: Literal['detected', 'labeled'] = 'detected') -> Dat
     Re-identification with k-reciprocal Encoding", CVPR 2017. boxes: by a detector, or drawn by hand.
     """
     aliases = [os.path.join(alias, boxes) for alias in ('cuhk03-np', 'CUHK03-NP', 'CUHK03_New_Protocol', 'cuhk03', '')]
-    counts = Counts(767, 7365, 1400, 5332, 2) if boxes == 'detected' else Counts(767, 7368, 1400, 5328, 2)
+    counts = (767, 7365, 1400, 5332, 2) if boxes == 'detected' else (767, 7368, 1400, 5328, 2)
     return read_market_layout(f'CUHK03 ({boxes})', root, aliases, counts)
 
 
@@ -124,7 +116,7 @@ def cuhk01(root: str, seed: int = 0) -> Dataset:
     chosen = {*np.random.default_rng(seed).permutation(pids)[:485].tolist()}
     parts = ([s for s in samples if s.pid in chosen], [s for s in samples if s.pid not in chosen and s.camid == 1],
              [s for s in samples if s.pid not in chosen and s.camid > 1])
-    return report(Dataset('CUHK01', folder, *parts), Counts(485, 1940, 972, 972, 2))
+    return report(Dataset('CUHK01', folder, *parts), (485, 1940, 972, 972, 2))
 
 
 @gin.configurable
@@ -207,7 +199,7 @@ def find_folder(root, aliases, *versions):
 
 
 def read_market_layout(name, root, aliases=('',), published=None, camera_required=True):
-    """The data set in the first root/alias that has Market-1501's folders. published: Counts to compare it with."""
+    """The data set in the first root/alias that has Market-1501's folders. published: the numbers COUNTED to compare it with."""
     folder, _, not_to_train = find_folder(root, aliases, ((TRAIN,), (QUERY, GALLERY)))
     parts = [[] if part == TRAIN and not_to_train else read_market_folder(os.path.join(folder, part), camera_required)
              for part in MARKET_FOLDERS]
@@ -284,13 +276,13 @@ def check_trainable(dataset):
 
 def report(dataset, published):
     """Logs the sizes of a data set, warns where they differ from the published ones; returns the data set."""
-    counts = Counts(len({s.pid for s in dataset.train}), len(dataset.train), len(dataset.query), len(dataset.gallery),
-                   len({s.camid for part in dataset[2:5] for s in part}))
+    counts = (len({s.pid for s in dataset.train}), *map(len, dataset[2:5]),
+              len({s.camid for part in dataset[2:5] for s in part}))
     logger.info('%s in %s: %d identities and %d images to train, %d query, %d gallery, %d cameras', dataset.name,
                 dataset.root, *counts)
     if published and dataset.not_to_train:
-        published = published._replace(train_pids=0, train=0)
-    for field, count, published_count in zip(Counts._fields, counts, published or counts):
+        published = (0, 0, *published[2:])
+    for field, count, published_count in zip(COUNTED, counts, published or counts):
         if count != published_count:
             logger.warning('%s should have %d %s as published, but has %d; its figures are not comparable',
                            dataset.name, published_count, field, count)
