@@ -6,7 +6,7 @@ from PIL import Image
 
 from mgn import annotations, weights
 from mgn.data.images import Decoder, rgb_array, to_batch
-from mgn.devices import Precision, find_device
+from mgn.devices import find_device
 from mgn.features import Extractor
 from mgn.model import MGN
 from mgn.ops.arguments import shown
@@ -23,15 +23,12 @@ class Embedder:
     def __init__(self, path, device='auto', precision='float32', flip_test=False, batch_size=64):
         content = weights.load_checkpoint(path)
         values = weights.saved_values(content['config'], path)
-        self.input_size, options = values.get('input_size', (384, 128)), {}
-        for name, annotation in annotations.of_parameters(MGN).items():
-            if f'MGN.{name}' in values:
-                options[name] = values[f'MGN.{name}']
-                annotations.check(options[name], annotation, f'{path}: MGN.{name}')
-        annotations.check(self.input_size, tuple[int, int], f'{path}: input_size')
+        options = {name.removeprefix('MGN.'): value for name, value in values.items() if name.startswith('MGN.')}
+        self.input_size = values.get('input_size', (384, 128))
+        annotations.check_all(options, MGN, f'{path}: MGN.')
+        annotations.check_all({'input_size': self.input_size}, Extractor, f'{path}: ')
+        annotations.check_all({'precision': precision, 'flip_test': flip_test, 'batch_size': batch_size}, Extractor)
         annotations.check(device, str, 'device')
-        annotations.check(precision, Precision, 'precision')
-        annotations.check(flip_test, bool, 'flip_test')
         self.device = find_device(device)
         self.extractor = Extractor(self.device, self.input_size, batch_size, 0, flip_test, precision)
         self.model = MGN(**{**options, 'num_classes': 0, 'fresh': False})

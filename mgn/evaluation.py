@@ -4,8 +4,10 @@ Under torchrun each process extracts its part of the images and ranks against it
 """
 
 import logging
+import math
 import os
 import time
+from typing import Annotated
 
 import gin
 import torch
@@ -15,7 +17,8 @@ from mgn.devices import find_device, peak_memory
 from mgn.feature_files import read_features, write_features
 from mgn.features import Extractor, check_alike
 from mgn.model import MGN
-from mgn.ops import arguments, expand_queries, k_reciprocal_ranks, match_ranks, match_ranks_sharded, retrieval_metrics
+from mgn.ops import expand_queries, k_reciprocal_ranks, match_ranks, match_ranks_sharded, retrieval_metrics
+from mgn.ops.arguments import LARGEST_K
 from mgn.ops.errors import UserError
 from mgn.results import table, write_results
 from mgn.runs import checkpoint as checkpoints, processes
@@ -80,8 +83,9 @@ def load_for_features(checkpoint, weights, device):
 
 @gin.configurable(denylist=['model', 'dataset', 'device', 'features_dir', 'extractor'])
 def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_camera: bool = True,
-             query_expansion: int = 0, alpha: float = 3.0, rerank: bool = False, k1: int = 20, k2: int = 6,
-             lambda_value: float = 0.3) -> dict:
+             query_expansion: Annotated[int, 0, LARGEST_K] = 0, alpha: Annotated[float, 0, math.inf] = 3.0,
+             rerank: bool = False, k1: Annotated[int, 1, 2 ** 31 - 1] = 20, k2: Annotated[int, 1, 2 ** 31 - 1] = 6,
+             lambda_value: Annotated[float, 0, 1] = 0.3) -> dict:
     """Ranks the gallery for every query by cosine distance; then again, if asked, after expansion and by re-ranking.
 
     Under torchrun each process extracts and ranks its part. Query expansion and re-ranking run in process 0.
@@ -103,12 +107,8 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_ca
         'query_expansion' and 'rerank', if asked, are dicts of the stage's parameters, METRICS, seconds and peak memory.
         A peak is the most since the process began. Times and memory are process 0's. The same in all processes.
     Raises:
-        UserError: options out of range, unreadable images, features of something else, or no query with a match.
+        UserError: unreadable images, features of something else, or no query with a match.
     """
-    arguments.integer(query_expansion, 'evaluate.query_expansion', 0, arguments.LARGEST_K,
-                      'so many gallery items are averaged into a query, 0 for none')
-    arguments.exponent(alpha, 'evaluate.')
-    arguments.reranking(k1, k2, lambda_value, 'evaluate.')
     extractor, ids = extractor or Extractor(device), identities(dataset, cross_camera)
     check_alike(dataset, ('query', 'gallery'), model)
     start = time.perf_counter()

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import time
+from typing import Annotated
 
 import gin
 import numpy as np
@@ -15,7 +16,6 @@ from mgn.data.images import TestBatches
 from mgn.data.augmentation import normalise
 from mgn.data.loader import load_batches
 from mgn.devices import DTYPES, Precision, resolve_precision
-from mgn.ops import arguments
 from mgn.ops.errors import UserError
 from mgn.runs import processes
 from mgn.runs.interruption import leave_if_nothing_is_lost
@@ -23,6 +23,7 @@ from mgn.runs.log import progress
 
 logger = logging.getLogger(__name__)
 
+Size = tuple[Annotated[int, 1, 4096], Annotated[int, 1, 4096]]  # (H, W) in pixels
 SECONDS_BETWEEN_LINES = 30  # of progress in the log, where no bar is shown
 
 
@@ -36,15 +37,10 @@ class Extractor:
         flip_test: average the features of image and mirrored image.
         precision: of the model's forward pass, by autocast: 'float32', 'bfloat16', 'float16', or 'auto' for bfloat16
             where the device has units for it, else float32. Features are averaged and normalised in float32 always.
-    Raises:
-        UserError: input_size, batch_size or workers out of range.
     """
 
-    def __init__(self, device, input_size: tuple[int, int] = gin.REQUIRED, batch_size: int = 64, workers: int = 4,
-                 flip_test: bool = False, precision: Precision = 'float32'):
-        check_size(input_size, 'input_size')
-        arguments.integer(batch_size, 'Extractor.batch_size', 1, 4096, '64 is usual')
-        arguments.integer(workers, 'Extractor.workers', 0, 1024, '0 leaves decoding to the main process')
+    def __init__(self, device, input_size: Size = gin.REQUIRED, batch_size: Annotated[int, 1, 4096] = 64,
+                 workers: Annotated[int, 0, 1024] = 4, flip_test: bool = False, precision: Precision = 'float32'):
         self.device, self.batch_size, self.workers = device, batch_size, workers
         self.input_size, self.flip_test = input_size, flip_test
         self.precision = resolve_precision(precision, device, 'Extractor.precision')
@@ -85,12 +81,6 @@ class Extractor:
             if self.flip_test:
                 features = (features + model(images.flip(3)).features.float()) / 2
         return F.normalize(features).cpu()
-
-
-def check_size(size, name):
-    """UserError where `size`, height and width of an image, is out of range; `name` is its binding."""
-    for side, pixels in zip(('height', 'width'), size):
-        arguments.integer(pixels, f'{name}: its {side}', 1, 4096, '(384, 128) is usual')
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
+from typing import Annotated
 
 import gin
 import torch
@@ -10,14 +11,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from mgn.ops import batch_hard_triplet_loss
-from mgn.ops.arguments import real
 from mgn.ops.errors import UserError
+
+
+Weight = Annotated[float, 0, math.inf]
 
 
 @gin.configurable(denylist=['output', 'labels', 'candidates', 'candidate_labels'])
 def mgn_losses(output, labels, candidates=None, candidate_labels=None,
-               cross_entropy_weight: float | tuple[float, ...] = 0.25,
-               triplet_weight: float | tuple[float, ...] = 1 / 3, margin: float | None = 1.2, smoothing: float = 0.1,
+               cross_entropy_weight: Weight | tuple[Weight, ...] = 0.25,
+               triplet_weight: Weight | tuple[Weight, ...] = 1 / 3, margin: Weight | None = 1.2,
+               smoothing: Annotated[float, 0, 1] = 0.1,
                softmax: Callable[..., torch.Tensor] | None = None) -> dict:
     """The weighted terms by name; their sum is what training minimises.
 
@@ -33,11 +37,8 @@ def mgn_losses(output, labels, candidates=None, candidate_labels=None,
     Returns:
         {'cross_entropy': scalar, 'triplet': scalar}
     Raises:
-        UserError: weights, a margin or a smoothing out of range.
+        UserError: other numbers of weights than of terms.
     """
-    if margin is not None:
-        real(margin, 'mgn_losses.margin', 0, math.inf, 'None is the soft margin')
-    real(smoothing, 'mgn_losses.smoothing', 0, 1, '0 smoothes nothing')
     logits = [softmax(x, labels) if softmax else x for x in output.logits]
     cross_entropies = [smoothed_cross_entropy(x, labels, smoothing) for x in logits]
     triplets = batch_hard_triplet_loss(output.embeddings, labels, margin, candidates, candidate_labels)
@@ -47,15 +48,12 @@ def mgn_losses(output, labels, candidates=None, candidate_labels=None,
 
 def weighted_sum(terms, weight, name):
     """One weight times the sum of terms, or the sum of terms with a weight each; `name` is the weight's binding."""
-    weights = weight if isinstance(weight, (tuple, list)) else (weight,)
-    for x in weights:
-        real(x, name, 0, math.inf, '0 leaves a term out')
-    if weights is not weight:
+    if not isinstance(weight, (tuple, list)):
         return float(weight) * sum(terms)
-    if len(weights) != len(terms):
-        raise UserError(f'{name} must be one number or one for each of {len(terms)} terms, found {len(weights)}; bind '
+    if len(weight) != len(terms):
+        raise UserError(f'{name} must be one number or one for each of {len(terms)} terms, found {len(weight)}; bind '
                         f'others')
-    return sum(float(x) * term for x, term in zip(weights, terms))
+    return sum(float(x) * term for x, term in zip(weight, terms))
 
 
 @gin.configurable(denylist=['cosines', 'labels'])

@@ -5,7 +5,7 @@ ACM MM 2018, arXiv:1804.01438. Defaults follow fast-reid's `projects/MGN`; `pape
 """
 
 import copy
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import gin
 import torch
@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from mgn import weights
 from mgn.convolution import ProductConv
-from mgn.ops.arguments import integer
 from mgn.ops.errors import FileError, UserError
 
 RESNETS = ('resnet18', 'resnet34', 'resnet50', 'resnet101')
@@ -54,19 +53,17 @@ class MGN(nn.Module):
     """
 
     def __init__(self, num_classes: int, backbone: Literal[BACKBONES] = 'resnet50', pretrained: bool | str = True,
-                 parts: tuple[int, ...] = (1, 2, 3), last_strides: tuple[int, ...] = (2, 1, 1),
-                 embedding_dim: int = 256, pooling: Literal['max', 'avg', 'gem'] = 'max',
+                 parts: tuple[Annotated[int, 1, 128], ...] = (1, 2, 3),
+                 last_strides: tuple[Literal[1, 2], ...] = (2, 1, 1),
+                 embedding_dim: Annotated[int, 1, 2 ** 16] = 256, pooling: Literal['max', 'avg', 'gem'] = 'max',
                  first_pooling: Literal['padded', 'ceil'] = 'padded', reduction_bn: bool = True,
                  reduction_relu: bool = True, bnneck: bool = True, paper_heads: bool = False,
                  classifier: Literal['linear', 'cosine'] = 'linear', triplets: Literal['reduced', 'neck'] = 'reduced',
                  joined_stripes: bool = False, fresh: bool = True):
         super().__init__()
-        fitting = {*parts} <= {*range(1, 129)} and {*last_strides} <= {1, 2}
-        if not fitting or not 1 <= len(parts) == len(last_strides):
-            raise UserError(f'Every branch needs a part count from 1 to 128 and a last stride of 1 or 2, found '
-                            f'parts={parts}, last_strides={last_strides}; bind MGN.parts and MGN.last_strides to one '
-                            f'length')
-        integer(embedding_dim, 'MGN.embedding_dim', 1, 2 ** 16, '256 is published')
+        if not 1 <= len(parts) == len(last_strides):
+            raise UserError(f'Every branch needs a part count and a last stride, found parts={parts}, '
+                            f'last_strides={last_strides}; bind MGN.parts and MGN.last_strides to one length')
         if paper_heads and bnneck:
             raise UserError('The paper has no BNNeck: with MGN.paper_heads = True bind MGN.bnneck = False')
         resnet = make_resnet(backbone, imagenet=fresh and pretrained is True)

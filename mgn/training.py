@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import gin
 import torch
@@ -20,11 +20,10 @@ from mgn.data.sampler import IdentitySampler
 from mgn.data.loader import count_unreadable, load_batches
 from mgn.devices import Precision, find_device, resolve_precision
 from mgn.evaluation import evaluate
-from mgn.features import Extractor, check_alike, check_size
+from mgn.features import Size, check_alike
 from mgn.losses import make_losses, mgn_losses
 from mgn.model import MGN
 from mgn.ops import METRICS, implementation
-from mgn.ops.arguments import integer, real
 from mgn.ops.errors import UserError
 from mgn.optim import make_optimizer
 from mgn.results import table, write_results
@@ -38,6 +37,8 @@ from mgn.schedules import multi_step
 from mgn.step import distributed, set_lr, train_step
 
 logger = logging.getLogger(__name__)
+
+Steps = Annotated[int, 1, 2 ** 31 - 1]
 
 
 def train(default_output_dir):
@@ -66,23 +67,24 @@ class Training:
     default_output_dir: str
     dataset: Dataset = gin.REQUIRED
     output_dir: str | None = None      # where everything is written, by one run at a time; None: default_output_dir
-    input_size: tuple[int, int] = gin.REQUIRED  # (H, W) in pixels
-    P: int = 16                        # identities in a batch
-    K: int = 4                         # images of each
-    total_steps: int = gin.REQUIRED
+    input_size: Size = gin.REQUIRED    # (H, W) in pixels
+    P: Annotated[int, 2, 2 ** 16] = 16  # identities in a batch
+    K: Annotated[int, 1, 2 ** 16] = 4  # images of each
+    total_steps: Steps = gin.REQUIRED
     schedule: Callable[..., float] = multi_step  # (step, total_steps) → factor of the learning rate
     losses: Callable[..., dict | torch.nn.Module] = mgn_losses  # (output, labels, candidates, candidate_labels) →
     #                                    {name: scalar}, or a class of modules that are called so and have parameters of
     #                                    their own (mgn/losses.py)
-    seed: int = 0
-    workers: int = 4                   # processes that decode images; 0: the main process does
+    seed: Annotated[int, 0, 2 ** 63 - 1] = 0
+    workers: Annotated[int, 0, 1024] = 4  # processes that decode images; 0: the main process does
     device: str = 'auto'
-    log_every: int = 50                # steps
-    checkpoint_every: int = 1000       # steps; checkpoints are written before evaluations, too
-    evaluate_every: int = 2000         # steps; an evaluation happens after the last one, too
+    log_every: Steps = 50
+    checkpoint_every: Steps = 1000     # checkpoints are written before evaluations, too
+    evaluate_every: Steps = 2000       # an evaluation happens after the last one, too
     evaluate_first: bool = True        # evaluate before the first step, too
-    keep_last: int = 1                 # older checkpoints kept beside last.pth, as step_<n>.pth
-    clip_gradient_norm: float | None = None  # largest Euclidean norm of the whole gradient; None: any
+    keep_last: Annotated[int, 0, 2 ** 31 - 1] = 1  # older checkpoints kept beside last.pth, as step_<n>.pth
+    clip_gradient_norm: Annotated[float, 1e-30, math.inf] | None = None  # largest Euclidean norm of the whole
+    #                                    gradient; None: any
     precision: Precision = 'auto'      # of forward and backward pass, by autocast: 'float32', 'bfloat16', 'float16'
     #                                    (with loss scaling), or 'auto': 'bfloat16' if the device has units for it,
     #                                    else 'float32'. Weights, losses and mining are float32.
@@ -91,7 +93,7 @@ class Training:
     compile: bool = False              # the model goes through torch.compile
     resume: bool = True                # False refuses an output_dir that holds a run
     freeze: tuple[str, ...] = ()       # modules, e.g. ('trunk', 'branches'), that do not learn, in evaluation mode,
-    freeze_steps: int = 0              # during so many steps from the first on
+    freeze_steps: Annotated[int, 0, 2 ** 31 - 1] = 0  # during so many steps from the first on
     mining: Literal['all', 'process'] = 'all'  # anchors find their hardest pairs among the images of all processes, or
     #                                    'process': among those of their own
     sync_bn: bool = False              # batch statistics of all processes together; on GPUs only
@@ -124,14 +126,6 @@ class Training:
 
     def check_options(self):
         """Raises UserError for what cannot be trained; replaces 'auto' and None by what they stand for."""
-        limits = {'P': (2, 2 ** 16), 'K': (1, 2 ** 16), 'seed': (0, 2 ** 63 - 1), 'workers': (0, 1024),
-                  'keep_last': (0, 2 ** 31 - 1), 'freeze_steps': (0, 2 ** 31 - 1)}
-        steps = dict.fromkeys(('total_steps', 'log_every', 'checkpoint_every', 'evaluate_every'), (1, 2 ** 31 - 1))
-        for name, (low, high) in {**limits, **steps}.items():
-            integer(getattr(self, name), f'train.{name}', low, high, f'the default is {getattr(Training, name, low)}')
-        if self.clip_gradient_norm is not None:
-            real(self.clip_gradient_norm, 'train.clip_gradient_norm', 1e-30, math.inf, 'None clips nothing')
-        check_size(self.input_size, 'input_size')
         check_trainable(self.dataset)
         self.schedule(0, self.total_steps)  # refuses what does not fit
         self.output_dir = os.path.abspath(os.path.expanduser(self.output_dir or self.default_output_dir))
@@ -141,7 +135,6 @@ class Training:
                              "Bind train.precision to one that all machines are fast at, e.g. 'float32'.")
         check_split(self.P, self.mining, self.sync_bn, self.device)
         check_alike(self.dataset, ('train',))
-        Extractor(self.device)  # refuses what is out of range
 
     def make_batches(self):
         samples = self.dataset.train

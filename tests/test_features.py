@@ -131,19 +131,6 @@ def test_features_are_not_overwritten_and_options_are_checked(written, model, ro
         write_features(model, dataset, extractor(), str(tmp_path / 'file' / 'x'))
 
 
-@pytest.mark.parametrize('option, value, message', [
-    ('batch_size', 0, 'batch_size must be an integer from 1 to 4096, not 0; 64 is usual'),
-    ('batch_size', 100_000, 'batch_size must be an integer from 1 to 4096, not 100000'),
-    ('workers', -1, 'workers must be an integer from 0 to 1024, not -1; 0 leaves decoding to the main process'),
-    ('workers', 2.0, 'workers must be an integer from 0 to 1024, not 2.0'),
-    ('input_size', (0, 24), 'input_size: its height must be an integer from 1 to 4096, not 0'),
-    ('input_size', (48, 100_000), 'input_size: its width must be an integer from 1 to 4096, not 100000'),
-    ('input_size', (48, '24'), "input_size: its width must be an integer from 1 to 4096, not '24'")])
-def test_options_out_of_range_are_refused(option, value, message):
-    with pytest.raises(UserError, match=f'^(Extractor.)?{message}'):
-        Extractor(CPU, **{'input_size': SIZE, option: value})
-
-
 def test_a_file_that_cannot_be_written_to_the_end_is_an_error_and_no_signal(model, root, tmp_path):
     """As on a full disk, where a memory map would end the process by a signal."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

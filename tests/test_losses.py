@@ -80,10 +80,8 @@ def test_each_term_may_have_a_weight_of_its_own():
     triplets = naive_loss(*naive(embeddings, labels)[:2], 1.2)
     assert losses['cross_entropy'].item() == pytest.approx(cross_entropies[0] + 3 * cross_entropies[2], rel=1e-10)
     assert losses['triplet'].item() == pytest.approx(0.5 * triplets[0] + 2 * triplets[1], rel=1e-8)
-    for options, message in (({'triplet_weight': (1.0,)}, 'triplet_weight must be one number or one for each of 2'),
-                             ({'cross_entropy_weight': (1.0, -1.0, 1.0)}, 'cross_entropy_weight must be .* from 0')):
-        with pytest.raises(ValueError, match=message):
-            mgn_losses(output, labels, **options)
+    with pytest.raises(ValueError, match='triplet_weight must be one number or one for each of 2'):
+        mgn_losses(output, labels, triplet_weight=(1.0,))
 
 
 @pytest.mark.parametrize('scale, margin', [(64.0, 0.35), (16.0, 0.25)])

@@ -131,7 +131,7 @@ def test_the_returned_model_is_the_one_in_last(market, tmp_path):
 
 @pytest.mark.parametrize('name', ['train.log_every', 'train.checkpoint_every', 'train.evaluate_every', 'total_steps'])
 def test_a_period_below_one_is_an_error(market, tmp_path, name):
-    with pytest.raises(ValueError, match=f'{name.split(".")[-1]} must be an integer from 1 to 2147483647, not 0'):
+    with pytest.raises(ValueError, match=f'{name.split(".")[-1]} must be an integer from 1 to 2147483647, found 0'):
         train(market, tmp_path, f'{name} = 0')
 
 

@@ -231,6 +231,12 @@ def test_other_precisions_are_refused(files, precision):
         mgn.load(files['B'][0], 'cpu', precision)
 
 
+@pytest.mark.parametrize('batch_size', [0, 4097, 2.0, None])
+def test_other_batch_sizes_are_refused(files, batch_size):
+    with pytest.raises(UserError, match='^batch_size must be an integer from 1 to 4096, found '):
+        mgn.load(files['B'][0], 'cpu', batch_size=batch_size)
+
+
 def test_a_crafted_configuration_of_a_checkpoint_is_refused_by_load(tmp_path):
     model = MGN(0, 'resnet18', pretrained=False)
     content = {'num_classes': 0, 'step': 0, 'model': model.state_dict(), 'config': "MGN.backbone = 'resnet18'"}

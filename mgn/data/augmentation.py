@@ -6,19 +6,19 @@ applies. What fills the erased boxes is ERASING_FILL.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import gin
 import torch
 import torch.nn.functional as F
 
 from mgn.data import random_streams
-from mgn.ops import arguments
 from mgn.ops.errors import UserError
 
 # ImageNet's mean and standard deviation per RGB channel, for pixels in 0…255.
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
+Share = Annotated[float, 0, 1]  # of the images
 ERASING_FILL = 0.0  # of normalised pixels, whose mean is 0
 
 
@@ -41,16 +41,13 @@ class Augmentation:
     its aspect ratio is uniform in `erasing_aspect`, as in fast-reid.
     """
 
-    def __init__(self, flip_probability: float = 0.5, padding: int = 10, erasing_probability: float = 0.5,
-                 erasing_area: tuple[float, float] = (0.02, 0.4),
-                 erasing_aspect: tuple[float, float] = (0.3, 1 / 0.3), auto_augment_probability: float = 0.0):
+    def __init__(self, flip_probability: Share = 0.5, padding: Annotated[int, 0, 1000] = 10,
+                 erasing_probability: Share = 0.5, erasing_area: tuple[float, float] = (0.02, 0.4),
+                 erasing_aspect: tuple[float, float] = (0.3, 1 / 0.3), auto_augment_probability: Share = 0.0):
         self.auto_augment_probability = auto_augment_probability
         self.flip_probability, self.padding = flip_probability, padding
         self.erasing_probability, self.erasing_area, self.erasing_aspect = (
             erasing_probability, erasing_area, erasing_aspect)
-        for name in ('flip_probability', 'erasing_probability', 'auto_augment_probability'):
-            arguments.real(getattr(self, name), f'Augmentation.{name}', 0, 1, 'a share of the images, 0 for none')
-        arguments.integer(padding, 'Augmentation.padding', 0, 1000, 'in pixels, 0 pads nothing')
         for name, most in (('erasing_area', 1), ('erasing_aspect', 1000)):
             if not 0 < getattr(self, name)[0] <= getattr(self, name)[1] <= most:
                 raise UserError(f'Augmentation.{name} must be two numbers with 0 < least ≤ most ≤ {most}, but it is '

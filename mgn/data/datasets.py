@@ -10,7 +10,7 @@ import itertools
 import logging
 import os
 import re
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import gin
 import numpy as np
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png')
 NUMBER = r'\d{1,18}'  # fits into 64 bits
 COUNTED = 'train_pids', 'train', 'query', 'gallery', 'cameras'  # in published sizes, without junk
+Seed = Annotated[int, 0, 2 ** 63 - 1]
 JUNK_PID = -1  # boxes that show no whole person; they are neither matches nor non-matches
 
 
@@ -99,7 +100,7 @@ def cuhk03(root: str, boxes: Literal['detected', 'labeled'] = 'detected') -> Dat
 
 
 @gin.configurable
-def cuhk01(root: str, seed: int = 0) -> Dataset:
+def cuhk01(root: str, seed: Seed = 0) -> Dataset:
     """CUHK01 (Li et al., "Human Reidentification with Transferred Metric Learning", ACCV 2012) under `root`.
 
     File names such as 0001003.png: identity 1, its third image of four, of which the first two are camera 1's. There is
@@ -161,7 +162,7 @@ def joined(datasets: tuple[Dataset, ...] = gin.REQUIRED) -> Dataset:
 
 
 @gin.configurable
-def pedestrians(root: str, seed: int = 0, draw: bool = True) -> Dataset:
+def pedestrians(root: str, seed: Seed = 0, draw: bool = True) -> Dataset:
     """Drawn pedestrians, written under `root` on first use, then read as any data set (mgn/data/pedestrians.py).
 
     draw: False writes nothing; a checkpoint's configuration is read so.
@@ -199,7 +200,7 @@ def find_folder(root, aliases, *versions):
 
 
 def read_market_layout(name, root, aliases=('',), published=None, camera_required=True):
-    """The data set in the first root/alias that has Market-1501's folders. published: the numbers COUNTED to compare it with."""
+    """The data set in the first root/alias that has Market-1501's folders. published: sizes, as COUNTED, or None."""
     folder, _, not_to_train = find_folder(root, aliases, ((TRAIN,), (QUERY, GALLERY)))
     parts = [[] if part == TRAIN and not_to_train else read_market_folder(os.path.join(folder, part), camera_required)
              for part in MARKET_FOLDERS]

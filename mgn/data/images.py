@@ -9,7 +9,7 @@ import io
 import os
 import re
 import warnings
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import gin
 import numpy as np
@@ -21,7 +21,6 @@ from torch.utils.data import Dataset
 
 from mgn.data import random_streams
 from mgn.data.augmentation import Draws
-from mgn.ops.arguments import integer
 from mgn.ops.errors import FileError, UserError
 
 FORMATS = 'JPEG', 'PNG', 'GIF', 'WEBP'
@@ -58,9 +57,8 @@ class Decoder:
             memory while it is resized, 6 bytes a pixel.
     """
 
-    def __init__(self, max_pixels: int = 16_000_000):
-        self.max_pixels = integer(max_pixels, 'Decoder.max_pixels', 1, PILLOWS_LIMIT, 'a photograph of 12 megapixels '
-                                  'passes by default, and Pillow opens no larger images than this limit')
+    def __init__(self, max_pixels: Annotated[int, 1, PILLOWS_LIMIT] = 16_000_000):
+        self.max_pixels = max_pixels
 
     def __call__(self, path):
         """FileError naming the path and a reason: missing, damaged, too large, an animation, or no image."""
