@@ -23,7 +23,8 @@ class Embedder:
     def __init__(self, path, device='auto', precision='float32', flip_test=False, batch_size=64):
         content = weights.load_checkpoint(path)
         values = weights.saved_values(content['config'], path)
-        options = {name.removeprefix('MGN.'): value for name, value in values.items() if name.startswith('MGN.')}
+        names = [name for name in annotations.of_parameters(MGN) if f'MGN.{name}' in values]
+        options = {name: values[f'MGN.{name}'] for name in names}
         self.input_size = values.get('input_size', (384, 128))
         annotations.check_all(options, MGN, f'{path}: MGN.')
         annotations.check_all({'input_size': self.input_size}, Extractor, f'{path}: ')

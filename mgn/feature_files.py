@@ -18,7 +18,7 @@ import numpy as np
 from mgn.features import check_alike, hash_of, hash_of_weights, image_lists
 from mgn.ops.errors import FileError, MissingFile, UserError
 from mgn.runs import processes
-from mgn.runs.files import write_text
+from mgn.runs.files import write_text, writing
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def write_features(model, dataset, extractor, features_dir,
         raise UserError(f'The features_dir holds features already: {manifest}; remove it or bind another features_dir')
     check_alike(dataset, PARTS, model)
     first = processes.number() == 0
-    try:
+    with writing(features_dir, 'Free disk space or bind another features_dir that all processes share.'):
         if first:
             os.makedirs(features_dir, exist_ok=True)
         check_shared(features_dir)
@@ -67,9 +67,6 @@ def write_features(model, dataset, extractor, features_dir,
                        'sha256': {part: {name: file_hash(file_of(features_dir, part, name)) for name in NAMES}
                                   for part in PARTS}}
             write_text(manifest, json.dumps({**content, 'sha256 of the above': text_hash(content)}, indent=2) + '\n')
-    except OSError as error:
-        raise FileError(f'Features cannot be written to {features_dir}: {error}; free disk space or bind another '
-                        f'features_dir, in a file system that all processes share') from error
     logger.info('%d query and %d gallery features: %s', len(dataset.query), len(dataset.gallery), features_dir)
 
 
@@ -128,10 +125,6 @@ def check_features(features_dir, model, dataset, extractor):
         for part in PARTS:
             expected.update({f'{part} {name}': array for name, array in image_lists(dataset, part).items()})
             found.update({f'{part} {name}': np.load(file_of(features_dir, part, name)) for name in NAMES[:3]})
-            features = np.load(file_of(features_dir, part, 'features'), mmap_mode='r')
-            shape = len(found[f'{part} pids']), found['D']
-            if features.shape != shape or features.dtype != np.dtype(found['storage']):
-                raise ValueError(f'the features of {part} are {features.shape} of {features.dtype}, not {shape}')
         differences = list(filter(None, (difference(name, value, found[name]) for name, value in expected.items())))
     except PermissionError as error:
         raise FileError(f'The features in {features_dir} cannot be read: {error}; allow it') from error

@@ -88,8 +88,8 @@ class Training:
     precision: Precision = 'auto'      # of forward and backward pass, by autocast: 'float32', 'bfloat16', 'float16'
     #                                    (with loss scaling), or 'auto': 'bfloat16' if the device has units for it,
     #                                    else 'float32'. Weights, losses and mining are float32.
-    ema_decay: float | None = None     # of an exponential moving average of the weights, which is evaluated and becomes
-    #                                    best.pth (mgn/averaging.py); None: no average
+    ema_decay: Annotated[float, 0, 0.999999] | None = None  # of an exponential moving average of the weights, which
+    #                                    is evaluated and becomes best.pth (mgn/averaging.py); None: no average
     compile: bool = False              # the model goes through torch.compile
     resume: bool = True                # False refuses an output_dir that holds a run
     freeze: tuple[str, ...] = ()       # modules, e.g. ('trunk', 'branches'), that do not learn, in evaluation mode,

@@ -17,6 +17,7 @@ import numpy as np
 
 from mgn.data import pedestrians as drawn_pedestrians
 from mgn.ops.errors import FileError, MissingFile, UserError
+from mgn.runs.files import writing
 
 logger = logging.getLogger(__name__)
 
@@ -167,12 +168,9 @@ def pedestrians(root: str, seed: Seed = 0, draw: bool = True) -> Dataset:
 
     draw: False writes nothing; a checkpoint's configuration is read so.
     """
-    try:
-        if draw:
+    if draw:
+        with writing(root, 'Free disk space or bind data_root to another folder.'):
             drawn_pedestrians.write_pedestrians(os.path.expanduser(root), seed)
-    except OSError as error:
-        raise FileError(f'The pedestrians cannot be drawn in {root}: {error}; free disk space or bind data_root to '
-                        f'another folder') from error
     return read_market_layout('pedestrians', root)
 
 

@@ -39,9 +39,9 @@ class RunLog:
 
     def write(self, record):
         self.records.append(record)
-        with writing(self.path, 'Free disk space; the same command resumes from the last checkpoint.'):
-            with open(self.path, 'a') as file:
-                file.write(json.dumps(record) + '\n')
+        advice = 'Free disk space; the same command resumes from the last checkpoint.'
+        with writing(self.path, advice), open(self.path, 'a') as file:
+            file.write(json.dumps(record) + '\n')
         if self.events:
             kind = 'evaluation' if 'mAP' in record else 'training'
             for name in record.keys() - {'step'}:

@@ -56,17 +56,14 @@ def agree_on_name(store, rank, processes):
         name = store.get(f'mgn answer {request}').decode()
         store.set(f'mgn confirmed {name} {rank}', '')
         return name
-    answered, until, others = {}, time.monotonic() + MEETING.total_seconds(), range(1, processes)
-    while not store.check([f'mgn confirmed {request} {other}' for other in others]):
-        for other in others:
+    until = time.monotonic() + MEETING.total_seconds()
+    for other in range(1, processes):
+        while not store.check([f'mgn confirmed {request} {other}']):
             if store.check([f'mgn request {other}']):
-                latest = store.get(f'mgn request {other}').decode()
-                if latest != answered.get(other):
-                    store.set(f'mgn answer {latest}', request)
-                    answered[other] = latest
-        if time.monotonic() > until:
-            raise RuntimeError(f'only {len(answered) + 1} of {processes} came within {MEETING}')
-        time.sleep(0.02)
+                store.set(f'mgn answer {store.get(f"mgn request {other}").decode()}', request)
+            if time.monotonic() > until:
+                raise RuntimeError(f'process {other} did not come within {MEETING}')
+            time.sleep(0.02)
     return request
 
 
@@ -210,23 +207,21 @@ def group_of(device):
 
 
 class GatherWithGradient(torch.autograd.Function):
-    """Stacks the tensors of all processes; the gradient of each is summed over all processes."""
+    """The tensors of all processes, concatenated along `dim`; the gradient of each is summed over all processes."""
 
     @staticmethod
-    def forward(ctx, tensor, group):
-        ctx.group = group
+    def forward(ctx, tensor, dim, group):
+        ctx.dim, ctx.group = dim, group
         parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format)
                  for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, tensor.contiguous(), group=group)
-        return torch.stack(parts)
+        return torch.cat(parts, dim)
 
     @staticmethod
     def backward(ctx, gradient):
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient, group=ctx.group)
-        return gradient[dist.get_rank(ctx.group)], None
+        return gradient.chunk(dist.get_world_size(ctx.group), ctx.dim)[dist.get_rank(ctx.group)], None, None
 
 
-def gather_with_gradient(tensor, dim, group):
-    """The tensors of all processes, concatenated along `dim` in order of their numbers."""
-    return torch.cat(GatherWithGradient.apply(tensor, group).unbind(), dim)
+gather_with_gradient = GatherWithGradient.apply  # (tensor, dim, group)
