@@ -70,8 +70,7 @@ def bound_weights(gin_files, bindings):
     parse(gin_files, bindings)
     path = gin.query_parameter('%weights')
     if not path or not isinstance(path, str):
-        found = '' if path is None else f', found weights = {path!r}'
-        raise UserError(f'The path of a checkpoint is needed{found}; '
+        raise UserError(f'The path of a checkpoint is needed, found weights = {path!r}; '
                         f"give --gin_bindings=\"weights='runs/market/best.pth'\"")
     return os.path.abspath(os.path.expanduser(path))
 

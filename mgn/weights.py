@@ -169,16 +169,14 @@ def from_fastreid(state, path):
         if key in left_out and [round(x, 3) for x in state[key].flatten().tolist()] != [*expected]:
             raise UserError(f'{path} normalises images by {key} = {state[key].flatten().tolist()}, but this project by '
                             f'{expected}. Give other weights.')
-    ours = {names[key]: state[key] for key in names}
+    ours = {name: state[key].flatten(1) if name.endswith('.reduction.weight') else state[key]
+            for key, name in names.items()}
     converted = [key for key in names if names[key].endswith(('.reduction.weight', '.p'))]
     exponents = {h: ours.pop(f'heads.{h}.p').flatten() for h in range(len(HEADS)) if f'heads.{h}.p' in ours}
     gem = len(exponents) > 0
     for branch, heads in POOLS.items():
         if gem and exponents.keys() >= {*heads}:  # where one is missing, so is the whole to those who load it
             ours[f'pools.{branch}.p'] = torch.cat([exponents[h] for h in heads])
-    for h in range(len(HEADS)):
-        if f'heads.{h}.reduction.weight' in ours:
-            ours[f'heads.{h}.reduction.weight'] = ours[f'heads.{h}.reduction.weight'].flatten(1)
     ibn = '_ibn' if 'backbone.4.0.bn1.IN.weight' in state else ''
     options = {'backbone': DEPTHS[third] + ibn, 'parts': (1, 2, 3),
                'last_strides': (1, 1, 1) if gem or layout == 'B' else (2, 1, 1),

@@ -15,7 +15,7 @@ from mgn.evaluation import evaluate
 from mgn.feature_files import read_features, write_features
 from mgn.features import Extractor
 from mgn.model import MGN
-from mgn.ops.errors import FileError, UserError
+from mgn.ops.errors import FileError
 
 pytestmark = pytest.mark.usefixtures('thin')
 

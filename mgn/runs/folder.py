@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import glob
 import logging
 import math
 import os
@@ -16,7 +15,7 @@ from mgn.runs.files import writing
 logger = logging.getLogger(__name__)
 
 LOCK = 'run.lock'
-WRITTEN = ('last.pth', 'best.pth', 'metrics.jsonl', 'eval.json', 'config.gin', LOCK, 'events.out.tfevents.*')
+WRITTEN = r'last\.pth|best\.pth|metrics\.jsonl|eval\.json|config\.gin|run\.lock|events\.out\.tfevents\..*'
 _locked_here = set()  # folders; to the system all threads of a process are one
 
 
@@ -49,9 +48,9 @@ def locked(output_dir, begun=lambda: True):
                 file.truncate(0)
                 file.write(f'process {os.getpid()} on {socket.gethostname()}')
                 file.flush()
-            for leftover in glob.glob(os.path.join(glob.escape(output_dir), '*.tmp')):
-                if re.search(r'\.\d+\.tmp$', leftover):
-                    os.remove(leftover)
+            for name in os.listdir(output_dir):
+                if re.search(r'\.\d+\.tmp$', name):
+                    os.remove(os.path.join(output_dir, name))
 
             def check():
                 if not os.path.exists(path) or not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
@@ -68,10 +67,9 @@ def locked(output_dir, begun=lambda: True):
 
 def remove_new(output_dir, before):
     """Removes the files of a run that were not in the set `before`; the folder too, if that is None and it is empty."""
-    for pattern in WRITTEN:
-        for path in glob.glob(os.path.join(glob.escape(output_dir), pattern)):
-            if os.path.basename(path) not in (before or ()):
-                os.remove(path)
+    for name in {*os.listdir(output_dir)} - (before or set()):
+        if re.fullmatch(WRITTEN, name):
+            os.remove(os.path.join(output_dir, name))
     if before is None:
         with contextlib.suppress(OSError):
             os.rmdir(output_dir)
