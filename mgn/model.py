@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mgn import weights
-from mgn.convolution import ProductConv
+from mgn.convolution import use_products
 from mgn.ops.errors import FileError, UserError
 
 RESNETS = ('resnet18', 'resnet34', 'resnet50', 'resnet101')
@@ -199,14 +199,6 @@ class GeMPool(MaxPool):
 
 
 POOLINGS = {'max': MaxPool, 'avg': AvgPool, 'gem': GeMPool}
-
-
-def use_products(module):
-    """Replaces the convolutions inside `module` by ProductConvs of the same parameters."""
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Conv2d):
-                setattr(parent, name, ProductConv.like(child))
 
 
 def with_stride(layer4, stride):

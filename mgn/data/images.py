@@ -17,7 +17,6 @@ import simplejpeg
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch.utils.data import Dataset
 
 from mgn.data import random_streams
 from mgn.data.augmentation import Draws
@@ -127,7 +126,7 @@ def to_batch(images, size):
     return batch
 
 
-class TrainBatches(Dataset):
+class TrainBatches:
     """Item `step` is the batch of that step: sampler, images and the draws of their augmentation.
 
     positions: the range of places in the batch that are loaded; None: all of them.
@@ -173,7 +172,7 @@ class TrainBatches(Dataset):
         yield from rng.permutation(others).tolist()
 
 
-class TestBatches(Dataset):
+class TestBatches:
     """Item i holds `batch_size` images from samples[i·batch_size] on, in order; the last item may hold fewer."""
 
     def __init__(self, samples, size, batch_size):
