@@ -112,14 +112,10 @@ def heads_first(features):
 
 
 def _batch_hard(anchors, labels, candidates, candidate_labels):
-    return _mine(anchors, labels, candidates, candidate_labels, with_loss=False, margin=None)[2:]
+    return _batch_hard_triplet_loss(anchors, labels, candidates, candidate_labels, None, with_loss=False)[2:]
 
 
-def _batch_hard_triplet_loss(anchors, labels, candidates, candidate_labels, margin):
-    return _mine(anchors, labels, candidates, candidate_labels, with_loss=True, margin=margin)
-
-
-def _mine(anchors, labels, candidates, candidate_labels, with_loss, margin):
+def _batch_hard_triplet_loss(anchors, labels, candidates, candidate_labels, margin, with_loss=True):
     """(loss, slope, dist_ap, dist_an, pos_idx, neg_idx); slope is ∂loss/∂dist_ap = −∂loss/∂dist_an."""
     x, labels, y = heads_first(anchors), labels.to(torch.int64).contiguous(), None
     if candidates is not None:
@@ -142,7 +138,10 @@ def _mine(anchors, labels, candidates, candidate_labels, with_loss, margin):
 
 
 def empty_results(anchors, with_loss):
-    """What _mine returns, to be filled: in the shapes to return, since a view could not be changed in place."""
+    """What _batch_hard_triplet_loss returns, to be filled.
+
+    In the shapes to return, since a view could not be changed in place.
+    """
     dtype, shape = wide(anchors.dtype), anchors.shape[:-1]
     loss = slope = None
     if with_loss:
