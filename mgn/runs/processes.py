@@ -4,6 +4,7 @@ They form a gloo group, whose messages (features, checkpoints, sums) go through 
 their device. In a run of one process every function here returns at once.
 """
 
+import contextlib
 import functools
 import os
 import re
@@ -87,12 +88,9 @@ def number_on_this_machine():
 
 def first_to_fail():
     """Whether this process is the first to ask, so that only one reports what went wrong."""
-    if _store is None:
-        return True
-    try:
-        return _store.add('failed', 1) == 1
-    except RuntimeError:  # the store has ended with the process that held it
-        return True
+    with contextlib.suppress(RuntimeError):  # the store has ended with the process that held it
+        return _store is None or _store.add('failed', 1) == 1
+    return True
 
 
 def lost(error):
