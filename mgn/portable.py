@@ -61,7 +61,8 @@ def export_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_dir
                 'weights': hash_of_weights(model), 'mAP': checkpoint.get('mAP'), **model.architecture}
     network = Portable(model, getattr(torch, precision)).eval()
     with torch.no_grad():
-        program = torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim('batch')},), strict=False)
+        any_batch = ({0: torch.export.Dim('batch')},)
+        program = torch.export.export(network, (images,), dynamic_shapes=any_batch, strict=False)
     with writing(output_dir, 'Free disk space or bind another output_dir.'):
         os.makedirs(output_dir, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix='.export', dir=output_dir) as folder:
