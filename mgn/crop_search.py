@@ -1,8 +1,8 @@
 """The nearest of a folder of crops to some query images, by features that are kept for the next time.
 
 A features_dir of crops holds numbered parts, .npz files, whose zip format has a checksum of everything: `features`
-(n, D) float32, `paths` (n,) bytes, relative to the folder of crops, `stamps` (n, 2) int64, size and time of each image's
-file, and `made_of`, JSON that says what features depend on. A later part wins over an earlier one.
+(n, D) float32, `paths` (n,) bytes, relative to the folder of crops, `stamps` (n, 2) int64, size and time of each
+image's file, and `made_of`, JSON that says what features depend on. A later part wins over an earlier one.
 """
 
 import json
