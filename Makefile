@@ -21,8 +21,8 @@ sanitize:    # the CPU operations under AddressSanitizer and UndefinedBehaviorSa
 	  --ignore=tests/ops/test_kernel_resources.py --ignore=tests/ops/test_ranking_kernels.py \
 	  -k 'not memory_stays and not all_at_once and not need_no and not needs_no' tests/ops
 
-gpu:         # on a machine with a GPU: build, the whole suite, compute-sanitizer, benchmarks; prints a table to keep
-	python -m benchmarks.gpu
+gpu:         # on a machine with a GPU: build, GPU tests, compute-sanitizer, times; STEPS='…' for some of them
+	python -m benchmarks.gpu $(STEPS)
 
 peers:       # what the benchmarks compare with; without their dependencies, which pin a torch of 2022
 	pip install --no-deps fastreid torchreid

@@ -10,7 +10,8 @@ def load(path, device='auto', precision='float32', flip_test=False, batch_size=6
     """The network in a file, ready for `embed` (`mgn.embedder.Embedder`).
 
     Args:
-        path: a checkpoint of mgn.train, or MGN weights of fast-reid (`mgn.weights`).
+        path: a checkpoint of mgn.train, MGN weights of fast-reid (`mgn.weights`), or an .onnx file of mgn.export, which
+            runs on the CPU in the precision that it was exported in, without flip_test.
         device: 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'. precision: of the network, 'float32', 'bfloat16', 'float16' or
             'auto'. flip_test: average the features of image and mirrored image. batch_size: images at a time.
     Raises:

@@ -1,6 +1,7 @@
 """What the binaries share: flags, log lines, and how they end. Light to import: --help does not wait for torch."""
 
 import logging
+import os
 import sys
 
 from mgn.runs.interruption import Interruption, leave_if_nothing_is_lost
@@ -19,7 +20,11 @@ def run(main):
                                   module_name=sys.argv[0])
         for stream in filter(None, (sys.stdout, sys.stderr)):  # names of files need not be UTF-8
             stream.reconfigure(errors='backslashreplace')
-        app.run(lambda arguments: carry_out(main, flags.FLAGS, arguments[1:]))
+        try:
+            app.run(lambda arguments: carry_out(main, flags.FLAGS, arguments[1:]))
+        except BrokenPipeError:  # who reads our output, such as head, wants no more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)  # as after SIGPIPE
 
 
 def carry_out(main, flags, arguments):

@@ -19,7 +19,8 @@ from pathlib import Path
 import gin
 
 # All that can be configured: a recipe may bind what the binary at hand does not use.
-from mgn import annotations, evaluation, features, losses, model, optim, training, weights  # noqa: F401
+from mgn import annotations, crop_search, evaluation, features, losses, model, optim, portable, training  # noqa: F401
+from mgn import weights
 from mgn.data import augmentation, datasets  # noqa: F401
 from mgn.ops.errors import MissingFile, UserError
 
@@ -31,7 +32,7 @@ DEFAULTS = os.path.join(PACKAGE, 'defaults.gin')
 RECIPES = PACKAGE if os.path.isdir(os.path.join(PACKAGE, 'gin')) else os.path.dirname(PACKAGE)
 SHARED = ('dataset', 'input_size')  # training and evaluation have to agree on them
 MACRO = 'gin.macro'
-NOT_SAVED = {'output_dir', 'features_dir', 'weights'}  # never read from a checkpoint
+NOT_SAVED = {'output_dir', 'features_dir', 'weights', 'query', 'gallery'}  # never read from a checkpoint
 TRAINING = ('train', 'mgn_losses', 'circle_softmax', 'make_optimizer', 'Adam', 'AdamW', 'SGD',
             'multi_step', 'cosine', 'Augmentation')
 # Parameters in configurations that earlier versions saved → their names of today; None: another binding has the value.

@@ -1,10 +1,12 @@
 """Images → features by somebody's weights, for programs that want no configuration: `mgn.load`."""
 
+import functools
+
 import numpy as np
 import torch
 from PIL import Image
 
-from mgn import annotations, weights
+from mgn import annotations, portable, weights
 from mgn.data.images import Decoder, rgb_array, to_batch
 from mgn.devices import find_device
 from mgn.features import Extractor
@@ -21,6 +23,19 @@ class Embedder:
     """
 
     def __init__(self, path, device='auto', precision='float32', flip_test=False, batch_size=64):
+        annotations.check_all({'precision': precision, 'flip_test': flip_test, 'batch_size': batch_size}, Extractor)
+        annotations.check(device, str, 'device')
+        self.decode, self.batch_size = Decoder(), batch_size
+        if str(path).endswith('.onnx'):
+            self.open_onnx(path)
+        else:
+            self.open_weights(path, device, precision, flip_test)
+
+    def open_onnx(self, path):
+        self.forward, metadata = portable.read_onnx(path)
+        self.device, self.dim, self.input_size = torch.device('cpu'), metadata['D'], tuple(metadata['input_size'])
+
+    def open_weights(self, path, device, precision, flip_test):
         content = weights.load_checkpoint(path)
         values = weights.saved_values(content['config'], path)
         names = [name for name in annotations.of_parameters(MGN) if f'MGN.{name}' in values]
@@ -28,14 +43,12 @@ class Embedder:
         self.input_size = values.get('input_size', (384, 128))
         annotations.check_all(options, MGN, f'{path}: MGN.')
         annotations.check_all({'input_size': self.input_size}, Extractor, f'{path}: ')
-        annotations.check_all({'precision': precision, 'flip_test': flip_test, 'batch_size': batch_size}, Extractor)
-        annotations.check(device, str, 'device')
         self.device = find_device(device)
-        self.extractor = Extractor(self.device, self.input_size, batch_size, 0, flip_test, precision)
-        self.model = MGN(**{**options, 'num_classes': 0, 'fresh': False})
-        checkpoint.load_model(self.model, content['model'], path, without='.classifier.')
-        self.model.to(self.device, memory_format=torch.channels_last).eval()
-        self.dim, self.decode = self.model.feature_dim, Decoder()
+        extractor = Extractor(self.device, self.input_size, self.batch_size, 0, flip_test, precision)
+        model = MGN(**{**options, 'num_classes': 0, 'fresh': False})
+        checkpoint.load_model(model, content['model'], path, without='.classifier.')
+        model.to(self.device, memory_format=torch.channels_last).eval()
+        self.dim, self.forward = model.feature_dim, functools.partial(extractor.forward, model)
 
     @torch.no_grad()
     def embed(self, images, bgr=False):
@@ -50,10 +63,10 @@ class Embedder:
         Raises:
             UserError: another kind of image, or one that cannot be read.
         """
-        size, parts = self.extractor.batch_size, [torch.empty(0, self.dim)]
-        for first in range(0, len(images), size):
-            batch = [self.as_tensor(image, bgr) for image in images[first:first + size]]
-            parts.append(self.extractor.forward(self.model, to_batch(batch, self.input_size)))
+        parts = [torch.empty(0, self.dim)]
+        for first in range(0, len(images), self.batch_size):
+            batch = [self.as_tensor(image, bgr) for image in images[first:first + self.batch_size]]
+            parts.append(self.forward(to_batch(batch, self.input_size)))
         return torch.cat(parts)
 
     def as_tensor(self, image, bgr):

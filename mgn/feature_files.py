@@ -135,6 +135,21 @@ def check_features(features_dir, model, dataset, extractor):
                         + '\n  '.join(differences) + '\nbind what they were made of, or extract them again')
 
 
+def kept_gallery(features_dir, model, extractor):
+    """Paths, as bytes, and features (G, D) of the gallery that write_features wrote; UserError if of another model."""
+    found, expected = read_manifest(features_dir), made_of(model, extractor)
+    try:
+        check_files(features_dir, found['sha256'])
+        differences = list(filter(None, (difference(name, value, found[name]) for name, value in expected.items())))
+        paths, features = (np.load(file_of(features_dir, 'gallery', name)) for name in ('paths', 'features'))
+    except (ValueError, LookupError, OSError, EOFError) as error:
+        raise UserError(f'The features in {features_dir} are damaged: {error}; extract them again') from error
+    if differences:
+        raise UserError(f'The features in {features_dir} are of other weights or settings:\n  '
+                        + '\n  '.join(differences) + '\nbind what they were made of, or extract them again')
+    return paths.tolist(), features.astype(np.float32, copy=False)
+
+
 def read_manifest(features_dir):
     """The manifest's content, as write_features wrote it."""
     path = os.path.join(features_dir, MANIFEST)

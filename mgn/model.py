@@ -166,6 +166,11 @@ class CosineLinear(nn.Linear):
         return F.linear(F.normalize(rows), F.normalize(self.weight))
 
 
+def stripes_of(feature_map, n):
+    height = feature_map.shape[2]
+    return [feature_map[:, :, i * height // n:-(-(i + 1) * height // n)] for i in range(n)]
+
+
 class MaxPool(nn.Module):
     """(B, C, H, W) → the maxima of n horizontal stripes, (B, C) each. If n does not divide H, stripes share rows.
 
@@ -176,6 +181,8 @@ class MaxPool(nn.Module):
         super().__init__()
 
     def forward(self, feature_map, n):
+        if torch.compiler.is_exporting():  # ONNX has no adaptive pooling
+            return tuple(stripe.amax((2, 3)) for stripe in stripes_of(feature_map, n))
         return F.adaptive_max_pool2d(feature_map, (n, 1)).squeeze(3).unbind(2)
 
 
@@ -192,10 +199,8 @@ class GeMPool(MaxPool):
         self.p = nn.Parameter(torch.full((parts + 1 if parts > 1 else 1,), 3.0))
 
     def forward(self, feature_map, n):
-        feature_map, height = feature_map.clamp(min=1e-6), feature_map.shape[2]
-        stripes = [feature_map[:, :, i * height // n:-(-(i + 1) * height // n)] for i in range(n)]
-        return tuple(stripe.pow(p).mean((2, 3)).pow(1 / p)
-                     for stripe, p in zip(stripes, self.p[1:] if n > 1 else self.p))
+        return tuple(stripe.pow(p).mean((2, 3)).pow(1 / p) for stripe, p in zip(
+            stripes_of(feature_map.clamp(min=1e-6), n), self.p[1:] if n > 1 else self.p))
 
 
 POOLINGS = {'max': MaxPool, 'avg': AvgPool, 'gem': GeMPool}

@@ -64,6 +64,14 @@ def pytest_addoption(parser):
     parser.addoption('--device', default='cpu', help='what the tests of operations run on: cpu or cuda')
 
 
+def pytest_collection_modifyitems(config, items):
+    """Of a GPU only the tests that take a device are asked for."""
+    if config.getoption('--device') != 'cpu':
+        others = [item for item in items if 'device' not in item.fixturenames]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if 'device' in item.fixturenames]
+
+
 @pytest.fixture(scope='session', autouse=True)
 def heard():
     """SIGINT reaches the tests and their programs, also if a script runs pytest in the background, which ignores it."""

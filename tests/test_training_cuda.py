@@ -1,7 +1,10 @@
 """What only a GPU can show of training: that its steps wait for nothing."""
 
+import contextlib
+
 import pytest
 import torch
+from cuda_checks import nothing_waits
 from thin import thin  # noqa: F401 (a fixture)
 
 from mgn import training
@@ -25,14 +28,10 @@ def test_steps_wait_for_nothing(device, precision, clip_gradient_norm):
     images, labels = torch.randint(0, 256, (8, 3, 64, 32), dtype=torch.uint8), torch.arange(8) // 2
     draws = [draw.pin_memory() for draw in augmentation.draw(0, 0, 8, (64, 32))]
     batch = TrainBatch(images.pin_memory(), labels.pin_memory(), draws, [])
-    try:
-        for step in range(4):  # what is made once and kept is made in the first ones
-            if step == 2:
-                torch.cuda.set_sync_debug_mode('error')
+    for step in range(4):  # what is made once and kept is made in the first ones
+        with nothing_waits() if step >= 2 else contextlib.nullcontext():
             losses = training.train_step(model, optimizer, augmentation, batch, device, precision, clip_gradient_norm,
                                          None, scaler)
             average.update(model, step)
             meter.add(losses, step)
-    finally:
-        torch.cuda.set_sync_debug_mode('default')
     assert meter.count == 4

@@ -201,7 +201,7 @@ def test_images_of_every_kind_give_the_features_of_extraction(files, market):
     embedder = mgn.load(files['B'][0], device='cpu', batch_size=2)
     dataset = market_layout(str(market))
     paths = [sample.path for sample in dataset.query]
-    want = Extractor(CPU, (384, 128), workers=0).features(embedder.model, dataset.query)
+    want = Extractor(CPU, (384, 128), workers=0).features(files['B'][1], dataset.query)
     arrays = [np.array(Image.open(path)) for path in paths]
     tensor = torch.stack([torch.from_numpy(array).permute(2, 0, 1) for array in arrays])
     for given in (paths, [Image.open(path) for path in paths], arrays, tensor, [tensor[0], paths[1], arrays[2]]):

@@ -90,7 +90,9 @@ def pairwise_distance_reference(x, y, metric):
     """pairwise_distance by its definition, in float64 (float32 on devices without it)."""
     x, y = x.to(reference_type(x.device)), y.to(reference_type(y.device))
     if metric == 'cosine':
-        return torch.cdist(unit(x)[0], unit(y)[0], compute_mode='donot_use_mm_for_euclid_dist').square() / 2
+        # Of both in one call: CUDA sums in an order that depends on the number of rows.
+        x, y = unit(torch.cat((x, y)))[0].split((len(x), len(y)))
+        return torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist').square() / 2
     dist = torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist')
     # Of these the squares may have left the range.
     out_of_range = ((dist < torch.finfo(dist.dtype).tiny ** 0.4) | dist.isinf()).nonzero()

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from cuda_checks import nothing_waits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mining import examples
@@ -162,11 +163,8 @@ def test_a_gpu_gives_the_same_and_is_not_waited_for(gpu, device):
     draws = augmentation.draw(0, 0, 33, (24, 12))
     moved = images.to(device), Draws(*(field.to(device) for field in draws))
     augmentation(*moved)  # mean and deviation are there from now on
-    torch.cuda.set_sync_debug_mode('error')
-    try:
+    with nothing_waits():
         got = augmentation(*moved)
-    finally:
-        torch.cuda.set_sync_debug_mode('default')
     assert_same_bits(got.cpu(), augmentation(images, draws))
 
 

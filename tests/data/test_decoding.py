@@ -1,6 +1,7 @@
 """Files → images, against Pillow: kinds of files, EXIF orientation, a limit of pixels, and what cannot be read."""
 
 import io
+import os
 import resource
 import subprocess
 import sys
@@ -201,3 +202,9 @@ def test_what_is_no_readable_image_is_named(tmp_path, damage, name):
         read_image(str(tmp_path / name), SIZE)
     assert str(error.value).startswith(f'{tmp_path / name}: ')
     assert '\n' not in str(error.value) and '0x' not in str(error.value)
+
+
+def test_a_named_pipe_is_no_image_and_nobody_waits_for_it(tmp_path):
+    os.mkfifo(tmp_path / 'pipe.jpg')
+    with pytest.raises(FileError, match='pipe.jpg: this is no image'):
+        Decoder()(str(tmp_path / 'pipe.jpg'))

@@ -4,7 +4,7 @@ CPU."""
 import numpy as np
 import pytest
 import torch
-from rankings import METRICS, extremes, near_ties, problem
+from rankings import METRICS, extremes, near_ties, problem, same
 
 from mgn.ops import match_ranks
 from mgn.ops.arguments import PRECISIONS
@@ -17,8 +17,7 @@ pytestmark = pytest.mark.usefixtures('gpu')
 @pytest.mark.parametrize('metric', METRICS)
 @pytest.mark.parametrize('make, size',
                          [(problem, (33, 2500, 129)), (near_ties, (9, 300, 33)), (extremes, (20, 500, 64)),
-                          (problem, (2, 1, 1)),
-                                        (problem, (700, 9000, 256))])
+                          (problem, (2, 1, 1)), (problem, (700, 9000, 256))])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
 def test_ranks_equal_those_of_the_cpu(device, make, size, metric, precision, dtype):
     query, gallery, *ids = make(*size)
@@ -26,7 +25,7 @@ def test_ranks_equal_those_of_the_cpu(device, make, size, metric, precision, dty
     expected = match_ranks(*features, *ids, metric=metric)
     got = match_ranks(*(x.to(device) for x in features), *(torch.from_numpy(x).to(device) for x in ids), metric=metric,
                       precision=precision)
-    assert np.array_equal(got.offsets, expected.offsets) and np.array_equal(got.ranks, expected.ranks)
+    assert same(got, expected)
 
 
 def test_more_matches_than_shared_memory_counts(device):
@@ -34,7 +33,7 @@ def test_more_matches_than_shared_memory_counts(device):
     ids = np.arange(3), np.arange(9000) % 3, np.zeros(3, int), np.arange(9000) % 500
     expected = match_ranks(query, gallery, *ids)
     got = match_ranks(*(torch.from_numpy(x).to(device) for x in (query, gallery)), *ids)
-    assert np.array_equal(got.ranks, expected.ranks)
+    assert same(got, expected)
 
 
 def test_settings_of_torch_change_nothing_and_are_restored(device):
@@ -48,7 +47,7 @@ def test_settings_of_torch_change_nothing_and_are_restored(device):
         assert torch.get_float32_matmul_precision() == 'medium' and torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.set_float32_matmul_precision('highest')
-    assert np.array_equal(got.ranks, expected.ranks)
+    assert same(got, expected)
 
 
 def test_features_that_are_not_finite_are_named(device):
@@ -60,7 +59,16 @@ def test_features_that_are_not_finite_are_named(device):
             match_ranks(*features, *ids)
 
 
-def test_features_on_two_devices_are_refused(device):
+@pytest.mark.parametrize('metric', METRICS)
+@pytest.mark.parametrize('size', [(5, 33, 7), (700, 9000, 256)])
+def test_a_gallery_in_host_memory_gives_the_same_ranks(device, metric, size):
+    query, gallery, *ids = problem(*size)
+    expected = match_ranks(query, gallery, *ids, metric=metric)
+    for host in (gallery, torch.from_numpy(gallery), torch.from_numpy(gallery).pin_memory()):
+        assert same(match_ranks(torch.from_numpy(query).to(device), host, *ids, metric=metric), expected)
+
+
+def test_queries_in_host_memory_beside_a_gallery_elsewhere_are_refused(device):
     query, gallery, *ids = problem(5, 33, 7)
     with pytest.raises(ValueError, match='must be on one device'):
-        match_ranks(torch.from_numpy(query).to(device), gallery, *ids)
+        match_ranks(query, torch.from_numpy(gallery).to(device), *ids)

@@ -3,6 +3,7 @@ grids."""
 
 import pytest
 import torch
+from cuda_checks import captured, nothing_waits
 from mining import TYPES, random_features
 
 from mgn.ops import pairwise_distance
@@ -16,26 +17,17 @@ pytestmark = pytest.mark.usefixtures('gpu')
 @pytest.mark.parametrize('dtype', TYPES)
 def test_forward_and_backward_wait_for_nothing(device, metric, dtype):
     x, y = (random_features(rows, 70, dtype=dtype, seed=rows, device=device).requires_grad_() for rows in (130, 300))
-    torch.cuda.set_sync_debug_mode('error')
-    try:
+    with nothing_waits():
         pairwise_distance(x, y, metric).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode('default')
 
 
 @pytest.mark.parametrize('metric', METRICS)
 def test_a_captured_graph_replays_on_new_rows(device, metric):
     x, y = random_features(64, 32, device=device), random_features(200, 32, seed=1, device=device)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        pairwise_distance(x, y, metric)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = pairwise_distance(x, y, metric)
+    replay, dist = captured(lambda: pairwise_distance(x, y, metric))
     x.copy_(random_features(64, 32, seed=2, device=device))
-    graph.replay()
-    assert torch.equal(captured, pairwise_distance(x, y, metric))
+    replay()
+    assert torch.equal(dist, pairwise_distance(x, y, metric))
 
 
 def test_work_goes_to_the_current_stream(device):
