@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import zipfile
-from typing import Literal
+from typing import Annotated, Literal
 
 import gin
 import numpy as np
@@ -23,7 +23,7 @@ from mgn.evaluation import load_for_features
 from mgn.feature_files import MANIFEST, kept_gallery, made_of
 from mgn.features import Extractor, evaluation_mode
 from mgn.ops import topk
-from mgn.ops.arguments import integer
+from mgn.ops.arguments import LARGEST_K
 from mgn.ops.errors import MissingFile, UserError
 from mgn.runs.files import replacing, writing
 
@@ -34,8 +34,8 @@ IMAGES_OF_A_PART = 4096
 
 @gin.configurable(denylist=['checkpoint'])
 def search(checkpoint, weights: str | None = gin.REQUIRED, query: str | None = gin.REQUIRED,
-           gallery: str | None = gin.REQUIRED, features_dir: str | None = None, device: str = 'auto', k: int = 10,
-           format: Literal['text', 'json'] = 'text') -> None:
+           gallery: str | None = gin.REQUIRED, features_dir: str | None = None, device: str = 'auto',
+           k: Annotated[int, 1, LARGEST_K] = 10, format: Literal['text', 'json'] = 'text') -> None:
     """Prints for each query its k nearest crops with their similarity, the cosine of the features.
 
     Args:
@@ -44,10 +44,9 @@ def search(checkpoint, weights: str | None = gin.REQUIRED, query: str | None = g
         features_dir: where the features of crops are kept; None: <gallery>.features beside them.
         format: 'text', or 'json' for a line {"query": …, "nearest": [{"path": …, "similarity": …}, …]} for each.
     Raises:
-        UserError: no image, kept features that are damaged or of other weights or settings, or k out of range. What
-            cannot be read is named in the log and left out.
+        UserError: no image, or kept features that are damaged or of other weights or settings. What cannot be read is
+            named in the log and left out.
     """
-    integer(k, 'search.k', 1, 4096, '10 are shown by default')
     for name, value in (('query', query), ('gallery', gallery)):
         if not value:
             raise UserError(f"A {name} is needed; give --gin_bindings=\"{name}='…'\"")

@@ -109,7 +109,7 @@ def read_features(features_dir, model, dataset, extractor):
     failure = None
     try:
         if processes.number_on_this_machine() == 0:
-            check_features(features_dir, model, dataset, extractor)
+            check_features(features_dir, model, extractor, dataset)
     except UserError as error:
         failure = error
     for failure in filter(None, processes.gather(failure)):
@@ -117,12 +117,12 @@ def read_features(features_dir, model, dataset, extractor):
     return [np.load(file_of(features_dir, part, 'features'), mmap_mode='r') for part in PARTS]
 
 
-def check_features(features_dir, model, dataset, extractor):
-    """Raises what read_features raises."""
+def check_features(features_dir, model, extractor, dataset=None):
+    """Raises what read_features raises. dataset: None where images do not matter."""
     found, expected = read_manifest(features_dir), made_of(model, extractor)
     try:
         check_files(features_dir, found['sha256'])
-        for part in PARTS:
+        for part in PARTS if dataset else ():
             expected.update({f'{part} {name}': array for name, array in image_lists(dataset, part).items()})
             found.update({f'{part} {name}': np.load(file_of(features_dir, part, name)) for name in NAMES[:3]})
         differences = list(filter(None, (difference(name, value, found[name]) for name, value in expected.items())))
@@ -137,16 +137,8 @@ def check_features(features_dir, model, dataset, extractor):
 
 def kept_gallery(features_dir, model, extractor):
     """Paths, as bytes, and features (G, D) of the gallery that write_features wrote; UserError if of another model."""
-    found, expected = read_manifest(features_dir), made_of(model, extractor)
-    try:
-        check_files(features_dir, found['sha256'])
-        differences = list(filter(None, (difference(name, value, found[name]) for name, value in expected.items())))
-        paths, features = (np.load(file_of(features_dir, 'gallery', name)) for name in ('paths', 'features'))
-    except (ValueError, LookupError, OSError, EOFError) as error:
-        raise UserError(f'The features in {features_dir} are damaged: {error}; extract them again') from error
-    if differences:
-        raise UserError(f'The features in {features_dir} are of other weights or settings:\n  '
-                        + '\n  '.join(differences) + '\nbind what they were made of, or extract them again')
+    check_features(features_dir, model, extractor)
+    paths, features = (np.load(file_of(features_dir, 'gallery', name)) for name in ('paths', 'features'))
     return paths.tolist(), features.astype(np.float32, copy=False)
 
 

@@ -543,6 +543,7 @@ def test_a_value_of_another_type_is_an_error_that_names_the_binding_and_what_fit
     ('MGN.parts = (1, -2, 3)', 'MGN.parts must be .* each an integer from 1 to 128'),
     ('MGN.last_strides = (2, 1, 4)', 'MGN.last_strides must be .* each 1 or 2'),
     ('MGN.embedding_dim = 0', 'MGN.embedding_dim must be an integer from 1 to 65536'),
+    ('search.k = 0', 'search.k must be an integer from 1 to 4096, found 0'),
     ('P = 1', 'P must be an integer from 2 to 65536, found 1'),
     ('K = 0', 'K must be an integer from 1 to 65536, found 0'),
     ('train.keep_last = -1', 'train.keep_last must be an integer from 0'),

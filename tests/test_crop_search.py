@@ -134,14 +134,13 @@ def test_the_gallery_of_an_extraction_is_searched_without_its_images(content, ma
     assert [os.path.basename(row['path']) for row in rows] == [
         os.path.basename(paths[i]) for i in cosine.argsort(descending=True)[:3]]
     gin.bind_parameter('Extractor.input_size', (32, 32))
-    with pytest.raises(UserError, match='(?s)other weights or settings:.*input_size'):
+    with pytest.raises(UserError, match='(?s)other weights, settings or images:.*input_size'):
         found(content, capsys, query=query, gallery=str(tmp_path / 'kept'))
 
 
 @pytest.mark.parametrize('options, message', [
     (dict(query=None), 'A query is needed; give'), (dict(gallery=None), 'A gallery is needed'),
-    (dict(query='nowhere'), 'no image in nowhere'), (dict(gallery='nowhere'), 'no image in nowhere'),
-    (dict(k=0), 'search.k must be an integer from 1 to 4096')])
+    (dict(query='nowhere'), 'no image in nowhere'), (dict(gallery='nowhere'), 'no image in nowhere')])
 def test_what_is_missing_is_said(content, crops, options, message):
     with pytest.raises(UserError, match=message):
         search(content, 'best.pth', **{**dict(query=str(crops), gallery=str(crops), device='cpu'), **options})
