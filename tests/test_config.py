@@ -503,6 +503,7 @@ def test_a_value_of_another_type_is_an_error_that_names_the_binding_and_what_fit
     ("MGN.backbone = 'vit'", "MGN.backbone must be 'resnet18' or .* or 'resnet101_ibn', found 'vit'"),
     ("MGN.pooling = 'mean'", "MGN.pooling must be 'max' or 'avg' or 'gem', found 'mean'"),
     ('dataset = @market1501', r'dataset must be a reference with parentheses such as @name\(\), found @market1501'),
+    ('joined.datasets = (@market1501,)', r'joined.datasets must be .* each a reference with parentheses such as @name'),
     ('rerank = 20', 'rerank must be True or False, found 20'),
     ('query_expansion = 2.0', 'query_expansion must be an integer from 0 to 4096, found 2.0'),
     ("evaluate.cross_camera = 'False'", "evaluate.cross_camera must be True or False, found 'False'"),
