@@ -10,7 +10,6 @@ import difflib
 import functools
 import inspect
 import io
-import logging
 import os
 import re
 import tokenize
@@ -23,8 +22,7 @@ from mgn import annotations, crop_search, evaluation, features, losses, model, o
 from mgn import weights
 from mgn.data import augmentation, datasets  # noqa: F401
 from mgn.ops.errors import MissingFile, UserError
-
-logger = logging.getLogger(__name__)
+from mgn.runs.log import logger
 
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
 DEFAULTS = os.path.join(PACKAGE, 'defaults.gin')

@@ -6,7 +6,6 @@ image's file, and `made_of`, JSON that says what features depend on. A later par
 """
 
 import json
-import logging
 import os
 import zipfile
 from typing import Annotated, Literal
@@ -26,8 +25,7 @@ from mgn.ops import topk
 from mgn.ops.arguments import LARGEST_K
 from mgn.ops.errors import MissingFile, UserError
 from mgn.runs.files import replacing, writing
-
-logger = logging.getLogger(__name__)
+from mgn.runs.log import logger
 
 IMAGES_OF_A_PART = 4096
 

@@ -1,6 +1,5 @@
 """The device that a configuration names, the precision of forward passes on it, and the memory that it has taken."""
 
-import logging
 import resource
 import sys
 from typing import Literal
@@ -10,8 +9,7 @@ import torch
 from mgn.ops.errors import UserError
 from mgn.ops.ranking.product import available
 from mgn.runs import processes
-
-logger = logging.getLogger(__name__)
+from mgn.runs.log import logger
 
 Precision = Literal['auto', 'float32', 'bfloat16', 'float16']
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}

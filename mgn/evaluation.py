@@ -3,7 +3,6 @@
 Under torchrun each process extracts its part of the images and ranks against its part of the gallery.
 """
 
-import logging
 import math
 import os
 import time
@@ -23,8 +22,7 @@ from mgn.ops.errors import UserError
 from mgn.results import table, write_results
 from mgn.runs import checkpoint as checkpoints, processes
 from mgn.runs.files import writing
-
-logger = logging.getLogger(__name__)
+from mgn.runs.log import logger
 
 
 @gin.configurable(denylist=['checkpoint'])

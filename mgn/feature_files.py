@@ -7,7 +7,6 @@ A folder holds for `query` and `gallery` each _features.npy (n, D), _pids.npy an
 
 import contextlib
 import json
-import logging
 import os
 import tempfile
 from typing import Literal
@@ -19,8 +18,7 @@ from mgn.features import check_alike, hash_of, hash_of_weights, image_lists
 from mgn.ops.errors import FileError, MissingFile, UserError
 from mgn.runs import processes
 from mgn.runs.files import write_text, writing
-
-logger = logging.getLogger(__name__)
+from mgn.runs.log import logger
 
 FORMAT = 'mgn features 3'
 MANIFEST = 'manifest.json'

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import logging
 import os
 import time
 from typing import Annotated
@@ -19,9 +18,7 @@ from mgn.devices import DTYPES, Precision, resolve_precision
 from mgn.ops.errors import UserError
 from mgn.runs import processes
 from mgn.runs.interruption import leave_if_nothing_is_lost
-from mgn.runs.log import progress
-
-logger = logging.getLogger(__name__)
+from mgn.runs.log import logger, progress
 
 Size = tuple[Annotated[int, 1, 4096], Annotated[int, 1, 4096]]  # (H, W) in pixels
 SECONDS_BETWEEN_LINES = 30  # of progress in the log, where no bar is shown

@@ -4,7 +4,6 @@ Both take uint8 (B, 3, H, W) RGB images of the input size, any B, and give L2-no
 """
 
 import json
-import logging
 import os
 import tempfile
 import time
@@ -21,8 +20,7 @@ from mgn.evaluation import load_for_features
 from mgn.features import Extractor, hash_of_weights
 from mgn.ops.errors import UserError
 from mgn.runs.files import writing
-
-logger = logging.getLogger(__name__)
+from mgn.runs.log import logger
 
 OPSET, IR_VERSION = 18, 9    # what onnxruntime reads from version 1.16 on, of 2023
 BATCHES = (1, 2, 17)         # that each file is tried with

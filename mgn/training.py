@@ -1,6 +1,5 @@
 """The training loop: batches → losses → steps, with logs, checkpoints and evaluations on the way."""
 
-import logging
 import math
 import os
 import time
@@ -31,12 +30,10 @@ from mgn.runs import checkpoint as checkpoints, processes
 from mgn.runs.files import write_text
 from mgn.runs.folder import best_so_far, locked, newest, remove_older, save_last
 from mgn.runs.interruption import STATUS, Interruption
-from mgn.runs.log import RunLog, progress
+from mgn.runs.log import RunLog, logger, progress
 from mgn.runs.meter import Meter
 from mgn.schedules import multi_step
 from mgn.step import distributed, set_lr, train_step
-
-logger = logging.getLogger(__name__)
 
 Steps = Annotated[int, 1, 2 ** 31 - 1]
 

@@ -6,7 +6,6 @@ Known are, beside checkpoints of this project:
 - backbones in torchvision's names, plain or with IBN (IBN-Net's resnet50_ibn_a-….pth and its like).
 """
 
-import logging
 import os
 import tokenize
 from typing import NamedTuple
@@ -17,8 +16,7 @@ import torch
 from mgn.data.augmentation import MEAN, STD
 from mgn.ops.errors import UserError
 from mgn.runs import checkpoint
-
-logger = logging.getLogger(__name__)
+from mgn.runs.log import logger
 
 KNOWN = ('Known are checkpoints of mgn.train; MGN of fast-reid, with keys such as backbone.0.weight, '
          'b1.0.0.conv1.weight and b1_head.bnneck.weight or b1_head.bottleneck.0.weight; and backbones, with '

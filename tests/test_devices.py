@@ -30,7 +30,7 @@ def test_a_precision_asked_for_is_taken(precision, cpu_with, caplog):
     ((False, False), 'float32'), ((True, False), 'bfloat16'), ((False, True), 'bfloat16')])
 def test_auto_on_a_cpu_is_bfloat16_where_it_has_units_for_it(units, want, cpu_with, caplog):
     cpu_with(*units)
-    with caplog.at_level(logging.INFO, 'mgn.devices'):
+    with caplog.at_level(logging.INFO, 'mgn'):
         assert resolve_precision('auto', CPU, 'evaluate.precision') == want
     units = f"{'' if any(units) else 'not '}a CPU with AVX512-BF16 or AMX"
     said = f"evaluate.precision = 'auto' means {want}: cpu is {units}"

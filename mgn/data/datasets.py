@@ -7,7 +7,6 @@ ids that the files carry. Ids become labels 0…C−1 only for training (`train_
 import contextlib
 import csv
 import itertools
-import logging
 import os
 import re
 from typing import Annotated, Literal, NamedTuple
@@ -18,8 +17,7 @@ import numpy as np
 from mgn.data import pedestrians as drawn_pedestrians
 from mgn.ops.errors import FileError, MissingFile, UserError
 from mgn.runs.files import writing
-
-logger = logging.getLogger(__name__)
+from mgn.runs.log import logger
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png')
 NUMBER = r'\d{1,18}'  # fits into 64 bits

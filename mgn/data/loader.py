@@ -1,6 +1,5 @@
 """Batches in order, loaded ahead by worker processes: dead workers are restarted, unreadable images are counted."""
 
-import logging
 import re
 import signal
 import threading
@@ -8,8 +7,7 @@ import threading
 from torch.utils.data import DataLoader
 
 from mgn.ops.errors import UserError
-
-logger = logging.getLogger(__name__)
+from mgn.runs.log import logger
 
 UNREADABLE_LIMIT = 0.01   # share of the training images beyond which a run stops
 MAX_DEATHS_IN_A_ROW = 3   # of worker processes, with no batch in between

@@ -1,11 +1,9 @@
 """Samples → identity-balanced batches: P identities × K images, as a pure function of the step."""
 
-import logging
 
 from mgn.data import random_streams
 from mgn.ops.errors import UserError
-
-logger = logging.getLogger(__name__)
+from mgn.runs.log import logger
 
 
 class IdentitySampler:

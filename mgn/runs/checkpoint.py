@@ -6,7 +6,6 @@ last.pth holds all of a run (`State.content`); best.pth holds the evaluated weig
 import contextlib
 import difflib
 import errno
-import logging
 import os
 import re
 import zipfile
@@ -20,8 +19,7 @@ from mgn.ops.arguments import FLOAT_TYPES, INTEGER_TYPES
 from mgn.ops.errors import MissingFile, UserError
 from mgn.runs import processes
 from mgn.runs.files import replacing
-
-logger = logging.getLogger(__name__)
+from mgn.runs.log import logger
 
 FORMAT = 'mgn checkpoint 1'
 FIELDS = {'config': str, 'num_classes': int, 'step': int, 'model': dict, 'losses': dict | None, 'average': dict | None,

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import logging
 import math
 import os
 import re
@@ -11,8 +10,7 @@ import socket
 from mgn.ops.errors import UserError
 from mgn.runs import checkpoint as checkpoints
 from mgn.runs.files import writing
-
-logger = logging.getLogger(__name__)
+from mgn.runs.log import logger
 
 LOCK = 'run.lock'
 WRITTEN = r'last\.pth|best\.pth|metrics\.jsonl|eval\.json|config\.gin|run\.lock|events\.out\.tfevents\..*'

@@ -14,7 +14,7 @@ from mgn.ops.metrics import METRICS
 from mgn.runs import processes
 from mgn.runs.files import write_text, writing
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger('mgn')  # of the whole package; mgn.command_line says where its lines go
 
 
 class RunLog:
