@@ -1,15 +1,35 @@
-"""Whether a value that gin binds fits the annotation of its parameter, and a description of what would fit."""
+"""Whether a value that gin binds fits the annotation of its parameter, and the error where it does not.
+
+Annotated[int, 1, 4096] is an integer from 1 to 4096.
+"""
 
 import collections.abc
+import math
 import sys
 import types
 import typing
 
 from gin.config import ConfigurableReference
 
+from mgn.ops.arguments import shown
+from mgn.ops.errors import UserError
+
 WORDS = {bool: 'True or False', int: 'an integer', float: 'a finite number', types.NoneType: 'None',
          str: 'a string that is not empty'}
 UNIONS = typing.Union, types.UnionType
+
+
+def check(value, annotation, name):
+    """UserError where the value of `name` does not fit."""
+    if not fits(value, annotation):
+        raise UserError(f'{name} must be {in_words(annotation)}, found {shown(value)}')
+
+
+def check_all(values, configurable, where=''):
+    """UserError where one of {parameter: value} does not fit; `where` is written before the parameter's name."""
+    for name, annotation in of_parameters(configurable).items():
+        if name in values:
+            check(values[name], annotation, f'{where}{name}')
 
 
 def fits(value, annotation):
@@ -21,6 +41,9 @@ def fits(value, annotation):
     kind, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if kind in UNIONS:
         return any(fits(value, argument) for argument in arguments)
+    if kind is typing.Annotated:
+        plain, low, high = arguments
+        return fits(value, plain) and low <= value <= high
     if isinstance(value, ConfigurableReference):
         if value.evaluate:
             return annotation not in WORDS and kind is None and makes(value, annotation)
@@ -52,6 +75,9 @@ def in_words(annotation):
     kind, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if kind in UNIONS:
         return ' or '.join(dict.fromkeys(map(in_words, arguments)))
+    if kind is typing.Annotated:
+        plain, low, high = arguments
+        return f'{in_words(plain)} from {low}{f" to {high}" if high < math.inf else ""}'
     if kind is typing.Literal:
         return ' or '.join(map(repr, arguments))
     if kind is tuple:
@@ -66,6 +92,7 @@ def in_words(annotation):
 def of_parameters(configurable):
     """{parameter: annotation}, and 'return', of a function or class; {} where annotations name what is not there."""
     try:
-        return typing.get_type_hints(configurable.__init__ if isinstance(configurable, type) else configurable)
+        made_by = configurable.__init__ if isinstance(configurable, type) else configurable
+        return typing.get_type_hints(made_by, include_extras=True)
     except (NameError, TypeError, AttributeError):
         return {}

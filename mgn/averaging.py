@@ -5,8 +5,6 @@ import copy
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from mgn.ops.errors import UserError
-
 
 class WeightAverage:
     """Begins as a copy of `model`, in its attribute `model`.
@@ -14,14 +12,11 @@ class WeightAverage:
     Make it before torch converts or wraps the model for several processes: such modules hold process groups, which
     cannot be copied.
 
-    decay: share of the average that stays at a step, in [0, 1). In the first steps it is (1 + step) / (10 + step) if
-    that is less, so that the initial weights are soon forgotten.
+    decay: share of the average that stays at a step, in [0, 1); 0.999 averages about a thousand steps. In the first
+    steps it is (1 + step) / (10 + step) if that is less, so that the initial weights are soon forgotten.
     """
 
     def __init__(self, model, decay):
-        if not 0 <= decay < 1:
-            raise UserError(f'train.ema_decay = {decay} is outside [0, 1). 0.999 averages about a thousand steps; '
-                            f'None is for no average.')
         self.decay, self.model = decay, copy.deepcopy(model).requires_grad_(False)
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """What the binaries share: flags, log lines, and how they end. Light to import: --help does not wait for torch."""
 
 import logging
+import os
 import sys
 
 from mgn.runs.interruption import Interruption, leave_if_nothing_is_lost
@@ -12,14 +13,18 @@ def run(main):
         from absl import app, flags
 
         flags.DEFINE_multi_string('gin_file', [], 'Gin file, e.g. --gin_file=gin/market.gin; repeatable, later ones '
-                                  'win. Looked for in the working folder, then among the recipes of this package.')
+                                  'win. Looked for in the working folder, then among the recipes of this package.',
+                                  module_name=sys.argv[0])  # so that --help shows it
         flags.DEFINE_multi_string('gin_bindings', [], 'Gin binding, e.g. --gin_bindings="data_root=\'datasets\'"; '
-                                  'repeatable, later ones win, and all of them win over gin files.')
-        for name in ('gin_file', 'gin_bindings'):  # so that --help shows them
-            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+                                  'repeatable, later ones win, and all of them win over gin files.',
+                                  module_name=sys.argv[0])
         for stream in filter(None, (sys.stdout, sys.stderr)):  # names of files need not be UTF-8
             stream.reconfigure(errors='backslashreplace')
-        app.run(lambda arguments: carry_out(main, flags.FLAGS, arguments[1:]))
+        try:
+            app.run(lambda arguments: carry_out(main, flags.FLAGS, arguments[1:]))
+        except BrokenPipeError:  # who reads our output, such as head, wants no more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)  # as after SIGPIPE
 
 
 def carry_out(main, flags, arguments):
@@ -33,7 +38,7 @@ def carry_out(main, flags, arguments):
     handler.setFormatter(logging.Formatter('%(asctime)s %(levelname).1s %(message)s', '%H:%M:%S'))
     package = logging.getLogger('mgn')
     package.addHandler(handler)
-    package.setLevel(logging.INFO)
+    package.setLevel(logging.DEBUG if flags.verbosity > 0 else logging.INFO)  # absl's -v
     package.propagate = False  # absl prints the root logger's messages too
     try:
         processes.join()

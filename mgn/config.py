@@ -10,7 +10,6 @@ import difflib
 import functools
 import inspect
 import io
-import logging
 import os
 import re
 import tokenize
@@ -19,12 +18,11 @@ from pathlib import Path
 import gin
 
 # All that can be configured: a recipe may bind what the binary at hand does not use.
-from mgn import annotations, evaluation, features, losses, model, optim, training  # noqa: F401
+from mgn import annotations, crop_search, evaluation, features, losses, model, optim, portable, training  # noqa: F401
+from mgn import weights
 from mgn.data import augmentation, datasets  # noqa: F401
 from mgn.ops.errors import MissingFile, UserError
-from mgn.runs import checkpoint
-
-logger = logging.getLogger(__name__)
+from mgn.runs.log import logger
 
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
 DEFAULTS = os.path.join(PACKAGE, 'defaults.gin')
@@ -32,8 +30,9 @@ DEFAULTS = os.path.join(PACKAGE, 'defaults.gin')
 RECIPES = PACKAGE if os.path.isdir(os.path.join(PACKAGE, 'gin')) else os.path.dirname(PACKAGE)
 SHARED = ('dataset', 'input_size')  # training and evaluation have to agree on them
 MACRO = 'gin.macro'
-NOT_SAVED = {'output_dir', 'features_dir', 'weights'}  # never read from a checkpoint
-TRAINING = ('train', 'mgn_losses', 'make_optimizer', 'Adam', 'AdamW', 'SGD', 'multi_step', 'cosine', 'Augmentation')
+NOT_SAVED = {'output_dir', 'features_dir', 'weights', 'query', 'gallery'}  # never read from a checkpoint
+TRAINING = ('train', 'mgn_losses', 'circle_softmax', 'make_optimizer', 'Adam', 'AdamW', 'SGD',
+            'multi_step', 'cosine', 'Augmentation')
 # Parameters in configurations that earlier versions saved → their names of today; None: another binding has the value.
 EXTRACTION = ('input_size', 'batch_size', 'workers', 'flip_test', 'precision')
 MOVED = {**{f'evaluate.{name}': f'Extractor.{name}' for name in EXTRACTION},
@@ -60,7 +59,7 @@ def load(gin_files, bindings, saved=''):
 
 def load_checkpoint(gin_files, bindings):
     """The content of the checkpoint that the flags bind to `weights`. Its configuration is loaded, below theirs."""
-    content = checkpoint.load(bound_weights(gin_files, bindings))
+    content = weights.load_checkpoint(bound_weights(gin_files, bindings))
     load(gin_files, bindings, saved=content['config'])
     return content
 
@@ -68,12 +67,11 @@ def load_checkpoint(gin_files, bindings):
 def bound_weights(gin_files, bindings):
     """The path that the flags bind to `weights`; UserError where they bind none."""
     parse(gin_files, bindings)
-    weights = gin.query_parameter('%weights')
-    if not weights or not isinstance(weights, str):
-        found = '' if weights is None else f', found weights = {weights!r}'
-        raise UserError(f'The path of a checkpoint is needed{found}; '
+    path = gin.query_parameter('%weights')
+    if not path or not isinstance(path, str):
+        raise UserError(f'The path of a checkpoint is needed, found weights = {path!r}; '
                         f"give --gin_bindings=\"weights='runs/market/best.pth'\"")
-    return os.path.abspath(os.path.expanduser(weights))
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def default_output_dir(gin_files):
@@ -187,8 +185,8 @@ def check_values(config):
         for name, value in parameters.items():
             bound = value.config_key[0] if is_macro(value) else f'{selector.split(".")[-1]}.{name}'
             value = without_macros(value, config)
-            if name in expected and not annotations.fits(value, expected[name]):
-                raise UserError(f'{bound} must be {annotations.in_words(expected[name])}, found {value!r}')
+            if name in expected:
+                annotations.check(value, expected[name], bound)
 
 
 def without_macros(value, config, inside=()):

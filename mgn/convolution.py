@@ -17,14 +17,6 @@ class ProductConv(nn.Conv2d):
     pixels (benchmarks/convolutions.py). Channels-last, pixels are runs of C numbers and weights already are matrices.
     """
 
-    @classmethod
-    def like(cls, layer):
-        """The layer that takes the place of an nn.Conv2d, with its parameters themselves."""
-        own = cls(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-                  bias=layer.bias is not None, device='meta')  # so that no random numbers are drawn for weights
-        own.weight, own.bias = layer.weight, layer.bias
-        return own
-
     def forward(self, x):
         stride, k = self.stride[0], self.kernel_size[0]
         if x.device.type != 'cpu' or torch.compiler.is_compiling():
@@ -65,6 +57,13 @@ class ProductGradient(torch.autograd.Function):
                 torch.mm(rows, pixels.flatten(0, 2), out=place)
             weight_gradient = weight_gradient.permute(0, 3, 1, 2)
         return x_gradient, weight_gradient, None
+
+
+def use_products(module):
+    """Makes ProductConvs of the convolutions in `module`: the same layers and parameters, with another `forward`."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.__class__ = ProductConv
 
 
 def windows(x, k, stride, height, width):

@@ -3,42 +3,44 @@
 Under torchrun each process extracts its part of the images and ranks against its part of the gallery.
 """
 
-import logging
+import math
 import os
 import time
+from typing import Annotated
 
 import gin
 import torch
 
-from mgn.data.datasets import Dataset, check_dataset
+from mgn.data.datasets import Dataset
 from mgn.devices import find_device, peak_memory
 from mgn.feature_files import read_features, write_features
 from mgn.features import Extractor, check_alike
 from mgn.model import MGN
-from mgn.ops import arguments, k_reciprocal_ranks, match_ranks, match_ranks_sharded
+from mgn.ops import expand_queries, k_reciprocal_ranks, match_ranks, match_ranks_sharded, retrieval_metrics
+from mgn.ops.arguments import LARGEST_K
 from mgn.ops.errors import UserError
-from mgn.ops.metrics import retrieval_metrics
-from mgn.ops.query_expansion import expand_queries
 from mgn.results import table, write_results
-from mgn.runs import checkpoint as checkpoints
-from mgn.runs import processes
-
-logger = logging.getLogger(__name__)
+from mgn.runs import checkpoint as checkpoints, processes
+from mgn.runs.files import writing
+from mgn.runs.log import logger
 
 
 @gin.configurable(denylist=['checkpoint'])
 def evaluate_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset: Dataset = gin.REQUIRED,
                         output_dir: str | None = None, device: str = 'auto',
-                        features_dir: str | None = None) -> dict:
+                        features_dir: str | None = None, test_sets: tuple[Dataset, ...] = ()) -> dict:
     """Evaluates a loaded checkpoint on `dataset`; prints the table, writes output_dir/eval.json, returns the results.
 
     weights: the checkpoint's path. output_dir: None means the working folder.
-    features_dir: a folder written by mgn.extract, whose features are read in place of the images.
+    features_dir: a folder written by mgn.extract, whose features are read in place of the images of `dataset`.
+    test_sets: further data sets, whose results follow in the table and in the list 'test_sets' of the results.
     """
     device = find_device(device)
     model = load_for_features(checkpoint, weights, device)
     results = {'weights': weights, 'step': checkpoint['step'],
                **evaluate(model, dataset, device, features_dir=features_dir)}
+    if test_sets:
+        results['test_sets'] = [evaluate(model, test_set, device) for test_set in test_sets]
     if processes.number() == 0:
         print(table(results))
         write_results(results, output_dir or os.getcwd())
@@ -49,24 +51,39 @@ def evaluate_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset:
 def extract_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset: Dataset = gin.REQUIRED,
                        device: str = 'auto', features_dir: str | None = None) -> None:
     """Writes the features of a loaded checkpoint on `dataset` into features_dir (`mgn.feature_files`)."""
-    check_dataset(dataset)
     if features_dir is None:
         raise UserError("mgn.extract needs a folder for the features; give --gin_bindings=\"features_dir='features'\"")
     device = find_device(device)
     write_features(load_for_features(checkpoint, weights, device), dataset, Extractor(device), features_dir)
 
 
+@gin.configurable(denylist=['checkpoint'])
+def convert_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_dir: str | None = None) -> None:
+    """Writes weights that another project has saved (`mgn.weights`) as a checkpoint, <name>_mgn.pth in output_dir.
+
+    Its configuration is the present one, bindings of the command line included.
+    """
+    model = MGN(num_classes=checkpoint['num_classes'], fresh=False)
+    checkpoints.load_model(model, checkpoint['model'], weights)
+    path = os.path.join(output_dir or os.getcwd(), f'{os.path.splitext(os.path.basename(weights))[0]}_mgn.pth')
+    with writing(path, 'Bind another output_dir.'):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    checkpoints.save(path, {**checkpoint, 'config': checkpoints.configuration(portable=True)})
+    logger.info('wrote %s', path)
+
+
 def load_for_features(checkpoint, weights, device):
     """The checkpoint's MGN without classifiers, on `device`."""
     model = MGN(num_classes=0, fresh=False).to(device, memory_format=torch.channels_last)
-    checkpoints.load_model(model, checkpoint['model'], weights, features_only=True)
+    checkpoints.load_model(model, checkpoint['model'], weights, without='.classifier.')
     return model
 
 
 @gin.configurable(denylist=['model', 'dataset', 'device', 'features_dir', 'extractor'])
 def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_camera: bool = True,
-             query_expansion: int = 0, alpha: float = 3.0, rerank: bool = False, k1: int = 20, k2: int = 6,
-             lambda_value: float = 0.3) -> dict:
+             query_expansion: Annotated[int, 0, LARGEST_K] = 0, alpha: Annotated[float, 0, math.inf] = 3.0,
+             rerank: bool = False, k1: Annotated[int, 1, 2 ** 31 - 1] = 20, k2: Annotated[int, 1, 2 ** 31 - 1] = 6,
+             lambda_value: Annotated[float, 0, 1] = 0.3) -> dict:
     """Ranks the gallery for every query by cosine distance; then again, if asked, after expansion and by re-ranking.
 
     Under torchrun each process extracts and ranks its part. Query expansion and re-ranking run in process 0.
@@ -88,10 +105,8 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_ca
         'query_expansion' and 'rerank', if asked, are dicts of the stage's parameters, METRICS, seconds and peak memory.
         A peak is the most since the process began. Times and memory are process 0's. The same in all processes.
     Raises:
-        UserError: options out of range, unreadable images, features of something else, or no query with a match.
+        UserError: unreadable images, features of something else, or no query with a match.
     """
-    check_dataset(dataset)
-    check_options(cross_camera, query_expansion, alpha, rerank, k1, k2, lambda_value)
     extractor, ids = extractor or Extractor(device), identities(dataset, cross_camera)
     check_alike(dataset, ('query', 'gallery'), model)
     start = time.perf_counter()
@@ -120,16 +135,6 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_ca
         results['rerank'] = {'k1': k1, 'k2': k2, 'lambda_value': lambda_value, 'expanded': query_expansion > 0,
                              **stage('re-ranking', start, ranks, device)}
     return processes.share(results)
-
-
-def check_options(cross_camera, query_expansion, alpha, rerank, k1, k2, lambda_value):
-    """UserError for options out of range, before any image is read."""
-    arguments.integer(query_expansion, 'evaluate.query_expansion', 0, arguments.LARGEST_K,
-                      'so many gallery items are averaged into a query, 0 for none')
-    arguments.truth(rerank, 'evaluate.rerank', 'evaluate.k1, k2 and lambda_value are its parameters')
-    arguments.truth(cross_camera, 'evaluate.cross_camera', 'False takes matches of the same camera, too')
-    arguments.exponent(alpha, 'evaluate.')
-    arguments.reranking(k1, k2, lambda_value, 'evaluate.')
 
 
 def identities(dataset, cross_camera):

@@ -6,9 +6,7 @@ A folder holds for `query` and `gallery` each _features.npy (n, D), _pids.npy an
 """
 
 import contextlib
-import hashlib
 import json
-import logging
 import os
 import tempfile
 from typing import Literal
@@ -16,12 +14,11 @@ from typing import Literal
 import gin
 import numpy as np
 
-from mgn.features import check_alike, hash_of_weights, image_lists
+from mgn.features import check_alike, hash_of, hash_of_weights, image_lists
 from mgn.ops.errors import FileError, MissingFile, UserError
 from mgn.runs import processes
-from mgn.runs.files import write_text
-
-logger = logging.getLogger(__name__)
+from mgn.runs.files import write_text, writing
+from mgn.runs.log import logger
 
 FORMAT = 'mgn features 3'
 MANIFEST = 'manifest.json'
@@ -29,7 +26,6 @@ CHECKED = 'checked.txt'  # a line for each large file whose checksum was found r
 LARGE = 2 ** 26          # bytes of a file that is checked once: their SHA-256 takes about a tenth of a second
 PARTS = ('query', 'gallery')
 NAMES = ('pids', 'camids', 'paths', 'features')
-STORAGES = ('float32', 'float16')
 
 
 @gin.configurable(denylist=['model', 'dataset', 'extractor', 'features_dir'])
@@ -41,17 +37,15 @@ def write_features(model, dataset, extractor, features_dir,
         model: MGN on the extractor's device. dataset: Dataset. extractor: mgn.features.Extractor.
         storage: 'float32', or 'float16' for half the bytes.
     Raises:
-        UserError: storage out of range, unreadable images, a folder that holds features or that not all processes
+        UserError: unreadable images, a folder that holds features or that not all processes
             share, features that are not finite. FileError: files that cannot be written.
     """
-    if storage not in STORAGES:
-        raise UserError(f'write_features.storage must be one of {", ".join(STORAGES)}, found {storage!r}')
     manifest = os.path.join(features_dir, MANIFEST)
     if processes.share(os.path.exists(manifest)):
         raise UserError(f'The features_dir holds features already: {manifest}; remove it or bind another features_dir')
     check_alike(dataset, PARTS, model)
     first = processes.number() == 0
-    try:
+    with writing(features_dir, 'Free disk space or bind another features_dir that all processes share.'):
         if first:
             os.makedirs(features_dir, exist_ok=True)
         check_shared(features_dir)
@@ -71,9 +65,6 @@ def write_features(model, dataset, extractor, features_dir,
                        'sha256': {part: {name: file_hash(file_of(features_dir, part, name)) for name in NAMES}
                                   for part in PARTS}}
             write_text(manifest, json.dumps({**content, 'sha256 of the above': text_hash(content)}, indent=2) + '\n')
-    except OSError as error:
-        raise FileError(f'Features cannot be written to {features_dir}: {error}; free disk space or bind another '
-                        f'features_dir, in a file system that all processes share') from error
     logger.info('%d query and %d gallery features: %s', len(dataset.query), len(dataset.gallery), features_dir)
 
 
@@ -116,7 +107,7 @@ def read_features(features_dir, model, dataset, extractor):
     failure = None
     try:
         if processes.number_on_this_machine() == 0:
-            check_features(features_dir, model, dataset, extractor)
+            check_features(features_dir, model, extractor, dataset)
     except UserError as error:
         failure = error
     for failure in filter(None, processes.gather(failure)):
@@ -124,18 +115,14 @@ def read_features(features_dir, model, dataset, extractor):
     return [np.load(file_of(features_dir, part, 'features'), mmap_mode='r') for part in PARTS]
 
 
-def check_features(features_dir, model, dataset, extractor):
-    """Raises what read_features raises."""
+def check_features(features_dir, model, extractor, dataset=None):
+    """Raises what read_features raises. dataset: None where images do not matter."""
     found, expected = read_manifest(features_dir), made_of(model, extractor)
     try:
         check_files(features_dir, found['sha256'])
-        for part in PARTS:
+        for part in PARTS if dataset else ():
             expected.update({f'{part} {name}': array for name, array in image_lists(dataset, part).items()})
             found.update({f'{part} {name}': np.load(file_of(features_dir, part, name)) for name in NAMES[:3]})
-            features = np.load(file_of(features_dir, part, 'features'), mmap_mode='r')
-            shape = len(found[f'{part} pids']), found['D']
-            if features.shape != shape or features.dtype != np.dtype(found['storage']):
-                raise ValueError(f'the features of {part} are {features.shape} of {features.dtype}, not {shape}')
         differences = list(filter(None, (difference(name, value, found[name]) for name, value in expected.items())))
     except PermissionError as error:
         raise FileError(f'The features in {features_dir} cannot be read: {error}; allow it') from error
@@ -144,6 +131,13 @@ def check_features(features_dir, model, dataset, extractor):
     if differences:
         raise UserError(f'The features in {features_dir} are of other weights, settings or images:\n  '
                         + '\n  '.join(differences) + '\nbind what they were made of, or extract them again')
+
+
+def kept_gallery(features_dir, model, extractor):
+    """Paths, as bytes, and features (G, D) of the gallery that write_features wrote; UserError if of another model."""
+    check_features(features_dir, model, extractor)
+    paths, features = (np.load(file_of(features_dir, 'gallery', name)) for name in ('paths', 'features'))
+    return paths.tolist(), features.astype(np.float32, copy=False)
 
 
 def read_manifest(features_dir):
@@ -211,12 +205,9 @@ def file_of(features_dir, part, name):
 
 
 def text_hash(content):
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hash_of([json.dumps(content, sort_keys=True).encode()])
 
 
 def file_hash(path):
-    sha = hashlib.sha256()
     with open(path, 'rb') as file:
-        while block := file.read(2 ** 20):
-            sha.update(block)
-    return sha.hexdigest()
+        return hash_of(iter(lambda: file.read(2 ** 20), b''))

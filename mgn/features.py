@@ -2,10 +2,9 @@
 
 import contextlib
 import hashlib
-import logging
 import os
 import time
-from typing import Literal
+from typing import Annotated
 
 import gin
 import numpy as np
@@ -15,15 +14,13 @@ import torch.nn.functional as F
 from mgn.data.images import TestBatches
 from mgn.data.augmentation import normalise
 from mgn.data.loader import load_batches
-from mgn.devices import DTYPES, resolve_precision
-from mgn.ops import arguments
+from mgn.devices import DTYPES, Precision, resolve_precision
 from mgn.ops.errors import UserError
 from mgn.runs import processes
 from mgn.runs.interruption import leave_if_nothing_is_lost
-from mgn.runs.log import progress
+from mgn.runs.log import logger, progress
 
-logger = logging.getLogger(__name__)
-
+Size = tuple[Annotated[int, 1, 4096], Annotated[int, 1, 4096]]  # (H, W) in pixels
 SECONDS_BETWEEN_LINES = 30  # of progress in the log, where no bar is shown
 
 
@@ -37,16 +34,10 @@ class Extractor:
         flip_test: average the features of image and mirrored image.
         precision: of the model's forward pass, by autocast: 'float32', 'bfloat16', 'float16', or 'auto' for bfloat16
             where the device has units for it, else float32. Features are averaged and normalised in float32 always.
-    Raises:
-        UserError: input_size, batch_size, workers or precision out of range.
     """
 
-    def __init__(self, device, input_size: tuple[int, int] = gin.REQUIRED, batch_size: int = 64, workers: int = 4,
-                 flip_test: bool = False,
-                 precision: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'float32'):
-        check_size(input_size, 'input_size')
-        arguments.integer(batch_size, 'Extractor.batch_size', 1, 4096, '64 is usual')
-        arguments.integer(workers, 'Extractor.workers', 0, 1024, '0 leaves decoding to the main process')
+    def __init__(self, device, input_size: Size = gin.REQUIRED, batch_size: Annotated[int, 1, 4096] = 64,
+                 workers: Annotated[int, 0, 1024] = 4, flip_test: bool = False, precision: Precision = 'float32'):
         self.device, self.batch_size, self.workers = device, batch_size, workers
         self.input_size, self.flip_test = input_size, flip_test
         self.precision = resolve_precision(precision, device, 'Extractor.precision')
@@ -69,9 +60,8 @@ class Extractor:
             for batch in loader:
                 leave_if_nothing_is_lost()
                 if batch.unreadable:
-                    unreadable = '\n  '.join(batch.unreadable)
-                    raise UserError(f'Evaluation needs every image, and these cannot be read:\n  {unreadable}\n'
-                                    f'restore the files or remove them from the data set')
+                    raise UserError('Evaluation needs every image, and these cannot be read:\n  ' + '\n  '.join(
+                        batch.unreadable) + '\nrestore the files or remove them from the data set')
                 features = self.forward(model, batch.images)
                 yield features
                 done += len(features)
@@ -90,24 +80,16 @@ class Extractor:
         return F.normalize(features).cpu()
 
 
-def check_size(size, name):
-    """UserError unless `size`, the value of the binding `name`, is the height and width of an image in pixels."""
-    if not isinstance(size, (tuple, list)) or len(size) != 2:
-        raise UserError(f'{name} must be height and width in pixels, not {arguments.shown(size)}; (384, 128) is usual')
-    for side, pixels in zip(('height', 'width'), size):
-        arguments.integer(pixels, f'{name}: its {side}', 1, 4096, '(384, 128) is usual')
-
-
 @contextlib.contextmanager
 def evaluation_mode(model):
     """The model in evaluation mode; afterwards each of its modules is back in the mode that it had."""
-    modes = {module: module.training for module in model.modules()}
+    learning = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for module in learning:
+            module.training = True
 
 
 def check_alike(dataset, parts, model=None):
@@ -129,12 +111,13 @@ def image_lists(dataset, part):
 def hash_of_weights(model):
     """SHA-256 of the names, shapes and values of all weights that features depend on."""
     state = {name: tensor for name, tensor in model.state_dict().items() if '.classifier.' not in name}
-    return hash_of(array for name in sorted(state) for array in (
-        np.frombuffer(f'{name} {tuple(state[name].shape)}'.encode(), np.uint8), state[name].detach().cpu().numpy()))
+    return hash_of(part for name in sorted(state) for part in (
+        f'{name} {tuple(state[name].shape)}'.encode(), np.ascontiguousarray(state[name].detach().cpu().numpy())))
 
 
-def hash_of(arrays):
+def hash_of(parts):
+    """SHA-256 of bytes and contiguous arrays, one after the other."""
     sha = hashlib.sha256()
-    for array in arrays:
-        sha.update(np.ascontiguousarray(array).tobytes())
+    for part in parts:
+        sha.update(part)
     return sha.hexdigest()

@@ -2,41 +2,69 @@
 
 import inspect
 import math
+from collections.abc import Callable
+from typing import Annotated
 
 import gin
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from mgn.ops import batch_hard_triplet_loss
-from mgn.ops.arguments import real
 from mgn.ops.errors import UserError
 
 
+Weight = Annotated[float, 0, math.inf]
+
+
 @gin.configurable(denylist=['output', 'labels', 'candidates', 'candidate_labels'])
-def mgn_losses(output, labels, candidates=None, candidate_labels=None, cross_entropy_weight: float = 0.25,
-               triplet_weight: float = 1 / 3, margin: float | None = 1.2, smoothing: float = 0.1) -> dict:
+def mgn_losses(output, labels, candidates=None, candidate_labels=None,
+               cross_entropy_weight: Weight | tuple[Weight, ...] = 0.25,
+               triplet_weight: Weight | tuple[Weight, ...] = 1 / 3, margin: Weight | None = 1.2,
+               smoothing: Annotated[float, 0, 1] = 0.1,
+               softmax: Callable[..., torch.Tensor] | None = None) -> dict:
     """The weighted terms by name; their sum is what training minimises.
 
     Args:
         output: MGNOutput of B images. labels: (B,) int64 in 0…C−1.
-        candidates: (branches, M, embedding_dim), candidate_labels: (M,): embeddings to find the hardest pairs among,
+        candidates: (triplets, M, width), candidate_labels: (M,): embeddings to find the hardest pairs among,
             these images' own included; None: these alone.
-        cross_entropy_weight: of the sum over heads. triplet_weight: of the sum over whole-map heads.
+        cross_entropy_weight: of the sum over heads, or a weight for each. triplet_weight: of the sum over embeddings,
+            or a weight for each.
         margin: of the batch-hard hinge; None for the soft margin.
         smoothing: ε of the label smoothing.
+        softmax: (logits, labels) → the logits that cross-entropy takes, such as @circle_softmax; None: as they are.
     Returns:
         {'cross_entropy': scalar, 'triplet': scalar}
     Raises:
-        UserError: weights, a margin or a smoothing out of range.
+        UserError: other numbers of weights than of terms.
     """
-    real(cross_entropy_weight, 'mgn_losses.cross_entropy_weight', 0, math.inf, '0.25 is published')
-    real(triplet_weight, 'mgn_losses.triplet_weight', 0, math.inf, '1/3 is published')
-    if margin is not None:
-        real(margin, 'mgn_losses.margin', 0, math.inf, 'None is the soft margin')
-    real(smoothing, 'mgn_losses.smoothing', 0, 1, '0 smoothes nothing')
-    cross_entropy = sum(smoothed_cross_entropy(logits, labels, smoothing) for logits in output.logits)
-    triplet = batch_hard_triplet_loss(output.embeddings, labels, margin, candidates, candidate_labels).sum()
-    return {'cross_entropy': float(cross_entropy_weight) * cross_entropy, 'triplet': float(triplet_weight) * triplet}
+    logits = [softmax(x, labels) if softmax else x for x in output.logits]
+    cross_entropies = [smoothed_cross_entropy(x, labels, smoothing) for x in logits]
+    triplets = batch_hard_triplet_loss(output.embeddings, labels, margin, candidates, candidate_labels)
+    return {'cross_entropy': weighted_sum(cross_entropies, cross_entropy_weight, 'mgn_losses.cross_entropy_weight'),
+            'triplet': weighted_sum(triplets, triplet_weight, 'mgn_losses.triplet_weight')}
+
+
+def weighted_sum(terms, weight, name):
+    """One weight times the sum of terms, or the sum of terms with a weight each; `name` is the weight's binding."""
+    if not isinstance(weight, (tuple, list)):
+        return float(weight) * sum(terms)
+    if len(weight) != len(terms):
+        raise UserError(f'{name} must be one number or one for each of {len(terms)} terms, found {len(weight)}; bind '
+                        f'others')
+    return sum(float(x) * term for x, term in zip(weight, terms))
+
+
+@gin.configurable(denylist=['cosines', 'labels'])
+def circle_softmax(cosines, labels, scale: float = 64.0, margin: float = 0.35) -> torch.Tensor:
+    """Logits of Circle loss with class labels (Sun et al., CVPR 2020): those far from their optimum weigh more.
+
+    cosines: (B, C), as MGN.classifier = 'cosine' gives them; labels: (B,) int64 → (B, C).
+    """
+    is_own = F.one_hot(labels, cosines.shape[1]).bool()
+    weight = torch.where(is_own, 1 + margin - cosines, cosines + margin).relu().detach()
+    return scale * weight * torch.where(is_own, cosines - (1 - margin), cosines - margin)
 
 
 def smoothed_cross_entropy(logits, labels, smoothing):
@@ -64,13 +92,8 @@ def make_losses(losses, num_classes, branches, embedding_dim):
     Args:
         losses: a function, or a subclass of torch.nn.Module, for losses with parameters. The class is called with
             the other three arguments by name.
-    Raises:
-        UserError: anything else, such as a module that exists already, made before the seed was set.
     """
     kind = inspect.unwrap(losses)  # gin wraps a class that is referred to with a scope
-    if inspect.isclass(kind) and issubclass(kind, nn.Module):
+    if inspect.isclass(kind):
         return losses(num_classes=num_classes, branches=branches, embedding_dim=embedding_dim)
-    if inspect.isclass(kind) or isinstance(losses, nn.Module) or not callable(losses):
-        raise UserError(f'train.losses should be a function or a subclass of torch.nn.Module, but is {losses!r}. '
-                        f'Bind a reference, e.g. train.losses = @mgn_losses')
     return FunctionLosses(losses)

@@ -2,28 +2,28 @@
 
 import math
 from collections.abc import Callable
+from typing import Annotated
 
 import gin
 import torch
 
-from mgn.ops.arguments import real
 from mgn.ops.errors import UserError
+
+Factor = Annotated[float, 0, math.inf]
 
 for optimizer in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
     gin.external_configurable(optimizer, module='torch.optim')
 
 
 @gin.configurable(denylist=['model'])
-def make_optimizer(model, optimizer: Callable[..., torch.optim.Optimizer] = gin.REQUIRED, bias_lr_factor: float = 2.0,
-                   bias_weight_decay: float = 0.0) -> torch.optim.Optimizer:
+def make_optimizer(model, optimizer: Callable[..., torch.optim.Optimizer] = gin.REQUIRED,
+                   bias_lr_factor: Factor = 2.0, bias_weight_decay: Factor = 0.0) -> torch.optim.Optimizer:
     """An optimizer over the trainable parameters of `model`, those whose name contains "bias" in a group of their own.
 
     `optimizer` is called with the groups alone: learning rate and weight decay are its own bindings (Adam.lr, …), so it
     has to be gin's version of a class (@Adam), which knows them. Biases get bias_lr_factor × lr and bias_weight_decay,
-    as in fast-reid. Each group keeps its `initial_lr`. Raises UserError for values out of range.
+    as in fast-reid. Each group keeps its `initial_lr`. Raises UserError for what the optimizer refuses.
     """
-    real(bias_lr_factor, 'make_optimizer.bias_lr_factor', 0, math.inf, '2 is published, 1 treats all alike')
-    real(bias_weight_decay, 'make_optimizer.bias_weight_decay', 0, math.inf, '0 decays no bias')
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     weights = [p for name, p in named if 'bias' not in name]
     biases = [p for name, p in named if 'bias' in name]

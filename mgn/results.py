@@ -8,12 +8,14 @@ from mgn.runs.log import aligned
 
 
 def table(results):
-    """The results of `mgn.evaluation.evaluate` in per cent, a row for each stage."""
-    stages = {results['dataset']: results, '+ query expansion': results.get('query_expansion'),
-              '+ re-ranking': results.get('rerank')}
-    rows = aligned('data set', {label: stage for label, stage in stages.items() if stage})
-    notes = '{queries} queries, {queries_without_match} of them without a match; {gallery} in the gallery'
-    return f'{rows}\nper cent; {notes.format(**results)}'
+    """The results of an evaluation in per cent, a row for each data set and stage."""
+    stages, notes = [], []
+    for each in (results, *results.get('test_sets', ())):
+        stages += [(each['dataset'], each), ('+ query expansion', each.get('query_expansion')),
+                   ('+ re-ranking', each.get('rerank'))]
+        notes.append('{queries} queries, {queries_without_match} of them without a match; {gallery} in the gallery'
+                     .format(**each))
+    return aligned('data set', [stage for stage in stages if stage[1]]) + '\nper cent; ' + '\n'.join(notes)
 
 
 def write_results(results, output_dir):

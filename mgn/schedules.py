@@ -5,29 +5,32 @@ Steps count from 0. A schedule raises UserError at every step if it does not fit
 
 import math
 from bisect import bisect_right
+from typing import Annotated
 
 import gin
 
-from mgn.ops.arguments import real
 from mgn.ops.errors import UserError
+
+Share = Annotated[float, 0, 1]  # of the learning rate
 
 
 @gin.configurable(denylist=['step', 'total_steps'])
-def multi_step(step, total_steps, warmup_steps: int = 2000, warmup_factor: float = 0.01,
-               milestones: tuple[int, ...] = (8000, 14000), gamma: float = 0.1) -> float:
+def multi_step(step, total_steps, warmup_steps: int = 2000, warmup_factor: Share = 0.01,
+               milestones: tuple[int, ...] = (8000, 14000), gamma: Share = 0.1) -> float:
     """Linear warm-up, and × gamma at every milestone."""
     check_steps(total_steps, {'multi_step.warmup_steps': [warmup_steps], 'multi_step.milestones': milestones})
-    check_factors({'multi_step.warmup_factor': warmup_factor, 'multi_step.gamma': gamma})
     return warmup(step, warmup_steps, warmup_factor) * gamma ** bisect_right(milestones, step)
 
 
 @gin.configurable(denylist=['step', 'total_steps'])
-def cosine(step, total_steps, warmup_steps: int = 2000, warmup_factor: float = 0.01, start: int = 0,
-           final_factor: float = 0.0) -> float:
-    """Linear warm-up, constant until step `start`, then half a cosine to final_factor at total_steps."""
+def cosine(step, total_steps, warmup_steps: int = 2000, warmup_factor: Share = 0.01, start: int = 0,
+           final_factor: Share = 0.0, period: Annotated[int, 1, 2 ** 31 - 1] = 1) -> float:
+    """Linear warm-up, constant until step `start`, then half a cosine to final_factor at total_steps.
+
+    period: steps from one change along the cosine to the next; those of an epoch change it once an epoch.
+    """
     check_steps(total_steps, {'cosine.warmup_steps': [warmup_steps], 'cosine.start': [start]})
-    check_factors({'cosine.warmup_factor': warmup_factor, 'cosine.final_factor': final_factor})
-    progress = min(max(step - start, 0) / max(total_steps - start, 1), 1)
+    progress = min(max(step - start, 0) // period * period / max(total_steps - start, 1), 1)
     return warmup(step, warmup_steps, warmup_factor) * (
         final_factor + (1 - final_factor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
@@ -45,8 +48,3 @@ def check_steps(total_steps, bindings):
             if step > total_steps:
                 raise UserError(f'{name} has step {step}, but training ends at total_steps = {total_steps}. '
                                 f'Bind a {name} that fits, or more total_steps.')
-
-
-def check_factors(bindings):
-    for name, factor in bindings.items():
-        real(factor, name, 0, 1, 'it is a share of the learning rate')

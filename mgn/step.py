@@ -12,11 +12,12 @@ from mgn.runs import processes
 
 
 def train_step(model, optimizer, augmentation, batch, device, precision, clip_gradient_norm, group=None, scaler=None,
-               losses=mgn_losses):
+               losses=mgn_losses, frozen=()):
     """One optimizer step on a TrainBatch; returns the losses by name, left on the device.
 
     group: of the processes whose images are mined together; None: each its own. scaler: GradScaler of the loss in
-    float16. losses: mgn_losses, or a module that is called like it and whose parameters `optimizer` has, too.
+    float16. losses: mgn_losses, or a module that is called like it and whose parameters `optimizer` has, too. frozen:
+    modules whose parameters stay as they are.
     """
     images, labels, *draws = (x.to(device, non_blocking=True) for x in (batch.images, batch.labels, *batch.draws))
     images = augmentation(images, Draws(*draws)).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W) float32
@@ -33,6 +34,8 @@ def train_step(model, optimizer, augmentation, batch, device, precision, clip_gr
     optimizer.zero_grad()
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     scaler.scale(loss).backward()
+    for parameter in (parameter for module in frozen for parameter in module.parameters()):
+        parameter.grad = None  # the optimizer passes over it, its own state included
     if clip_gradient_norm is not None:
         scaler.unscale_(optimizer)
         modules = [module for module in (model, losses) if isinstance(module, torch.nn.Module)]

@@ -1,45 +1,41 @@
 """The training loop: batches → losses → steps, with logs, checkpoints and evaluations on the way."""
 
-import logging
 import math
 import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import gin
 import torch
 
 from mgn.averaging import WeightAverage
 from mgn.data.augmentation import Augmentation
-from mgn.data.datasets import Dataset, check_dataset, train_labels
+from mgn.data.datasets import Dataset, check_trainable, train_labels
 from mgn.data.images import TrainBatches
 from mgn.data.sampler import IdentitySampler
 from mgn.data.loader import count_unreadable, load_batches
-from mgn.devices import find_device, resolve_precision
+from mgn.devices import Precision, find_device, resolve_precision
 from mgn.evaluation import evaluate
-from mgn.features import Extractor, check_alike, check_size
+from mgn.features import Size, check_alike
 from mgn.losses import make_losses, mgn_losses
 from mgn.model import MGN
-from mgn.ops import implementation
-from mgn.ops.arguments import integer, real
+from mgn.ops import METRICS, implementation
 from mgn.ops.errors import UserError
-from mgn.ops.metrics import METRICS
 from mgn.optim import make_optimizer
 from mgn.results import table, write_results
-from mgn.runs import checkpoint as checkpoints
-from mgn.runs import processes
-from mgn.runs.checkpoint import State
+from mgn.runs import checkpoint as checkpoints, processes
 from mgn.runs.files import write_text
 from mgn.runs.folder import best_so_far, locked, newest, remove_older, save_last
 from mgn.runs.interruption import STATUS, Interruption
-from mgn.runs.log import RunLog, progress
+from mgn.runs.log import RunLog, logger, progress
 from mgn.runs.meter import Meter
 from mgn.schedules import multi_step
 from mgn.step import distributed, set_lr, train_step
 
-logger = logging.getLogger(__name__)
+Steps = Annotated[int, 1, 2 ** 31 - 1]
 
 
 def train(default_output_dir):
@@ -68,31 +64,34 @@ class Training:
     default_output_dir: str
     dataset: Dataset = gin.REQUIRED
     output_dir: str | None = None      # where everything is written, by one run at a time; None: default_output_dir
-    input_size: tuple[int, int] = gin.REQUIRED  # (H, W) in pixels
-    P: int = 16                        # identities in a batch
-    K: int = 4                         # images of each
-    total_steps: int = gin.REQUIRED
+    input_size: Size = gin.REQUIRED    # (H, W) in pixels
+    P: Annotated[int, 2, 2 ** 16] = 16  # identities in a batch
+    K: Annotated[int, 1, 2 ** 16] = 4  # images of each
+    total_steps: Steps = gin.REQUIRED
     schedule: Callable[..., float] = multi_step  # (step, total_steps) → factor of the learning rate
     losses: Callable[..., dict | torch.nn.Module] = mgn_losses  # (output, labels, candidates, candidate_labels) →
     #                                    {name: scalar}, or a class of modules that are called so and have parameters of
     #                                    their own (mgn/losses.py)
-    seed: int = 0
-    workers: int = 4                   # processes that decode images; 0: the main process does
+    seed: Annotated[int, 0, 2 ** 63 - 1] = 0
+    workers: Annotated[int, 0, 1024] = 4  # processes that decode images; 0: the main process does
     device: str = 'auto'
-    log_every: int = 50                # steps
-    checkpoint_every: int = 1000       # steps; checkpoints are written before evaluations, too
-    evaluate_every: int = 2000         # steps; an evaluation happens after the last one, too
+    log_every: Steps = 50
+    checkpoint_every: Steps = 1000     # checkpoints are written before evaluations, too
+    evaluate_every: Steps = 2000       # an evaluation happens after the last one, too
     evaluate_first: bool = True        # evaluate before the first step, too
-    keep_last: int = 1                 # older checkpoints kept beside last.pth, as step_<n>.pth
-    clip_gradient_norm: float | None = None  # largest Euclidean norm of the whole gradient; None: any
-    precision: str = 'auto'            # of forward and backward pass, by autocast: 'float32', 'bfloat16', 'float16'
+    keep_last: Annotated[int, 0, 2 ** 31 - 1] = 1  # older checkpoints kept beside last.pth, as step_<n>.pth
+    clip_gradient_norm: Annotated[float, 1e-30, math.inf] | None = None  # largest Euclidean norm of the whole
+    #                                    gradient; None: any
+    precision: Precision = 'auto'      # of forward and backward pass, by autocast: 'float32', 'bfloat16', 'float16'
     #                                    (with loss scaling), or 'auto': 'bfloat16' if the device has units for it,
     #                                    else 'float32'. Weights, losses and mining are float32.
-    ema_decay: float | None = None     # of an exponential moving average of the weights, which is evaluated and becomes
-    #                                    best.pth (mgn/averaging.py); None: no average
+    ema_decay: Annotated[float, 0, 0.999999] | None = None  # of an exponential moving average of the weights, which
+    #                                    is evaluated and becomes best.pth (mgn/averaging.py); None: no average
     compile: bool = False              # the model goes through torch.compile
     resume: bool = True                # False refuses an output_dir that holds a run
-    mining: str = 'all'                # anchors find their hardest pairs among the images of all processes, or
+    freeze: tuple[str, ...] = ()       # modules, e.g. ('trunk', 'branches'), that do not learn, in evaluation mode,
+    freeze_steps: Annotated[int, 0, 2 ** 31 - 1] = 0  # during so many steps from the first on
+    mining: Literal['all', 'process'] = 'all'  # anchors find their hardest pairs among the images of all processes, or
     #                                    'process': among those of their own
     sync_bn: bool = False              # batch statistics of all processes together; on GPUs only
 
@@ -117,7 +116,6 @@ class Training:
             with Interruption() as interruption, progress(self.total_steps, initial=start) as self.bar:
                 self.loop(interruption)
             if self.first:
-                self.log.close()
                 if self.state.step > start:  # else this process has not used the whole configuration
                     self.write_configuration()
                 print(self.log.summary())
@@ -125,15 +123,7 @@ class Training:
 
     def check_options(self):
         """Raises UserError for what cannot be trained; replaces 'auto' and None by what they stand for."""
-        limits = {'P': (2, 2 ** 16), 'K': (1, 2 ** 16), 'seed': (0, 2 ** 63 - 1), 'workers': (0, 1024),
-                  'keep_last': (0, 2 ** 31 - 1)}
-        steps = dict.fromkeys(('total_steps', 'log_every', 'checkpoint_every', 'evaluate_every'), (1, 2 ** 31 - 1))
-        for name, (low, high) in {**limits, **steps}.items():
-            integer(getattr(self, name), f'train.{name}', low, high, f'the default is {getattr(Training, name, low)}')
-        if self.clip_gradient_norm is not None:
-            real(self.clip_gradient_norm, 'train.clip_gradient_norm', 1e-30, math.inf, 'None clips nothing')
-        check_size(self.input_size, 'input_size')
-        check_dataset(self.dataset, to_train=True)
+        check_trainable(self.dataset)
         self.schedule(0, self.total_steps)  # refuses what does not fit
         self.output_dir = os.path.abspath(os.path.expanduser(self.output_dir or self.default_output_dir))
         self.device = find_device(self.device)
@@ -142,7 +132,6 @@ class Training:
                              "Bind train.precision to one that all machines are fast at, e.g. 'float32'.")
         check_split(self.P, self.mining, self.sync_bn, self.device)
         check_alike(self.dataset, ('train',))
-        Extractor(self.device)  # refuses what is out of range
 
     def make_batches(self):
         samples = self.dataset.train
@@ -157,17 +146,18 @@ class Training:
         torch.backends.cudnn.benchmark = self.device.type == 'cuda'
         torch.manual_seed(self.seed)  # of the initial weights; nothing else draws from torch
         model = MGN(self.num_classes, fresh=saved is None and self.first)  # the others get these weights from process 0
-        losses = make_losses(self.losses, self.num_classes, len(model.parts), model.architecture['embedding_dim'])
+        losses = make_losses(self.losses, self.num_classes, *model.embeddings_shape)
         for module in (model, losses):
             module.to(self.device, memory_format=torch.channels_last).train()
         average = None if self.ema_decay is None else WeightAverage(model, self.ema_decay)
         group = processes.group_of(self.device)
+        self.frozen = [module_named(model, name) for name in self.freeze]
         self.mining_group = group if self.mining == 'all' else None
         self.network = distributed(model, self.device, group, self.sync_bn)
         self.network_losses = distributed(losses, self.device, group)
         optimizer = make_optimizer(torch.nn.ModuleList([model, losses]))
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == 'float16')
-        self.state = State(model, losses, optimizer, scaler, Meter(), average, self.num_classes)
+        self.state = checkpoints.State(model, losses, optimizer, scaler, Meter(), average, self.num_classes)
         self.saved_step = None  # of last.pth, if it is intact
         self.best = best_so_far(self.output_dir) if saved and self.first else -1.0
         if saved:
@@ -189,7 +179,8 @@ class Training:
         while True:
             if interruption.asked():
                 self.leave(interruption)
-            if self.evaluation_is_due() and not processes.share(self.first and self.log.evaluated(state.step)):
+            due = self.is_due(self.evaluate_every) and (state.step > 0 or self.evaluate_first)
+            if due and not processes.share(self.first and self.log.evaluated(state.step)):
                 with interruption.at_once():
                     self.measure()
             if state.step >= self.total_steps:
@@ -209,18 +200,18 @@ class Training:
     def is_due(self, period):
         return self.state.step % period == 0 or self.state.step == self.total_steps
 
-    def evaluation_is_due(self):
-        return self.is_due(self.evaluate_every) and (self.state.step > 0 or self.evaluate_first)
-
     def step(self, batch):
         """Trains on one batch."""
         state = self.state
         self.note_unreadable(batch.unreadable)
         factor = self.schedule(state.step, self.total_steps)
         self.lr = set_lr(state.optimizer, factor)
+        frozen = self.frozen if state.step < self.freeze_steps else ()
+        for module in self.frozen:
+            module.train(not frozen)
         try:
             losses = train_step(self.network, state.optimizer, self.augmentation, batch, self.device, self.precision,
-                                self.clip_gradient_norm, self.mining_group, state.scaler, self.network_losses)
+                                self.clip_gradient_norm, self.mining_group, state.scaler, self.network_losses, frozen)
         except UserError as error:  # on the CPU mining refuses features that are not finite
             state.check_finite(self.last_good())  # an earlier loss, or a weight, tells more
             raise UserError(f'{error.message} (step {state.step}; {self.last_good()})') from None
@@ -248,7 +239,6 @@ class Training:
         state.check_finite(self.last_good())
         if self.first and state.step != self.saved_step:
             self.check_lock()
-            self.log.flush()
             save_last(self.output_dir, state.content(), self.keep_last, self.saved_step)
             self.write_configuration()
         self.saved_step = state.step
@@ -290,8 +280,6 @@ class Training:
 def check_split(P, mining, sync_bn, device):
     """Raises UserError where the batch cannot be split, or the options do not fit the processes."""
     count = processes.count()
-    if mining not in ('all', 'process'):
-        raise UserError(f"train.mining should be 'all' or 'process', but is {mining!r}.")
     if P % count:
         raise UserError(f'P = {P}, the identities of a batch, is no multiple of the {count} processes. Bind another P.')
     if mining == 'process' and P == count > 1:
@@ -300,6 +288,15 @@ def check_split(P, mining, sync_bn, device):
     if sync_bn and count > 1 and device.type != 'cuda':
         raise UserError(f'train.sync_bn = True needs GPUs, as torch synchronises nowhere else, but the device is '
                         f'{device}. Bind train.sync_bn = False.')
+
+
+def module_named(model, name):
+    """The module of this name; UserError with the names that there are."""
+    modules = dict(model.named_modules())
+    if not name or name not in modules:
+        raise UserError(f'train.freeze names the module {name!r}, which MGN does not have; bind some of '
+                        f'{", ".join(dict(model.named_children()))} or of their parts, such as branches.0')
+    return modules[name]
 
 
 def log_step(log, bar, record):

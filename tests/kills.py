@@ -70,7 +70,7 @@ def run(data, output_dir, kind, place=None, when=0, part=0.0):
     if process == 0:
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            model.make_resnet = lambda backbone, pretrained: ThinResNet()
+            model.make_resnet = lambda backbone, imagenet: ThinResNet()
             if place in PLACES:
                 PLACES[place](when, part)
             train(data, output_dir, *kind)

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torchvision
@@ -5,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mgn import convolution
-from mgn.convolution import ProductConv, ProductGradient
+from mgn.convolution import ProductConv, ProductGradient, use_products
 from mgn.model import MGN
 
 
@@ -18,8 +20,8 @@ def always(request, monkeypatch):
 def pair(channels, out, k, stride, dtype=torch.float64):
     """torch's convolution and ours, of the same weights."""
     plain = torch.nn.Conv2d(channels, out, k, stride, k // 2, bias=False).to(dtype)
-    own = ProductConv.like(plain)
-    own.weight = torch.nn.Parameter(plain.weight.detach().clone())
+    own = copy.deepcopy(plain)
+    use_products(own)
     return plain, own
 
 
@@ -113,11 +115,11 @@ def test_float32_at_the_shapes_of_a_resnet():
 
 def test_a_model_is_built_of_product_convolutions_without_a_draw_or_a_copy():
     layer = torch.nn.Conv2d(3, 5, 3, 2, 1)
-    before = torch.get_rng_state()
-    own = ProductConv.like(layer)
+    before, weight, bias, text = torch.get_rng_state(), layer.weight, layer.bias, repr(layer)
+    use_products(layer)
     assert torch.equal(torch.get_rng_state(), before)
-    assert own.weight is layer.weight and own.bias is layer.bias
-    assert repr(own) == repr(layer).replace('Conv2d', 'ProductConv')
+    assert layer.weight is weight and layer.bias is bias
+    assert repr(layer) == text.replace('Conv2d', 'ProductConv')
     model = MGN(4, 'resnet50', pretrained=False, parts=(1,), last_strides=(1,))
     convolutions = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
     assert [type(module) for module in convolutions] == [torch.nn.Conv2d] + [ProductConv] * 52

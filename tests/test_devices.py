@@ -30,7 +30,7 @@ def test_a_precision_asked_for_is_taken(precision, cpu_with, caplog):
     ((False, False), 'float32'), ((True, False), 'bfloat16'), ((False, True), 'bfloat16')])
 def test_auto_on_a_cpu_is_bfloat16_where_it_has_units_for_it(units, want, cpu_with, caplog):
     cpu_with(*units)
-    with caplog.at_level(logging.INFO, 'mgn.devices'):
+    with caplog.at_level(logging.INFO, 'mgn'):
         assert resolve_precision('auto', CPU, 'evaluate.precision') == want
     units = f"{'' if any(units) else 'not '}a CPU with AVX512-BF16 or AMX"
     said = f"evaluate.precision = 'auto' means {want}: cpu is {units}"
@@ -72,24 +72,11 @@ print(any(allowed()), torch.get_float32_matmul_precision())
     assert done.stdout == 'True False False highest\n', done.stderr
 
 
-@pytest.mark.parametrize('name', [5, None, True, 2.5, [], {}, 10 ** 5000, torch.device('cpu')], ids=type)
-def test_a_device_that_is_no_name_is_a_sentence(name):
-    with pytest.raises(UserError, match="^device must be a name such as 'auto', .*, found .*; bind device = 'auto'$"):
-        find_device(name)
-
-
 @pytest.mark.parametrize('name', ['', 'gpu', 'meta', 'CPU', 'cuda:-1', 'cuda:9999999999999', 'hpu', 'xla', 'opengl',
                                   'mkldnn', 'privateuseone', 'cpu\0', '\udcff'])
 def test_a_device_that_nothing_runs_on_is_a_sentence(name):
     with pytest.raises(UserError, match="^The device .* is not available here: .*; bind device = 'cpu' or 'auto'$"):
         find_device(name)
-
-
-@pytest.mark.parametrize('precision', ['int8', None, 16, ['float32']])
-def test_other_names_are_refused(precision):
-    choices = "'auto', 'float32', 'bfloat16', 'float16'"
-    with pytest.raises(ValueError, match=f"evaluate.precision must be one of {choices}, found .*; 'float32' runs"):
-        resolve_precision(precision, CPU, 'evaluate.precision')
 
 
 def test_the_peak_of_memory_covers_what_was_held_before():

@@ -33,7 +33,7 @@ sys.path.insert(0, TESTS)
 from thin import ThinResNet
 from mgn import model, training
 from mgn.runs import processes
-model.make_resnet = lambda backbone, pretrained: ThinResNet()
+model.make_resnet = lambda backbone, imagenet: ThinResNet()
 calls, real = [], training.train_step
 number, call, sent = map(int, (os.environ.get('KILL', '-1:0') + ':9').split(':')[:3])
 

@@ -300,26 +300,6 @@ def test_each_stage_says_its_time_and_memory_and_has_a_row(model, folder, caplog
     assert len(table({name: value for name, value in without.items() if name != 'rerank'}).splitlines()) == 3
 
 
-@pytest.mark.parametrize('options, message', [
-    (dict(query_expansion=-1), 'query_expansion must be an integer from 0 to 4096, not -1'),
-    (dict(query_expansion=4097), 'query_expansion must be an integer from 0 to 4096, not 4097'),
-    (dict(query_expansion=2.0), 'query_expansion must be an integer from 0 to 4096, not 2.0'),
-    (dict(query_expansion=True), 'query_expansion must be an integer from 0 to 4096, not True'),
-    (dict(query_expansion=False), 'query_expansion must be an integer from 0 to 4096, not False'),
-    (dict(query_expansion=3, alpha=-1.0), 'evaluate.alpha must be a finite number from 0, not -1.0'),
-    (dict(rerank=20), 'rerank must be True or False, not 20'),
-    (dict(rerank='False'), "rerank must be True or False, not 'False'"),
-    (dict(cross_camera='False'), "evaluate.cross_camera must be True or False, not 'False'"),
-    (dict(rerank=True, k1=0), 'evaluate.k1 must be an integer from 1 to 2147483647, not 0'),
-    (dict(rerank=True, k2=6.0), 'evaluate.k2 must be an integer from 1 to 2147483647, not 6.0'),
-    (dict(rerank=True, lambda_value=1.1), 'evaluate.lambda_value must be a finite number from 0 to 1,')],
-    ids=str)
-def test_options_out_of_range_are_refused_before_an_image_is_read(model, folder, monkeypatch, options, message):
-    monkeypatch.setattr(Extractor, 'features', None)
-    with pytest.raises(ValueError, match=message):
-        evaluate(model, market_layout(str(folder)), CPU, extractor=extractor(), **options)
-
-
 @pytest.fixture
 def saved(model, folder, tmp_path):
     """A checkpoint of `model` as training writes it."""

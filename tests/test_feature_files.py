@@ -31,7 +31,7 @@ def extraction(tmp_path_factory):
     folder, dataset = tmp_path_factory.mktemp('extraction') / 'features', market_layout(str(root))
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('mgn.model.make_resnet', lambda backbone, pretrained: ThinResNet())
+        patch.setattr('mgn.model.make_resnet', lambda backbone, imagenet: ThinResNet())
         model, extractor = MGN(0, embedding_dim=8), Extractor(torch.device('cpu'), (48, 24), 4, 0)
     write_features(model, dataset, extractor, str(folder))
     return str(folder), model, dataset, extractor

@@ -15,7 +15,7 @@ from mgn.evaluation import evaluate
 from mgn.feature_files import read_features, write_features
 from mgn.features import Extractor
 from mgn.model import MGN
-from mgn.ops.errors import FileError, UserError
+from mgn.ops.errors import FileError
 
 pytestmark = pytest.mark.usefixtures('thin')
 
@@ -126,29 +126,9 @@ def test_features_are_not_overwritten_and_options_are_checked(written, model, ro
     dataset = market_layout(str(root))
     with pytest.raises(ValueError, match='The features_dir holds features already: .*manifest.json; remove'):
         write_features(model, dataset, extractor(), str(written))
-    with pytest.raises(ValueError, match="write_features.storage must be one of float32, float16, found 'int8'"):
-        write_features(model, dataset, extractor(), str(tmp_path / 'other'), storage='int8')
-    with pytest.raises(ValueError, match="Extractor.precision must be one of 'auto', 'float32', .*found 'int8'"):
-        extractor(precision='int8')
     (tmp_path / 'file').write_text('')
-    with pytest.raises(OSError, match='Features cannot be written to .*file/x: .*; free disk space or bind another'):
+    with pytest.raises(OSError, match='file/x could not be written: .*. Free disk space or bind another'):
         write_features(model, dataset, extractor(), str(tmp_path / 'file' / 'x'))
-
-
-@pytest.mark.parametrize('option, value, message', [
-    ('batch_size', 0, 'batch_size must be an integer from 1 to 4096, not 0; 64 is usual'),
-    ('batch_size', 100_000, 'batch_size must be an integer from 1 to 4096, not 100000'),
-    ('workers', -1, 'workers must be an integer from 0 to 1024, not -1; 0 leaves decoding to the main process'),
-    ('workers', 2.0, 'workers must be an integer from 0 to 1024, not 2.0'),
-    ('input_size', (0, 24), 'input_size: its height must be an integer from 1 to 4096, not 0'),
-    ('input_size', (48, 100_000), 'input_size: its width must be an integer from 1 to 4096, not 100000'),
-    ('input_size', (48, '24'), "input_size: its width must be an integer from 1 to 4096, not '24'"),
-    ('input_size', 5, 'input_size must be height and width in pixels, not 5; .384, 128. is usual'),
-    ('input_size', (48,), r'input_size must be height and width in pixels, not \(48,\)'),
-    ('input_size', None, 'input_size must be height and width in pixels, not None')])
-def test_options_out_of_range_are_refused(option, value, message):
-    with pytest.raises(UserError, match=f'^(Extractor.)?{message}'):
-        Extractor(CPU, **{'input_size': SIZE, option: value})
 
 
 def test_a_file_that_cannot_be_written_to_the_end_is_an_error_and_no_signal(model, root, tmp_path):
@@ -156,7 +136,7 @@ def test_a_file_that_cannot_be_written_to_the_end_is_an_error_and_no_signal(mode
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # bytes of a file: less than the gallery's
     try:
-        with pytest.raises(FileError, match='cannot be written to .*features: .*File too large; free disk space'):
+        with pytest.raises(FileError, match='features could not be written: .*File too large. Free disk space'):
             write_features(model, market_layout(str(root)), extractor(), str(tmp_path / 'features'))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

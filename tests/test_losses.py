@@ -6,7 +6,7 @@ import pytest
 import torch
 from mining import naive, naive_loss
 
-from mgn.losses import mgn_losses, smoothed_cross_entropy
+from mgn.losses import circle_softmax, mgn_losses, smoothed_cross_entropy
 from mgn.model import MGNOutput
 
 TOLERANCE = {torch.float32: {'rtol': 1e-5, 'atol': 1e-5}, torch.float64: {'rtol': 1e-12, 'atol': 1e-12}}
@@ -69,3 +69,32 @@ def test_the_losses_are_weighted_sums_over_heads(options):
     assert list(losses) == ['cross_entropy', 'triplet']
     assert losses['cross_entropy'].item() == pytest.approx(settings['cross_entropy_weight'] * cross_entropy, rel=1e-10)
     assert losses['triplet'].item() == pytest.approx(settings['triplet_weight'] * triplet, rel=1e-8)
+
+
+def test_each_term_may_have_a_weight_of_its_own():
+    embeddings, labels = random_anchors((2,), 12, 6, torch.float64)
+    logits = tuple(random_anchors((), 12, 4, torch.float64, seed=seed)[0] for seed in range(3))
+    output = MGNOutput(logits, embeddings, torch.empty(12, 0))
+    losses = mgn_losses(output, labels, cross_entropy_weight=(1.0, 0.0, 3), triplet_weight=[0.5, 2.0], smoothing=0.0)
+    cross_entropies = [naive_cross_entropy(head, labels, 0) for head in logits]
+    triplets = naive_loss(*naive(embeddings, labels)[:2], 1.2)
+    assert losses['cross_entropy'].item() == pytest.approx(cross_entropies[0] + 3 * cross_entropies[2], rel=1e-10)
+    assert losses['triplet'].item() == pytest.approx(0.5 * triplets[0] + 2 * triplets[1], rel=1e-8)
+    with pytest.raises(ValueError, match='triplet_weight must be one number or one for each of 2'):
+        mgn_losses(output, labels, triplet_weight=(1.0,))
+
+
+@pytest.mark.parametrize('scale, margin', [(64.0, 0.35), (16.0, 0.25)])
+def test_circle_softmax_equals_its_formula_and_its_gradient_treats_weights_as_constants(scale, margin):
+    generator = torch.Generator().manual_seed(0)
+    cosines = (2 * torch.rand(5, 7, generator=generator, dtype=torch.float64) - 1).requires_grad_()
+    labels = torch.tensor([0, 3, 6, 3, 1])
+    logits = circle_softmax(cosines, labels, scale, margin)
+    logits.sum().backward()
+    for b in range(5):
+        for c in range(7):
+            cosine = cosines[b, c].item()
+            weight, offset = (1 + margin - cosine, 1 - margin) if c == labels[b] else (cosine + margin, margin)
+            weight = max(weight, 0)
+            assert logits[b, c].item() == pytest.approx(scale * weight * (cosine - offset), rel=1e-12)
+            assert cosines.grad[b, c].item() == pytest.approx(scale * weight, rel=1e-12)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchvision
 
-from mgn.model import MGN
+from mgn.model import MGN, make_resnet
 
 
 def test_branches_start_equal_and_are_independent_afterwards():
@@ -102,11 +102,29 @@ def test_pretrained_true_answered_by_something_else_says_what_to_do(tmp_path, mo
 
 
 def test_unfit_pretrained_files_are_errors(tmp_path, imagenet_like):
-    with pytest.raises(FileNotFoundError, match='MGN.pretrained.*nowhere.pth'):
+    with pytest.raises(FileNotFoundError, match='no file .*nowhere.pth'):
         MGN(5, backbone='resnet18', pretrained=str(tmp_path / 'nowhere.pth'))
     torch.save(imagenet_like, tmp_path / 'resnet18.pth')
-    with pytest.raises(ValueError, match='(?s)state dict of resnet34.*resnet18.pth'):
+    with pytest.raises(ValueError, match='(?s)resnet18.pth do not fit.*layer1.2.* is missing.*those of resnet34'):
         MGN(5, backbone='resnet34', pretrained=str(tmp_path / 'resnet18.pth'))
+    with pytest.raises(ValueError, match='(?s)resnet18.pth do not fit.*bn1.IN.weight is missing.*MGN.backbone'):
+        MGN(5, backbone='resnet18_ibn', pretrained=str(tmp_path / 'resnet18.pth'))
+    with pytest.raises(ValueError, match="no ImageNet weights of resnet18_ibn; bring the file of IBN-Net"):
+        MGN(5, backbone='resnet18_ibn')
     (tmp_path / 'text.pth').write_text('not weights')
-    with pytest.raises(ValueError, match='state dict of resnet18.*text.pth'):
+    with pytest.raises(ValueError, match='text.pth is damaged'):
         MGN(5, backbone='resnet18', pretrained=str(tmp_path / 'text.pth'))
+
+
+@pytest.mark.parametrize('backbone', ['resnet18_ibn', 'resnet34_ibn', 'resnet50_ibn', 'resnet101_ibn'])
+def test_weights_of_ibn_net_are_loaded_with_the_prefix_and_field_of_its_older_files(tmp_path, backbone):
+    with torch.device('meta'):
+        names = make_resnet(backbone).state_dict()
+    state = {name: torch.full(tensor.shape, 0.5, dtype=tensor.dtype) for name, tensor in names.items()}
+    state['layer3.1.conv1.weight'] = torch.randn(state['layer3.1.conv1.weight'].shape)
+    older = {f'module.{name}': tensor for name, tensor in state.items() if 'num_batches' not in name}
+    for name, content in {'a.pth': state, 'b.pth': {'state_dict': older, 'epoch': 90}}.items():
+        torch.save(content, tmp_path / name)
+        model = MGN(5, backbone=backbone, pretrained=str(tmp_path / name))
+        assert torch.equal(model.branches[2][0].conv1.weight, state['layer3.1.conv1.weight'])
+        assert all((tensor == 0.5).all() for tensor in model.trunk.state_dict().values() if tensor.is_floating_point())

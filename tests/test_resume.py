@@ -42,7 +42,7 @@ def crash(monkeypatch, name, call):
 def uninterrupted(market, tmp_path_factory):
     folder = tmp_path_factory.mktemp('uninterrupted')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('mgn.model.make_resnet', lambda backbone, pretrained: ThinResNet())
+        patch.setattr('mgn.model.make_resnet', lambda backbone, imagenet: ThinResNet())
         train(market, folder)
     return folder
 

@@ -46,14 +46,37 @@ def test_multi_step_multiplies_by_gamma_at_every_milestone_also_while_warming_up
 
 
 def test_cosine_stays_at_1_until_its_start_and_falls_to_its_final_factor():
-    start, total, final = 40, 129, 0.1
+    start, total, final = 40, 130, 0.1
     for step in range(total + 5):
         share = min(max(step - start, 0) / (total - start), 1)
         expected = final + (1 - final) * (1 + math.cos(math.pi * share)) / 2
         assert schedules.cosine(step, total, warmup_steps=0, start=start, final_factor=final) == pytest.approx(expected)
     assert schedules.cosine(start, total, 0, start=start) == 1
-    assert schedules.cosine((start + total) / 2, total, 0, start=start) == pytest.approx(0.5)
+    assert schedules.cosine((start + total) // 2, total, 0, start=start) == pytest.approx(0.5)
     assert schedules.cosine(total, total, 0, start=start, final_factor=final) == pytest.approx(final)
+
+
+def test_cosine_changes_once_a_period_as_fast_reids_does_at_the_end_of_an_epoch():
+    epoch, epochs, delay = 7, 12, 5
+    options = dict(total_steps=epochs * epoch, warmup_steps=3, warmup_factor=0.1, start=delay * epoch, period=epoch,
+                   final_factor=0.002)
+    for step in range(epochs * epoch):
+        share = max(step // epoch - delay, 0) / (epochs - delay)
+        expected = 0.002 + 0.998 * (1 + math.cos(math.pi * share)) / 2 if step >= 3 else 0.1 + 0.9 * step / 3
+        assert schedules.cosine(step, **options) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize('recipe, epoch', [('market_ibn.gin', 202), ('duke_ibn.gin', 258), ('msmt17_ibn.gin', 472)])
+def test_the_later_recipes_warm_up_from_a_tenth_and_fall_once_an_epoch_from_the_30th_of_60_on(recipe, epoch):
+    config.load([str(RECIPES / recipe)], [])
+    total, lr = gin.query_parameter('%total_steps'), gin.query_parameter('%lr')
+    assert total == 60 * epoch and repr(gin.query_parameter('train.schedule')) == '@cosine'
+    for step, share in {31 * epoch - 1: 0, 31 * epoch: 1 / 30, 45 * epoch: 0.5, total - 1: 29 / 30}.items():
+        expected = 7e-7 + (3.5e-4 - 7e-7) * (1 + math.cos(math.pi * share)) / 2
+        assert lr * schedules.cosine(step, total) == pytest.approx(expected, rel=1e-9)
+    rates = [lr * schedules.cosine(step, total) for step in (0, 1000, 1999, 2000, 2001)]
+    assert rates == pytest.approx([3.5e-5, 3.5e-4 * 0.55, 3.5e-4 * 0.99955, 3.5e-4, 3.5e-4], rel=1e-9)
+    assert gin.query_parameter('train.freeze_steps') == 1000
 
 
 def test_cosine_is_scaled_by_the_linear_warm_up():

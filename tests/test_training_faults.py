@@ -174,7 +174,7 @@ def test_the_first_evaluation_can_be_left_out(market, tmp_path):
 @pytest.mark.parametrize('binding, message', [
     ('train.clip_gradient_norm = 0', 'train.clip_gradient_norm must be a finite number from'),
     ('train.clip_gradient_norm = -1', 'train.clip_gradient_norm must be a finite number from'),
-    ('train.clip_gradient_norm = False', 'train.clip_gradient_norm must be a finite number or None'),
+    ('train.clip_gradient_norm = False', 'train.clip_gradient_norm must be a finite number from 1e-30 or None'),
     ('mgn_losses.triplet_weight = -1', 'mgn_losses.triplet_weight must be a finite number from 0'),
     ('mgn_losses.margin = -0.3', 'mgn_losses.margin must be a finite number from 0'),
     ('mgn_losses.smoothing = 1.5', 'mgn_losses.smoothing must be a finite number from 0 to 1'),
@@ -182,8 +182,8 @@ def test_the_first_evaluation_can_be_left_out(market, tmp_path):
     ('make_optimizer.bias_lr_factor = -1', 'make_optimizer.bias_lr_factor must be'),
     ('lr = -1.0', 'The optimizer refuses its bindings: Invalid learning rate: -1.0'),
     ('MGN.embedding_dim = 0', 'MGN.embedding_dim must be an integer from 1'),
-    ('seed = 10000000000000000000', 'train.seed must be an integer from 0'),
-    ('workers = 100000', 'train.workers must be an integer from 0 to 1024')])
+    ('seed = 10000000000000000000', 'seed must be an integer from 0'),
+    ('workers = 100000', 'workers must be an integer from 0 to 1024')])
 def test_values_out_of_range_are_refused_at_the_start_by_name(market, tmp_path, binding, message):
     with pytest.raises(UserError, match=message):
         train(market, tmp_path / 'run', binding)

@@ -36,7 +36,7 @@ class ThinResNet(nn.Module):
 @pytest.fixture
 def thin(monkeypatch):
     """MGN over a thin ResNet; no binding outlives the test."""
-    monkeypatch.setattr('mgn.model.make_resnet', lambda backbone, pretrained: ThinResNet())
+    monkeypatch.setattr('mgn.model.make_resnet', lambda backbone, imagenet: ThinResNet())
     yield
     gin.clear_config()
 

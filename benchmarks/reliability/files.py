@@ -108,7 +108,7 @@ def image(suffix):
 # Checkpoints
 
 def write_run(folder):
-    model.make_resnet = lambda backbone, pretrained: ThinResNet()
+    model.make_resnet = lambda backbone, imagenet: ThinResNet()
     train(write_market(folder / 'data'), folder / 'run', 'total_steps = 2')
 
 
@@ -156,7 +156,7 @@ def evaluated(path):
 
 
 def last(rng, folder, number):
-    model.make_resnet = lambda backbone, pretrained: ThinResNet()
+    model.make_resnet = lambda backbone, imagenet: ThinResNet()
     original, path = folder / 'run' / 'last.pth', folder / 'damaged.pth'
     if rng.random() < 0.1:
         content, expected = checkpoint.load(str(original)), kinds(checkpoint.load(str(original)))
@@ -174,7 +174,7 @@ def last(rng, folder, number):
 
 
 def best(rng, folder, number):
-    model.make_resnet = lambda backbone, pretrained: ThinResNet()
+    model.make_resnet = lambda backbone, imagenet: ThinResNet()
     original, path = folder / 'run' / 'best.pth', folder / 'damaged.pth'
     if rng.random() < 0.5:
         content = checkpoint.load(str(original))
@@ -192,7 +192,7 @@ def best(rng, folder, number):
 # Features
 
 def an_extraction(folder):
-    model.make_resnet = lambda backbone, pretrained: ThinResNet()
+    model.make_resnet = lambda backbone, imagenet: ThinResNet()
     torch.manual_seed(0)
     return (model.MGN(0, embedding_dim=8), datasets.market_layout(str(folder / 'data')),
             Extractor(torch.device('cpu'), (48, 24), 4, 0))

@@ -101,7 +101,7 @@ def main(binary, meddle, *flags):
 
     from mgn import model
     torch.set_num_threads(1)
-    model.make_resnet = lambda backbone, pretrained: ThinResNet()
+    model.make_resnet = lambda backbone, imagenet: ThinResNet()
     if meddle:
         MEDDLE[meddle[0]](*meddle[1:])
     sys.argv[1:] = flags

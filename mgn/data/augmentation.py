@@ -6,19 +6,19 @@ applies. What fills the erased boxes is ERASING_FILL.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import gin
 import torch
 import torch.nn.functional as F
 
 from mgn.data import random_streams
-from mgn.ops import arguments
-from mgn.ops.errors import UserError
 
 # ImageNet's mean and standard deviation per RGB channel, for pixels in 0…255.
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
+Share = Annotated[float, 0, 1]  # of the images
+Area, Aspect = Annotated[float, 1e-9, 1], Annotated[float, 1e-3, 1000]
 ERASING_FILL = 0.0  # of normalised pixels, whose mean is 0
 
 
@@ -32,25 +32,34 @@ class Draws(NamedTuple):
 
 @gin.configurable
 class Augmentation:
-    """Horizontal flip → pad with black and crop back → normalise → random erasing, each image with its own draw.
+    """AutoAugment → resize → horizontal flip → pad with black and crop back → normalise → random erasing.
+
+    Each image has its own draw. AutoAugment is torchvision's, with ImageNet's policy (Cubuk et al., CVPR 2019), of an
+    image as it was decoded; it happens in the workers.
 
     Erasing (Zhong et al., "Random Erasing Data Augmentation", AAAI 2020) fills a box with the mean, 0 once normalised;
-    its aspect ratio is uniform in `erasing_aspect`, as in fast-reid.
+    its share of the image is uniform between the two of `erasing_area`, its aspect ratio between those of
+    `erasing_aspect`, as in fast-reid.
     """
 
-    def __init__(self, flip_probability: float = 0.5, padding: int = 10, erasing_probability: float = 0.5,
-                 erasing_area: tuple[float, float] = (0.02, 0.4),
-                 erasing_aspect: tuple[float, float] = (0.3, 1 / 0.3)):
+    def __init__(self, flip_probability: Share = 0.5, padding: Annotated[int, 0, 1000] = 10,
+                 erasing_probability: Share = 0.5, erasing_area: tuple[Area, Area] = (0.02, 0.4),
+                 erasing_aspect: tuple[Aspect, Aspect] = (0.3, 1 / 0.3), auto_augment_probability: Share = 0.0):
+        self.auto_augment_probability = auto_augment_probability
         self.flip_probability, self.padding = flip_probability, padding
         self.erasing_probability, self.erasing_area, self.erasing_aspect = (
             erasing_probability, erasing_area, erasing_aspect)
-        for name in ('flip_probability', 'erasing_probability'):
-            arguments.real(getattr(self, name), f'Augmentation.{name}', 0, 1, 'a share of the images, 0 for none')
-        arguments.integer(padding, 'Augmentation.padding', 0, 1000, 'in pixels, 0 pads nothing')
-        for name, most in (('erasing_area', 1), ('erasing_aspect', 1000)):
-            if not 0 < getattr(self, name)[0] <= getattr(self, name)[1] <= most:
-                raise UserError(f'Augmentation.{name} must be two numbers with 0 < least ≤ most ≤ {most}, but it is '
-                                f'{getattr(self, name)}; bind Augmentation.erasing_probability = 0.0 to erase nothing')
+
+    def auto_augment(self, image, seed, step, position):
+        """(3, h, w) uint8 → the same, changed by a policy that depends on seed, step and position alone, or not."""
+        rng = random_streams.generator(seed, random_streams.AUTO_AUGMENT, step, position)
+        if rng.random() >= self.auto_augment_probability:
+            return image
+        from torchvision.transforms import AutoAugment  # takes as long to import as torch
+
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(int(rng.integers(2 ** 63)))
+            return AutoAugment()(image)
 
     def draw(self, seed, step, batch_size, size, first=0):
         """The draws of `batch_size` images from position `first` of a step's batch on; size=(H, W) in pixels."""
@@ -74,29 +83,16 @@ class Augmentation:
         return 0, 0, 0, 0
 
     def __call__(self, images, draws):
-        """images: (B, 3, H, W) uint8, draws on the same device → (B, 3, H, W) float32, normalised, channels-last."""
+        """(B, 3, H, W) uint8 of any strides, Draws on the same device → (B, 3, H, W) float32, channels-last.
+
+        Batched tensor operations, which never wait for a GPU. Channels-last images are faster. Of a box to erase, what
+        lies outside of the image is ignored.
+        """
         return augment(images, *draws, self.padding)
 
 
 def augment(images, flip, top, left, erase, padding):
-    """Horizontal flip → pad with black and crop back → normalise → fill a box; every image has its own values.
-
-    Batched tensor operations, which never wait for a GPU.
-
-    Args:
-        images: (B, 3, H, W) uint8, of any strides; channels-last ones are faster.
-        flip: (B,) bool.
-        top, left: (B,) int64 from 0 to 2·padding, of the crop in the padded image.
-        erase: (B, 4) int64, top, left, bottom, right of the box in the crop. What lies outside is ignored, and an
-            empty box erases nothing.
-        padding: in pixels, on each side.
-    Returns:
-        (B, 3, H, W) float32, channels-last.
-    Raises:
-        ValueError: shapes, types or devices that do not fit together; on the CPU a crop outside the padded image.
-    """
-    check_images(images)
-    check_draws(images, Draws(flip, top, left, erase), padding)
+    """Horizontal flip → pad with black and crop back → normalise → fill a box; every image has its own values."""
     count, _, height, width = images.shape
     pixels = images.permute(0, 2, 3, 1)
     both = torch.stack((pixels, pixels.flip(2))).flatten(3)                # (2, B, H, 3W), as it is and mirrored
@@ -125,7 +121,9 @@ def normalise(images):
 
     Raises ValueError for another shape or type.
     """
-    check_images(images)
+    if images.dim() != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+        raise ValueError(f'Images must be (B, 3, H, W) and torch.uint8, but these are {tuple(images.shape)} and '
+                         f'{images.dtype}; mgn.data.images.to_batch makes them')
     count, _, height, width = images.shape
     mean, std = mean_and_std(width, images.device)
     # Rows of 3W numbers make long vector loops; (…, 3) would make short ones.
@@ -139,28 +137,3 @@ def mean_and_std(width, device):
     return tuple(torch.tensor(values).repeat(width).to(device) for values in (MEAN, STD))
 
 
-def check_images(images):
-    if not isinstance(images, torch.Tensor) or images.dim() != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
-        raise ValueError(f'Images must be (B, 3, H, W) and torch.uint8, but these are {describe(images)}; '
-                         f'mgn.data.images.to_batch makes them')
-
-
-def check_draws(images, draws, padding):
-    arguments.integer(padding, 'padding', 0, 2 ** 31 - 1, '0 pads nothing')
-    for name, draw in draws._asdict().items():
-        shape = (len(images), 4) if name == 'erase' else (len(images),)
-        dtype = torch.bool if name == 'flip' else torch.int64
-        if not isinstance(draw, torch.Tensor) or (draw.shape, draw.dtype, draw.device) != (shape, dtype, images.device):
-            raise ValueError(f'{name} must have the shape {shape} and be {dtype} on {images.device} like the images, '
-                             f'but it is {describe(draw)}; pass one draw per image')
-    if images.device.type == 'cpu':  # a GPU would have to be waited for
-        for name, draw in (('top', draws.top), ('left', draws.left)):
-            for place in ((draw < 0) | (draw > 2 * padding)).nonzero():
-                raise ValueError(f'{name} must lie between 0 and {2 * padding}, twice the padding, but it is '
-                                 f'{draw[place].item()} for image {place.item()}; draw and augment with one padding')
-
-
-def describe(value):
-    if not isinstance(value, torch.Tensor):
-        return type(value).__name__
-    return f'{tuple(value.shape)}, {value.dtype} on {value.device}'

@@ -1,24 +1,28 @@
-"""Files → samples: Market-1501, DukeMTMC-reID, MSMT17, any folder in Market-1501's layout, and a drawn demo.
+"""Files → samples: published data sets, any folder in Market-1501's layout, any table, several joined, a drawn demo.
 
 Every function returns a `Dataset` whose lists are sorted by path (MSMT17: in the order of its list files), with the
 ids that the files carry. Ids become labels 0…C−1 only for training (`train_labels`).
 """
 
 import contextlib
-import logging
+import csv
+import itertools
 import os
 import re
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import gin
+import numpy as np
 
 from mgn.data import pedestrians as drawn_pedestrians
 from mgn.ops.errors import FileError, MissingFile, UserError
-
-logger = logging.getLogger(__name__)
+from mgn.runs.files import writing
+from mgn.runs.log import logger
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png')
 NUMBER = r'\d{1,18}'  # fits into 64 bits
+COUNTED = 'train_pids', 'train', 'query', 'gallery', 'cameras'  # in published sizes, without junk
+Seed = Annotated[int, 0, 2 ** 63 - 1]
 JUNK_PID = -1  # boxes that show no whole person; they are neither matches nor non-matches
 
 
@@ -37,27 +41,18 @@ class Dataset(NamedTuple):
     not_to_train: str = ''  # why there is nothing to train on: a sentence that lists the files looked for
 
 
-class Counts(NamedTuple):
-    """Published sizes; the gallery is counted without junk."""
-    train_pids: int
-    train: int
-    query: int
-    gallery: int
-    cameras: int
-
-
 @gin.configurable
 def market1501(root: str) -> Dataset:
     """Market-1501 (Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV 2015) under `root`."""
     aliases = ('Market-1501-v15.09.15', 'market1501', 'Market-1501', '')
-    return read_market_layout('Market-1501', root, aliases, Counts(751, 12936, 3368, 15913, 6))
+    return read_market_layout('Market-1501', root, aliases, (751, 12936, 3368, 15913, 6))
 
 
 @gin.configurable
 def dukemtmcreid(root: str) -> Dataset:
     """DukeMTMC-reID (Zheng et al., ICCV 2017; withdrawn by the authors of DukeMTMC in 2019) under `root`."""
     aliases = ('DukeMTMC-reID', 'dukemtmcreid', 'dukemtmc-reid', '')
-    return read_market_layout('DukeMTMC-reID', root, aliases, Counts(702, 16522, 2228, 17661, 8))
+    return read_market_layout('DukeMTMC-reID', root, aliases, (702, 16522, 2228, 17661, 8))
 
 
 @gin.configurable
@@ -66,26 +61,19 @@ def msmt17(root: str, combine_val: bool = False) -> Dataset:
 
     Trains on list_train.txt alone, or with list_val.txt too where `combine_val`.
     """
-    folder, not_to_train = find_folder(root, ('MSMT17_V1', 'MSMT17_V2', 'msmt17', 'MSMT17', ''),
-                                       ('list_train.txt', 'list_val.txt'), ('list_query.txt', 'list_gallery.txt'))
-    versions = [[os.path.join(folder, name) for name in pair]
-                for pair in (('train', 'test'), ('mask_train_v2', 'mask_test_v2'))]
-    train_folder, test_folder = max(versions, key=lambda pair: [os.path.isdir(images) for images in reversed(pair)])
-    if not (os.path.isdir(train_folder) and os.path.isdir(test_folder)):
-        tried = ', '.join(path for pair in versions for path in pair)
-        not_to_train = (f'The images of MSMT17 are missing, looked for the folders of V1 and V2, {tried}; '
-                        f'unpack the images there')
-    if not os.path.isdir(test_folder):
-        raise MissingFile(not_to_train)
+    lists = ('list_train.txt', 'list_val.txt'), ('list_query.txt', 'list_gallery.txt')
+    versions = [tuple((images, *names) for images, names in zip(folders, lists))
+                for folders in (('train', 'test'), ('mask_train_v2', 'mask_test_v2'))]
+    folder, (in_train, in_test), not_to_train = find_folder(
+        root, ('MSMT17_V1', 'MSMT17_V2', 'msmt17', 'MSMT17', ''), *versions)
     train = []
     if not not_to_train:
-        for list_name in ('list_train.txt', 'list_val.txt')[:1 + combine_val]:
-            train += read_msmt_list(os.path.join(folder, list_name), train_folder)
+        for list_name in lists[0][:1 + combine_val]:
+            train += read_msmt_list(folder, list_name, in_train[0])
         logger.info('MSMT17 trains on %s', 'list_train.txt and list_val.txt' if combine_val else 'list_train.txt alone')
-    query, gallery = (read_msmt_list(os.path.join(folder, f'list_{part}.txt'), test_folder)
-                      for part in ('query', 'gallery'))
+    query, gallery = (read_msmt_list(folder, list_name, in_test[0]) for list_name in lists[1])
     dataset = Dataset('MSMT17', folder, train, query, gallery, not_to_train)
-    return report(dataset, Counts(1041, 32621 if combine_val else 30248, 11659, 82161, 15))
+    return report(dataset, (1041, 32621 if combine_val else 30248, 11659, 82161, 15))
 
 
 @gin.configurable
@@ -99,46 +87,117 @@ def market_layout(root: str) -> Dataset:
 
 
 @gin.configurable
-def pedestrians(root: str, seed: int = 0, draw: bool = True) -> Dataset:
+def cuhk03(root: str, boxes: Literal['detected', 'labeled'] = 'detected') -> Dataset:
+    """CUHK03 (Li et al., "DeepReID", CVPR 2014) by the protocol of 767 and 700 identities, in Market-1501's layout.
+
+    The protocol and the folder CUHK03-NP with `detected` and `labeled` are those of Zhong et al., "Re-ranking Person
+    Re-identification with k-reciprocal Encoding", CVPR 2017. boxes: by a detector, or drawn by hand.
+    """
+    aliases = [os.path.join(alias, boxes) for alias in ('cuhk03-np', 'CUHK03-NP', 'CUHK03_New_Protocol', 'cuhk03', '')]
+    counts = (767, 7365, 1400, 5332, 2) if boxes == 'detected' else (767, 7368, 1400, 5328, 2)
+    return read_market_layout(f'CUHK03 ({boxes})', root, aliases, counts)
+
+
+@gin.configurable
+def cuhk01(root: str, seed: Seed = 0) -> Dataset:
+    """CUHK01 (Li et al., "Human Reidentification with Transferred Metric Learning", ACCV 2012) under `root`.
+
+    File names such as 0001003.png: identity 1, its third image of four, of which the first two are camera 1's. There is
+    no published split: `seed` draws the 485 identities to train on; of the others camera 1 is the query.
+    """
+    folder = find_folder(root, ('CUHK01', 'cuhk01', ''), ((), ('campus',)))[0]
+    samples, folder = [], os.path.join(folder, 'campus')
+    with reading(folder):
+        file_names = sorted(os.listdir(folder))
+    for file_name in file_names:
+        if fields := re.fullmatch(r'(\d{4})(\d{3})\.png', file_name):
+            samples.append(Sample(os.path.join(folder, file_name), int(fields[1]), (int(fields[2]) + 1) // 2))
+    pids = sorted({sample.pid for sample in samples})
+    chosen = {*np.random.default_rng(seed).permutation(pids)[:485].tolist()}
+    parts = ([s for s in samples if s.pid in chosen], [s for s in samples if s.pid not in chosen and s.camid == 1],
+             [s for s in samples if s.pid not in chosen and s.camid > 1])
+    return report(Dataset('CUHK01', folder, *parts), (485, 1940, 972, 972, 2))
+
+
+@gin.configurable
+def csv_table(root: str, file: str = 'dataset.csv') -> Dataset:
+    """Any images, listed in root/file, whose first line is path,pid,camid,split, in any order and among others.
+
+    path: of an image, relative to `root` or whole. pid, camid: numbers. split: train, query or gallery. The pid −1 of
+    the gallery is left out as junk.
+    """
+    root, parts = os.path.abspath(os.path.expanduser(root)), {'train': [], 'query': [], 'gallery': []}
+    path = os.path.join(root, file)
+    with reading(path), open(path, encoding='utf-8-sig', errors='surrogateescape', newline='') as lines:
+        table = csv.DictReader(lines, restval='')
+        if not {'path', 'pid', 'camid', 'split'} <= {*(table.fieldnames or ())}:
+            raise UserError(f'{path} should begin with the line path,pid,camid,split, but begins with the columns '
+                            f'{table.fieldnames}; add that line')
+        for row in table:
+            numbers = [re.fullmatch(rf'\s*(-?{NUMBER})\s*', row[name]) for name in ('pid', 'camid')]
+            if None in numbers or not row['path'] or row['split'] not in parts:
+                raise UserError(f'Rows must hold a path, the numbers pid and camid, and train, query or gallery, but '
+                                f'line {table.line_num} of {path} is {row}; correct it')
+            sample = Sample(os.path.join(root, row['path']), *(int(number[1]) for number in numbers))
+            if sample.pid != JUNK_PID:
+                parts[row['split']].append(sample)
+    missing = [part for part in ('query', 'gallery') if not parts[part]]
+    if missing:
+        raise UserError(f'{path} lists no image of {" and ".join(missing)}; add rows with that split')
+    return report(Dataset(os.path.basename(root), root, **parts, not_to_train='' if parts['train'] else (
+        f'{path} lists no image to train on; add rows with the split train')), None)
+
+
+@gin.configurable
+def joined(datasets: tuple[Dataset, ...] = gin.REQUIRED) -> Dataset:
+    """Several data sets to train on at once: their identities and cameras are all different. Tests on the first."""
+    train, pids, camids = [], 0, 0
+    for dataset in datasets:
+        check_trainable(dataset)
+        train += [sample._replace(pid=pids + sample.pid, camid=camids + sample.camid) for sample in dataset.train]
+        pids, camids = (1 + max(getattr(sample, name) for sample in train) for name in ('pid', 'camid'))
+    first = datasets[0]
+    return report(first._replace(name='+'.join(dataset.name for dataset in datasets), train=train), None)
+
+
+@gin.configurable
+def pedestrians(root: str, seed: Seed = 0, draw: bool = True) -> Dataset:
     """Drawn pedestrians, written under `root` on first use, then read as any data set (mgn/data/pedestrians.py).
 
     draw: False writes nothing; a checkpoint's configuration is read so.
     """
-    try:
-        if draw:
+    if draw:
+        with writing(root, 'Free disk space or bind data_root to another folder.'):
             drawn_pedestrians.write_pedestrians(os.path.expanduser(root), seed)
-    except OSError as error:
-        raise FileError(f'The pedestrians cannot be drawn in {root}: {error}; free disk space or bind data_root to '
-                        f'another folder') from error
     return read_market_layout('pedestrians', root)
 
 
 TRAIN, QUERY, GALLERY = MARKET_FOLDERS = ('bounding_box_train', 'query', 'bounding_box_test')
 
 
-def find_folder(root, aliases, to_train, to_evaluate):
-    """The first root/alias that holds all files to train and to evaluate, or else those to evaluate; and a sentence.
+def find_folder(root, aliases, *versions):
+    """The first root/alias that holds all files of a version, or else those to evaluate; that version; and a sentence.
 
-    The sentence lists every path tried; it is empty where nothing is missing. It is the message of a MissingFile where
-    no root/alias holds the files to evaluate.
+    versions: (names of files to train, names of files to evaluate). The sentence lists every path tried; it is empty
+    where nothing is missing. It is the message of a MissingFile where no root/alias holds the files to evaluate.
     """
     root = os.path.abspath(os.path.expanduser(root))
     folders = [os.path.join(root, alias) if alias else root for alias in aliases]
-    contents = *to_train, *to_evaluate
-    paths = [os.path.join(folder, name) for folder in folders for name in contents]
+    contents = [(*to_train, *to_evaluate) for to_train, to_evaluate in versions]
+    paths = dict.fromkeys(os.path.join(folder, name) for folder in folders for names in contents for name in names)
     tried = '\n  '.join(path if os.path.exists(path) else f'{path} (missing)' for path in paths)
-    missing = (f'No folder holds {", ".join(contents)}; looked for\n  {tried}\n'
+    missing = (f'No folder holds {" or ".join(map(", ".join, contents))}; looked for\n  {tried}\n'
                f"bind data_root to the folder that holds them, e.g. data_root='datasets'")
-    for names, sentence in ((contents, ''), (to_evaluate, missing)):
-        for folder in folders:
-            if all(os.path.exists(os.path.join(folder, name)) for name in names):
-                return folder, sentence
+    for part, sentence in ((slice(0, 2), ''), (slice(1, 2), missing)):
+        for folder, version in itertools.product(folders, versions):
+            if all(os.path.exists(os.path.join(folder, name)) for names in version[part] for name in names):
+                return folder, version, sentence
     raise MissingFile(missing)
 
 
 def read_market_layout(name, root, aliases=('',), published=None, camera_required=True):
-    """The data set in the first root/alias that has Market-1501's folders. published: Counts to compare it with."""
-    folder, not_to_train = find_folder(root, aliases, (TRAIN,), (QUERY, GALLERY))
+    """The data set in the first root/alias that has Market-1501's folders. published: sizes, as COUNTED, or None."""
+    folder, _, not_to_train = find_folder(root, aliases, ((TRAIN,), (QUERY, GALLERY)))
     parts = [[] if part == TRAIN and not_to_train else read_market_folder(os.path.join(folder, part), camera_required)
              for part in MARKET_FOLDERS]
     without_camera = [sample.path for part in parts for sample in part if sample.camid is None]
@@ -176,12 +235,13 @@ def read_market_folder(folder, camera_required):
     return samples
 
 
-def read_msmt_list(list_file, image_folder):
-    """Samples of one list file, whose lines are `0000/0000_000_01_0303morning_0008_0.jpg 0`: a path and the identity.
+def read_msmt_list(folder, list_name, images):
+    """Samples of one list file, of images in folder/images; its lines are `0000/0000_000_01_0303morning_0008_0.jpg 0`.
 
-    The third field of the file name is the camera. Bytes that are not UTF-8 belong to file names, as everywhere.
+    A path, whose third field is the camera, and the identity. Bytes that are not UTF-8 belong to file names, as
+    everywhere.
     """
-    samples = []
+    samples, list_file = [], os.path.join(folder, list_name)
     with reading(list_file), open(list_file, encoding='utf-8-sig', errors='surrogateescape') as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -190,7 +250,7 @@ def read_msmt_list(list_file, image_folder):
             if fields is None or '..' in fields[1].split('/') or '\0' in line:
                 raise UserError(f'Lines must look like 0000/0000_000_01_0303morning_0008_0.jpg 0, but line {number} of '
                                 f'{list_file} is {line.rstrip()!r:.200}; restore the list')
-            samples.append(Sample(os.path.join(image_folder, fields[1]), int(fields[3]), int(fields[2])))
+            samples.append(Sample(os.path.join(folder, images, fields[1]), int(fields[3]), int(fields[2])))
     if not samples:
         raise UserError(f'{list_file} lists no images; restore the list')
     return samples
@@ -205,25 +265,21 @@ def reading(path):
         raise FileError(f'{path} cannot be read: {error.strerror}; restore it or correct data_root') from error
 
 
-def check_dataset(dataset, to_train=False):
-    """UserError where gin was given a data set's function, not its value; `to_train`: MissingFile without images to
-    train on."""
-    if not isinstance(dataset, Dataset):
-        raise UserError(f'dataset must be a data set, but it is {dataset!r}; bind it with parentheses, '
-                        f'e.g. dataset = @market1501()')
-    if to_train and dataset.not_to_train:
+def check_trainable(dataset):
+    """MissingFile without images to train on."""
+    if dataset.not_to_train:
         raise MissingFile(dataset.not_to_train)
 
 
 def report(dataset, published):
     """Logs the sizes of a data set, warns where they differ from the published ones; returns the data set."""
-    counts = Counts(len({s.pid for s in dataset.train}), len(dataset.train), len(dataset.query), len(dataset.gallery),
-                   len({s.camid for part in dataset[2:5] for s in part}))
+    counts = (len({s.pid for s in dataset.train}), *map(len, dataset[2:5]),
+              len({s.camid for part in dataset[2:5] for s in part}))
     logger.info('%s in %s: %d identities and %d images to train, %d query, %d gallery, %d cameras', dataset.name,
                 dataset.root, *counts)
     if published and dataset.not_to_train:
-        published = published._replace(train_pids=0, train=0)
-    for field, count, published_count in zip(Counts._fields, counts, published or counts):
+        published = (0, 0, *published[2:])
+    for field, count, published_count in zip(COUNTED, counts, published or counts):
         if count != published_count:
             logger.warning('%s should have %d %s as published, but has %d; its figures are not comparable',
                            dataset.name, published_count, field, count)

@@ -9,7 +9,7 @@ import io
 import os
 import re
 import warnings
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import gin
 import numpy as np
@@ -17,11 +17,9 @@ import simplejpeg
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch.utils.data import Dataset
 
 from mgn.data import random_streams
 from mgn.data.augmentation import Draws
-from mgn.ops.arguments import integer
 from mgn.ops.errors import FileError, UserError
 
 FORMATS = 'JPEG', 'PNG', 'GIF', 'WEBP'
@@ -58,14 +56,13 @@ class Decoder:
             memory while it is resized, 6 bytes a pixel.
     """
 
-    def __init__(self, max_pixels: int = 16_000_000):
-        self.max_pixels = integer(max_pixels, 'Decoder.max_pixels', 1, PILLOWS_LIMIT, 'a photograph of 12 megapixels '
-                                  'passes by default, and Pillow opens no larger images than this limit')
+    def __init__(self, max_pixels: Annotated[int, 1, PILLOWS_LIMIT] = 16_000_000):
+        self.max_pixels = max_pixels
 
     def __call__(self, path):
         """FileError naming the path and a reason: missing, damaged, too large, an animation, or no image."""
         try:
-            with open(path, 'rb') as file:
+            with open(path, 'rb', opener=without_waiting) as file:
                 if os.fstat(file.fileno()).st_size > LARGEST_FILE:
                     raise ValueError(f'a file of more than {LARGEST_FILE} bytes; replace it by a smaller image')
                 content = file.read()
@@ -92,11 +89,7 @@ class Decoder:
             if frames > 1 and image.format != 'MPO':  # the further images of a photograph are not wanted
                 raise ValueError(f'an animation of {frames} images; replace it by one image')
             image.load()
-            with contextlib.suppress(Exception):  # damaged EXIF data turn nothing, as in fast-reid
-                image = ImageOps.exif_transpose(image)
-            if image.mode.startswith('I'):  # 16 bits of grey, which Pillow's conversion would clip at 255
-                return np.repeat((np.asarray(image)[..., None] >> 8).astype(np.uint8), 3, axis=2)
-            return np.array(image.convert('RGB'))
+            return rgb_array(image)
 
     def fits(self, width, height):
         return width * height <= self.max_pixels and max(width, height) <= LONGEST_SIDE
@@ -104,6 +97,20 @@ class Decoder:
     def too_large(self):
         return (f'an image of more than {self.max_pixels} pixels, or {LONGEST_SIDE} on one side, which is refused '
                 f'before it is decoded; replace it by a smaller one or bind Decoder.max_pixels')
+
+
+def without_waiting(path, flags):
+    """Opens a named pipe, too, at once: it is read as an empty file."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def rgb_array(image):
+    """A PIL image → (h, w, 3) uint8, upright as its EXIF data say, without transparency."""
+    with contextlib.suppress(Exception):  # damaged EXIF data turn nothing, as in fast-reid
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith('I'):  # 16 bits of grey, which Pillow's conversion would clip at 255
+        return np.repeat((np.asarray(image)[..., None] >> 8).astype(np.uint8), 3, axis=2)
+    return np.array(image.convert('RGB'))
 
 
 def to_batch(images, size):
@@ -124,7 +131,7 @@ def to_batch(images, size):
     return batch
 
 
-class TrainBatches(Dataset):
+class TrainBatches:
     """Item `step` is the batch of that step: sampler, images and the draws of their augmentation.
 
     positions: the range of places in the batch that are loaded; None: all of them.
@@ -146,7 +153,8 @@ class TrainBatches(Dataset):
     def __getitem__(self, step):
         images, unreadable, indices = [], {}, self.indices(step)
         for position, index in zip(self.positions, indices):
-            images.append(self.image(index, step, position, unreadable))
+            image = self.image(index, step, position, unreadable)
+            images.append(self.augmentation.auto_augment(image, self.sampler.seed, step, position))
         draws = self.augmentation.draw(self.sampler.seed, step, len(indices), self.size, self.positions.start)
         labels = torch.tensor([self.labels[index] for index in indices])
         return TrainBatch(to_batch(images, self.size), labels, draws, list(unreadable.values()))
@@ -169,7 +177,7 @@ class TrainBatches(Dataset):
         yield from rng.permutation(others).tolist()
 
 
-class TestBatches(Dataset):
+class TestBatches:
     """Item i holds `batch_size` images from samples[i·batch_size] on, in order; the last item may hold fewer."""
 
     def __init__(self, samples, size, batch_size):

@@ -1,6 +1,5 @@
 """Batches in order, loaded ahead by worker processes: dead workers are restarted, unreadable images are counted."""
 
-import logging
 import re
 import signal
 import threading
@@ -8,8 +7,7 @@ import threading
 from torch.utils.data import DataLoader
 
 from mgn.ops.errors import UserError
-
-logger = logging.getLogger(__name__)
+from mgn.runs.log import logger
 
 UNREADABLE_LIMIT = 0.01   # share of the training images beyond which a run stops
 MAX_DEATHS_IN_A_ROW = 3   # of worker processes, with no batch in between
@@ -22,20 +20,18 @@ def load_batches(dataset, items, workers, device):
     Raises UserError where workers die again and again, and where a batch cannot be made.
     """
     deaths, in_a_row, item = 0, 0, items.start
-    loader = start_workers(dataset, items, workers, device)
-    while item < items.stop:
+    while True:
         try:
-            batch = next(loader)
+            for batch in start_workers(dataset, range(item, items.stop), workers, device):
+                yield batch
+                in_a_row, item = 0, item + 1
+            return
         except UserError as error:  # from a worker process it comes wrapped in the worker's traceback
             raise UserError(str(error).rsplit(f'\n{UserError.__module__}.UserError: ', 1)[-1]) from None
         except (RuntimeError, ConnectionError, EOFError) as error:
             death = death_message(error, workers)
             if death is None:
                 raise
-        else:
-            yield batch
-            in_a_row, item = 0, item + 1
-            continue
         deaths, in_a_row = deaths + 1, in_a_row + 1
         if in_a_row == MAX_DEATHS_IN_A_ROW or deaths == MAX_DEATHS:
             files = '\n  '.join(dict.fromkeys(dataset.paths(item)))
@@ -44,8 +40,6 @@ def load_batches(dataset, items, workers, device):
                             f'decoder and for lack of memory; workers = 0 shows more.')
         logger.warning('data-loading workers died (number %d, before batch %d) and are restarted: %s',
                        deaths, item, death)
-        del loader  # ends the remaining workers
-        loader = start_workers(dataset, range(item, items.stop), workers, device)
 
 
 def start_workers(dataset, items, workers, device):

@@ -1,11 +1,9 @@
 """Samples → identity-balanced batches: P identities × K images, as a pure function of the step."""
 
-import logging
 
 from mgn.data import random_streams
 from mgn.ops.errors import UserError
-
-logger = logging.getLogger(__name__)
+from mgn.runs.log import logger
 
 
 class IdentitySampler:
@@ -17,17 +15,13 @@ class IdentitySampler:
     Args:
         labels: (N,) ints, the identity of each sample. camids: (N,) ints, its camera.
     Raises:
-        UserError: fewer than P identities, P < 2 (no negatives) or K < 1.
+        UserError: fewer than P identities.
     """
 
     def __init__(self, labels, camids, P, K, seed):
         self.images_of = {}
         for index, label in enumerate(labels):
             self.images_of.setdefault(label, []).append(index)
-        random_streams.generator(seed, random_streams.IDENTITY_ORDER)  # refuses a bad seed early
-        if P < 2 or K < 1:
-            raise UserError(f'P must be at least 2 identities (a triplet needs a negative) and K at least 1 image, '
-                            f'but P={P}, K={K}; bind P and K')
         if len(self.images_of) < P:
             raise UserError(f'IdentitySampler needs at least P={P} identities, found {len(self.images_of)}; '
                             f'lower P or add data')

@@ -67,15 +67,10 @@ def neighbours(k):
     return integer(k, 'k', 1, LARGEST_K, 'for longer lists sort the distances, e.g. those of pairwise_distance')
 
 
-def reranking(k1, k2, lambda_value, owner=''):
-    """The three as int, int and float. `owner` is written before their names, e.g. 'evaluate.'."""
-    return (integer(k1, f'{owner}k1', 1, 2 ** 31 - 1, 'usual is 20'),
-            integer(k2, f'{owner}k2', 1, 2 ** 31 - 1, 'usual is 6'),
-            real(lambda_value, f'{owner}lambda_value', 0, 1, '0.3 is usual, 1 ranks by the original distance'))
-
-
-def exponent(alpha, owner=''):
-    return real(alpha, f'{owner}alpha', 0, math.inf, '3 is usual, 0 averages without weights')
+def reranking(k1, k2, lambda_value):
+    """The three as int, int and float."""
+    return (integer(k1, 'k1', 1, 2 ** 31 - 1, 'usual is 20'), integer(k2, 'k2', 1, 2 ** 31 - 1, 'usual is 6'),
+            real(lambda_value, 'lambda_value', 0, 1, '0.3 is usual, 1 ranks by the original distance'))
 
 
 def check_rows(rows, name, shape='(rows, D)'):

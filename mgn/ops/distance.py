@@ -166,9 +166,10 @@ def _backward(ctx, grad):
             gradient(y, x, transposed, grad.T, ctx.metric) if ctx.needs_input_grad[1] else None, None)
 
 
-def _no_second_derivative(ctx, grad):
-    raise RuntimeError('pairwise_distance has first derivatives only, but a second was asked for by create_graph=True; '
-                       'for it, measure the distances with torch operations')
+def refuse_second_derivative(ctx, *grads):
+    """Without it the gradient of a gradient would be 0 in silence."""
+    raise RuntimeError('Distances and batch-hard mining have first derivatives only, but a second was asked for by '
+                       'create_graph=True; for it, measure distances with torch operations, on the mined indices')
 
 
 torch.library.impl('mgn::pairwise_distance', 'CompositeExplicitAutograd', _pairwise_distance)
@@ -176,4 +177,4 @@ torch.library.impl('mgn::pairwise_distance_gradient', 'CompositeExplicitAutograd
 torch.library.register_fake('mgn::pairwise_distance', _empty_result)
 torch.library.register_fake('mgn::pairwise_distance_gradient', lambda x, y, dist, grad, metric: x.new_empty(x.shape))
 torch.library.register_autograd('mgn::pairwise_distance', _backward, setup_context=_setup)
-torch.library.register_autograd('mgn::pairwise_distance_gradient', _no_second_derivative)
+torch.library.register_autograd('mgn::pairwise_distance_gradient', refuse_second_derivative)

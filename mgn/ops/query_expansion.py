@@ -1,9 +1,11 @@
 """α query expansion: each query becomes the weighted mean of itself and its nearest gallery items."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
-from mgn.ops.arguments import as_features, exponent
+from mgn.ops.arguments import as_features, real
 from mgn.ops.ranking.nearest import topk
 from mgn.ops.private import uncompiled
 from mgn.ops.ranking.tiles import spans
@@ -34,7 +36,7 @@ def expand_queries(query, gallery, k, alpha=3.0):
         UserError: alpha negative or not finite, k out of range, and whatever topk refuses, NaN or infinite features
             among it.
     """
-    alpha = exponent(alpha)
+    alpha = real(alpha, 'alpha', 0, math.inf, '3 is usual, 0 averages without weights')
     query, gallery = as_features(query, 'query'), as_features(gallery, 'gallery')
     distances, items = topk(query, gallery, k)
     weights = (1 - distances).clamp_(min=0).pow_(alpha)  # (Q, k) float64

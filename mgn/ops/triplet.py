@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mgn.ops.arguments import HALF_TYPES, INTEGER_TYPES, check_alike, check_device, check_rows, check_tensor, real
-from mgn.ops.distance import power_of_two, reference_type, wide
+from mgn.ops.distance import power_of_two, reference_type, refuse_second_derivative, wide
 from mgn.ops.errors import UserError
 from mgn.ops.native import kernels
 from mgn.ops.private import below_autograd, watching_modes
@@ -112,14 +112,10 @@ def heads_first(features):
 
 
 def _batch_hard(anchors, labels, candidates, candidate_labels):
-    return _mine(anchors, labels, candidates, candidate_labels, with_loss=False, margin=None)[2:]
+    return _batch_hard_triplet_loss(anchors, labels, candidates, candidate_labels, None, with_loss=False)[2:]
 
 
-def _batch_hard_triplet_loss(anchors, labels, candidates, candidate_labels, margin):
-    return _mine(anchors, labels, candidates, candidate_labels, with_loss=True, margin=margin)
-
-
-def _mine(anchors, labels, candidates, candidate_labels, with_loss, margin):
+def _batch_hard_triplet_loss(anchors, labels, candidates, candidate_labels, margin, with_loss=True):
     """(loss, slope, dist_ap, dist_an, pos_idx, neg_idx); slope is ∂loss/∂dist_ap = −∂loss/∂dist_an."""
     x, labels, y = heads_first(anchors), labels.to(torch.int64).contiguous(), None
     if candidates is not None:
@@ -142,7 +138,10 @@ def _mine(anchors, labels, candidates, candidate_labels, with_loss, margin):
 
 
 def empty_results(anchors, with_loss):
-    """What _mine returns, to be filled: in the shapes to return, since a view could not be changed in place."""
+    """What _batch_hard_triplet_loss returns, to be filled.
+
+    In the shapes to return, since a view could not be changed in place.
+    """
     dtype, shape = wide(anchors.dtype), anchors.shape[:-1]
     loss = slope = None
     if with_loss:
@@ -293,38 +292,13 @@ class Mining(torch.autograd.Function):
         return None, None, to_anchors, None, None if candidates is None else to_candidates, *(None,) * ctx.rest
 
 
-class NoSecondDerivative(torch.autograd.Function):
-    """Without it the gradient of a gradient would be 0 in silence."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        return _without_autograd(torch.ops.mgn.batch_hard_backward.default, _batch_hard_backward, *inputs)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError('Batch-hard mining has first derivatives only, but a second was asked for by '
-                           'create_graph=True; measure distances with torch operations on the mined indices instead')
-
-
 for _name, _implementation in (('batch_hard', _batch_hard), ('batch_hard_triplet_loss', _batch_hard_triplet_loss)):
     _mining = functools.partial(Mining.apply, getattr(torch.ops.mgn, _name).default, _implementation)
     torch.library.impl(f'mgn::{_name}', 'CompositeExplicitAutograd', _implementation)
     torch.library.impl(f'mgn::{_name}', 'Autograd', _mining)
 torch.library.impl('mgn::batch_hard_backward', 'CompositeExplicitAutograd', _batch_hard_backward)
-torch.library.impl('mgn::batch_hard_backward', 'Autograd', NoSecondDerivative.apply)
-
-
-@torch.library.register_fake('mgn::batch_hard')
-def _(anchors, labels, candidates, candidate_labels):
-    return empty_results(anchors, with_loss=False)[2:]
-
-
-@torch.library.register_fake('mgn::batch_hard_triplet_loss')
-def _(anchors, labels, candidates, candidate_labels, margin):
-    return empty_results(anchors, with_loss=True)
-
-
-@torch.library.register_fake('mgn::batch_hard_backward')
-def _(anchors, candidates, dist_ap, dist_an, pos_idx, neg_idx, grad_ap, grad_an, slope):
-    grad_anchors = anchors.new_empty(anchors.shape)
-    return grad_anchors, anchors.new_empty(0) if candidates is None else candidates.new_empty(candidates.shape)
+torch.library.register_fake('mgn::batch_hard', lambda anchors, *_: empty_results(anchors, with_loss=False)[2:])
+torch.library.register_fake('mgn::batch_hard_triplet_loss', lambda anchors, *_: empty_results(anchors, with_loss=True))
+torch.library.register_fake('mgn::batch_hard_backward', lambda anchors, candidates, *_: (
+    anchors.new_empty(anchors.shape), anchors.new_empty(0 if candidates is None else candidates.shape)))
+torch.library.register_autograd('mgn::batch_hard_backward', refuse_second_derivative)

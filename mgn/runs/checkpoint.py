@@ -6,7 +6,6 @@ last.pth holds all of a run (`State.content`); best.pth holds the evaluated weig
 import contextlib
 import difflib
 import errno
-import logging
 import os
 import re
 import zipfile
@@ -20,13 +19,25 @@ from mgn.ops.arguments import FLOAT_TYPES, INTEGER_TYPES
 from mgn.ops.errors import MissingFile, UserError
 from mgn.runs import processes
 from mgn.runs.files import replacing
-
-logger = logging.getLogger(__name__)
+from mgn.runs.log import logger
 
 FORMAT = 'mgn checkpoint 1'
 FIELDS = {'config': str, 'num_classes': int, 'step': int, 'model': dict, 'losses': dict | None, 'average': dict | None,
           'mAP': float | None}  # what any checkpoint may hold; restoring a run checks the rest
 SHOWN = 5  # keys that an error lists from the beginning and from the end
+LEGACY = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'  # how the files of torch up to 1.5 begin, which have no checksums
+
+
+class Ignored:
+    """Takes the place of NumPy's numbers, which other projects save beside tensors and nothing here needs."""
+
+    def __init__(self, *_):
+        pass
+
+    __setstate__ = __init__
+
+
+NUMBERS = [(Ignored, f'numpy.{name}') for name in ('core.multiarray.scalar', '_core.multiarray.scalar', 'dtype')]
 
 
 class Damaged(UserError):
@@ -164,25 +175,41 @@ def save(path, content, keep_as=None):
 
 
 def load(path, mmap=False):
-    """The content of a checkpoint, tensors on the CPU, after its checksums were verified.
+    """The content of a checkpoint of this project, tensors on the CPU.
 
-    mmap: tensors stay in the file until they are read.
-    Raises MissingFile, Damaged, UserError where the file is no checkpoint of this project, or OSError where it cannot
-    be read.
+    mmap: tensors stay in the file until they are read. Raises as `read` and `checked` do.
+    """
+    return checked(read(path, mmap), path)
+
+
+def read(path, mmap=False):
+    """What torch.save has written to a file, in whatever project, tensors on the CPU. Checksums are verified.
+
+    Raises MissingFile, Damaged, UserError where there is more in it than data, or OSError where it cannot be read.
     """
     if not os.path.isfile(path):
-        raise MissingFile(f'There is no file {path}, where a checkpoint was expected. Correct the path.')
-    with errors_explained(Damaged, f'{path} is damaged or no checkpoint of mgn.train'):
-        with zipfile.ZipFile(path) as file:
+        raise MissingFile(f'There is no file {path}, where weights were expected. Correct the path.')
+    with open(path, 'rb') as file:
+        legacy = file.read(len(LEGACY)) == LEGACY
+    if not legacy:
+        with errors_explained(Damaged, f'{path} is damaged or no file of weights'), zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch.load itself ignores the sums
-    if damaged:
-        raise Damaged(f'{path}, a checkpoint of mgn.train, is damaged: {damaged} in it has another checksum than was '
-                      f'written. Give another file.')
-    with errors_explained(UserError, f'{path} cannot be loaded as a checkpoint of mgn.train'):
-        content = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
-    if not isinstance(content, dict) or content.get('format') != FORMAT:
+        if damaged:
+            raise Damaged(f'{path} is damaged: {damaged} in it has another checksum than was written. Give another '
+                          f'file.')
+    with errors_explained(UserError, f'{path} cannot be loaded as weights'), torch.serialization.safe_globals(NUMBERS):
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap and not legacy)
+
+
+def is_own(content):
+    return isinstance(content, dict) and content.get('format') == FORMAT
+
+
+def checked(content, path):
+    """The content of a checkpoint, what `read` has returned; UserError where it is none or a field has another type."""
+    if not is_own(content):
         raise UserError(f'{path} is no checkpoint of mgn.train: it holds something else. Give another file; '
-                        f'ImageNet weights go into MGN.pretrained.')
+                        f'weights of other projects go into MGN.pretrained.')
     content = dict(content)  # without attributes that a crafted one has in place of methods
     for name, kind in FIELDS.items():
         if not isinstance(content.get(name), kind) or name == 'step' and not 0 <= content[name] < 2 ** 31:
@@ -202,20 +229,19 @@ def errors_explained(kind, message):
     except Exception as error:
         if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
-        first_line = (str(error).splitlines() or [repr(error)])[0]
+        code = re.search(r'GLOBAL (\S+)', str(error))  # torch's own sentence says how to run it
+        reason = f'it asks for the code {code[1]}' if code else (str(error).splitlines() or [repr(error)])[0]
         kind = Damaged if 'PytorchStreamReader' in str(error) else kind  # its headers lie between the tensors
-        raise kind(f'{message} ({first_line}). Give another file.') from error
+        raise kind(f'{message} ({reason}). Give another file.') from error
 
 
-def load_model(model, state, path, features_only=False, remedy='Bind MGN as it was trained, or give other weights.'):
-    """Loads a state dict strictly; with features_only its classifiers are left out.
+def load_model(model, state, path, without=None, remedy='Bind MGN as it was trained, or give other weights.'):
+    """Loads a state dict strictly, but for the names with the text `without` in them: those stay as they are.
 
     Raises UserError with missing, unexpected and ill-shaped keys, ten at most; nothing is loaded then.
     """
-    state = dict(state)
-    if features_only:
-        state = {key: value for key, value in state.items() if '.classifier.' not in str(key)}
-    expected = model.state_dict()
+    state, expected = ({key: value for key, value in dict(values).items() if not without or without not in str(key)}
+                       for values in (state, model.state_dict()))
     problems = [f'{key} is missing' for key in expected if key not in state]
     problems += [f'{key} is unexpected' for key in state if key not in expected]
     problems += [f'{key} {fault}' for key in expected if key in state and (fault := misfit(state[key], expected[key]))]
@@ -224,7 +250,7 @@ def load_model(model, state, path, features_only=False, remedy='Bind MGN as it w
             problems[SHOWN:-SHOWN] = [f'… {len(problems) - 2 * SHOWN} more …']
         raise UserError(f'The weights in {path} do not fit the configured architecture:\n  '
                         + '\n  '.join(problems) + f'\n{remedy}')
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=not without)
 
 
 def misfit(value, expected):
@@ -237,21 +263,3 @@ def misfit(value, expected):
     known = value.dtype in {*FLOAT_TYPES, *INTEGER_TYPES, torch.bool}
     if not plain or not known or value.is_floating_point() != expected.is_floating_point():
         return f'has type {value.dtype}, {value.layout} on {value.device} instead of {expected.dtype}'
-
-
-def load_pretrained(module, path, name='this network'):
-    """Loads a state dict that another project saved, such as torchvision's ImageNet weights, strictly.
-
-    path: may begin with ~. name: of the network, for errors.
-    Raises MissingFile, UserError where the file holds something else, or OSError where it cannot be read.
-    """
-    path = os.path.expanduser(path)
-    if not os.path.isfile(path):
-        raise MissingFile(f'MGN.pretrained should be a state dict of {name}, but there is no file {path}. '
-                          f'Correct the path.')
-    try:
-        module.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # unpickling foreign bytes can raise nearly anything
-        raise UserError(f'MGN.pretrained should be a state dict of {name}, but {path} does not fit: {error}') from error

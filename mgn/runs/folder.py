@@ -2,8 +2,6 @@
 
 import contextlib
 import fcntl
-import glob
-import logging
 import math
 import os
 import re
@@ -12,11 +10,10 @@ import socket
 from mgn.ops.errors import UserError
 from mgn.runs import checkpoint as checkpoints
 from mgn.runs.files import writing
-
-logger = logging.getLogger(__name__)
+from mgn.runs.log import logger
 
 LOCK = 'run.lock'
-WRITTEN = ('last.pth', 'best.pth', 'metrics.jsonl', 'eval.json', 'config.gin', LOCK, 'events.out.tfevents.*')
+WRITTEN = r'last\.pth|best\.pth|metrics\.jsonl|eval\.json|config\.gin|run\.lock|events\.out\.tfevents\..*'
 _locked_here = set()  # folders; to the system all threads of a process are one
 
 
@@ -49,9 +46,9 @@ def locked(output_dir, begun=lambda: True):
                 file.truncate(0)
                 file.write(f'process {os.getpid()} on {socket.gethostname()}')
                 file.flush()
-            for leftover in glob.glob(os.path.join(glob.escape(output_dir), '*.tmp')):
-                if re.search(r'\.\d+\.tmp$', leftover):
-                    os.remove(leftover)
+            for name in os.listdir(output_dir):
+                if re.search(r'\.\d+\.tmp$', name):
+                    os.remove(os.path.join(output_dir, name))
 
             def check():
                 if not os.path.exists(path) or not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
@@ -68,10 +65,9 @@ def locked(output_dir, begun=lambda: True):
 
 def remove_new(output_dir, before):
     """Removes the files of a run that were not in the set `before`; the folder too, if that is None and it is empty."""
-    for pattern in WRITTEN:
-        for path in glob.glob(os.path.join(glob.escape(output_dir), pattern)):
-            if os.path.basename(path) not in (before or ()):
-                os.remove(path)
+    for name in {*os.listdir(output_dir)} - (before or set()):
+        if re.fullmatch(WRITTEN, name):
+            os.remove(os.path.join(output_dir, name))
     if before is None:
         with contextlib.suppress(OSError):
             os.rmdir(output_dir)
@@ -89,7 +85,7 @@ def newest(output_dir, resume):
     overwritten, or where every checkpoint is damaged.
     """
     last, best, metrics = (os.path.join(output_dir, name) for name in ('last.pth', 'best.pth', 'metrics.jsonl'))
-    candidates = [path for path in (last, *reversed(older(output_dir))) if os.path.isfile(path)]
+    candidates = [path for path in (last, *reversed(older(output_dir).values())) if os.path.isfile(path)]
     if candidates and not resume:
         raise UserError(f'train.resume = False needs an output_dir without a run, but there is {candidates[0]}. '
                         f'Bind another output_dir, or train.resume = True.')
@@ -130,30 +126,24 @@ def save_last(output_dir, content, keep_last, previous):
 
 def remove_older(output_dir, step, keep_last):
     """Removes all step_<n>.pth from before `step` but the last keep_last of them."""
-    passed = [path for path in older(output_dir) if step_of(path) < step]
+    passed = [path for n, path in older(output_dir).items() if n < step]
     for path in passed[:max(len(passed) - keep_last, 0)]:
         os.remove(path)
 
 
 def older(output_dir):
-    """Paths of all step_<n>.pth, ascending."""
-    paths = glob.glob(os.path.join(glob.escape(output_dir), 'step_*.pth'))
-    return sorted((path for path in paths if step_of(path) is not None and os.path.isfile(path)), key=step_of)
-
-
-def step_of(path):
-    match = re.fullmatch(r'step_(\d+)\.pth', os.path.basename(path))
-    return int(match[1]) if match else None
+    """{n: path of step_<n>.pth}, ascending."""
+    files = [file for file in os.scandir(output_dir) if re.fullmatch(r'step_\d+\.pth', file.name) and file.is_file()]
+    return dict(sorted((int(file.name[5:-4]), file.path) for file in files))
 
 
 def best_so_far(output_dir):
     """The mAP of best.pth, or -1 if there is none; a damaged one is renamed to best.pth.damaged."""
-    path = os.path.join(output_dir, 'best.pth')
+    path, mAP = os.path.join(output_dir, 'best.pth'), None
     try:
         mAP = checkpoints.load(path, mmap=True).get('mAP')
-        return mAP if mAP is not None and math.isfinite(mAP) else -1.0
     except FileNotFoundError:
-        return -1.0
+        pass
     except checkpoints.Damaged as error:
         set_aside(path, error)
-        return -1.0
+    return mAP if mAP is not None and math.isfinite(mAP) else -1.0

@@ -14,7 +14,7 @@ from mgn.ops.metrics import METRICS
 from mgn.runs import processes
 from mgn.runs.files import write_text, writing
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger('mgn')  # of the whole package; mgn.command_line says where its lines go
 
 
 class RunLog:
@@ -39,13 +39,14 @@ class RunLog:
 
     def write(self, record):
         self.records.append(record)
-        with writing(self.path, 'Free disk space; the same command resumes from the last checkpoint.'):
-            with open(self.path, 'a') as file:
-                file.write(json.dumps(record) + '\n')
-        for name, value in record.items():
-            if self.events and name != 'step':
-                kind = 'evaluation' if 'mAP' in record else 'training'
-                self.events.add_scalar(f'{kind}/{name}', value, record['step'])
+        advice = 'Free disk space; the same command resumes from the last checkpoint.'
+        with writing(self.path, advice), open(self.path, 'a') as file:
+            file.write(json.dumps(record) + '\n')
+        if self.events:
+            kind = 'evaluation' if 'mAP' in record else 'training'
+            for name in record.keys() - {'step'}:
+                self.events.add_scalar(f'{kind}/{name}', record[name], record['step'])
+            self.events.flush()
 
     def summary(self):
         """The first, the best and the last evaluation of the run, in per cent."""
@@ -53,23 +54,15 @@ class RunLog:
         if not evaluations:
             return f'{self.path} holds no evaluation'
         shown = evaluations[0], max(evaluations, key=lambda record: record['mAP']), evaluations[-1]
-        return (aligned('  step', {f'{record["step"]:6d}': record for record in shown})
+        return (aligned('  step', {f'{record["step"]:6d}': record for record in shown}.items())
                 + f'\ncheckpoints, metrics and configuration are in {os.path.dirname(self.path)}')
-
-    def flush(self):
-        if self.events:
-            self.events.flush()
-
-    def close(self):
-        if self.events:
-            self.events.close()
 
 
 def aligned(heading, evaluations):
-    """A table in per cent: a row for each of {label: {measure: number}}, below `heading` and the names in METRICS."""
+    """A table in per cent: a row for each of [(label, {measure: number})], below `heading` and the names in METRICS."""
     rows = [[heading, *METRICS]]
     rows += [[label, *(f'{100 * results.get(name, math.nan):.2f}' for name in METRICS)]
-             for label, results in evaluations.items()]
+             for label, results in evaluations]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return '\n'.join('  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 

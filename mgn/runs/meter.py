@@ -13,16 +13,14 @@ class Meter:
     """Sums of the losses since the last report and the first step at which each was not finite, kept on the device."""
 
     def __init__(self):
-        self.names, self.sums, self.count, self.bad_steps = [], None, 0, None
+        self.names, self.sums, self.count, self.bad_steps = [], None, 0, torch.tensor(NEVER)
         self.seconds, self.waited, self.timed_steps = 0.0, 0.0, 0
 
     def add(self, losses, step):
         values = torch.stack(list(losses.values()))
         if self.names != list(losses):  # the first step, or the first one with other losses than a resumed run had
             self.names, self.sums, self.count = list(losses), torch.zeros_like(values), 0
-        if self.bad_steps is None:
-            self.bad_steps = torch.full_like(values, NEVER, dtype=torch.int64)
-        self.sums = self.sums.to(values.device) + values
+        self.sums, self.bad_steps = self.sums.to(values.device) + values, self.bad_steps.to(values.device)
         self.bad_steps = torch.where((self.bad_steps == NEVER) & ~values.isfinite(), step, self.bad_steps)
         self.count += 1
         self.timed_steps += 1
@@ -31,14 +29,11 @@ class Meter:
         """Replaces the sums by their means over all processes, and each bad step by the first one of any process."""
         if self.sums is not None:
             self.sums = processes.mean(self.sums)
-        if self.bad_steps is not None:
-            self.bad_steps = processes.reduced(self.bad_steps, 'MIN')
+        self.bad_steps = processes.reduced(self.bad_steps, 'MIN')
 
     def check(self, last_good):
         """Raises UserError with the first bad step and its losses. last_good: clause that names a good checkpoint."""
-        if self.bad_steps is None:
-            return
-        bad = {name: step for name, step in zip(self.names, self.bad_steps.tolist()) if step < NEVER}
+        bad = {name: step for name, step in zip(self.names, self.bad_steps.flatten().tolist()) if step < NEVER}
         if bad:
             first = min(bad.values())
             names = ', '.join(name for name, step in bad.items() if step == first and name != 'loss') or 'loss'

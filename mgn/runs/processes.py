@@ -4,6 +4,8 @@ They form a gloo group, whose messages (features, checkpoints, sums) go through 
 their device. In a run of one process every function here returns at once.
 """
 
+import contextlib
+import functools
 import os
 import re
 import time
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from mgn.ops.errors import UserError
+from mgn.ops.private import for_tensors
 
 MEETING = timedelta(minutes=5)  # for all processes to start
 PATIENCE = timedelta(hours=2)   # the others wait while process 0 re-ranks; a lost process is noticed by its connection
@@ -54,17 +57,14 @@ def agree_on_name(store, rank, processes):
         name = store.get(f'mgn answer {request}').decode()
         store.set(f'mgn confirmed {name} {rank}', '')
         return name
-    answered, until, others = {}, time.monotonic() + MEETING.total_seconds(), range(1, processes)
-    while not store.check([f'mgn confirmed {request} {other}' for other in others]):
-        for other in others:
+    until = time.monotonic() + MEETING.total_seconds()
+    for other in range(1, processes):
+        while not store.check([f'mgn confirmed {request} {other}']):
             if store.check([f'mgn request {other}']):
-                latest = store.get(f'mgn request {other}').decode()
-                if latest != answered.get(other):
-                    store.set(f'mgn answer {latest}', request)
-                    answered[other] = latest
-        if time.monotonic() > until:
-            raise RuntimeError(f'only {len(answered) + 1} of {processes} came within {MEETING}')
-        time.sleep(0.02)
+                store.set(f'mgn answer {store.get(f"mgn request {other}").decode()}', request)
+            if time.monotonic() > until:
+                raise RuntimeError(f'process {other} did not come within {MEETING}')
+            time.sleep(0.02)
     return request
 
 
@@ -88,12 +88,9 @@ def number_on_this_machine():
 
 def first_to_fail():
     """Whether this process is the first to ask, so that only one reports what went wrong."""
-    if _store is None:
-        return True
-    try:
-        return _store.add('failed', 1) == 1
-    except RuntimeError:  # the store has ended with the process that held it
-        return True
+    with contextlib.suppress(RuntimeError):  # the store has ended with the process that held it
+        return _store is None or _store.add('failed', 1) == 1
+    return True
 
 
 def lost(error):
@@ -131,28 +128,14 @@ def share_tensors(value):
     """The same for a value of dicts, lists and CPU tensors, which are sent one by one as they lie in memory."""
     if count() == 1:
         return value
+    meta = functools.partial(torch.empty_like, device='meta')
     # Dense ones keep their strides, in which an optimizer expects its state.
-    value = with_tensors(value, lambda tensor: tensor if is_dense(tensor) else tensor.contiguous())
-    shapes = share(with_tensors(value, lambda tensor: torch.empty_like(tensor, device='meta')))
+    value = for_tensors(lambda x: x if x.stride() == meta(x).stride() else x.contiguous(), value)
+    shapes = share(for_tensors(meta, value))
     if number() > 0:
-        value = with_tensors(shapes, lambda tensor: torch.empty_like(tensor, device='cpu'))
-    with_tensors(value, lambda tensor: dist.broadcast(  # as bytes: gloo does not know every type
-        tensor.as_strided([tensor.numel()], [1]).view(torch.uint8), src=0))
-    return value
-
-
-def is_dense(tensor):
-    return torch.empty_like(tensor, device='meta').stride() == tensor.stride()
-
-
-def with_tensors(value, function):
-    """`value` with function(tensor) in place of each tensor in its dicts, lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: with_tensors(item, function) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [with_tensors(item, function) for item in value]
+        value = for_tensors(lambda shape: torch.empty_like(shape, device='cpu'), shapes)
+    for_tensors(lambda tensor: dist.broadcast(  # as bytes: gloo does not know every type
+        tensor.as_strided([tensor.numel()], [1]).view(torch.uint8), src=0), value)
     return value
 
 
@@ -222,23 +205,21 @@ def group_of(device):
 
 
 class GatherWithGradient(torch.autograd.Function):
-    """Stacks the tensors of all processes; the gradient of each is summed over all processes."""
+    """The tensors of all processes, concatenated along `dim`; the gradient of each is summed over all processes."""
 
     @staticmethod
-    def forward(ctx, tensor, group):
-        ctx.group = group
+    def forward(ctx, tensor, dim, group):
+        ctx.dim, ctx.group = dim, group
         parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format)
                  for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, tensor.contiguous(), group=group)
-        return torch.stack(parts)
+        return torch.cat(parts, dim)
 
     @staticmethod
     def backward(ctx, gradient):
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient, group=ctx.group)
-        return gradient[dist.get_rank(ctx.group)], None
+        return gradient.chunk(dist.get_world_size(ctx.group), ctx.dim)[dist.get_rank(ctx.group)], None, None
 
 
-def gather_with_gradient(tensor, dim, group):
-    """The tensors of all processes, concatenated along `dim` in order of their numbers."""
-    return torch.cat(GatherWithGradient.apply(tensor, group).unbind(), dim)
+gather_with_gradient = GatherWithGradient.apply  # (tensor, dim, group)

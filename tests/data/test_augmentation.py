@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from mining import examples
 
 from mgn.data.augmentation import MEAN, STD, Augmentation, Draws, augment, normalise
-from mgn.ops.errors import UserError
 
 MEAN32, STD32 = (np.array(v, np.float32) for v in (MEAN, STD))
 
@@ -149,29 +148,14 @@ def test_the_number_of_threads_changes_no_bit():
 
 
 IMAGES = random_images(2, 6, 5)
-DRAWS = torch.zeros(2, dtype=torch.bool), *torch.full((2, 2), 3), torch.zeros(2, 4, dtype=torch.int64)
 
 
-@pytest.mark.parametrize('place, wrong, message', [
-    (0, [1], r'Images must be \(B, 3, H, W\) and torch.uint8, but these are list; mgn.data.images.to_batch'),
-    (0, IMAGES.float(), 'Images must .* these are .* torch.float32'),
-    (0, IMAGES[:, :2], r'Images must .* these are \(2, 2, 6, 5\)'),
-    (1, DRAWS[1], r'flip must have the shape \(2,\) and be torch.bool on cpu like the images, '
-                  r'but it is \(2,\), torch.int64 on cpu; pass one draw per image'),
-    (2, DRAWS[1][:1], r'top must have the shape \(2,\) and be torch.int64 .* it is \(1,\)'),
-    (2, torch.tensor([0, 7]), 'top must lie between 0 and 6, twice the padding, but it is 7 for image 1; '
-                              'draw and augment with one padding'),
-    (3, torch.tensor([-1, 7]), 'left must lie between 0 and 6, twice the padding, but it is -1 for image 0'),
-    (4, DRAWS[3].int(), r'erase must have the shape \(2, 4\) and be torch.int64 .* torch.int32'),
-    (4, DRAWS[3].to('meta'), 'erase must .* on meta'),
-    (5, -1, 'padding must be an integer from 0 to 2147483647, not -1; 0 pads nothing'),
-    (5, 2.0, 'padding must .* not 2.0'),
-])
-def test_what_does_not_fit_together_is_refused(place, wrong, message):
-    arguments = [IMAGES, *DRAWS, 3]
-    arguments[place] = wrong
+@pytest.mark.parametrize('wrong, message', [
+    (IMAGES.float(), 'Images must .* these are .* torch.float32; mgn.data.images.to_batch'),
+    (IMAGES[:, :2], r'Images must be \(B, 3, H, W\) and torch.uint8, but these are \(2, 2, 6, 5\)')])
+def test_other_images_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
-        augment(*arguments)
+        normalise(wrong)
 
 
 def test_a_gpu_gives_the_same_and_is_not_waited_for(gpu, device):
@@ -270,24 +254,6 @@ def test_probabilities_0_and_padding_0_leave_normalisation_alone():
 def test_probabilities_1_flip_and_erase_every_image():
     draws = all_draws(steps=4, flip_probability=1.0, erasing_probability=1.0)
     assert draws.flip.all() and draws.erase.any(1).all()
-
-
-@pytest.mark.parametrize('name, value, message', [
-    ('flip_probability', 2, 'must be a finite number from 0 to 1, not 2;'),
-    ('flip_probability', -0.1, 'must be a finite number from 0 to 1, not -0.1;'),
-    ('erasing_probability', math.nan, 'must be a finite number from 0 to 1, not nan;'),
-    ('padding', -1, 'must be an integer from 0 to 1000, not -1; in pixels, 0 pads nothing'),
-    ('padding', 100_000, 'must be an integer from 0 to 1000, not 100000;'),
-    ('erasing_area', (0.4, 0.02), 'must be two numbers with 0 < least ≤ most ≤ 1, but it is (0.4, 0.02); bind '
-                                  'Augmentation.erasing_probability = 0.0 to erase nothing'),
-    ('erasing_area', (0.0, 0.4), 'must be two numbers with 0 < least'),
-    ('erasing_area', (0.02, 1.5), 'must be two numbers with 0 < least'),
-    ('erasing_aspect', (math.nan, 1.0), 'must be two numbers with 0 < least'),
-    ('erasing_aspect', (1.0, math.inf), 'must be two numbers with 0 < least ≤ most ≤ 1000,')])
-def test_what_cannot_be_drawn_is_refused(name, value, message):
-    with pytest.raises(UserError) as error:
-        Augmentation(**{name: value})
-    assert f'Augmentation.{name} {message}' in error.value.message
 
 
 def test_the_ends_of_all_ranges_are_drawn():

@@ -12,7 +12,7 @@ from mgn import evaluation
 from mgn.data import datasets
 from mgn.data.datasets import Sample
 from mgn.ops import match_ranks
-from mgn.ops.errors import FileError
+from mgn.ops.errors import FileError, UserError
 
 PARTS = ('bounding_box_train', 'query', 'bounding_box_test')
 
@@ -196,7 +196,8 @@ def test_msmt17_without_images_to_evaluate_lists_the_folders_of_both_versions(tm
     with pytest.raises(FileNotFoundError) as error:
         datasets.msmt17(str(tmp_path))
     for folder in ('train', 'test', 'mask_train_v2', 'mask_test_v2'):
-        assert f'{tmp_path}/{folder},' in str(error.value).replace(';', ',')
+        state = '' if folder in folders else ' (missing)'
+        assert f'{tmp_path}/{folder}{state}\n' in str(error.value)
 
 
 @pytest.mark.parametrize('part', PARTS)
@@ -316,7 +317,7 @@ def test_each_data_set_is_compared_with_its_published_counts(tmp_path, caplog, n
 def test_published_counts_raise_no_warning(caplog):
     train = [Sample(str(i), i % 2, i % 3) for i in range(4)]
     dataset = datasets.Dataset('small', 'root', train, train[:1], train[:3])
-    assert datasets.report(dataset, datasets.Counts(2, 4, 1, 3, 3)) is dataset
+    assert datasets.report(dataset, (2, 4, 1, 3, 3)) is dataset
     assert not caplog.records
 
 
@@ -333,3 +334,73 @@ def test_labels_are_0_to_C_by_ascending_id_whatever_the_order(pids):
 
 def test_reading_twice_gives_the_same_data_set(market):
     assert datasets.market1501(str(market)) == datasets.market1501(str(market))
+
+
+def test_cuhk03_is_read_in_markets_layout_by_the_boxes_asked_for(tmp_path):
+    for boxes, pid in (('detected', 3), ('labeled', 4)):
+        name = f'{pid:04d}_c1_1.png'
+        write_names(tmp_path / 'cuhk03-np' / boxes, [name], [name], [name.replace('c1', 'c2')])
+    assert [sample.pid for sample in datasets.cuhk03(str(tmp_path)).query] == [3]
+    labeled = datasets.cuhk03(str(tmp_path), boxes='labeled')
+    assert [sample.pid for sample in labeled.query] == [4] and labeled.name == 'CUHK03 (labeled)'
+
+
+def test_cuhk01_splits_identities_by_a_seed_and_cameras_by_the_number_of_the_image(tmp_path, caplog):
+    touch(*(tmp_path / 'CUHK01' / 'campus' / f'{pid:04d}{i:03d}.png' for pid in range(1, 972) for i in range(1, 5)))
+    touch(tmp_path / 'CUHK01' / 'campus' / 'Thumbs.db')
+    with caplog.at_level(logging.WARNING):
+        first, again, other = (datasets.cuhk01(str(tmp_path), seed=seed) for seed in (0, 0, 1))
+    assert not caplog.records  # the published sizes
+    assert first == again and {s.pid for s in first.train} != {s.pid for s in other.train}
+    trained, tested = {s.pid for s in first.train}, {s.pid for s in first.query}
+    assert len(trained) == 485 and len(tested) == 486 and not trained & tested
+    assert names(first.query[:2]) == [f'{first.query[0].pid:04d}00{i}.png' for i in (1, 2)]
+    assert {s.camid for s in first.query} == {1} and {s.camid for s in first.gallery} == {2}
+    assert tested == {s.pid for s in first.gallery}
+
+
+def write_table(root, *lines):
+    (root / 'dataset.csv').write_text('\n'.join(('split,pid,camid,path,note', *lines)))
+    return str(root)
+
+
+def test_a_table_names_images_in_any_order_and_anywhere(tmp_path):
+    root = write_table(tmp_path, 'query,7,1,a.jpg,x', 'gallery,7,2,"b, c.jpg",', 'gallery,-1,2,junk.jpg,', '',
+                       'train, 5 ,3,/else/d.png')
+    dataset = datasets.csv_table(root)
+    assert dataset.query == [Sample(f'{root}/a.jpg', 7, 1)]
+    assert dataset.gallery == [Sample(f'{root}/b, c.jpg', 7, 2)]
+    assert dataset.train == [Sample('/else/d.png', 5, 3)] and not dataset.not_to_train
+
+
+@pytest.mark.parametrize('lines, message', [
+    (['query,x,1,a.jpg,', 'gallery,7,2,b.jpg,'], "line 2 of .*dataset.csv is .*'x'"),
+    (['query,7,1,a.jpg,', 'gallery,7,2,b.jpg,', 'test,7,2,b.jpg,'], "line 4 of .*'test'"),
+    (['query,7,1,a.jpg,', 'gallery,7'], 'line 3 of'),
+    (['query,7,1,a.jpg,', 'train,7,1,b.jpg,'], 'lists no image of gallery; add rows'),
+    ([], 'lists no image of query and gallery')])
+def test_a_table_with_other_rows_is_refused_with_the_line(tmp_path, lines, message):
+    with pytest.raises(UserError, match=message):
+        datasets.csv_table(write_table(tmp_path, *lines))
+
+
+def test_a_table_without_its_first_line_or_at_all_is_refused_and_one_without_training_may_be_tested(tmp_path):
+    with pytest.raises(FileError, match='dataset.csv cannot be read'):
+        datasets.csv_table(str(tmp_path))
+    (tmp_path / 'dataset.csv').write_text('a.jpg,7,1,query\n')
+    with pytest.raises(UserError, match=r"should begin with the line path,pid,camid,split, but .*\['a.jpg', '7'"):
+        datasets.csv_table(str(tmp_path))
+    dataset = datasets.csv_table(write_table(tmp_path, 'query,7,1,a.jpg,', 'gallery,7,2,b.jpg,'))
+    with pytest.raises(FileError, match='lists no image to train on'):
+        datasets.check_trainable(dataset)
+
+
+def test_joined_sets_keep_identities_and_cameras_apart_and_test_on_the_first(tmp_path):
+    one = datasets.market_layout(str(write_market(tmp_path / 'one', identities=3, images=2)))
+    two = datasets.market_layout(str(write_market(tmp_path / 'two', identities=4, images=3, cameras=3)))
+    both = datasets.joined((one, two, one))
+    assert (both.query, both.gallery, both.name) == (one.query, one.gallery, 'one+two+one')
+    assert [s.path for s in both.train] == [s.path for s in (*one.train, *two.train, *one.train)]
+    assert both.train[:6] == one.train
+    assert [(s.pid, s.camid) for s in both.train[6:9]] == [(5, 4), (5, 5), (5, 6)]  # behind 3 and 2, from 1 on
+    assert len({s.pid for s in both.train}) == 10 and len({s.camid for s in both.train}) == 7

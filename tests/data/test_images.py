@@ -183,3 +183,26 @@ def test_worker_processes_change_no_evaluation_batch(tmp_path):
     expected, got = list(start_workers(dataset, range(3), 0, CPU)), in_workers(dataset, range(3), 'fork')
     assert [len(batch.images) for batch in got] == [4, 5, 2]
     assert all(torch.equal(a.images, b.images) and a.unreadable == b.unreadable for a, b in zip(got, expected))
+
+
+def test_auto_augment_depends_on_seed_step_and_position_alone(tmp_path):
+    samples = write_set(tmp_path)
+    plain, always = make_train_batches(samples), make_train_batches(samples)
+    always.augmentation = Augmentation(padding=2, auto_augment_probability=1.0)
+    batches = [always[step] for step in range(6)]
+    state = torch.get_rng_state()
+    for step in (5, 3, 0):
+        assert same_batch(always[step], batches[step])
+    assert torch.equal(torch.get_rng_state(), state)
+    other_seed = make_train_batches(samples, seed=1)
+    other_seed.augmentation, other_seed.sampler = always.augmentation, plain.sampler
+    changed = [not torch.equal(a, b) for step in range(6) for a, b in zip(batches[step].images, plain[step].images)]
+    assert np.mean(changed) > 0.7  # some policies leave an image as it is
+    for workers in (1, 2):
+        loader = iter(torch.utils.data.DataLoader(always, None, sampler=range(2, 6), num_workers=workers))
+        assert all(same_batch(got, batches[step]) for step, got in zip(range(2, 6), loader))
+    sometimes = make_train_batches(samples)
+    sometimes.augmentation = Augmentation(padding=2, auto_augment_probability=0.3)
+    images = [(step, i) for step in range(30) for i in range(4)]
+    share = np.mean([not torch.equal(sometimes[s].images[i], plain[s].images[i]) for s, i in images])
+    assert 0.1 < share < 0.45

@@ -117,18 +117,6 @@ def test_too_few_identities_for_P_are_refused():
         IdentitySampler([], [], 2, 2, 0)
 
 
-@pytest.mark.parametrize('P, K', [(1, 4), (0, 4), (2, 0), (-1, -1)])
-def test_senseless_P_and_K_are_refused(P, K):
-    with pytest.raises(ValueError, match=f'but P={P}, K={K}'):
-        make([4, 4], 2, P, K)
-
-
-@pytest.mark.parametrize('seed', [-1, 0.5, None])
-def test_a_senseless_seed_is_refused(seed):
-    with pytest.raises(ValueError, match='A seed must be'):
-        make([4, 4], 2, 2, 2, seed=seed)
-
-
 def test_how_many_identities_repeat_images_is_said_once(caplog):
     with caplog.at_level(logging.INFO, 'mgn'):
         _, _, sampler = make([3, 1, 4, 2, 5, 4], 2, 2, 4)

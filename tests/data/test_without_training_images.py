@@ -10,7 +10,7 @@ from thin import thin, train  # noqa: F401 (a fixture)
 
 from mgn import config, evaluation
 from mgn.data import datasets
-from mgn.data.datasets import check_dataset
+from mgn.data.datasets import check_trainable
 from mgn.ops.errors import MissingFile
 
 ONE_EACH = ['0002_c1s1_1.jpg'], ['0001_c2s1_1.jpg'], ['0001_c1s1_1.jpg']
@@ -22,9 +22,8 @@ def test_a_market_layout_without_training_images_is_read(tmp_path, read, caplog)
     dataset = read(str(tmp_path))
     assert [len(part) for part in dataset[2:5]] == [0, 1, 1]
     assert 'train' not in ''.join(record.message for record in caplog.records if record.levelno == logging.WARNING)
-    check_dataset(dataset)
     with pytest.raises(MissingFile) as error:
-        check_dataset(dataset, to_train=True)
+        check_trainable(dataset)
     assert error.value.message.startswith('No folder holds bounding_box_train, query, bounding_box_test; looked for')
     assert f'{tmp_path}/bounding_box_train (missing)\n' in error.value.message
     assert f'{tmp_path}/query\n' in error.value.message
@@ -35,7 +34,7 @@ def test_a_folder_that_has_training_images_is_preferred(tmp_path):
         write_names(tmp_path / alias, train_names, *ONE_EACH[1:])
     dataset = datasets.market1501(str(tmp_path))
     assert dataset.root == f'{tmp_path}/Market-1501' and not dataset.not_to_train
-    check_dataset(dataset, to_train=True)
+    check_trainable(dataset)
     shutil.rmtree(tmp_path / 'Market-1501' / PARTS[0])
     assert datasets.market1501(str(tmp_path)).root == f'{tmp_path}/Market-1501-v15.09.15'
 
@@ -49,7 +48,7 @@ def test_msmt17_without_a_list_or_images_to_train_on_is_read(tmp_path, missing, 
     assert [len(part) for part in dataset[2:5]] == [0, 1, 1]
     assert 'train' not in ''.join(record.message for record in caplog.records if record.levelno == logging.WARNING)
     with pytest.raises(MissingFile, match=rf'(?s){tmp_path}/{missing}\b'):
-        check_dataset(dataset, to_train=True)
+        check_trainable(dataset)
 
 
 def test_images_of_msmt17s_version_2_are_taken_where_those_of_version_1_are_incomplete(tmp_path):

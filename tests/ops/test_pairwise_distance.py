@@ -278,9 +278,8 @@ def test_gradient_is_0_at_distance_0_and_of_zero_vectors(implementation, device,
 def test_a_second_derivative_is_refused(device):
     x = random_features(3, 4, device=device).requires_grad_()
     grad, = torch.autograd.grad(pairwise_distance(x, x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError,
-                       match='pairwise_distance has first derivatives only, but a second was asked for by '
-                             'create_graph=True'):
+    with pytest.raises(RuntimeError, match='Distances and batch-hard mining have first derivatives only, but a second '
+                                           'was asked for by create_graph=True'):
         grad.sum().backward()
 
 

@@ -133,7 +133,7 @@ def test_a_missing_folder_is_a_clear_error(tmp_path):
 
 @pytest.mark.parametrize('path', ['nowhere.pth', '.'])
 def test_what_is_no_file_is_not_found(tmp_path, path):
-    with pytest.raises(FileNotFoundError, match='no file .*, where a checkpoint was expected'):
+    with pytest.raises(FileNotFoundError, match='no file .*, where weights were expected'):
         checkpoint.load(str(tmp_path / path))
 
 
@@ -143,7 +143,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path, length):
     checkpoint.save(str(path), CONTENT)
     whole = path.read_bytes()
     path.write_bytes(whole[:int(length * len(whole)) if length == 0.5 else length])
-    with pytest.raises(ValueError, match='last.pth.*checkpoint of mgn.train'):
+    with pytest.raises(ValueError, match='last.pth (is damaged|cannot be loaded)'):
         checkpoint.load(str(path))
 
 
@@ -190,7 +190,7 @@ class Code:
 def test_what_is_no_checkpoint_is_refused_and_not_run(tmp_path, write):
     path, marker = tmp_path / 'best.pth', tmp_path / 'executed'
     write(path, marker)
-    with pytest.raises(ValueError, match='best.pth.*checkpoint of mgn.train'):
+    with pytest.raises(ValueError, match='best.pth (is damaged|cannot be loaded|is no checkpoint of mgn.train)'):
         checkpoint.load(str(path))
     assert not marker.exists()
 
@@ -238,28 +238,6 @@ def test_ten_keys_are_listed_and_the_others_counted():
     assert str(raised.value).endswith('\nBind another output_dir.')
 
 
-def test_weights_of_another_project_are_loaded_from_a_plain_state_dict(tmp_path, monkeypatch):
-    source, target = nn.Linear(3, 2), nn.Linear(3, 2)
-    torch.save(source.state_dict(), tmp_path / 'weights.pth')
-    monkeypatch.setenv('HOME', str(tmp_path))
-    checkpoint.load_pretrained(target, '~/weights.pth')
-    assert torch.equal(target.weight, source.weight)
-
-
-@pytest.mark.parametrize('write, message', [
-    (lambda path, marker: None, 'but there is no file .*weights.pth'),
-    (lambda path, marker: path.write_text('text'), 'weights.pth does not fit'),
-    (lambda path, marker: torch.save([1], path), 'weights.pth does not fit'),
-    (lambda path, marker: torch.save({'weight': Code(marker)}, path), 'weights.pth does not fit'),
-    (lambda path, marker: torch.save(nn.Linear(3, 3).state_dict(), path), '(?s)does not fit.*size mismatch'),
-    (lambda path, marker: torch.save(nn.Linear(3, 2, bias=False).state_dict(), path), '(?s)does not fit.*Missing')])
-def test_other_files_are_no_weights_of_another_project_and_are_not_run(tmp_path, write, message):
-    write(tmp_path / 'weights.pth', tmp_path / 'executed')
-    with pytest.raises(UserError, match='MGN.pretrained should be a state dict of mynet, ') as raised:
-        checkpoint.load_pretrained(nn.Linear(3, 2), str(tmp_path / 'weights.pth'), 'mynet')
-    assert re.search(message, str(raised.value)) and not (tmp_path / 'executed').exists()
-
-
 @pytest.mark.parametrize('classes', [0, 7])
 def test_a_classifier_of_another_size_is_refused_where_the_whole_model_is_wanted(classes):
     with pytest.raises(ValueError, match='heads.0.classifier.weight'):
@@ -269,7 +247,7 @@ def test_a_classifier_of_another_size_is_refused_where_the_whole_model_is_wanted
 @pytest.mark.parametrize('classes', [0, 7])
 def test_where_features_are_wanted_classifiers_are_dropped(classes):
     source, target = model(classes).state_dict(), model(0)
-    checkpoint.load_model(target, source, 'best.pth', features_only=True)
+    checkpoint.load_model(target, source, 'best.pth', without='.classifier.')
     assert sorted(target.state_dict()) == ['heads.0.reduction.bias', 'heads.0.reduction.weight']
     assert all(torch.equal(value, source[name]) for name, value in target.state_dict().items())
 
@@ -277,6 +255,6 @@ def test_where_features_are_wanted_classifiers_are_dropped(classes):
 def test_where_features_are_wanted_everything_else_is_still_checked():
     state = {**model(7, width=5).state_dict(), 'trunk.0.weight': torch.zeros(1)}
     with pytest.raises(ValueError, match=r'heads.0.reduction.weight has shape \(2, 5\) instead of \(2, 4\)') as raised:
-        checkpoint.load_model(model(0), state, 'best.pth', features_only=True)
+        checkpoint.load_model(model(0), state, 'best.pth', without='.classifier.')
     assert 'trunk.0.weight is unexpected' in str(raised.value)
     assert 'classifier' not in str(raised.value)

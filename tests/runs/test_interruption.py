@@ -164,7 +164,7 @@ import os, signal, sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
 from thin import ThinResNet, train
 from mgn import command_line, model, training
-model.make_resnet = lambda backbone, pretrained: ThinResNet()
+model.make_resnet = lambda backbone, imagenet: ThinResNet()
 real, signals = training.train_step, {signals}
 
 def step(*args):

@@ -23,7 +23,6 @@ def test_the_summary_shows_every_measure_of_the_first_the_best_and_the_last_eval
     assert [(row.split()[0], row.split()[1 + METRICS.index('mAP')]) for row in rows] == [
         ('0', '25.00'), ('1', '75.00'), ('3', '12.50')]
     assert all(len(row) == len(heading) for row in rows) and note.endswith(str(tmp_path))
-    run_log.close()
 
 
 @pytest.mark.parametrize('columns, shown', [(80, True), (0, False)])

@@ -1,0 +1,135 @@
+"""A network as files that run without this project: ONNX, and PyTorch's own format of torch.export.
+
+Both take uint8 (B, 3, H, W) RGB images of the input size, any B, and give L2-normalised float32 features (B, D).
+"""
+
+import json
+import os
+import tempfile
+import time
+import warnings
+from typing import Literal
+
+import gin
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mgn.data.augmentation import normalise
+from mgn.evaluation import load_for_features
+from mgn.features import Extractor, hash_of_weights
+from mgn.ops.errors import UserError
+from mgn.runs.files import writing
+from mgn.runs.log import logger
+
+OPSET, IR_VERSION = 18, 9    # what onnxruntime reads from version 1.16 on, of 2023
+BATCHES = (1, 2, 17)         # that each file is tried with
+TOLERANCE = {'float32': 1e-5, 'float16': 1e-3}  # of cosine distances to PyTorch's float32 features
+ROUNDS = 5                   # of which the fastest is the time shown
+
+
+class Portable(nn.Module):
+    """uint8 images → normalised features, in one graph."""
+
+    def __init__(self, model, dtype):
+        super().__init__()
+        self.model, self.dtype = model.to(dtype), dtype
+
+    def forward(self, images):
+        return F.normalize(self.model(normalise(images).to(self.dtype)).features.float())
+
+
+@gin.configurable(denylist=['checkpoint'])
+def export_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_dir: str | None = None,
+                      precision: Literal['float32', 'float16'] = 'float32') -> None:
+    """Writes model.onnx and model.pt2 into output_dir (None: the working folder), once each gives the right features.
+
+    precision: of weights and arithmetic. Metadata, as JSON in the files: input size, D, precision, hash of the weights,
+    names of what trained them, and the mAP that a checkpoint carries.
+    Raises UserError where the extra `export` is not installed, or features differ; FileError where nothing can be
+    written. A file that was there before is replaced only by one that was tried.
+    """
+    onnxruntime()
+    device, output_dir = torch.device('cpu'), output_dir or os.getcwd()
+    model, extractor = load_for_features(checkpoint, weights, device).eval(), Extractor(device, precision='float32')
+    images = torch.randint(0, 256, (max(BATCHES), 3, *extractor.input_size), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(0))
+    expected, seconds = timed(lambda batch: extractor.forward(model, batch), images)
+    metadata = {'input_size': list(extractor.input_size), 'D': model.feature_dim, 'precision': precision,
+                'weights': hash_of_weights(model), 'mAP': checkpoint.get('mAP'), **model.architecture}
+    network = Portable(model, getattr(torch, precision)).eval()
+    with torch.no_grad():
+        any_batch = ({0: torch.export.Dim('batch')},)
+        program = torch.export.export(network, (images,), dynamic_shapes=any_batch, strict=False)
+    with writing(output_dir, 'Free disk space or bind another output_dir.'):
+        os.makedirs(output_dir, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix='.export', dir=output_dir) as folder:
+            for name, write, read in (('model.onnx', write_onnx, read_onnx), ('model.pt2', write_pt2, read_pt2)):
+                path = os.path.join(folder, name)
+                write(program, images, path, json.dumps(metadata))
+                run = read(path)[0]
+                for size in BATCHES:
+                    check(name, run(images[:size]), expected[:size], TOLERANCE[precision])
+                logger.info('%s: %.1f MB, %.1f ms an image, PyTorch %.1f ms', os.path.join(output_dir, name),
+                            os.path.getsize(path) / 1e6, 1000 * timed(run, images)[1], 1000 * seconds)
+                os.replace(path, os.path.join(output_dir, name))
+
+
+def check(name, features, expected, tolerance):
+    distance = (1 - (features * expected).sum(1)).max().item()
+    if not distance <= tolerance:
+        raise UserError(f'{name} gives features at a cosine distance of {distance:.2g} from those of PyTorch, but '
+                        f'{tolerance:g} is allowed; nothing was written. Export in another precision, or report this')
+
+
+def timed(run, images):
+    """What run(images) gives, and the seconds an image of the fastest of some rounds."""
+    results = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        features = run(images)
+        results.append((time.perf_counter() - start) / len(images))
+    return features, min(results)
+
+
+def onnxruntime():
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"ONNX files need the extra `export`, but {error.name} is missing; pip install 'mgn[export]'"
+                        ) from None
+    return onnxruntime
+
+
+def write_onnx(program, images, path, metadata):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of the exporter about itself
+        made = torch.onnx.export(program, (images,), dynamo=True, opset_version=OPSET, input_names=['images'],
+                                 output_names=['features'], external_data=False, verbose=False)
+    made.model.ir_version = IR_VERSION
+    made.model.metadata_props['mgn'] = metadata
+    made.save(path, external_data=False)
+
+
+def read_onnx(path):
+    """(uint8 images → features, metadata) of a file of write_onnx. UserError where it is something else."""
+    runtime = onnxruntime()
+    try:
+        session = runtime.InferenceSession(path, providers=['CPUExecutionProvider'])
+        metadata = json.loads(session.get_modelmeta().custom_metadata_map['mgn'])
+    except Exception as error:  # foreign bytes can raise nearly anything
+        raise UserError(f'{path} is no ONNX file of mgn.export ({str(error).splitlines()[0]:.200}). Give another file.'
+                        ) from None
+    return lambda images: torch.from_numpy(session.run(None, {'images': images.contiguous().numpy()})[0]), metadata
+
+
+def write_pt2(program, images, path, metadata):
+    torch.export.save(program, path, extra_files={'mgn.json': metadata})
+
+
+def read_pt2(path):
+    files = {'mgn.json': ''}
+    module = torch.export.load(path, extra_files=files).module()
+    return torch.no_grad()(module), json.loads(files['mgn.json'])

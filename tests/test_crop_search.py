@@ -1,0 +1,152 @@
+"""Search in a folder of crops: the nearest are those of a sort; what is kept, made again, refused or left out."""
+
+import json
+import logging
+import os
+
+import gin
+import numpy as np
+import pytest
+import torch
+from conftest import write_image
+from thin import thin  # noqa: F401
+
+from mgn import crop_search, evaluation, feature_files
+from mgn.crop_search import search
+from mgn.data.datasets import Sample, market_layout
+from mgn.features import Extractor
+from mgn.model import MGN
+from mgn.ops.errors import UserError
+
+pytestmark = pytest.mark.usefixtures('thin')
+SIZE = (48, 24)
+
+
+@pytest.fixture
+def content():
+    gin.bind_parameter('Extractor.input_size', SIZE)
+    gin.bind_parameter('Extractor.workers', 0)
+    gin.bind_parameter('Extractor.batch_size', 3)
+    gin.bind_parameter('MGN.embedding_dim', 8)
+    torch.manual_seed(0)
+    return {'model': MGN(0).state_dict()}
+
+
+@pytest.fixture
+def crops(tmp_path):
+    for i in range(11):
+        write_image(tmp_path / 'crops' / ('deep/er' if i % 2 else '') / f'{i}.png', i, (30 + i, 20))
+    return tmp_path / 'crops'
+
+
+def found(content, capsys, **options):
+    search(content, 'best.pth', device='cpu', format='json', **options)
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def features_of(content, paths):
+    model = MGN(0)
+    model.load_state_dict(content['model'])
+    return Extractor(torch.device('cpu')).features(model, [Sample(path, 0, 0) for path in paths]).double()
+
+
+def test_the_nearest_are_those_of_a_sort_and_a_second_search_makes_no_gallery_feature(content, crops, capsys, caplog):
+    for i in range(4):
+        write_image(crops.parent / 'people' / f'{i}.jpg', 90 + i)
+    queries = [str(crops.parent / 'people' / f'{i}.jpg') for i in range(4)]
+    paths = sorted(str(path) for path in crops.rglob('*.png'))
+    with caplog.at_level(logging.INFO):
+        first = found(content, capsys, query=str(crops.parent / 'people'), gallery=str(crops), k=4)
+        again = found(content, capsys, query=str(crops.parent / 'people'), gallery=str(crops), k=4)
+    assert first == again and [row['query'] for row in first] == queries
+    cosines = features_of(content, queries) @ features_of(content, paths).T
+    for row, cosine in zip(first, cosines):
+        order = cosine.argsort(descending=True)[:4]
+        assert [crop['path'] for crop in row['nearest']] == [paths[i] for i in order]
+        assert [crop['similarity'] for crop in row['nearest']] == pytest.approx(cosine[order].tolist(), abs=2e-6)
+    assert 'features of 0 images are kept, 11 are to be made' in caplog.text
+    assert 'features of 11 images are kept, 0 are to be made' in caplog.text
+    assert os.listdir(f'{crops}.features') == ['00000001.npz']
+
+
+def test_only_new_and_changed_images_are_made_vanished_ones_not_found(content, crops, capsys, caplog, monkeypatch):
+    monkeypatch.setattr(crop_search, 'IMAGES_OF_A_PART', 4)
+    query = str(crops / '0.png')
+    found(content, capsys, query=query, gallery=str(crops))
+    os.remove(crops / '2.png')
+    write_image(crops / '4.png', 77, (50, 20))
+    write_image(crops / 'new.jpg', 78)
+    with caplog.at_level(logging.INFO):
+        rows = found(content, capsys, query=query, gallery=str(crops), k=20)[0]['nearest']
+    assert 'features of 9 images are kept, 2 are to be made' in caplog.text
+    paths = sorted(str(path) for path in crops.rglob('*.*g'))
+    assert sorted(row['path'] for row in rows) == paths and rows[0]['path'] == query
+    cosines = dict(zip(paths, (features_of(content, [query]) @ features_of(content, paths).T)[0].tolist()))
+    assert {row['path']: row['similarity'] for row in rows} == pytest.approx(cosines, abs=2e-6)
+
+
+def test_unreadable_crops_are_named_and_left_out_each_time(content, crops, capsys, caplog):
+    (crops / '00.jpg').write_text('no image')
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert len(found(content, capsys, query=str(crops / '0.png'), gallery=str(crops), k=99)[0]['nearest']) == 11
+        assert 'images cannot be read and are left out' in caplog.text and '00.jpg: ' in caplog.text
+    with pytest.raises(UserError, match='No image in .* can be read'):
+        search(content, 'best.pth', query=str(crops / '0.png'), gallery=str(crops / '00.jpg'),
+               features_dir=str(crops / 'f'), device='cpu')
+
+
+def test_kept_features_of_other_weights_or_damaged_ones_are_refused(content, crops, capsys):
+    places = dict(query=str(crops / '0.png'), gallery=str(crops))
+    found(content, capsys, **places)
+    other = {'model': {name: tensor * 0.5 if tensor.is_floating_point() else tensor
+                       for name, tensor in content['model'].items()}}
+    with pytest.raises(UserError, match='other weights or settings; bind another features_dir, or remove'):
+        found(other, capsys, **places)
+    part = f'{crops}.features/00000001.npz'
+    whole = open(part, 'rb').read()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for place in rng.integers(len(whole), size=60):
+        with open(part, 'wb') as file:
+            file.write(bytes([*whole[:place], whole[place] ^ 255, *whole[place + 1:]]))
+        try:
+            found(content, capsys, **places)
+        except UserError as error:
+            assert 'remove' in str(error)
+            refused += 1
+    assert refused > 40  # headers of a zip file have bytes without meaning
+    with open(part, 'wb') as file:
+        file.write(whole[:-30])
+    with pytest.raises(UserError, match='is damaged: .*; remove it, and its features are made again'):
+        found(content, capsys, **places)
+
+
+def test_the_gallery_of_an_extraction_is_searched_without_its_images(content, market, tmp_path, capsys):
+    extractor, dataset = Extractor(torch.device('cpu')), market_layout(str(market))
+    model = evaluation.load_for_features(content, 'x', torch.device('cpu'))
+    feature_files.write_features(model, dataset, extractor, str(tmp_path / 'kept'))
+    query = dataset.query[0].path
+    rows = found(content, capsys, query=query, gallery=str(tmp_path / 'kept'), k=3)[0]['nearest']
+    paths = [sample.path for sample in dataset.gallery]
+    cosine = (features_of(content, [query]) @ features_of(content, paths).T)[0]
+    assert [os.path.basename(row['path']) for row in rows] == [
+        os.path.basename(paths[i]) for i in cosine.argsort(descending=True)[:3]]
+    gin.bind_parameter('Extractor.input_size', (32, 32))
+    with pytest.raises(UserError, match='(?s)other weights, settings or images:.*input_size'):
+        found(content, capsys, query=query, gallery=str(tmp_path / 'kept'))
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(query=None), 'A query is needed; give'), (dict(gallery=None), 'A gallery is needed'),
+    (dict(query='nowhere'), 'no image in nowhere'), (dict(gallery='nowhere'), 'no image in nowhere')])
+def test_what_is_missing_is_said(content, crops, options, message):
+    with pytest.raises(UserError, match=message):
+        search(content, 'best.pth', **{**dict(query=str(crops), gallery=str(crops), device='cpu'), **options})
+
+
+def test_text_is_a_line_for_the_query_and_for_each_crop(content, crops, capsys):
+    search(content, 'best.pth', query=str(crops / '0.png'), gallery=str(crops), device='cpu', k=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(crops / '0.png') and lines[1] == f'  1.0000  {crops}/0.png' and len(lines) == 3

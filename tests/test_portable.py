@@ -1,0 +1,91 @@
+"""Exported files: the features of `embed` by onnxruntime and by PyTorch, metadata, and what is refused."""
+
+import logging
+import os
+from importlib.util import find_spec
+
+import gin
+import pytest
+import torch
+from test_model import shake
+from thin import thin  # noqa: F401
+
+import mgn
+from mgn import portable
+from mgn.model import MGN
+from mgn.ops.errors import UserError
+
+pytestmark = [pytest.mark.usefixtures('thin'),
+              pytest.mark.skipif(not all(map(find_spec, ('onnx', 'onnxscript', 'onnxruntime'))),
+                                 reason="the extra `export` is not installed; pip install -e '.[export]' does")]
+SIZE = (112, 48)  # maps of 7 rows: three stripes share some of them
+
+
+def export(folder, *bindings, mAP=0.25):
+    """Exports a thin MGN with weights as after some training; returns it."""
+    gin.parse_config([f'Extractor.input_size = {SIZE}', 'MGN.embedding_dim = 8', *bindings])
+    torch.manual_seed(0)
+    model = shake(MGN(0, pretrained=False)).eval()
+    portable.export_checkpoint({'model': model.state_dict(), 'mAP': mAP}, 'best.pth', str(folder))
+    return model
+
+
+def images(count, size=SIZE):
+    return torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize('bindings', [
+    [], pytest.param(["MGN.pooling = 'gem'", "MGN.first_pooling = 'ceil'", 'MGN.reduction_bn = False'],
+                     marks=pytest.mark.long),
+    pytest.param(["MGN.pooling = 'avg'", 'MGN.bnneck = False'], marks=pytest.mark.long)])
+def test_both_files_give_the_features_of_the_model_for_any_batch(tmp_path, bindings, caplog):
+    with caplog.at_level(logging.INFO):
+        model = export(tmp_path, *bindings)
+    assert sorted(os.listdir(tmp_path)) == ['model.onnx', 'model.pt2']
+    embedder = mgn.load(str(tmp_path / 'model.onnx'))
+    module, metadata = portable.read_pt2(str(tmp_path / 'model.pt2'))
+    for count in (1, 2, 5, 33):
+        want = portable.Portable(model, torch.float32)(images(count))
+        assert (embedder.embed(images(count)) - want).abs().max() < 1e-5 and want.std() > 0.01
+        assert (module(images(count)) - want).abs().max() < 1e-5
+    assert embedder.input_size == SIZE and embedder.dim == model.feature_dim
+    assert embedder.embed([images(1, (30, 20))[0], images(1, (200, 90))[0]]).shape == (2, model.feature_dim)
+    assert embedder.embed([]).shape == (0, model.feature_dim)
+    assert metadata['mAP'] == 0.25 and metadata['D'] == model.feature_dim and metadata['precision'] == 'float32'
+    assert len(metadata['weights']) == 64 and metadata['input_size'] == [*SIZE]
+    assert caplog.text.count(' ms an image, PyTorch ') == 2
+
+
+@pytest.mark.long
+def test_float16_files_have_fewer_bytes_a_weight_and_are_near(tmp_path):
+    export(tmp_path / 'float32')
+    model = export(tmp_path / 'float16', "export_checkpoint.precision = 'float16'")
+    sizes = [os.path.getsize(tmp_path / precision / 'model.onnx') for precision in ('float16', 'float32')]
+    assert sizes[1] - sizes[0] > 1.2 * sum(parameter.numel() for parameter in model.parameters())
+    want = portable.Portable(model, torch.float32)(images(3))
+    for got in (mgn.load(str(tmp_path / 'float16' / 'model.onnx')).embed(images(3)),
+                portable.read_pt2(str(tmp_path / 'float16' / 'model.pt2'))[0](images(3))):
+        assert (1 - (got * want).sum(1)).max() < 1e-3 and got.dtype == torch.float32
+
+
+def test_a_file_that_gives_other_features_is_not_written(tmp_path, monkeypatch):
+    (tmp_path / 'model.onnx').write_text('before')
+    read = portable.read_onnx
+    monkeypatch.setattr(portable, 'read_onnx', lambda path: (lambda x: read(path)[0](x).flip(1), {}))
+    with pytest.raises(UserError, match='model.onnx gives features at a cosine distance of .* nothing was written'):
+        export(tmp_path)
+    assert os.listdir(tmp_path) == ['model.onnx'] and (tmp_path / 'model.onnx').read_text() == 'before'
+
+
+def test_what_is_no_exported_file_is_refused(tmp_path):
+    (tmp_path / 'a.onnx').write_bytes(bytes(range(256)))
+    for path in ('a.onnx', 'nowhere.onnx'):
+        with pytest.raises(UserError, match=f'{path} is no ONNX file of mgn.export'):
+            mgn.load(str(tmp_path / path))
+
+
+def test_without_the_extra_the_command_that_installs_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__('sys').modules, 'onnxruntime', None)
+    with pytest.raises(UserError, match=r"the extra `export`, but onnxruntime is missing; pip install 'mgn\[export\]'"):
+        export(tmp_path)
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,250 @@
+"""Weights of other projects: what is recognised, converted, chosen and refused; evaluation, training and mgn.load."""
+
+import logging
+import re
+
+import gin
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from fastreid_layouts import state_of
+from PIL import Image
+from test_model import images, shake
+
+import mgn
+from mgn import config, evaluation, weights
+from mgn.data.augmentation import normalise
+from mgn.data.datasets import market_layout
+from mgn.features import Extractor
+from mgn.model import MGN
+from mgn.ops.errors import UserError
+from mgn.runs import checkpoint
+
+CPU = torch.device('cpu')
+LAYOUTS = {'A': dict(pooling='gem', last_strides=(1, 1, 1)),
+           'A without GeM': dict(pooling='max', last_strides=(2, 1, 1)),
+           'B': dict(pooling='gem', last_strides=(1, 1, 1), first_pooling='ceil', reduction_bn=False,
+                     reduction_relu=False)}
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+    yield
+    gin.clear_config()
+
+
+def model_of(layout, classes=5, backbone='resnet50_ibn', seed=0):
+    torch.manual_seed(seed)
+    model = shake(MGN(classes, backbone, pretrained=False, embedding_dim=8, **LAYOUTS[layout]))
+    if layout.startswith('A') and model.architecture['pooling'] == 'gem':  # one exponent for all heads
+        for pool in model.pools:
+            pool.p.data.fill_(2.5)
+    return model.eval()
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    """{layout: (path, model)}: B plain, the others with IBN; A as torch up to 1.5 wrote it, NumPy's numbers inside."""
+    folder, result = tmp_path_factory.mktemp('weights'), {}
+    for layout in LAYOUTS:
+        model = model_of(layout, 751, 'resnet50' if layout == 'B' else 'resnet50_ibn')
+        path = str(folder / f'{layout}.pth')
+        content = {'model': state_of(model, layout[0]), 'iteration': 7, 'best': np.float64(0.5), 'n': np.int64(3)}
+        torch.save(content, path, _use_new_zipfile_serialization=layout == 'B')
+        result[layout] = path, model
+    return result
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_a_file_of_fast_reid_becomes_a_checkpoint_with_the_options_that_it_needs(files, layout, caplog):
+    path, model = files[layout]
+    with caplog.at_level(logging.INFO):
+        content = weights.load_checkpoint(path)
+    assert content['num_classes'] == 751 and content['step'] == 7
+    assert content['model'].keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in content['model'].items())
+    for name, value in model.architecture.items():
+        assert f'MGN.{name} = {tuple(value) if isinstance(value, list) else value!r}\n' in content['config']
+    assert content['config'].endswith('dataset = @market1501()')
+    lines = [record.message for record in caplog.records]
+    assert lines[0].endswith(f'MGN of fast-reid, layout {layout[0]}, {model.architecture["backbone"]} of 751 classes')
+    assert re.fullmatch(rf'{len(content["model"])} tensors, (8|16) of them converted; missing: none', lines[1])
+    assert lines[2] == 'left out: pixel_mean, pixel_std'
+    chosen = {line.split(' = ')[0] for line in lines[3:]}
+    expected = {'MGN.first_pooling', 'MGN.reduction_relu', 'MGN.last_strides', 'dataset'}
+    assert chosen == expected | ({'MGN.pooling'} if 'without' in layout else set())
+    assert len(lines) == 3 + len(chosen)
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_load_embeds_as_the_model_whose_weights_were_saved(files, layout):
+    path, model = files[layout]
+    embedder = mgn.load(path, device='cpu')
+    batch = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 384, 128), dtype=np.uint8))
+    with torch.no_grad():
+        want = F.normalize(model(normalise(batch)).features)
+    got = embedder.embed(batch)
+    assert got.shape == (3, embedder.dim) and got.dtype == torch.float32 and embedder.input_size == (384, 128)
+    assert (got - want).abs().max() < 1e-5 and want.std() > 0.01
+
+
+def test_a_file_of_fast_reid_is_evaluated_with_the_users_bindings_over_its_own(files, market, tmp_path):
+    bindings = [f"data_root = '{market}'", 'dataset = @market_layout()', 'input_size = (96, 32)', 'workers = 0',
+                "device = 'cpu'", f"output_dir = '{tmp_path}'"]
+    path, model = files['A without GeM']
+    found = []
+    for pooling in ('max', 'avg'):
+        content = config.load_checkpoint([], [*bindings, f"weights = '{path}'", f"MGN.pooling = '{pooling}'"])
+        results = evaluation.evaluate_checkpoint(content)
+        assert results['step'] == 7 and results['queries'] == 3
+        found.append(results['mAP'])
+    dataset, extractor = market_layout(str(market)), Extractor(CPU, (96, 32), workers=0)
+    assert evaluation.evaluate(model, dataset, CPU, extractor=extractor)['mAP'] == pytest.approx(found[0], abs=1e-9)
+
+
+def test_convert_writes_a_checkpoint_that_gives_the_same_features(files, tmp_path):
+    path, _ = files['A']
+    bindings = [f"weights = '{path}'", f"output_dir = '{tmp_path / 'new'}'"]
+    evaluation.convert_checkpoint(config.load_checkpoint([], bindings))
+    converted = mgn.load(str(tmp_path / 'new' / 'A_mgn.pth'), device='cpu')
+    batch = torch.randint(0, 256, (2, 3, 90, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(converted.embed(batch), mgn.load(path, device='cpu').embed(batch))
+    assert '@market1501()' in checkpoint.load(str(tmp_path / 'new' / 'A_mgn.pth'))['config']
+
+
+@pytest.mark.parametrize('source', ['A', 'ours'])
+def test_training_starts_from_a_whole_mgn_with_new_classifiers(files, tmp_path, source, caplog):
+    path, model = files['A']
+    if source == 'ours':
+        path = str(tmp_path / 'best.pth')
+        bound = '\n'.join(f'MGN.{name} = {value!r}' for name, value in model.architecture.items())
+        checkpoint.save(path, {'config': bound, 'num_classes': 751, 'step': 1, 'model': model.state_dict()})
+    new = MGN(9, 'resnet50_ibn', pretrained=path, embedding_dim=8, **LAYOUTS['A'])
+    for name, value in new.state_dict().items():
+        if 'classifier' in name:
+            assert value.shape == (9, 8) and value.std() < 0.002
+        else:
+            assert torch.equal(value, model.state_dict()[name])
+    with pytest.raises(UserError, match=r"(?s)bn1.BN.weight is unexpected.*MGN.backbone = 'resnet50_ibn': bind that"):
+        MGN(9, 'resnet50', pretrained=path, embedding_dim=8, **LAYOUTS['A'])
+    with caplog.at_level(logging.WARNING):
+        MGN(9, 'resnet50_ibn', pretrained=path, embedding_dim=8, **{**LAYOUTS['A'], 'last_strides': (2, 1, 1)})
+    assert 'was trained with MGN.last_strides = ' in caplog.text
+
+
+def test_a_model_that_a_checkpoint_will_replace_does_not_read_the_file(tmp_path):
+    MGN(9, 'resnet18', pretrained=str(tmp_path / 'nowhere.pth'), fresh=False)
+
+
+def saved(tmp_path, change, layout='A'):
+    """The path of a file of a small state dict in fast-reid's names, changed by `change`, which takes and edits it."""
+    model = MGN(3, 'resnet50', pretrained=False, embedding_dim=2, **LAYOUTS[layout])
+    state = state_of(model, layout[0])
+    content = change(state)
+    torch.save({'model': state} if content is None else content, tmp_path / 'w.pth')
+    return str(tmp_path / 'w.pth')
+
+
+def drop(state, beginning):
+    for key in [key for key in state if key.startswith(beginning)]:
+        del state[key]
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda state: state.update({'b1.se.weight': torch.zeros(1)}), '1 keys do not, the first of them b1.se.weight'),
+    (lambda state: state.update({'backbone.NL_1.0.g': torch.zeros(1)}), 'NL_1.0.g is unexpected'),
+    (lambda state: state.update(pixel_mean=torch.tensor([0.5, 0.5, 0.5])), r'pixel_mean = \[0.5, 0.5, 0.5\]'),
+    (lambda state: state.update({'b1_head.bnneck.weight': 'x'}), "1 keys do not.*is no tensor, but 'x'"),
+    (lambda state: state.update({'b2_pool.1.weight': torch.zeros(2, 2)}), r'heads.1.reduction.* has shape \(2, 2\)'),
+    (lambda state: drop(state, 'b33_pool.1'), 'heads.7.reduction.weight is missing'),
+    (lambda state: drop(state, 'b21_pool.0.p'), 'pools.1.p is missing'),
+    (lambda state: drop(state, 'b1.0.4.'), '4 blocks of b1.0'),
+    (lambda state: {'model': {}}, 'holds no weights by name'),
+    (lambda state: {'a.weight': torch.zeros(1), 'b': torch.zeros(2)}, '2 keys do not, the first of them a.weight, b'),
+    (lambda state: [1, 2], 'holds no weights by name, but list'),
+    (lambda state: dict.fromkeys(['conv1.weight', 'layer1.0.conv1.weight'], torch.zeros(1)), 'backbone without heads'),
+], ids=range(12))
+def test_what_fits_no_layout_is_refused_with_the_keys_that_do_not(tmp_path, change, message):
+    with pytest.raises(UserError, match=f'(?s)w.pth.*({message})'):
+        mgn.load(saved(tmp_path, change), device='cpu')
+
+
+class Code:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, 'w')
+
+
+@pytest.mark.parametrize('legacy', [True, False])
+def test_a_file_from_elsewhere_executes_nothing(tmp_path, legacy):
+    content = {'model': {'conv1.weight': torch.zeros(1)}, 'optimizer': Code(tmp_path / 'executed')}
+    torch.save(content, tmp_path / 'w.pth', _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UserError, match=r'w.pth cannot be loaded as weights \(it asks for the code .*open\)'):
+        weights.load_checkpoint(str(tmp_path / 'w.pth'))
+    assert not (tmp_path / 'executed').exists()
+
+
+@pytest.mark.parametrize('classes, dataset', [(751, 'market1501'), (702, 'dukemtmcreid'), (1041, 'msmt17'), (3, None)])
+def test_the_number_of_classes_chooses_a_published_data_set(tmp_path, classes, dataset):
+    def change(state):
+        for key in state:
+            if key.endswith('classifier.weight'):
+                state[key] = torch.zeros(classes, 2)
+    found = weights.load_checkpoint(saved(tmp_path, change))['config']
+    assert re.findall(r'dataset = @(\w+)\(\)', found) == ([dataset] if dataset else [])
+
+
+def test_images_of_every_kind_give_the_features_of_extraction(files, market):
+    embedder = mgn.load(files['B'][0], device='cpu', batch_size=2)
+    dataset = market_layout(str(market))
+    paths = [sample.path for sample in dataset.query]
+    want = Extractor(CPU, (384, 128), workers=0).features(files['B'][1], dataset.query)
+    arrays = [np.array(Image.open(path)) for path in paths]
+    tensor = torch.stack([torch.from_numpy(array).permute(2, 0, 1) for array in arrays])
+    for given in (paths, [Image.open(path) for path in paths], arrays, tensor, [tensor[0], paths[1], arrays[2]]):
+        assert (embedder.embed(given) - want).abs().max() <= 1e-6
+    assert (embedder.embed([array[..., ::-1] for array in arrays], bgr=True) - want).abs().max() <= 1e-6
+    assert (embedder.embed(tensor.flip(1), bgr=True) - want).abs().max() <= 1e-6
+    assert embedder.embed([]).shape == (0, embedder.dim)
+
+
+@pytest.mark.parametrize('image', [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), torch.zeros(3, 4, 4), 5, None,
+                                   np.zeros((0, 4, 3), np.uint8), torch.zeros(1, 4, 4, dtype=torch.uint8)])
+def test_what_is_no_image_is_refused(files, image):
+    with pytest.raises(UserError, match='Images must be a .* uint8 tensor, or a list of paths'):
+        mgn.load(files['B'][0], device='cpu').embed([image])
+
+
+@pytest.mark.parametrize('device', [5, None, True, 2.5, [], {}, 10 ** 5000, torch.device('cpu')], ids=type)
+def test_a_device_that_is_no_name_is_a_sentence(files, device):
+    with pytest.raises(UserError, match='^device must be a string that is not empty, found '):
+        mgn.load(files['B'][0], device)
+
+
+@pytest.mark.parametrize('precision', ['int8', None, 16, ['float32']])
+def test_other_precisions_are_refused(files, precision):
+    choices = "'auto' or 'float32' or 'bfloat16' or 'float16'"
+    with pytest.raises(UserError, match=f'^precision must be {choices}, found '):
+        mgn.load(files['B'][0], 'cpu', precision)
+
+
+@pytest.mark.parametrize('batch_size', [0, 4097, 2.0, None])
+def test_other_batch_sizes_are_refused(files, batch_size):
+    with pytest.raises(UserError, match='^batch_size must be an integer from 1 to 4096, found '):
+        mgn.load(files['B'][0], 'cpu', batch_size=batch_size)
+
+
+def test_a_crafted_configuration_of_a_checkpoint_is_refused_by_load(tmp_path):
+    model = MGN(0, 'resnet18', pretrained=False)
+    content = {'num_classes': 0, 'step': 0, 'model': model.state_dict(), 'config': "MGN.backbone = 'resnet18'"}
+    checkpoint.save(str(tmp_path / 'fine.pth'), content)
+    assert mgn.load(str(tmp_path / 'fine.pth'), 'cpu').embed(images(1).byte()).shape == (1, 2048)
+    for text, message in (('MGN.parts = "abc"', 'MGN.parts must be values in parentheses'),
+                          ('MGN.bnneck = 3', 'True or False'), ('MGN.parts = (1', 'cannot be read'),
+                          ('input_size = 3', 'input_size must be values in parentheses')):
+        checkpoint.save(str(tmp_path / 'bad.pth'), {**content, 'config': text})
+        with pytest.raises(UserError, match=message):
+            mgn.load(str(tmp_path / 'bad.pth'), 'cpu')
