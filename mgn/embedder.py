@@ -12,7 +12,7 @@ from mgn.data.images import Decoder, rgb_array, to_batch
 from mgn.devices import find_device
 from mgn.features import Extractor
 from mgn.model import MGN
-from mgn.ops.arguments import shown
+from mgn.ops.arguments import integer, shown, truth
 from mgn.ops.errors import UserError
 from mgn.runs import checkpoint
 
@@ -24,8 +24,13 @@ class Embedder:
     """
 
     def __init__(self, path, device='auto', precision='float32', flip_test=False, batch_size=64):
+        integer(batch_size, 'batch_size', 1, 4096, '64 is usual')
+        truth(flip_test, 'flip_test', 'True averages the features of image and mirrored image')
         self.decode, self.batch_size = Decoder(), batch_size
         if str(path).endswith('.onnx'):
+            if flip_test or precision not in ('auto', 'float32') or device not in ('auto', 'cpu'):
+                raise UserError(f'{path} runs on the CPU, as it was exported: leave out device, precision '
+                                f'and flip_test')
             self.open_onnx(path)
         else:
             self.open_weights(path, device, precision, flip_test)
@@ -37,14 +42,17 @@ class Embedder:
     def open_weights(self, path, device, precision, flip_test):
         content = weights.load_checkpoint(path)
         values = weights.saved_values(content['config'], path)
-        options = {name: values[f'MGN.{name}'] for name in inspect.signature(MGN).parameters if f'MGN.{name}' in values}
+        options = {name: values.get(f'MGN.{name}', parameter.default)  # those of the caller's gin are of other networks
+                   for name, parameter in inspect.signature(MGN).parameters.items()}
+        options |= {'num_classes': 0, 'fresh': False}
         for name, annotation in annotations.of_parameters(MGN).items():
             if name in options and not annotations.fits(value := options[name], annotation):
                 raise UserError(f'{path} should bind MGN.{name} to {annotations.in_words(annotation)}, but has '
                                 f'{shown(value)}; give another file')
         self.device, self.input_size = find_device(device), values.get('input_size', (384, 128))
         extractor = Extractor(self.device, self.input_size, self.batch_size, 0, flip_test, precision)
-        model = MGN(**{**options, 'num_classes': 0, 'fresh': False})
+        with torch.random.fork_rng(devices=()):  # the caller's random numbers stay as they would be
+            model = MGN(**options)
         checkpoint.load_model(model, content['model'], path, features_only=True)
         model.to(self.device, memory_format=torch.channels_last).eval()
         self.dim, self.forward = model.feature_dim, functools.partial(extractor.forward, model)
@@ -62,6 +70,9 @@ class Embedder:
         Raises:
             UserError: another kind of image, or one that cannot be read.
         """
+        if not isinstance(images, (list, tuple, torch.Tensor, np.ndarray)):
+            raise UserError(f'embed takes a list of images or a tensor of them, not {shown(images)}; put it '
+                            f'into a list')
         parts = [torch.empty(0, self.dim)]
         for first in range(0, len(images), self.batch_size):
             batch = [self.as_tensor(image, bgr) for image in images[first:first + self.batch_size]]
@@ -73,7 +84,10 @@ class Embedder:
         if isinstance(image, (str, bytes)) or hasattr(image, '__fspath__'):
             return self.decode(image)
         if isinstance(image, Image.Image):
-            return torch.from_numpy(rgb_array(image)).permute(2, 0, 1)
+            try:
+                image, bgr = rgb_array(image), False
+            except OSError as error:  # Pillow reads the file now
+                raise UserError(f'A PIL image cannot be read: {error}; give another') from error
         if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
             image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         if not isinstance(image, torch.Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3 or (

@@ -69,7 +69,7 @@ class Extractor:
             for batch in loader:
                 leave_if_nothing_is_lost()
                 if batch.unreadable:
-                    unreadable = '\n  '.join(batch.unreadable)
+                    unreadable = '\n  '.join(batch.unreadable.values())
                     raise UserError(f'Evaluation needs every image, and these cannot be read:\n  {unreadable}\n'
                                     f'restore the files or remove them from the data set')
                 features = self.forward(model, batch.images)

@@ -6,8 +6,10 @@ Known are, beside checkpoints of this project:
 - backbones in torchvision's names, plain or with IBN (IBN-Net's resnet50_ibn_a-….pth and its like).
 """
 
+import inspect
 import logging
 import os
+import re
 import tokenize
 from typing import NamedTuple
 
@@ -67,8 +69,9 @@ def load_checkpoint(path):
         lines.append(f'dataset = @{dataset}()')
         logger.info('dataset = @%s(), unless bound otherwise: by the %d classes', dataset, weights.num_classes)
     step = content.get('iteration')
-    return {'config': '\n'.join(lines), 'num_classes': weights.num_classes, 'step': step if type(step) is int else 0,
-            'model': weights.state, 'losses': None, 'average': None, 'mAP': None}
+    step = step if type(step) is int and 0 <= step < 2 ** 31 else 0
+    return {'config': '\n'.join(lines), 'num_classes': weights.num_classes, 'step': step, 'model': weights.state,
+            'losses': None, 'average': None, 'mAP': None}
 
 
 def read(path):
@@ -108,8 +111,10 @@ def load_backbone(resnet, weights, name):
 def load_all_but_classifiers(model, weights):
     """Loads the weights of a whole MGN; the model keeps its own classifiers."""
     tell(weights)
-    differing = [f'MGN.{name} = {value!r}' for name, value in weights.options.items()
-                 if model.architecture.get(name, value) != (list(value) if isinstance(value, tuple) else value)]
+    made_with = {name: weights.options.get(name, parameter.default)  # a configuration does not bind all
+                 for name, parameter in inspect.signature(type(model)).parameters.items() if name in model.architecture}
+    differing = [f'MGN.{name} = {value!r}' for name, value in made_with.items()
+                 if model.architecture[name] != (list(value) if isinstance(value, tuple) else value)]
     own = {key: tensor for key, tensor in model.state_dict().items() if '.classifier.' in key}
     state = {key: tensor for key, tensor in weights.state.items() if '.classifier.' not in key}
     checkpoint.load_model(model, {**state, **own}, weights.path, remedy=(
@@ -138,12 +143,12 @@ def from_elsewhere(content, path):
         state = state[field] if isinstance(state, dict) and isinstance(state.get(field), dict) else state
     if not isinstance(state, dict) or not state:
         raise UserError(f'{path} holds no weights by name, but {type(state).__name__}. {KNOWN}.')
-    if all(str(key).startswith('module.') for key in state):
-        state = {key.removeprefix('module.'): value for key, value in state.items()}
     bad = [f'{key} ({fault})' for key, value in state.items() if (fault := checkpoint.misfit(value, value))]
+    bad += [f'{key!r} (no name)' for key in state if not isinstance(key, str)]
     if bad:
         refuse(path, bad)
-    state = dict(state)
+    if all(key.startswith('module.') for key in state):
+        state = {key.removeprefix('module.'): value for key, value in state.items()}
     for key in [key for key in state if key.endswith('.running_var')]:  # PyTorch before 0.4.1 had no such counter
         state.setdefault(key.replace('running_var', 'num_batches_tracked'), torch.zeros((), dtype=torch.int64))
     if 'b1.0.0.conv1.weight' in state and 'backbone.0.weight' in state:
@@ -172,18 +177,23 @@ def from_fastreid(state, path):
         refuse(path, unknown or [f'{third} blocks of b1.0, where ResNet-50 has 5 and ResNet-101 has 22'])
     for key, expected in zip(('pixel_mean', 'pixel_std'), (MEAN, STD)):
         if key in left_out and [round(x, 3) for x in state[key].flatten().tolist()] != [*expected]:
-            raise UserError(f'{path} normalises images by {key} = {state[key].flatten().tolist()}, but this project by '
-                            f'{expected}. Give other weights.')
+            raise UserError(f'{path} normalises images by {key} = {state[key].flatten().tolist()!s:.99}, but this '
+                            f'project by {expected}. Give other weights.')
+    key_of = {name: key for key, name in names.items()}
+    bad = [f'{key} (the same as {key_of[name]})' for key, name in names.items() if key_of[name] != key]
+    bad += [f'{key} (one number)' for key in names if not state[key].ndim and not key.endswith('batches_tracked')]
+    if bad:
+        refuse(path, bad)
     ours = {names[key]: state[key] for key in names}
     converted = [key for key in names if names[key].endswith(('.reduction.weight', '.p'))]
-    exponents = {h: ours.pop(f'heads.{h}.p').flatten() for h in range(len(HEADS)) if f'heads.{h}.p' in ours}
+    exponents = {h: ours.pop(f'heads.{h}.p').flatten()[:2] for h in range(len(HEADS)) if f'heads.{h}.p' in ours}
     gem = len(exponents) > 0
     for branch, heads in POOLS.items():
         if gem and exponents.keys() >= {*heads}:  # where one is missing, so is the whole to those who load it
             ours[f'pools.{branch}.p'] = torch.cat([exponents[h] for h in heads])
     for h in range(len(HEADS)):
-        if f'heads.{h}.reduction.weight' in ours:
-            ours[f'heads.{h}.reduction.weight'] = ours[f'heads.{h}.reduction.weight'].flatten(1)
+        if (reduction := ours.get(f'heads.{h}.reduction.weight')) is not None and reduction.ndim == 4:
+            ours[f'heads.{h}.reduction.weight'] = reduction.flatten(1)
     ibn = '_ibn' if 'backbone.4.0.bn1.IN.weight' in state else ''
     options = {'backbone': DEPTHS[third] + ibn, 'parts': (1, 2, 3),
                'last_strides': (1, 1, 1) if gem or layout == 'B' else (2, 1, 1),
@@ -204,9 +214,8 @@ def our_name(key, third):
     if first == 'backbone':
         return f'trunk.{rest}'
     if first in HEADS[:3]:
-        layer, block, *rest = rest.split('.')
-        if layer in ('0', '1') and block.isdecimal():
-            return '.'.join(['branches', str(HEADS.index(first)), str(int(block) + third * int(layer)), *rest])
+        if place := re.fullmatch(r'([01])\.(\d{1,2})\.(.+)', rest):
+            return f'branches.{HEADS.index(first)}.{int(place[2]) + third * int(place[1])}.{place[3]}'
     for h, head in enumerate(HEADS):
         for theirs, ours in IN_HEADS.items():
             if key == head + theirs or theirs.endswith('.') and key.startswith(head + theirs):

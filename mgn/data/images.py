@@ -43,7 +43,7 @@ class TrainBatch(NamedTuple):
 
 class TestBatch(NamedTuple):
     images: torch.Tensor          # (B, 3, H, W) uint8, channels-last; fewer where unreadable
-    unreadable: list[str]
+    unreadable: dict[str, str]    # {path: what could not be read, with its reason}
 
 
 @gin.configurable
@@ -65,7 +65,7 @@ class Decoder:
     def __call__(self, path):
         """FileError naming the path and a reason: missing, damaged, too large, an animation, or no image."""
         try:
-            with open(path, 'rb') as file:
+            with open(path, 'rb', opener=open_at_once) as file:
                 if os.fstat(file.fileno()).st_size > LARGEST_FILE:
                     raise ValueError(f'a file of more than {LARGEST_FILE} bytes; replace it by a smaller image')
                 content = file.read()
@@ -100,6 +100,10 @@ class Decoder:
     def too_large(self):
         return (f'an image of more than {self.max_pixels} pixels, or {LONGEST_SIDE} on one side, which is refused '
                 f'before it is decoded; replace it by a smaller one or bind Decoder.max_pixels')
+
+
+def open_at_once(path, flags):
+    return os.open(path, flags | os.O_NONBLOCK)  # a named pipe would wait for somebody who writes into it
 
 
 def rgb_array(image):
@@ -188,10 +192,10 @@ class TestBatches(Dataset):
         return [sample.path for sample in self.samples[item * self.batch_size:(item + 1) * self.batch_size]]
 
     def __getitem__(self, item):
-        images, unreadable = [], []
+        images, unreadable = [], {}
         for path in self.paths(item):
             try:
                 images.append(self.decode(path))
             except FileError as error:  # the caller raises it: an error from a worker process loses its form
-                unreadable.append(str(error))
+                unreadable[path] = str(error)
         return TestBatch(to_batch(images, self.size), unreadable)
