@@ -11,7 +11,7 @@ def load(path, device='auto', precision='float32', flip_test=False, batch_size=6
 
     Args:
         path: a checkpoint of mgn.train, MGN weights of fast-reid (`mgn.weights`), or an .onnx file of mgn.export, which
-            runs on the CPU in the precision that it was exported in, without flip_test.
+            runs on the CPU in the precision that it was exported in: device, precision and flip_test stay as they are.
         device: 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'. precision: of the network, 'float32', 'bfloat16', 'float16' or
             'auto'. flip_test: average the features of image and mirrored image. batch_size: images at a time.
     Raises:

@@ -7,7 +7,7 @@ image's file, and `made_of`, JSON that says what features depend on. A later par
 
 import json
 import os
-import zipfile
+import re
 from typing import Annotated, Literal
 
 import gin
@@ -38,7 +38,7 @@ def search(checkpoint, weights: str | None = gin.REQUIRED, query: str | None = g
 
     Args:
         query: an image, or a folder of images. gallery: a folder of crops, read with the folders in it, or a
-            features_dir of mgn.extract, whose gallery is searched.
+            features_dir of mgn.extract, whose gallery is searched: paths are then relative to the data set's folder.
         features_dir: where the features of crops are kept; None: <gallery>.features beside them.
         format: 'text', or 'json' for a line {"query": …, "nearest": [{"path": …, "similarity": …}, …]} for each.
     Raises:
@@ -50,14 +50,20 @@ def search(checkpoint, weights: str | None = gin.REQUIRED, query: str | None = g
             raise UserError(f"A {name} is needed; give --gin_bindings=\"{name}='…'\"")
     device = find_device(device)
     model, extractor = load_for_features(checkpoint, weights, device), Extractor(device)
+    if os.path.isfile(gallery):
+        raise UserError(f'gallery must be a folder, but {gallery} is a file; bind the folder that it is in')
+    queries, place = images_in(query), gallery
     if os.path.exists(os.path.join(gallery, MANIFEST)):
         paths, features = kept_gallery(gallery, model, extractor)
+        place = ''  # paths are relative to the data set's folder, which an extraction does not name
     else:
         paths, features = kept_features(model, extractor, gallery, features_dir or f'{gallery.rstrip(os.sep)}.features')
-    queries, query_features = computed(model, extractor, images_in(query))
+    queries, query_features = computed(model, extractor, queries)
+    if not queries:
+        raise UserError(f'No image in {query} can be read; restore the files')
     distances, items = topk(query_features, torch.from_numpy(features), k)
     for path, row, indices in zip(queries, distances.tolist(), items.tolist()):
-        nearest = [{'path': os.path.join(gallery, os.fsdecode(paths[i])), 'similarity': round(1 - distance, 6)}
+        nearest = [{'path': os.path.join(place, os.fsdecode(paths[i])), 'similarity': round(1 - distance, 6)}
                    for distance, i in zip(row, indices)]
         if format == 'json':
             print(json.dumps({'query': path, 'nearest': nearest}))
@@ -66,10 +72,11 @@ def search(checkpoint, weights: str | None = gin.REQUIRED, query: str | None = g
 
 
 def images_in(place):
-    """Paths of the image `place`, or of all images in that folder and those in it, sorted."""
+    """Paths of the image `place`, or of all in that folder and those in it, sorted; links to folders are left out."""
     if os.path.isfile(place):
         return [place]
-    paths = [os.path.join(folder, name) for folder, _, names in os.walk(place) for name in names
+    walk = os.walk(place, onerror=lambda error: logger.warning('a folder is left out: %s', error))
+    paths = [os.path.join(folder, name) for folder, _, names in walk for name in names
              if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith('.')]
     if not paths:
         raise MissingFile(f'There is no image in {place} ({", ".join(IMAGE_SUFFIXES)}); correct the path')
@@ -82,9 +89,8 @@ def computed(model, extractor, paths):
     unreadable, read, features = [], [], [torch.empty(0, model.feature_dim)]
     with torch.no_grad(), evaluation_mode(model):
         for item, batch in enumerate(load_batches(batches, range(len(batches)), extractor.workers, extractor.device)):
-            unreadable += batch.unreadable
-            read += [path for path in batches.paths(item)
-                     if not any(line.startswith(f'{path}: ') for line in batch.unreadable)]
+            unreadable += batch.unreadable.values()
+            read += [path for path in batches.paths(item) if path not in batch.unreadable]
             if len(batch.images):
                 features.append(extractor.forward(model, batch.images))
     if unreadable:
@@ -99,7 +105,7 @@ def kept_features(model, extractor, gallery, features_dir):
     made = json.dumps(made_of(model, extractor), sort_keys=True)
     with writing(features_dir, 'Bind another features_dir.'):
         os.makedirs(features_dir, exist_ok=True)
-    parts = sorted(name for name in os.listdir(features_dir) if name.endswith('.npz'))
+    parts = sorted(name for name in os.listdir(features_dir) if re.fullmatch(r'\d{8}\.npz', name))
     rows = {}  # of each path: its features
     for name in parts:
         rows.update(read_part(os.path.join(features_dir, name), made, model.feature_dim, present))
@@ -121,7 +127,11 @@ def kept_features(model, extractor, gallery, features_dir):
 
 
 def stamp_of(path):
-    status = os.stat(path)
+    """Size and time of a file; of one that is not there, such as behind a broken link, what no file has."""
+    try:
+        status = os.stat(path)
+    except OSError:  # it will be among those that cannot be read
+        return -1, -1
     return status.st_size, status.st_mtime_ns
 
 
@@ -130,9 +140,12 @@ def read_part(path, made, width, present):
     try:
         with np.load(path) as part:
             features, paths, stamps, found = (part[name] for name in ('features', 'paths', 'stamps', 'made_of'))
-        if features.shape != (len(paths), width) or features.dtype != np.float32 or stamps.shape != (len(paths), 2):
+        if (features.shape, stamps.shape, paths.shape) != ((paths.size, width), (paths.size, 2), (paths.size,)) or (
+                features.dtype != np.float32):
             found = '{}'
-    except (ValueError, LookupError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damaged bytes of a zip file can raise nearly anything
+        if isinstance(error, MemoryError):
+            raise
         raise UserError(f'{path} is damaged: {error}; remove it, and its features are made again') from error
     if str(found) != made:
         raise UserError(f'{path} holds features of other weights or settings; bind another features_dir, or remove '

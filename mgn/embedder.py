@@ -11,7 +11,7 @@ from mgn.data.images import Decoder, rgb_array, to_batch
 from mgn.devices import find_device
 from mgn.features import Extractor
 from mgn.model import MGN
-from mgn.ops.arguments import shown
+from mgn.ops.arguments import integer, shown, truth
 from mgn.ops.errors import UserError
 from mgn.runs import checkpoint
 
@@ -27,6 +27,9 @@ class Embedder:
         annotations.check(device, str, 'device')
         self.decode, self.batch_size = Decoder(), batch_size
         if str(path).endswith('.onnx'):
+            if flip_test or precision not in ('auto', 'float32') or device not in ('auto', 'cpu'):
+                raise UserError(f'{path} runs on the CPU, as it was exported: leave out device, precision '
+                                f'and flip_test')
             self.open_onnx(path)
         else:
             self.open_weights(path, device, precision, flip_test)
@@ -45,7 +48,9 @@ class Embedder:
         annotations.check_all({'input_size': self.input_size}, Extractor, f'{path}: ')
         self.device = find_device(device)
         extractor = Extractor(self.device, self.input_size, self.batch_size, 0, flip_test, precision)
-        model = MGN(**{**options, 'num_classes': 0, 'fresh': False})
+        defaults = {name: parameter.default for name, parameter in inspect.signature(MGN).parameters.items()}
+        with torch.random.fork_rng(devices=()):  # the caller's random numbers stay, and their gin has no say
+            model = MGN(**{**defaults, **options, 'num_classes': 0, 'fresh': False})
         checkpoint.load_model(model, content['model'], path, without='.classifier.')
         model.to(self.device, memory_format=torch.channels_last).eval()
         self.dim, self.forward = model.feature_dim, functools.partial(extractor.forward, model)
@@ -63,6 +68,9 @@ class Embedder:
         Raises:
             UserError: another kind of image, or one that cannot be read.
         """
+        if not isinstance(images, (list, tuple, torch.Tensor, np.ndarray)):
+            raise UserError(f'embed takes a list of images or a tensor of them, not {shown(images)}; put it '
+                            f'into a list')
         parts = [torch.empty(0, self.dim)]
         for first in range(0, len(images), self.batch_size):
             batch = [self.as_tensor(image, bgr) for image in images[first:first + self.batch_size]]
@@ -74,7 +82,10 @@ class Embedder:
         if isinstance(image, (str, bytes)) or hasattr(image, '__fspath__'):
             return self.decode(image)
         if isinstance(image, Image.Image):
-            return torch.from_numpy(rgb_array(image)).permute(2, 0, 1)
+            try:
+                image, bgr = rgb_array(image), False
+            except OSError as error:  # Pillow reads the file now
+                raise UserError(f'A PIL image cannot be read: {error}; give another') from error
         if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
             image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         if not isinstance(image, torch.Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3 or (

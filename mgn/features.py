@@ -61,7 +61,7 @@ class Extractor:
                 leave_if_nothing_is_lost()
                 if batch.unreadable:
                     raise UserError('Evaluation needs every image, and these cannot be read:\n  ' + '\n  '.join(
-                        batch.unreadable) + '\nrestore the files or remove them from the data set')
+                        batch.unreadable.values()) + '\nrestore the files or remove them from the data set')
                 features = self.forward(model, batch.images)
                 yield features
                 done += len(features)

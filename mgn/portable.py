@@ -3,6 +3,7 @@
 Both take uint8 (B, 3, H, W) RGB images of the input size, any B, and give L2-normalised float32 features (B, D).
 """
 
+import importlib
 import json
 import os
 import tempfile
@@ -21,6 +22,7 @@ from mgn.features import Extractor, hash_of_weights
 from mgn.ops.errors import UserError
 from mgn.runs.files import writing
 from mgn.runs.log import logger
+from mgn.weights import saved_values
 
 OPSET, IR_VERSION = 18, 9    # what onnxruntime reads from version 1.16 on, of 2023
 BATCHES = (1, 2, 17)         # that each file is tried with
@@ -45,18 +47,20 @@ def export_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_dir
     """Writes model.onnx and model.pt2 into output_dir (None: the working folder), once each gives the right features.
 
     precision: of weights and arithmetic. Metadata, as JSON in the files: input size, D, precision, hash of the weights,
-    names of what trained them, and the mAP that a checkpoint carries.
+    options of MGN, and the data set and mAP that a checkpoint carries.
     Raises UserError where the extra `export` is not installed, or features differ; FileError where nothing can be
     written. A file that was there before is replaced only by one that was tried.
     """
-    onnxruntime()
+    extra('onnx', 'onnxscript', 'onnxruntime')
     device, output_dir = torch.device('cpu'), output_dir or os.getcwd()
-    model, extractor = load_for_features(checkpoint, weights, device).eval(), Extractor(device, precision='float32')
+    model, extractor = load_for_features(checkpoint, weights, device).eval(), Extractor(
+        device, flip_test=False, precision='float32')
     images = torch.randint(0, 256, (max(BATCHES), 3, *extractor.input_size), dtype=torch.uint8,
                            generator=torch.Generator().manual_seed(0))
     expected, seconds = timed(lambda batch: extractor.forward(model, batch), images)
     metadata = {'input_size': list(extractor.input_size), 'D': model.feature_dim, 'precision': precision,
-                'weights': hash_of_weights(model), 'mAP': checkpoint.get('mAP'), **model.architecture}
+                'weights': hash_of_weights(model), 'mAP': checkpoint.get('mAP'), **model.architecture,
+                'dataset': str(saved_values(checkpoint.get('config', ''), weights).get('dataset'))}
     network = Portable(model, getattr(torch, precision)).eval()
     with torch.no_grad():
         any_batch = ({0: torch.export.Dim('batch')},)
@@ -72,7 +76,8 @@ def export_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_dir
                     check(name, run(images[:size]), expected[:size], TOLERANCE[precision])
                 logger.info('%s: %.1f MB, %.1f ms an image, PyTorch %.1f ms', os.path.join(output_dir, name),
                             os.path.getsize(path) / 1e6, 1000 * timed(run, images)[1], 1000 * seconds)
-                os.replace(path, os.path.join(output_dir, name))
+            for name in os.listdir(folder):
+                os.replace(os.path.join(folder, name), os.path.join(output_dir, name))
 
 
 def check(name, features, expected, tolerance):
@@ -92,15 +97,13 @@ def timed(run, images):
     return features, min(results)
 
 
-def onnxruntime():
+def extra(*names):
+    """The last of these modules of the extra `export`."""
     try:
-        import onnx  # noqa: F401
-        import onnxruntime
-        import onnxscript  # noqa: F401
+        return [importlib.import_module(name) for name in names][-1]
     except ImportError as error:
         raise UserError(f"ONNX files need the extra `export`, but {error.name} is missing; pip install 'mgn[export]'"
                         ) from None
-    return onnxruntime
 
 
 def write_onnx(program, images, path, metadata):
@@ -115,13 +118,17 @@ def write_onnx(program, images, path, metadata):
 
 def read_onnx(path):
     """(uint8 images → features, metadata) of a file of write_onnx. UserError where it is something else."""
-    runtime = onnxruntime()
+    runtime = extra('onnxruntime')
     try:
         session = runtime.InferenceSession(path, providers=['CPUExecutionProvider'])
         metadata = json.loads(session.get_modelmeta().custom_metadata_map['mgn'])
+        taken, given = session.get_inputs()[0], session.get_outputs()[0]
+        if [taken.name, taken.type, *taken.shape[1:], *given.shape[1:]] != [
+                'images', 'tensor(uint8)', 3, *metadata['input_size'], metadata['D']]:
+            raise ValueError('its network is not the one of its metadata')
     except Exception as error:  # foreign bytes can raise nearly anything
-        raise UserError(f'{path} is no ONNX file of mgn.export ({str(error).splitlines()[0]:.200}). Give another file.'
-                        ) from None
+        reason = f'{type(error).__name__}: {error}'.splitlines()[0]
+        raise UserError(f'{path} is no ONNX file of mgn.export ({reason:.200}). Give another file.') from None
     return lambda images: torch.from_numpy(session.run(None, {'images': images.contiguous().numpy()})[0]), metadata
 
 

@@ -6,7 +6,9 @@ Known are, beside checkpoints of this project:
 - backbones in torchvision's names, plain or with IBN (IBN-Net's resnet50_ibn_a-….pth and its like).
 """
 
+import inspect
 import os
+import re
 import tokenize
 from typing import NamedTuple
 
@@ -65,8 +67,9 @@ def load_checkpoint(path):
         lines.append(f'dataset = @{dataset}()')
         logger.info('dataset = @%s(), unless bound otherwise: by the %d classes', dataset, weights.num_classes)
     step = content.get('iteration')
-    return {'config': '\n'.join(lines), 'num_classes': weights.num_classes, 'step': step if type(step) is int else 0,
-            'model': weights.state, 'losses': None, 'average': None, 'mAP': None}
+    step = step if type(step) is int and 0 <= step < 2 ** 31 else 0
+    return {'config': '\n'.join(lines), 'num_classes': weights.num_classes, 'step': step, 'model': weights.state,
+            'losses': None, 'average': None, 'mAP': None}
 
 
 def read(path):
@@ -103,8 +106,10 @@ def load_backbone(resnet, weights, name):
 def load_all_but_classifiers(model, weights):
     """Loads the weights of a whole MGN; the model keeps its own classifiers."""
     tell(weights)
-    differing = [f'MGN.{name} = {value!r}' for name, value in weights.options.items()
-                 if model.architecture.get(name, value) != (list(value) if isinstance(value, tuple) else value)]
+    made_with = {name: weights.options.get(name, parameter.default)  # a configuration does not bind all
+                 for name, parameter in inspect.signature(type(model)).parameters.items() if name in model.architecture}
+    differing = [f'MGN.{name} = {value!r}' for name, value in made_with.items()
+                 if model.architecture[name] != (list(value) if isinstance(value, tuple) else value)]
     checkpoint.load_model(model, weights.state, weights.path, without='.classifier.', remedy=(
         f'They are of {", ".join(differing) or "another MGN"}: bind that, or give another file to MGN.pretrained.'))
     if differing:
@@ -131,12 +136,12 @@ def from_elsewhere(content, path):
         state = state[field] if isinstance(state, dict) and isinstance(state.get(field), dict) else state
     if not isinstance(state, dict) or not state:
         raise UserError(f'{path} holds no weights by name, but {type(state).__name__}. {KNOWN}.')
-    if all(str(key).startswith('module.') for key in state):
-        state = {key.removeprefix('module.'): value for key, value in state.items()}
     bad = [f'{key} ({fault})' for key, value in state.items() if (fault := checkpoint.misfit(value, value))]
+    bad += [f'{key!r} (no name)' for key in state if not isinstance(key, str)]
     if bad:
         refuse(path, bad)
-    state = dict(state)
+    if all(key.startswith('module.') for key in state):
+        state = {key.removeprefix('module.'): value for key, value in state.items()}
     for key in [key for key in state if key.endswith('.running_var')]:  # PyTorch before 0.4.1 had no such counter
         state.setdefault(key.replace('running_var', 'num_batches_tracked'), torch.zeros((), dtype=torch.int64))
     if 'b1.0.0.conv1.weight' in state and 'backbone.0.weight' in state:
@@ -165,12 +170,17 @@ def from_fastreid(state, path):
         refuse(path, unknown or [f'{third} blocks of b1.0, where ResNet-50 has 5 and ResNet-101 has 22'])
     for key, expected in zip(('pixel_mean', 'pixel_std'), (MEAN, STD)):
         if key in left_out and [round(x, 3) for x in state[key].flatten().tolist()] != [*expected]:
-            raise UserError(f'{path} normalises images by {key} = {state[key].flatten().tolist()}, but this project by '
-                            f'{expected}. Give other weights.')
-    ours = {name: state[key].flatten(1) if name.endswith('.reduction.weight') else state[key]
+            raise UserError(f'{path} normalises images by {key} = {state[key].flatten().tolist()!s:.99}, but this '
+                            f'project by {expected}. Give other weights.')
+    key_of = {name: key for key, name in names.items()}
+    bad = [f'{key} (the same as {key_of[name]})' for key, name in names.items() if key_of[name] != key]
+    bad += [f'{key} (one number)' for key in names if not state[key].ndim and not key.endswith('batches_tracked')]
+    if bad:
+        refuse(path, bad)
+    ours = {name: state[key].flatten(1) if name.endswith('.reduction.weight') and state[key].ndim == 4 else state[key]
             for key, name in names.items()}
     converted = [key for key in names if names[key].endswith(('.reduction.weight', '.p'))]
-    exponents = {h: ours.pop(f'heads.{h}.p').flatten() for h in range(len(HEADS)) if f'heads.{h}.p' in ours}
+    exponents = {h: ours.pop(f'heads.{h}.p').flatten()[:2] for h in range(len(HEADS)) if f'heads.{h}.p' in ours}
     gem = len(exponents) > 0
     for branch, heads in POOLS.items():
         if gem and exponents.keys() >= {*heads}:  # where one is missing, so is the whole to those who load it
@@ -195,9 +205,8 @@ def our_name(key, third):
     if first == 'backbone':
         return f'trunk.{rest}'
     if first in HEADS[:3]:
-        layer, block, *rest = rest.split('.')
-        if layer in ('0', '1') and block.isdecimal():
-            return '.'.join(['branches', str(HEADS.index(first)), str(int(block) + third * int(layer)), *rest])
+        if place := re.fullmatch(r'([01])\.(\d{1,2})\.(.+)', rest):
+            return f'branches.{HEADS.index(first)}.{int(place[2]) + third * int(place[1])}.{place[3]}'
     for h, head in enumerate(HEADS):
         for theirs, ours in IN_HEADS.items():
             if key == head + theirs or theirs.endswith('.') and key.startswith(head + theirs):

@@ -1,5 +1,6 @@
 """Search in a folder of crops: the nearest are those of a sort; what is kept, made again, refused or left out."""
 
+import io
 import json
 import logging
 import os
@@ -93,8 +94,26 @@ def test_unreadable_crops_are_named_and_left_out_each_time(content, crops, capsy
             assert len(found(content, capsys, query=str(crops / '0.png'), gallery=str(crops), k=99)[0]['nearest']) == 11
         assert 'images cannot be read and are left out' in caplog.text and '00.jpg: ' in caplog.text
     with pytest.raises(UserError, match='No image in .* can be read'):
-        search(content, 'best.pth', query=str(crops / '0.png'), gallery=str(crops / '00.jpg'),
-               features_dir=str(crops / 'f'), device='cpu')
+        (crops.parent / 'bad').mkdir()
+        os.rename(crops / '00.jpg', crops.parent / 'bad' / '00.jpg')
+        search(content, 'best.pth', query=str(crops / '0.png'), gallery=str(crops.parent / 'bad'), device='cpu')
+    with pytest.raises(UserError, match='No image in .*00.jpg can be read'):
+        search(content, 'best.pth', query=str(crops.parent / 'bad/00.jpg'), gallery=str(crops), device='cpu')
+
+
+def test_an_unreadable_image_whose_name_begins_like_a_readable_one_shifts_no_feature(content, crops, capsys):
+    (crops / '2.png: 2.png').write_text('no image')
+    rows = found(content, capsys, query=str(crops / '4.png'), gallery=str(crops), k=11)[0]['nearest']
+    assert rows[0] == {'path': str(crops / '4.png'), 'similarity': 1.0} and len(rows) == 11
+
+
+def test_broken_links_and_pipes_are_named_and_left_out(content, crops, capsys, caplog):
+    os.symlink('nowhere.png', crops / 'broken.png')
+    os.symlink('loop.png', crops / 'loop.png')
+    os.mkfifo(crops / 'pipe.png')
+    with caplog.at_level(logging.WARNING):
+        assert len(found(content, capsys, query=str(crops / '0.png'), gallery=str(crops), k=99)[0]['nearest']) == 11
+    assert '3 of 14 images cannot be read' in caplog.text
 
 
 def test_kept_features_of_other_weights_or_damaged_ones_are_refused(content, crops, capsys):
@@ -117,6 +136,17 @@ def test_kept_features_of_other_weights_or_damaged_ones_are_refused(content, cro
             assert 'remove' in str(error)
             refused += 1
     assert refused > 40  # headers of a zip file have bytes without meaning
+    central = whole.index(b'PK\x01\x02')
+    for place in (central + 6, central + 8, central + 10):  # version, flags, method of compression
+        with open(part, 'wb') as file:
+            file.write(bytes([*whole[:place], whole[place] ^ 255, *whole[place + 1:]]))
+        with pytest.raises(UserError, match='is damaged: .*; remove it'):
+            found(content, capsys, **places)
+    with np.load(io.BytesIO(whole)) as arrays:
+        np.savez(part, **{**arrays, 'paths': arrays['paths'][:, None]})
+    with pytest.raises(UserError, match='remove'):
+        found(content, capsys, **places)
+    np.savez(f'{crops}.features/mine.npz', x=1)  # not a part: somebody's own
     with open(part, 'wb') as file:
         file.write(whole[:-30])
     with pytest.raises(UserError, match='is damaged: .*; remove it, and its features are made again'):
@@ -131,8 +161,8 @@ def test_the_gallery_of_an_extraction_is_searched_without_its_images(content, ma
     rows = found(content, capsys, query=query, gallery=str(tmp_path / 'kept'), k=3)[0]['nearest']
     paths = [sample.path for sample in dataset.gallery]
     cosine = (features_of(content, [query]) @ features_of(content, paths).T)[0]
-    assert [os.path.basename(row['path']) for row in rows] == [
-        os.path.basename(paths[i]) for i in cosine.argsort(descending=True)[:3]]
+    assert [row['path'] for row in rows] == [  # not behind the folder of the features, where they are not
+        os.path.relpath(paths[i], market) for i in cosine.argsort(descending=True)[:3]]
     gin.bind_parameter('Extractor.input_size', (32, 32))
     with pytest.raises(UserError, match='(?s)other weights, settings or images:.*input_size'):
         found(content, capsys, query=query, gallery=str(tmp_path / 'kept'))
@@ -140,7 +170,8 @@ def test_the_gallery_of_an_extraction_is_searched_without_its_images(content, ma
 
 @pytest.mark.parametrize('options, message', [
     (dict(query=None), 'A query is needed; give'), (dict(gallery=None), 'A gallery is needed'),
-    (dict(query='nowhere'), 'no image in nowhere'), (dict(gallery='nowhere'), 'no image in nowhere')])
+    (dict(query='nowhere'), 'no image in nowhere'), (dict(gallery='nowhere'), 'no image in nowhere'),
+    (dict(gallery=__file__), 'gallery must be a folder, but .* is a file')])
 def test_what_is_missing_is_said(content, crops, options, message):
     with pytest.raises(UserError, match=message):
         search(content, 'best.pth', **{**dict(query=str(crops), gallery=str(crops), device='cpu'), **options})

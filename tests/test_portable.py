@@ -1,5 +1,6 @@
 """Exported files: the features of `embed` by onnxruntime and by PyTorch, metadata, and what is refused."""
 
+import json
 import logging
 import os
 from importlib.util import find_spec
@@ -26,7 +27,8 @@ def export(folder, *bindings, mAP=0.25):
     gin.parse_config([f'Extractor.input_size = {SIZE}', 'MGN.embedding_dim = 8', *bindings])
     torch.manual_seed(0)
     model = shake(MGN(0, pretrained=False)).eval()
-    portable.export_checkpoint({'model': model.state_dict(), 'mAP': mAP}, 'best.pth', str(folder))
+    portable.export_checkpoint({'model': model.state_dict(), 'mAP': mAP, 'config': 'dataset = @msmt17()'}, 'best.pth',
+                               str(folder))
     return model
 
 
@@ -35,7 +37,8 @@ def images(count, size=SIZE):
 
 
 @pytest.mark.parametrize('bindings', [
-    [], pytest.param(["MGN.pooling = 'gem'", "MGN.first_pooling = 'ceil'", 'MGN.reduction_bn = False'],
+    ['Extractor.flip_test = True'],
+    pytest.param(["MGN.pooling = 'gem'", "MGN.first_pooling = 'ceil'", 'MGN.reduction_bn = False'],
                      marks=pytest.mark.long),
     pytest.param(["MGN.pooling = 'avg'", 'MGN.bnneck = False'], marks=pytest.mark.long)])
 def test_both_files_give_the_features_of_the_model_for_any_batch(tmp_path, bindings, caplog):
@@ -53,7 +56,7 @@ def test_both_files_give_the_features_of_the_model_for_any_batch(tmp_path, bindi
     assert embedder.embed([]).shape == (0, model.feature_dim)
     assert metadata['mAP'] == 0.25 and metadata['D'] == model.feature_dim and metadata['precision'] == 'float32'
     assert len(metadata['weights']) == 64 and metadata['input_size'] == [*SIZE]
-    assert caplog.text.count(' ms an image, PyTorch ') == 2
+    assert caplog.text.count(' ms an image, PyTorch ') == 2 and metadata['dataset'] == '@msmt17()'
 
 
 @pytest.mark.long
@@ -82,6 +85,40 @@ def test_what_is_no_exported_file_is_refused(tmp_path):
     for path in ('a.onnx', 'nowhere.onnx'):
         with pytest.raises(UserError, match=f'{path} is no ONNX file of mgn.export'):
             mgn.load(str(tmp_path / path))
+
+
+def write_means(path, **metadata):
+    """An ONNX file of the form that mgn.export writes, whose three features are the means of the colours."""
+    import onnx
+    from onnx import helper
+
+    nodes = [helper.make_node('Cast', ['images'], ['x'], to=onnx.TensorProto.FLOAT),
+             helper.make_node('GlobalAveragePool', ['x'], ['means']),
+             helper.make_node('Flatten', ['means'], ['features'])]
+    graph = helper.make_graph(
+        nodes, 'means', [helper.make_tensor_value_info('images', onnx.TensorProto.UINT8, ['batch', 3, 6, 4])],
+        [helper.make_tensor_value_info('features', onnx.TensorProto.FLOAT, ['batch', 3])])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', portable.OPSET)])
+    model.ir_version = portable.IR_VERSION
+    helper.set_model_props(model, {'mgn': json.dumps({'D': 3, 'input_size': [6, 4], **metadata})})
+    onnx.save(model, path)
+    return str(path)
+
+
+@pytest.mark.parametrize('change', [{'D': 'x'}, {'D': 4}, {'D': None}, {'input_size': 5}, {'input_size': [4, 6]}])
+def test_metadata_that_do_not_fit_the_network_are_refused(tmp_path, change):
+    with pytest.raises(UserError, match='a.onnx is no ONNX file of mgn.export'):
+        mgn.load(write_means(tmp_path / 'a.onnx', **change))
+
+
+def test_load_of_an_onnx_file_needs_onnxruntime_alone_and_refuses_what_it_cannot_do(tmp_path, monkeypatch):
+    path = write_means(tmp_path / 'a.onnx')
+    for name in ('onnx', 'onnxscript'):
+        monkeypatch.setitem(__import__('sys').modules, name, None)
+    assert mgn.load(path, 'cpu', 'auto').embed([images(1)[0]]).shape == (1, 3)
+    for options in (dict(device='cuda'), dict(flip_test=True), dict(precision='float16')):
+        with pytest.raises(UserError, match='runs on the CPU, as it was exported'):
+            mgn.load(path, **options)
 
 
 def test_without_the_extra_the_command_that_installs_it_is_named(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections import OrderedDict
 
 import gin
 import numpy as np
@@ -151,6 +152,7 @@ def drop(state, beginning):
         del state[key]
 
 
+@pytest.mark.filterwarnings('ignore:The PyTorch API of nested tensors')
 @pytest.mark.parametrize('change, message', [
     (lambda state: state.update({'b1.se.weight': torch.zeros(1)}), '1 keys do not, the first of them b1.se.weight'),
     (lambda state: state.update({'backbone.NL_1.0.g': torch.zeros(1)}), 'NL_1.0.g is unexpected'),
@@ -160,14 +162,49 @@ def drop(state, beginning):
     (lambda state: drop(state, 'b33_pool.1'), 'heads.7.reduction.weight is missing'),
     (lambda state: drop(state, 'b21_pool.0.p'), 'pools.1.p is missing'),
     (lambda state: drop(state, 'b1.0.4.'), '4 blocks of b1.0'),
+    (lambda state: state.update({3: torch.zeros(1)}), r'1 keys do not, the first of them 3 \(no name\)'),
+    (lambda state: state.update({'b1.foo': torch.zeros(1)}), '1 keys do not, the first of them b1.foo'),
+    (lambda state: state.update({'b1_head.weight': torch.ones(3, 2)}), r'\(the same as b1_head.weight\)'),
+    (lambda state: state.update({'b2_pool.1.weight': torch.zeros(2)}), r'heads.1.reduction.* has shape \(2,\)'),
+    (lambda state: state.update({'b1_head.classifier.weight': torch.zeros(())}), r'classifier.weight \(one number\)'),
+    (lambda state: state.update({'b1_pool.0.p': torch.zeros(1).expand(10 ** 12)}), r'pools.0.p has shape \(2,\)'),
+    (lambda state: state.update({'b1_pool.0.p': torch.nested.nested_tensor([torch.zeros(1)])}), 'is no tensor'),
     (lambda state: {'model': {}}, 'holds no weights by name'),
     (lambda state: {'a.weight': torch.zeros(1), 'b': torch.zeros(2)}, '2 keys do not, the first of them a.weight, b'),
     (lambda state: [1, 2], 'holds no weights by name, but list'),
     (lambda state: dict.fromkeys(['conv1.weight', 'layer1.0.conv1.weight'], torch.zeros(1)), 'backbone without heads'),
-], ids=range(12))
+], ids=range(19))
 def test_what_fits_no_layout_is_refused_with_the_keys_that_do_not(tmp_path, change, message):
     with pytest.raises(UserError, match=f'(?s)w.pth.*({message})'):
         mgn.load(saved(tmp_path, change), device='cpu')
+
+
+def test_a_checkpoint_that_binds_nothing_was_trained_with_the_defaults(tmp_path, caplog):
+    path, model = str(tmp_path / 'best.pth'), MGN(0, 'resnet18', pretrained=False)
+    checkpoint.save(path, {'config': "MGN.backbone = 'resnet18'", 'num_classes': 0, 'step': 1,
+                           'model': model.state_dict()})
+    with caplog.at_level(logging.WARNING):
+        MGN(2, 'resnet18', pretrained=path)
+        assert not caplog.records
+        MGN(2, 'resnet18', pretrained=path, last_strides=(1, 1, 1))
+    assert 'was trained with MGN.last_strides = (2, 1, 1), which is bound otherwise' in caplog.text
+
+
+def test_attributes_in_place_of_methods_are_not_used(tmp_path):
+    def change(state):
+        content = OrderedDict(model=state)
+        content.get = content.pop = 5
+        return content
+    assert mgn.load(saved(tmp_path, change), device='cpu').dim == 16
+
+
+def test_load_leaves_random_state_and_takes_no_binding_of_the_callers_gin(files):
+    path = files['B'][0]
+    batch = torch.randint(0, 256, (2, 3, 384, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    want, before = mgn.load(path, device='cpu').embed(batch), torch.get_rng_state()
+    gin.bind_parameter('MGN.paper_heads', True)
+    assert torch.equal(mgn.load(path, device='cpu').embed(batch), want)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 class Code:
@@ -235,6 +272,29 @@ def test_other_precisions_are_refused(files, precision):
 def test_other_batch_sizes_are_refused(files, batch_size):
     with pytest.raises(UserError, match='^batch_size must be an integer from 1 to 4096, found '):
         mgn.load(files['B'][0], 'cpu', batch_size=batch_size)
+
+
+def test_what_is_no_list_is_refused(files):
+    embedder = mgn.load(files['B'][0], device='cpu')
+    for images in (iter([]), 'a.jpg', Image.new('RGB', (4, 4)), None, {}):
+        with pytest.raises(UserError, match='takes a list of images or a tensor of them, not .*; put it into a list'):
+            embedder.embed(images)
+
+
+def test_a_pil_image_of_a_damaged_file_or_of_no_pixel_is_refused(files, tmp_path):
+    Image.new('RGB', (90, 90)).save(tmp_path / 'a.png')
+    (tmp_path / 'a.png').write_bytes((tmp_path / 'a.png').read_bytes()[:80])
+    embedder = mgn.load(files['B'][0], device='cpu')
+    with pytest.raises(UserError, match='A PIL image cannot be read: .*truncated'):
+        embedder.embed([Image.open(tmp_path / 'a.png')])
+    with pytest.raises(UserError, match='Images must be'):
+        embedder.embed([Image.new('RGB', (0, 4))])
+
+
+@pytest.mark.parametrize('options', [dict(batch_size=0), dict(flip_test='no')])
+def test_options_of_load_are_checked(files, options):
+    with pytest.raises(UserError, match=f'{[*options][0]} must be'):
+        mgn.load(files['B'][0], device='cpu', **options)
 
 
 def test_a_crafted_configuration_of_a_checkpoint_is_refused_by_load(tmp_path):

@@ -112,6 +112,8 @@ def cuhk01(root: str, seed: Seed = 0) -> Dataset:
     for file_name in file_names:
         if fields := re.fullmatch(r'(\d{4})(\d{3})\.png', file_name):
             samples.append(Sample(os.path.join(folder, file_name), int(fields[1]), (int(fields[2]) + 1) // 2))
+    if not samples:
+        raise UserError(f'{folder} holds no images with names such as 0001003.png; add them or correct data_root')
     pids = sorted({sample.pid for sample in samples})
     chosen = {*np.random.default_rng(seed).permutation(pids)[:485].tolist()}
     parts = ([s for s in samples if s.pid in chosen], [s for s in samples if s.pid not in chosen and s.camid == 1],
@@ -123,8 +125,8 @@ def cuhk01(root: str, seed: Seed = 0) -> Dataset:
 def csv_table(root: str, file: str = 'dataset.csv') -> Dataset:
     """Any images, listed in root/file, whose first line is path,pid,camid,split, in any order and among others.
 
-    path: of an image, relative to `root` or whole. pid, camid: numbers. split: train, query or gallery. The pid −1 of
-    the gallery is left out as junk.
+    path: of an image, relative to `root` or whole. pid, camid: numbers from 0 on. split: train, query or gallery. Rows
+    with the pid −1 are left out as junk.
     """
     root, parts = os.path.abspath(os.path.expanduser(root)), {'train': [], 'query': [], 'gallery': []}
     path = os.path.join(root, file)
@@ -134,10 +136,10 @@ def csv_table(root: str, file: str = 'dataset.csv') -> Dataset:
             raise UserError(f'{path} should begin with the line path,pid,camid,split, but begins with the columns '
                             f'{table.fieldnames}; add that line')
         for row in table:
-            numbers = [re.fullmatch(rf'\s*(-?{NUMBER})\s*', row[name]) for name in ('pid', 'camid')]
-            if None in numbers or not row['path'] or row['split'] not in parts:
+            numbers = [re.fullmatch(rf'\s*({NUMBER}|-1)\s*', row[name]) for name in ('pid', 'camid')]
+            if None in numbers or numbers[1][1] == '-1' or not row['path'] or row['split'] not in parts:
                 raise UserError(f'Rows must hold a path, the numbers pid and camid, and train, query or gallery, but '
-                                f'line {table.line_num} of {path} is {row}; correct it')
+                                f'line {table.line_num} of {path} is {row!s:.300}; correct it')
             sample = Sample(os.path.join(root, row['path']), *(int(number[1]) for number in numbers))
             if sample.pid != JUNK_PID:
                 parts[row['split']].append(sample)
@@ -151,6 +153,8 @@ def csv_table(root: str, file: str = 'dataset.csv') -> Dataset:
 @gin.configurable
 def joined(datasets: tuple[Dataset, ...] = gin.REQUIRED) -> Dataset:
     """Several data sets to train on at once: their identities and cameras are all different. Tests on the first."""
+    if not datasets:
+        raise UserError('joined.datasets is empty; bind e.g. joined.datasets = (@market1501(), @msmt17())')
     train, pids, camids = [], 0, 0
     for dataset in datasets:
         check_trainable(dataset)
@@ -258,11 +262,12 @@ def read_msmt_list(folder, list_name, images):
 
 @contextlib.contextmanager
 def reading(path):
-    """An OSError within the block becomes a FileError that names `path`."""
+    """An OSError or csv.Error within the block becomes a FileError that names `path`."""
     try:
         yield
-    except OSError as error:
-        raise FileError(f'{path} cannot be read: {error.strerror}; restore it or correct data_root') from error
+    except (OSError, csv.Error) as error:
+        raise FileError(f'{path} cannot be read: {getattr(error, "strerror", error)}; restore it or correct data_root'
+                        ) from error
 
 
 def check_trainable(dataset):

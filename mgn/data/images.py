@@ -41,7 +41,7 @@ class TrainBatch(NamedTuple):
 
 class TestBatch(NamedTuple):
     images: torch.Tensor          # (B, 3, H, W) uint8, channels-last; fewer where unreadable
-    unreadable: list[str]
+    unreadable: dict[str, str]    # {path: what could not be read, with its reason}
 
 
 @gin.configurable
@@ -190,10 +190,10 @@ class TestBatches:
         return [sample.path for sample in self.samples[item * self.batch_size:(item + 1) * self.batch_size]]
 
     def __getitem__(self, item):
-        images, unreadable = [], []
+        images, unreadable = [], {}
         for path in self.paths(item):
             try:
                 images.append(self.decode(path))
             except FileError as error:  # the caller raises it: an error from a worker process loses its form
-                unreadable.append(str(error))
+                unreadable[path] = str(error)
         return TestBatch(to_batch(images, self.size), unreadable)

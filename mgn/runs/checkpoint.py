@@ -198,7 +198,12 @@ def read(path, mmap=False):
             raise Damaged(f'{path} is damaged: {damaged} in it has another checksum than was written. Give another '
                           f'file.')
     with errors_explained(UserError, f'{path} cannot be loaded as weights'), torch.serialization.safe_globals(NUMBERS):
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap and not legacy)
+        return plain(torch.load(path, map_location='cpu', weights_only=True, mmap=mmap and not legacy))
+
+
+def plain(value):
+    """The value with plain dictionaries: a crafted OrderedDict has attributes in place of methods."""
+    return {key: plain(item) for key, item in dict.items(value)} if isinstance(value, dict) else value
 
 
 def is_own(content):
@@ -210,7 +215,6 @@ def checked(content, path):
     if not is_own(content):
         raise UserError(f'{path} is no checkpoint of mgn.train: it holds something else. Give another file; '
                         f'weights of other projects go into MGN.pretrained.')
-    content = dict(content)  # without attributes that a crafted one has in place of methods
     for name, kind in FIELDS.items():
         if not isinstance(content.get(name), kind) or name == 'step' and not 0 <= content[name] < 2 ** 31:
             raise UserError(f'{path} is no checkpoint of mgn.train: its field {name!r} holds '
@@ -255,7 +259,7 @@ def load_model(model, state, path, without=None, remedy='Bind MGN as it was trai
 
 def misfit(value, expected):
     """What keeps a value of a state dict from taking the place of a tensor; None where it fits."""
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, torch.Tensor) or value.is_nested:
         return f'is no tensor, but {value!r:.60}'
     if value.shape != expected.shape:
         return f'has shape {tuple(value.shape)} instead of {tuple(expected.shape)}'

@@ -359,6 +359,12 @@ def test_cuhk01_splits_identities_by_a_seed_and_cameras_by_the_number_of_the_ima
     assert tested == {s.pid for s in first.gallery}
 
 
+def test_cuhk01_without_images_is_refused(tmp_path):
+    (tmp_path / 'campus').mkdir()
+    with pytest.raises(UserError, match='campus holds no images with names such as'):
+        datasets.cuhk01(str(tmp_path))
+
+
 def write_table(root, *lines):
     (root / 'dataset.csv').write_text('\n'.join(('split,pid,camid,path,note', *lines)))
     return str(root)
@@ -377,6 +383,8 @@ def test_a_table_names_images_in_any_order_and_anywhere(tmp_path):
     (['query,x,1,a.jpg,', 'gallery,7,2,b.jpg,'], "line 2 of .*dataset.csv is .*'x'"),
     (['query,7,1,a.jpg,', 'gallery,7,2,b.jpg,', 'test,7,2,b.jpg,'], "line 4 of .*'test'"),
     (['query,7,1,a.jpg,', 'gallery,7'], 'line 3 of'),
+    (['train,-2,1,a.jpg,'], 'line 2 of'), (['train,7,-1,a.jpg,'], 'line 2 of'),
+    (['"' + 'x' * 200_000], 'dataset.csv cannot be read: field larger than'),
     (['query,7,1,a.jpg,', 'train,7,1,b.jpg,'], 'lists no image of gallery; add rows'),
     ([], 'lists no image of query and gallery')])
 def test_a_table_with_other_rows_is_refused_with_the_line(tmp_path, lines, message):
@@ -404,3 +412,5 @@ def test_joined_sets_keep_identities_and_cameras_apart_and_test_on_the_first(tmp
     assert both.train[:6] == one.train
     assert [(s.pid, s.camid) for s in both.train[6:9]] == [(5, 4), (5, 5), (5, 6)]  # behind 3 and 2, from 1 on
     assert len({s.pid for s in both.train}) == 10 and len({s.camid for s in both.train}) == 7
+    with pytest.raises(ValueError, match='joined.datasets is empty'):
+        datasets.joined(())

@@ -130,14 +130,14 @@ def test_evaluation_batches_keep_the_order_and_the_short_tail(tmp_path, n, batch
     assert [len(item.images) for item in items] == [len(samples[i:i + batch_size]) for i in range(0, n, batch_size)]
     assert torch.equal(torch.cat([item.images for item in items]),
                        torch.stack([read_image(sample.path, SIZE) for sample in samples]))
-    assert all(item.unreadable == [] for item in items)
+    assert all(item.unreadable == {} for item in items)
 
 
 def test_evaluation_batches_report_what_is_unreadable(tmp_path):
     samples = write_set(tmp_path, identities=5, images=1, broken=[1, 2, 3])
     items = [EvaluationBatches(samples, SIZE, 2)[i] for i in range(3)]
     assert [item.images.shape for item in items] == [(1, 3, *SIZE), (0, 3, *SIZE), (1, 3, *SIZE)]
-    assert [[samples[i].path in text for text, i in zip(item.unreadable, broken)] for item, broken in
+    assert [[samples[i].path in text for text, i in zip(item.unreadable.values(), broken)] for item, broken in
             zip(items, ([1], [2, 3], []))] == [[True], [True, True], []]
 
 
@@ -174,7 +174,7 @@ def test_a_bound_limit_of_pixels_reaches_worker_processes(tmp_path):
     finally:
         gin.clear_config()
     batch, = in_workers(dataset, range(1), 'spawn')
-    assert len(batch.unreadable) == 12 and all('more than 287 pixels' in reason for reason in batch.unreadable)
+    assert len(batch.unreadable) == 12 and all('more than 287 pixels' in reason for reason in batch.unreadable.values())
     assert 'more than 287 pixels' in pytest.raises(UserError, train.__getitem__, 0).value.message
 
 
