@@ -145,8 +145,8 @@ void decide(const Matches& matches, int64_t q, int64_t reached, int64_t above, d
   if (begin + above < end) --matches.steps[begin + above];
 }
 
-// Counts the non-matches of a tile, query by query. One per thread. What many queries leave open is decided item by item,
-// so that a row of the gallery is read once for them, and theirs stay in the second-level cache.
+// Counts the non-matches of a tile, query by query. One per thread. What many queries leave open is decided item by
+// item, so that a row of the gallery is read once for them, and theirs stay in the second-level cache.
 struct TileCounting {
   struct Open {
     int64_t q, reached, above;
