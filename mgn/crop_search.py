@@ -15,12 +15,10 @@ import numpy as np
 import torch
 
 from mgn.data.datasets import IMAGE_SUFFIXES, Sample
-from mgn.data.images import TestBatches
-from mgn.data.loader import load_batches
 from mgn.devices import find_device
 from mgn.evaluation import load_for_features
 from mgn.feature_files import MANIFEST, kept_gallery, made_of
-from mgn.features import Extractor, evaluation_mode
+from mgn.features import Extractor
 from mgn.ops import topk
 from mgn.ops.arguments import LARGEST_K
 from mgn.ops.errors import MissingFile, UserError
@@ -85,18 +83,12 @@ def images_in(place):
 
 def computed(model, extractor, paths):
     """The images that can be read and their features: a list of paths, and (n, D) float32. The log names the others."""
-    batches = TestBatches([Sample(path, 0, 0) for path in paths], extractor.input_size, extractor.batch_size)
-    unreadable, read, features = [], [], [torch.empty(0, model.feature_dim)]
-    with torch.no_grad(), evaluation_mode(model):
-        for item, batch in enumerate(load_batches(batches, range(len(batches)), extractor.workers, extractor.device)):
-            unreadable += batch.unreadable.values()
-            read += [path for path in batches.paths(item) if path not in batch.unreadable]
-            if len(batch.images):
-                features.append(extractor.forward(model, batch.images))
+    unreadable = {}
+    features = extractor.features(model, [Sample(path, 0, 0) for path in paths], unreadable)
     if unreadable:
         logger.warning('%d of %d images cannot be read and are left out:\n  %s', len(unreadable), len(paths),
-                       '\n  '.join(unreadable))
-    return read, torch.cat(features)
+                       '\n  '.join(unreadable.values()))
+    return [path for path in paths if path not in unreadable], features
 
 
 def kept_features(model, extractor, gallery, features_dir):

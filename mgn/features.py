@@ -46,12 +46,15 @@ class Extractor:
         """What features depend on beside the model and the images."""
         return {'input_size': list(self.input_size), 'flip_test': self.flip_test, 'precision': self.precision}
 
-    def features(self, model, samples):
-        """The features of `samples` in order: (len(samples), D) float32 on the CPU. UserError for unreadable images."""
-        return torch.cat([torch.empty(0, model.feature_dim), *self.batches(model, samples)])
+    def features(self, model, samples, unreadable=None):
+        """The features of `samples` in order: (n, D) float32 on the CPU.
+
+        unreadable: a dict that takes what cannot be read, {path: reason}, which is left out; None: that is a UserError.
+        """
+        return torch.cat([torch.empty(0, model.feature_dim), *self.batches(model, samples, unreadable)])
 
     @torch.no_grad()
-    def batches(self, model, samples):
+    def batches(self, model, samples, unreadable=None):
         """Yields the same features batch by batch. The model runs in evaluation mode and is put back into its own."""
         test_batches = TestBatches(samples, self.input_size, self.batch_size)
         loader = load_batches(test_batches, range(len(test_batches)), self.workers, self.device)
@@ -59,7 +62,9 @@ class Extractor:
         with evaluation_mode(model), progress(len(samples), unit='image', what='features') as bar:
             for batch in loader:
                 leave_if_nothing_is_lost()
-                if batch.unreadable:
+                if unreadable is not None:
+                    unreadable.update(batch.unreadable)
+                elif batch.unreadable:
                     raise UserError('Evaluation needs every image, and these cannot be read:\n  ' + '\n  '.join(
                         batch.unreadable.values()) + '\nrestore the files or remove them from the data set')
                 features = self.forward(model, batch.images)

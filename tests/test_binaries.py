@@ -208,7 +208,7 @@ MISTAKES = [
     ('mgn.train', ['my.gin'], r"Only flags are understood, found \['my.gin'\]; give --gin_file"),
     ('mgn.eval', [], '--gin_bindings="weights='),
     ('mgn.eval', ["--gin_bindings=weights = 'nowhere.pth'"], 'no file .*nowhere.pth'),
-    ('mgn.eval', ["--gin_bindings=weights = 'my.gin'"], 'my.gin.*checkpoint of mgn.train'),
+    ('mgn.eval', ["--gin_bindings=weights = 'my.gin'"], 'my.gin is damaged or no file of weights'),
     ('mgn.eval', ["--gin_bindings=weight = 'my.gin'"], 'weights'),
     ('mgn.train', ['--gin_file=my.gin', "--gin_bindings=output_dir = 'bad'", '--gin_bindings=rerank = 20'],
      'rerank must be True or False, found 20'),
