@@ -438,8 +438,9 @@ inline void run_blocks(const std::vector<unsigned>& blocks, std::vector<unsigned
     }
     if (together) {
       if (!machine.block->running || machine.yielded || random() % 8 == 0) {
+        const bool another = machine.yielded && running.size() > 1;
         Block* next = running[random() % running.size()];
-        while (machine.yielded && running.size() > 1 && next == machine.block) next = running[random() % running.size()];
+        while (another && next == machine.block) next = running[random() % running.size()];
         resume(*next);
       }
       machine.yielded = false;

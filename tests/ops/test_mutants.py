@@ -55,9 +55,10 @@ def rank(process):
         for metric in METRICS:
             check_ranks(*problem(5, 40, 17), metric=metric, junk_pid=1)
             check_ranks(*near_ties(3, 60, 33), metric=metric)
-        for matches in (1024, 1400):  # counted in shared memory, and in global memory
-            pids = (np.arange(2300) >= matches).astype(int)
-            problems.append((*problem(2, 2300, 2)[:2], np.zeros(2, int), pids, np.ones(2, int), np.zeros(2300, int)))
+        # Counted in shared memory, and in global memory; with ties at the farthest match.
+        for matches, levels in ((1024, 1), (1400, 1), (1400, None)):
+            pids = (np.arange(2300) < 2300 - matches).astype(int)  # to the end, beyond the first span
+            problems.append((*problem(2, 2300, 2, levels=levels)[:2], np.zeros(2, int), pids, np.ones(2, int), np.zeros(2300, int)))
         got = [ranks_of(*each) for each in problems]
     assert got == [ranks_of(*each) for each in problems]
     for widths, capacity in (([5], 40), ([1030, 700], 46), ([300, 2048], 1500), ([4400], 2060)):
