@@ -58,7 +58,8 @@ def rank(process):
         # Counted in shared memory, and in global memory; with ties at the farthest match.
         for matches, levels in ((1024, 1), (1400, 1), (1400, None)):
             pids = (np.arange(2300) < 2300 - matches).astype(int)  # to the end, beyond the first span
-            problems.append((*problem(2, 2300, 2, levels=levels)[:2], np.zeros(2, int), pids, np.ones(2, int), np.zeros(2300, int)))
+            features = problem(2, 2300, 2, levels=levels)[:2]
+            problems.append((*features, np.zeros(2, int), pids, np.ones(2, int), np.zeros(2300, int)))
         got = [ranks_of(*each) for each in problems]
     assert got == [ranks_of(*each) for each in problems]
     for widths, capacity in (([5], 40), ([1030, 700], 46), ([300, 2048], 1500), ([4400], 2060)):
