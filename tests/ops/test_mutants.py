@@ -71,7 +71,7 @@ def rank(process):
 GROUPS = {'batch_hard': mine, 'pairwise_distance': measure, 'ranking': rank}
 # What finds a fault of each kind, the fastest first: how compiled, in which order, blocks at a time.
 PLAIN, ADDRESS, THREAD = ('plain', 'reverse', 1), ('address', 'forward', 1), ('thread', '1', 1)
-TOGETHER = [('plain', str(seed), 2 + seed % 3) for seed in range(8)]
+TOGETHER = [('plain', str(seed), 2 + seed % 3) for seed in range(32)]
 ORDERS = [('plain', order, 1) for order in ('forward', '1', '2')]
 FINDERS = {'fence': TOGETHER, 'atomic': [PLAIN, *TOGETHER, THREAD], 'bound': [PLAIN, ADDRESS, *ORDERS],
            'barrier': [PLAIN, THREAD, *ORDERS, *TOGETHER]}
