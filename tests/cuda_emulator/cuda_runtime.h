@@ -437,8 +437,12 @@ inline void run_blocks(const std::vector<unsigned>& blocks, std::vector<unsigned
       running.push_back(next);
     }
     if (together) {
-      if (!machine.block->running || machine.yielded || random() % 8 == 0)
-        resume(*running[random() % running.size()]);
+      if (!machine.block->running || machine.yielded || random() % 8 == 0) {
+        const bool another = machine.yielded && running.size() > 1;
+        Block* next = running[random() % running.size()];
+        while (another && next == machine.block) next = running[random() % running.size()];
+        resume(*next);
+      }
       machine.yielded = false;
     }
     if (shuffle) std::shuffle(turns.begin(), turns.end(), random);
