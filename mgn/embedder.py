@@ -1,6 +1,7 @@
 """Images → features by somebody's weights, for programs that want no configuration: `mgn.load`."""
 
 import functools
+import inspect
 
 import numpy as np
 import torch

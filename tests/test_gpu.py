@@ -50,7 +50,6 @@ def stub(monkeypatch):
             entered.pop().__exit__(None, None, None)
     monkeypatch.setattr(torch.cuda, 'set_sync_debug_mode', set_sync_debug_mode)
     monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor: tensor)
-    monkeypatch.setattr('mgn.data.augmentation.check_draws', lambda *args: None)  # it reads draws, on the CPU alone
 
 
 @pytest.mark.parametrize('wait', [lambda x: x.to('cpu'), lambda x: x.sum().item(), lambda x: bool(x[0] > 0),

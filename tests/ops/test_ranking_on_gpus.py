@@ -49,7 +49,11 @@ def fake_gpu(monkeypatch):
         with FakeTensorMode(), Launches() as launches:
             def norms(features, norms):
                 launches.count += 1
-            monkeypatch.setattr(keys, 'ranking_kernels', lambda device: SimpleNamespace(canonical_norms=norms))
+
+            def select_nearest(*args):
+                launches.count += 1
+            fakes = SimpleNamespace(canonical_norms=norms, select_nearest=select_nearest)
+            monkeypatch.setattr(keys, 'ranking_kernels', lambda device: fakes)
             monkeypatch.setattr(product, 'available', lambda asked, device: precision)
             monkeypatch.setattr(product, 'keeps_operands', lambda device: True)
             monkeypatch.setattr(product, 'rounds_sums', lambda device: True)
