@@ -189,6 +189,15 @@ def check_values(config):
                 annotations.check(value, expected[name], bound)
 
 
+@gin.config.register_finalize_hook
+def check_softmax(config):
+    """Rejects circle_softmax of logits that are no cosines: its margins would mean nothing."""
+    softmax = config.get(('', 'mgn.losses.mgn_losses'), {}).get('softmax')
+    if 'circle_softmax' in str(softmax) and config.get(('', 'mgn.model.MGN'), {}).get('classifier') != 'cosine':
+        raise UserError(f'mgn_losses.softmax = {softmax} needs the cosines of a classifier; bind '
+                        f"MGN.classifier = 'cosine'")
+
+
 def without_macros(value, config, inside=()):
     """The value with the values of macros in their place."""
     if isinstance(value, (tuple, list)):

@@ -12,7 +12,7 @@ from mgn.data.images import Decoder, rgb_array, to_batch
 from mgn.devices import find_device
 from mgn.features import Extractor
 from mgn.model import MGN
-from mgn.ops.arguments import integer, shown, truth
+from mgn.ops.arguments import shown
 from mgn.ops.errors import UserError
 from mgn.runs import checkpoint
 

@@ -615,3 +615,9 @@ def test_annotations_of_a_users_own_are_not_looked_into():
 def test_gins_own_configurables_and_odd_literals_are_sentences(binding):
     with pytest.raises(UserError):
         config.load([], [binding])
+
+
+def test_circle_softmax_without_cosines_is_refused():
+    with pytest.raises(UserError, match="softmax = @circle_softmax needs the cosines .* MGN.classifier = 'cosine'"):
+        config.load([], ['mgn_losses.softmax = @circle_softmax'])
+    config.load([], ['mgn_losses.softmax = @circle_softmax', "MGN.classifier = 'cosine'"])
