@@ -234,11 +234,21 @@ def test_the_number_of_classes_chooses_a_published_data_set(tmp_path, classes, d
     assert re.findall(r'dataset = @(\w+)\(\)', found) == ([dataset] if dataset else [])
 
 
-def test_images_of_every_kind_give_the_features_of_extraction(files, market):
-    embedder = mgn.load(files['B'][0], device='cpu', batch_size=2)
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+    """The path of a checkpoint of a small network of small images, and the network."""
+    torch.manual_seed(0)
+    model, path = shake(MGN(0, 'resnet18', pretrained=False)), str(tmp_path_factory.mktemp('small') / 'best.pth')
+    checkpoint.save(path, {'config': "MGN.backbone = 'resnet18'\ninput_size = (64, 32)", 'num_classes': 0, 'step': 0,
+                           'model': model.state_dict()})
+    return path, model
+
+
+def test_images_of_every_kind_give_the_features_of_extraction(small, market):
+    embedder = mgn.load(small[0], device='cpu', batch_size=2)
     dataset = market_layout(str(market))
     paths = [sample.path for sample in dataset.query]
-    want = Extractor(CPU, (384, 128), workers=0).features(files['B'][1], dataset.query)
+    want = Extractor(CPU, (64, 32), workers=0).features(small[1], dataset.query)
     arrays = [np.array(Image.open(path)) for path in paths]
     tensor = torch.stack([torch.from_numpy(array).permute(2, 0, 1) for array in arrays])
     for given in (paths, [Image.open(path) for path in paths], arrays, tensor, [tensor[0], paths[1], arrays[2]]):
@@ -250,41 +260,41 @@ def test_images_of_every_kind_give_the_features_of_extraction(files, market):
 
 @pytest.mark.parametrize('image', [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), torch.zeros(3, 4, 4), 5, None,
                                    np.zeros((0, 4, 3), np.uint8), torch.zeros(1, 4, 4, dtype=torch.uint8)])
-def test_what_is_no_image_is_refused(files, image):
+def test_what_is_no_image_is_refused(small, image):
     with pytest.raises(UserError, match='Images must be a .* uint8 tensor, or a list of paths'):
-        mgn.load(files['B'][0], device='cpu').embed([image])
+        mgn.load(small[0], device='cpu').embed([image])
 
 
 @pytest.mark.parametrize('device', [5, None, True, 2.5, [], {}, 10 ** 5000, torch.device('cpu')], ids=type)
-def test_a_device_that_is_no_name_is_a_sentence(files, device):
+def test_a_device_that_is_no_name_is_a_sentence(small, device):
     with pytest.raises(UserError, match='^device must be a string that is not empty, found '):
-        mgn.load(files['B'][0], device)
+        mgn.load(small[0], device)
 
 
 @pytest.mark.parametrize('precision', ['int8', None, 16, ['float32']])
-def test_other_precisions_are_refused(files, precision):
+def test_other_precisions_are_refused(small, precision):
     choices = "'auto' or 'float32' or 'bfloat16' or 'float16'"
     with pytest.raises(UserError, match=f'^precision must be {choices}, found '):
-        mgn.load(files['B'][0], 'cpu', precision)
+        mgn.load(small[0], 'cpu', precision)
 
 
 @pytest.mark.parametrize('batch_size', [0, 4097, 2.0, None])
-def test_other_batch_sizes_are_refused(files, batch_size):
+def test_other_batch_sizes_are_refused(small, batch_size):
     with pytest.raises(UserError, match='^batch_size must be an integer from 1 to 4096, found '):
-        mgn.load(files['B'][0], 'cpu', batch_size=batch_size)
+        mgn.load(small[0], 'cpu', batch_size=batch_size)
 
 
-def test_what_is_no_list_is_refused(files):
-    embedder = mgn.load(files['B'][0], device='cpu')
+def test_what_is_no_list_is_refused(small):
+    embedder = mgn.load(small[0], device='cpu')
     for images in (iter([]), 'a.jpg', Image.new('RGB', (4, 4)), None, {}):
         with pytest.raises(UserError, match='takes a list of images or a tensor of them, not .*; put it into a list'):
             embedder.embed(images)
 
 
-def test_a_pil_image_of_a_damaged_file_or_of_no_pixel_is_refused(files, tmp_path):
+def test_a_pil_image_of_a_damaged_file_or_of_no_pixel_is_refused(small, tmp_path):
     Image.new('RGB', (90, 90)).save(tmp_path / 'a.png')
     (tmp_path / 'a.png').write_bytes((tmp_path / 'a.png').read_bytes()[:80])
-    embedder = mgn.load(files['B'][0], device='cpu')
+    embedder = mgn.load(small[0], device='cpu')
     with pytest.raises(UserError, match='A PIL image cannot be read: .*truncated'):
         embedder.embed([Image.open(tmp_path / 'a.png')])
     with pytest.raises(UserError, match='Images must be'):
@@ -292,9 +302,9 @@ def test_a_pil_image_of_a_damaged_file_or_of_no_pixel_is_refused(files, tmp_path
 
 
 @pytest.mark.parametrize('options', [dict(batch_size=0), dict(flip_test='no')])
-def test_options_of_load_are_checked(files, options):
+def test_options_of_load_are_checked(small, options):
     with pytest.raises(UserError, match=f'{[*options][0]} must be'):
-        mgn.load(files['B'][0], device='cpu', **options)
+        mgn.load(small[0], device='cpu', **options)
 
 
 def test_a_crafted_configuration_of_a_checkpoint_is_refused_by_load(tmp_path):
