@@ -26,8 +26,11 @@ pytestmark = pytest.mark.skipif(find_spec('fastreid') is None, reason='fastreid 
 
 
 @pytest.fixture(autouse=True)
-def clean_gin():
+def clean_gin_and_one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as two test processes share the cores, more would wait for each other
     yield
+    torch.set_num_threads(threads)
     gin.clear_config()
 
 

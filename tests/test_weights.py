@@ -30,8 +30,11 @@ LAYOUTS = {'A': dict(pooling='gem', last_strides=(1, 1, 1)),
 
 
 @pytest.fixture(autouse=True)
-def clean_gin():
+def clean_gin_and_one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as two test processes share the cores, more would wait for each other
     yield
+    torch.set_num_threads(threads)
     gin.clear_config()
 
 
