@@ -40,16 +40,16 @@ def mgn_losses(output, labels, candidates=None, candidate_labels=None,
         UserError: other numbers of weights than of terms.
     """
     logits = [softmax(x, labels) if softmax else x for x in output.logits]
-    cross_entropies = [smoothed_cross_entropy(x, labels, smoothing) for x in logits]
+    cross_entropies = torch.stack([smoothed_cross_entropy(x, labels, smoothing) for x in logits])
     triplets = batch_hard_triplet_loss(output.embeddings, labels, margin, candidates, candidate_labels)
     return {'cross_entropy': weighted_sum(cross_entropies, cross_entropy_weight, 'mgn_losses.cross_entropy_weight'),
             'triplet': weighted_sum(triplets, triplet_weight, 'mgn_losses.triplet_weight')}
 
 
 def weighted_sum(terms, weight, name):
-    """One weight times the sum of terms, or the sum of terms with a weight each; `name` is the weight's binding."""
+    """One weight times the sum of terms (n,), or their sum with a weight each; `name` is the weight's binding."""
     if not isinstance(weight, (tuple, list)):
-        return float(weight) * sum(terms)
+        return float(weight) * terms.sum()
     if len(weight) != len(terms):
         raise UserError(f'{name} must be one number or one for each of {len(terms)} terms, found {len(weight)}; bind '
                         f'others')

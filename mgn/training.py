@@ -207,7 +207,7 @@ class Training:
         factor = self.schedule(state.step, self.total_steps)
         self.lr = set_lr(state.optimizer, factor)
         frozen = self.frozen if state.step < self.freeze_steps else ()
-        for module in self.frozen:
+        for module in self.frozen if state.step <= self.freeze_steps else ():
             module.train(not frozen)
         try:
             losses = train_step(self.network, state.optimizer, self.augmentation, batch, self.device, self.precision,

@@ -52,6 +52,8 @@ class Augmentation:
 
     def auto_augment(self, image, seed, step, position):
         """(3, h, w) uint8 → the same, changed by a policy that depends on seed, step and position alone, or not."""
+        if not self.auto_augment_probability:  # a generator takes longer than the rest of this
+            return image
         rng = random_streams.generator(seed, random_streams.AUTO_AUGMENT, step, position)
         if rng.random() >= self.auto_augment_probability:
             return image
@@ -135,5 +137,3 @@ def normalise(images):
 def mean_and_std(width, device):
     """MEAN and STD repeated along a row, (3·width,) float32 each; cached, as a copy to a GPU makes it wait."""
     return tuple(torch.tensor(values).repeat(width).to(device) for values in (MEAN, STD))
-
-
