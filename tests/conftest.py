@@ -3,6 +3,7 @@
 import signal
 from contextlib import contextmanager
 
+import gin
 import numpy as np
 import pytest
 import torch
@@ -78,6 +79,16 @@ def heard():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def clean_gin_and_one_thread():
+    """No binding outlives the test, which runs on one thread: two processes of tests share the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    gin.clear_config()
 
 
 @pytest.fixture(scope='session')

@@ -3,7 +3,6 @@
 import importlib
 from importlib.util import find_spec
 
-import gin
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,16 +21,8 @@ from mgn.schedules import cosine
 from mgn.step import set_lr, train_step
 
 FROZEN = ['backbone', 'b1', 'b2', 'b3']
-pytestmark = pytest.mark.skipif(find_spec('fastreid') is None, reason='fastreid is not installed; `make peers` does')
-
-
-@pytest.fixture(autouse=True)
-def clean_gin_and_one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as two test processes share the cores, more would wait for each other
-    yield
-    torch.set_num_threads(threads)
-    gin.clear_config()
+pytestmark = [pytest.mark.usefixtures('clean_gin_and_one_thread'), pytest.mark.skipif(
+    find_spec('fastreid') is None, reason='fastreid is not installed; `make peers` does')]
 
 
 def fastreid_mgn(ibn, classes=751):

@@ -22,20 +22,12 @@ from mgn.model import MGN
 from mgn.ops.errors import UserError
 from mgn.runs import checkpoint
 
+pytestmark = pytest.mark.usefixtures('clean_gin_and_one_thread')
 CPU = torch.device('cpu')
 LAYOUTS = {'A': dict(pooling='gem', last_strides=(1, 1, 1)),
            'A without GeM': dict(pooling='max', last_strides=(2, 1, 1)),
            'B': dict(pooling='gem', last_strides=(1, 1, 1), first_pooling='ceil', reduction_bn=False,
                      reduction_relu=False)}
-
-
-@pytest.fixture(autouse=True)
-def clean_gin_and_one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as two test processes share the cores, more would wait for each other
-    yield
-    torch.set_num_threads(threads)
-    gin.clear_config()
 
 
 def model_of(layout, classes=5, backbone='resnet50_ibn', seed=0):
