@@ -65,7 +65,8 @@ mgn::BatchHard mining(const Tensor& anchors, const std::optional<Tensor>& others
 
 cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
+                  "mgn: torch names no current CUDA stream of device ", tensor.get_device_index());
   return static_cast<cudaStream_t>(stream);
 }
 
