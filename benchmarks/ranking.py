@@ -2,7 +2,7 @@
 
     make peers && python -m benchmarks.ranking [work …] [--device=cuda] [--rounds=5]
 
-Works: subspace, large, isotropic, bfloat16, metrics, distances, matches, msmt17; all by default. Sides alternate;
+Works: subspace, large, isotropic, tf32, metrics, distances, matches, msmt17; all by default. Sides alternate;
 prints medians and ratios.
 """
 
@@ -83,8 +83,9 @@ def against_product(queries, rounds, device, dimensions=64, noise=1.3, precision
     result = results[-1]
     print(f'match_ranks {ours:.3f} s: {ours / min(seconds.values()):.2f}× the fastest product; '
           f'mAP {query_metrics(*result[:2])[1].mean():.1%}, {result.redecided / queries:.0f} pairs a query by key')
-    if precision == 'bfloat16':
-        assert np.array_equal(result.ranks, match_ranks(*features, *args[2:]).ranks), 'another precision, other ranks'
+    if precision == 'tf32':
+        exact = match_ranks(*features, *args[2:], precision='float32')
+        assert np.array_equal(result.ranks, exact.ranks), 'another precision, other ranks'
 
 
 def evaluation_sides():
@@ -192,7 +193,7 @@ def main():
         'subspace': lambda: against_product(512, args.rounds, args.device),
         'large': lambda: against_product(4096, max(args.rounds // 2, 1), args.device),
         'isotropic': lambda: against_product(512, args.rounds, args.device, D, 5.3),
-        'bfloat16': lambda: against_product(4096, max(args.rounds // 2, 1), args.device, precision='bfloat16'),
+        'tf32': lambda: against_product(4096, max(args.rounds // 2, 1), args.device, precision='tf32'),
         'metrics': lambda: metrics(args.rounds),
         'distances': lambda: distances(args.rounds),
         'matches': lambda: matches(args.rounds),
@@ -203,8 +204,8 @@ def main():
         name = torch.cuda.get_device_name(args.device)
     print(f'{name}; torch {torch.__version__}; mgn.ops {implementation(args.device)}')
     for work in args.works or works:
-        if work == 'bfloat16' and product.available('bfloat16', torch.device(args.device)) != 'bfloat16':
-            print('bfloat16: this device ranks by float32 products')
+        if work == 'tf32' and product.available('tf32', torch.device(args.device)) != 'tf32':
+            print('tf32: this device ranks by float32 products')
             continue
         print(f'{work}: ', end='', flush=True)
         works[work]()

@@ -15,7 +15,7 @@ HALF_TYPES = torch.float16, torch.bfloat16
 FLOAT_TYPES = {*HALF_TYPES, torch.float32, torch.float64}
 INTEGER_TYPES = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32,
                  torch.uint64}
-PRECISIONS = 'auto', 'float32', 'tf32', 'bfloat16'
+PRECISIONS = 'auto', 'float32', 'tf32'
 LARGEST_K = 4096
 NUMBER_THEM = 'pass an integer for each row, e.g. by numpy.unique(…, return_inverse=True)'
 

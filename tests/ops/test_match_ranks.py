@@ -167,6 +167,32 @@ def test_a_gallery_in_a_file_gives_the_same_ranks(ranking, monkeypatch, tmp_path
                                    for address, length, _ in asked)
 
 
+@pytest.mark.parametrize('metric', METRICS)
+@pytest.mark.parametrize('convert', [lambda x: x, torch.Tensor.half, torch.Tensor.bfloat16,
+                                     lambda x: x.T.contiguous().T])
+def test_keys_of_a_gallery_in_main_memory_or_of_another_type(device, monkeypatch, metric, convert):
+    """Items come again and again, next to each other and apart, within a part of the pairs and beyond it."""
+    rng = np.random.default_rng(0)
+    query, gallery = (torch.from_numpy(x) for x in problem(7, 40, 33)[:2])
+    gallery, read = convert(gallery), []
+    apart = rng.integers(0, 40, 100)
+    items = torch.from_numpy(np.concatenate((np.sort(apart), np.repeat(apart[:9], 3), apart, [5] * 60)))
+    queries = torch.from_numpy(rng.integers(0, 7, len(items)))
+
+    def on_device(gallery, parts, *args):
+        read.extend(parts)
+        return tiles.on_device(gallery, parts, *args)
+    monkeypatch.setattr(keys, 'on_device', on_device)
+    monkeypatch.setattr(keys, 'once', lambda device: 4 * 33 * 64)  # 64 pairs at a time
+    comparison = Comparison(query.to(device), gallery, metric == 'cosine', 'float32')
+    got = keys.keys_of_pairs(comparison, queries.to(device), items.to(device))
+    assert got.cpu().numpy().tobytes() == naive_keys(query, gallery.float(), metric)[queries, items].tobytes()
+    assert bool(read) == (device != 'cpu' or not tiles.is_readable(gallery))
+    assert not read or len(read) == 5 and len(torch.cat(read)) < 0.7 * len(items)
+    assert all((part.diff() != 0).all() for part in read)
+    assert len(keys.keys_of_pairs(comparison, queries[:0].to(device), items[:0].to(device))) == 0
+
+
 def test_bfloat16_features_are_taken_as_they_are():
     query, gallery, *ids = problem(6, 65, 33)
     rounded = [torch.from_numpy(x).bfloat16() for x in (query, gallery)]
@@ -253,7 +279,7 @@ def test_shapes_and_types_that_do_not_fit_are_named(which, bad, message):
 
 @pytest.mark.parametrize('options, message', [({'metric': 'manhattan'}, "'cosine' or 'euclidean', not 'manhattan'"),
                                               ({'precision': 'float16'},
-                                               "'auto' or 'float32' or 'tf32' or 'bfloat16', not 'float16'")])
+                                               "'auto' or 'float32' or 'tf32', not 'float16'")])
 def test_unknown_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         match_ranks(*problem(3, 4, 5), **options)

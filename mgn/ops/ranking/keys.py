@@ -75,17 +75,21 @@ def refuse_not_finite(features, name):
 
 
 def keys_of_pairs(comparison, queries, items):
-    """Canonical keys (P,) float64 of (query queries[p], gallery items[p]); int64 tensors of the query's device."""
+    """Canonical keys (P,) float64 of (query queries[p], gallery items[p]); int64 tensors of the query's device.
+
+    Of a gallery in main memory, or of another type, rows that follow each other more than once are read once.
+    """
     query, gallery, cosine, _, mapped = comparison
     keys = torch.empty(len(items), dtype=torch.float64, device=query.device)
     if is_readable(query) and is_readable(gallery) and query.device == gallery.device:
         comparison.kernels.canonical_keys(query, gallery, queries, items, cosine, keys)
         return keys
-    parts = spans(len(items), once(gallery.device) // 4 // max(query.shape[1], 1))
-    pieces = on_device(gallery, [items[part].to(gallery.device) for part in parts], query.device, mapped)
-    for part, item_rows in zip(parts, pieces):
-        numbers = torch.arange(len(item_rows), device=query.device)
-        comparison.kernels.canonical_keys(rows(query, queries[part]), item_rows, numbers, numbers, cosine, keys[part])
+    parts = spans(len(items), once(query.device) // 8 // max(query.shape[1], 1))
+    read, places = zip(*(items[part].unique_consecutive(return_inverse=True) for part in parts)) if parts else ((), ())
+    pieces = on_device(gallery, [part.to(gallery.device) for part in read], query.device, mapped)
+    for part, item_rows, numbers in zip(parts, pieces, places):
+        own = torch.arange(len(numbers), device=query.device)
+        comparison.kernels.canonical_keys(rows(query, queries[part]), item_rows, own, numbers, cosine, keys[part])
     return keys
 
 

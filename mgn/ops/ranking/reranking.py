@@ -16,7 +16,7 @@ from mgn.ops.ranking.counting import Overlaps
 from mgn.ops.ranking.keys import compared, finite_norms, keys_of_pairs, ranking_kernels
 from mgn.ops.ranking.nearest import nearest
 from mgn.ops.ranking.ranks import MatchRanks, as_ranks, identities, nonmatches_between, sorted_matches
-from mgn.ops.ranking.tiles import denormals, spans, tile_of
+from mgn.ops.ranking.tiles import denormals, downloaded, spans, tile_of
 
 
 @uncompiled
@@ -47,7 +47,7 @@ def k_reciprocal_ranks(query, gallery, query_pids, gallery_pids, query_camids, g
     (query, gallery, cosine, *_), queries = comparison, len(query)
     norms = torch.cat((finite_norms(query, 'query'), finite_norms(gallery, 'gallery')))
     encodings, maxima = encode_features(comparison, norms, k1, k2)
-    host = comparison._replace(query=query.cpu(), gallery=gallery.cpu())
+    host = comparison._replace(query=downloaded(query), gallery=downloaded(gallery))
     columns = sparse_kernels().transpose(*rows_between(encodings, queries, len(norms)), len(norms))
     excluded, offsets, ranks, redecided = identities(ids, as_junk_pid(junk_pid)), [np.zeros(1, np.int64)], [], 0
     for block in spans(queries, tile_of(query, gallery)[1]):

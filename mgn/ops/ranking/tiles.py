@@ -10,9 +10,10 @@ import torch
 
 from mgn.ops.errors import UserError
 
-PRODUCTS = 2 ** 22           # of a tile: 16 MB
+PRODUCTS = 2 ** 22           # of a tile: 16 MB, which stay in a CPU's cache
+GPU_PRODUCTS = 2 ** 24       # 64 MB: the larger, the faster is the product itself
 ITEMS = 2048                 # of a tile, at most
-OPERANDS = 2 ** 23           # elements of a tile's queries and of its items, where they are converted: 32 MB each
+OPERANDS = 2 ** 23           # elements of a tile's queries and of its items, where they are converted: 32 MB each, on a GPU 128
 ONCE = 3 * 2 ** 26           # numbers converted once for all tiles, on a GPU: 768 MB
 NEAR = 16                    # rows apart that are read from a file together
 
@@ -42,11 +43,10 @@ def once(device):
 
 
 def tile_of(query, gallery):
-    """(items, queries) of a tile: products that stay in a GPU's second-level cache, features that fit if converted."""
-    products = PRODUCTS
+    """(items, queries) of a tile."""
+    features, products = max(1, OPERANDS // max(query.shape[1], 1)), PRODUCTS  # features that fit if converted
     if query.is_cuda:
-        products = min(max(2 ** 20, torch.cuda.get_device_properties(query.device).L2_cache_size // 8), 2 ** 23)
-    features = max(1, OPERANDS // max(query.shape[1], 1))
+        features, products = 4 * features, GPU_PRODUCTS
     items = min(ITEMS, features)
     return items, min(features, products // items)
 
@@ -113,6 +113,13 @@ def in_pinned_memory(tensor):
     """A copy in page-locked memory, without which copies between main memory and a GPU wait for each other."""
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return pinned.copy_(tensor, non_blocking=True)
+
+
+def downloaded(features):
+    """Features in main memory; page-locked, if they come from a GPU, which takes a thirtieth of the time."""
+    if features.device.type == 'cpu':
+        return features
+    return torch.empty(features.shape, dtype=features.dtype, pin_memory=True).copy_(features)
 
 
 def with_next(parts):
