@@ -100,18 +100,10 @@ def check_shared(folder):
 def read_features(features_dir, model, dataset, extractor):
     """The features that write_features wrote, memory-mapped: query (Q, D) and gallery (G, D), read-only NumPy arrays.
 
-    Under torchrun one process of each machine checks the files, and all raise what one of them finds. MissingFile where
-    the folder holds no features, UserError where files are damaged, or where the features are of another model, data
-    set or extractor: with what differs.
+    MissingFile where the folder holds no features, UserError where files are damaged, or where the features are of
+    another model, data set or extractor: with what differs.
     """
-    failure = None
-    try:
-        if processes.number_on_this_machine() == 0:
-            check_features(features_dir, model, extractor, dataset)
-    except UserError as error:
-        failure = error
-    for failure in filter(None, processes.gather(failure)):
-        raise failure
+    check_features(features_dir, model, extractor, dataset)
     return [np.load(file_of(features_dir, part, 'features'), mmap_mode='r') for part in PARTS]
 
 

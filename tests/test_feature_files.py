@@ -243,20 +243,6 @@ def test_where_the_memory_cannot_be_written_files_are_read_each_time(written, ha
     assert hashed == FILES * 2
 
 
-def test_one_process_of_a_machine_checks_and_all_hear_what_one_finds(written, hashed, monkeypatch):
-    folder, read = written
-    found = pickle.loads(pickle.dumps(MissingFile('no manifest here')))  # as it travels
-    monkeypatch.setattr(processes, 'number_on_this_machine', lambda: 1)
-    assert len(read()[0]) == 3 and hashed == []
-    monkeypatch.setattr(processes, 'gather', lambda own: [own, found])
-    with pytest.raises(MissingFile, match='no manifest here'):
-        read()
-    monkeypatch.setattr(processes, 'number_on_this_machine', lambda: 0)
-    (folder / 'manifest.json').unlink()
-    with pytest.raises(FileNotFoundError, match='holds no complete extraction: there is no .*manifest.json'):
-        read()
-
-
 def mutated(rng, folder):
     """Changes a file of the folder; returns what was done."""
     name = rng.choice([*FILES, 'manifest.json'])

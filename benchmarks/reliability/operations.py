@@ -1,7 +1,6 @@
 """Random small cases of each operation against loops in float64: ties, duplicates, zeros, strides, half types."""
 
 import math
-import os
 
 import numpy as np
 import pytest
@@ -12,12 +11,11 @@ import test_ranks_from_distance
 import test_reranking
 import test_topk
 import torch
-import torch.distributed as dist
 from implementations import IMPLEMENTATIONS, run_as
 from mining import RELATIVE_ERROR, TYPES, assert_mined, naive, naive_loss
 from rankings import METRICS, naive_expansion, naive_ranks, published_distances, ranks_of, same
 
-from benchmarks.reliability.driver import Row, random_of
+from benchmarks.reliability.driver import Row
 from mgn import ops
 from mgn.ops.arguments import PRECISIONS
 from mgn.ops.errors import UserError
@@ -168,39 +166,6 @@ def expand_queries(rng):
     np.testing.assert_allclose(got.numpy(), naive_expansion(of_query, of_gallery, k, alpha), rtol=0, atol=3e-7)
 
 
-def match_ranks_sharded(rng):
-    """Of three processes, each of which has a part of the rows."""
-    query, gallery, of_query, of_gallery, ids, options = problem(rng)
-    bounds = [[0, *sorted(rng.integers(0, len(x) + 1, 2)), len(x)] for x in (query, gallery)]
-    own = [slice(*bound[dist.get_rank():dist.get_rank() + 2]) for bound in bounds]
-    offsets, ranks, _ = ops.match_ranks_sharded(*(x[own[i % 2]] for i, x in enumerate((query, gallery, *ids))),
-                                                **options)
-    assert ([ranks[a:b].tolist() for a, b in zip(offsets, offsets[1:])]
-            == naive_ranks(of_query, of_gallery, *ids, **options))
-
-
-def in_three_processes(rng, folder, number):
-    """This process is the first of three. The others serve its cases until it ends."""
-    if not dist.is_initialized():
-        meeting = folder / f'meeting {os.getpid()}'
-        rank = 0 if os.fork() else 1 if os.fork() else 2
-        dist.init_process_group('gloo', init_method=f'file://{meeting}', rank=rank, world_size=3)
-        if rank:
-            serve()
-    dist.broadcast(torch.tensor(number), 0)
-    drawn(match_ranks_sharded, rng)
-
-
-def serve():
-    try:
-        while True:
-            number = torch.tensor(0)
-            dist.broadcast(number, 0)
-            drawn(match_ranks_sharded, random_of('match_ranks_sharded', number.item()))
-    finally:
-        os._exit(0)
-
-
 def labelled(rng, heads, n, D, kind, dtype):
     """(*heads, n, D) features of any strides and n labels."""
     x = torch.from_numpy(rows(rng, math.prod(heads) * n, D, kind).astype(np.float64)).reshape(*heads, n, D)
@@ -276,11 +241,10 @@ def drawn(check, rng):
 
 
 def row_of(check):
-    case = in_three_processes if check is match_ranks_sharded else lambda rng, folder, number: drawn(check, rng)
-    return Row(f'`{check.__name__}`{GRADIENT.get(check, "")}', 20_000, case)
+    return Row(f'`{check.__name__}`{GRADIENT.get(check, "")}', 20_000, lambda rng, folder, number: drawn(check, rng))
 
 
 GRADIENT = {batch_hard_triplet_loss: ' and gradient', pairwise_distance: ' and gradient'}
 ROWS = {check.__name__: row_of(check) for check in (
-    batch_hard, batch_hard_triplet_loss, pairwise_distance, match_ranks, match_ranks_from_distance, match_ranks_sharded,
-    topk, topk_from_distance, k_reciprocal_ranks, re_ranking, evaluate_rank, retrieval_metrics, expand_queries)}
+    batch_hard, batch_hard_triplet_loss, pairwise_distance, match_ranks, match_ranks_from_distance, topk,
+    topk_from_distance, k_reciprocal_ranks, re_ranking, evaluate_rank, retrieval_metrics, expand_queries)}

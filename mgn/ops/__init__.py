@@ -13,9 +13,8 @@ from mgn.ops.query_expansion import expand_queries
 from mgn.ops.ranking.nearest import Nearest, topk, topk_from_distance
 from mgn.ops.ranking.ranks import MatchRanks, match_ranks, match_ranks_from_distance
 from mgn.ops.ranking.reranking import k_reciprocal_ranks
-from mgn.ops.ranking.sharding import match_ranks_sharded
 from mgn.ops.triplet import BatchHard, batch_hard, batch_hard_triplet_loss
 
 __all__ = ['METRICS', 'BatchHard', 'MatchRanks', 'Nearest', 'batch_hard', 'batch_hard_triplet_loss', 'evaluate_rank',
            'expand_queries', 'implementation', 'k_reciprocal_ranks', 'match_ranks', 'match_ranks_from_distance',
-           'match_ranks_sharded', 'pairwise_distance', 're_ranking', 'retrieval_metrics', 'topk', 'topk_from_distance']
+           'pairwise_distance', 're_ranking', 'retrieval_metrics', 'topk', 'topk_from_distance']

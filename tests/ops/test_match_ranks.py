@@ -12,10 +12,7 @@ from mining import examples
 from rankings import METRICS, extremes, naive_key, naive_keys, naive_ranks, near_ties, problem, ranks_of
 
 from mgn.ops import match_ranks, match_ranks_from_distance
-from mgn.ops.arguments import all_ids
 from mgn.ops.ranking import keys, tiles
-from mgn.ops.ranking.keys import Comparison, finite_norms, keys_in_order
-from mgn.ops.ranking.ranks import identities, nonmatches_between, sorted_matches
 
 
 @pytest.mark.parametrize('metric', METRICS)
@@ -93,18 +90,6 @@ def test_junk_takes_no_rank(ranking):
 def test_a_query_of_the_junk_id_has_no_match(junk_pid, ranks):
     gallery = np.array([[3, 0], [3, 1], [3, 2]], np.float32)
     assert ranks_of(gallery[:1], gallery, [-1], [-1, 4, -1], [1], [2, 2, 2], junk_pid=junk_pid) == [ranks]
-
-
-def test_items_are_numbered_from_any_number_on(ranking):
-    """As in the last part of a gallery of 2⁴⁰ items and more: matches, own identity and ties by number."""
-    query, gallery, query_pids, gallery_pids, query_camids, gallery_camids = problem(6, 90, 7, levels=2)
-    comparison = Comparison(torch.from_numpy(query), torch.from_numpy(gallery), cosine=True, precision='float32')
-    ids = all_ids(6, 90, query_pids, gallery_pids, query_camids, gallery_camids)
-    excluded, norms = identities(ids, 0), finite_norms(comparison.query, 'query')
-    matches = sorted_matches(excluded, ids, functools.partial(keys_in_order, comparison))
-    want, got = (nonmatches_between(comparison, norms, first, matches._replace(items=matches.items + first),
-                                    excluded.numbered_from(first))[0] for first in (0, 2 ** 40))
-    assert want.sum() > 0 and torch.equal(want, got)
 
 
 def test_queries_without_a_match_have_no_ranks():

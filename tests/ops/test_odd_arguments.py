@@ -11,7 +11,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from mgn import ops
 from mgn.ops.errors import UserError
@@ -39,7 +38,6 @@ CALLS = {  # function → all its parameters, as they should be
     'k_reciprocal_ranks': {**FEATURES, **IDS, **RERANKING, 'junk_pid': -1, **HOW},
     'match_ranks': {**FEATURES, **IDS, 'junk_pid': -1, **HOW},
     'match_ranks_from_distance': {'dist': DIST, **IDS, 'junk_pid': -1},
-    'match_ranks_sharded': {**FEATURES, **IDS, 'junk_pid': -1, **HOW, 'group': None},
     'pairwise_distance': {'x': QUERY, 'y': GALLERY, 'metric': 'cosine'},
     're_ranking': {'q_g_dist': DIST, 'q_q_dist': torch.cdist(QUERY, QUERY), 'g_g_dist': torch.cdist(GALLERY, GALLERY),
                    **RERANKING},
@@ -69,18 +67,10 @@ ONE = {'0', '1', 'np.float32(0.5)', 'Fraction(1, 3)'}
 TAKEN = {  # parameter → values that it can take, in range; what they give is tested elsewhere
     'margin': ANY_REAL | {'None', 'Fraction(1, 3)'}, 'alpha': REAL | {'Fraction(1, 3)'}, 'lambda_value': ONE,
     'k': POSITIVE, 'k1': POSITIVE, 'k2': POSITIVE, 'max_rank': POSITIVE | {'2147483648'},
-    'junk_pid': INTEGERS | {'None'}, 'group': {'None'}, 'use_metric_cuhk03': {'False'}, 'use_cython': set(VALUES),
+    'junk_pid': INTEGERS | {'None'}, 'use_metric_cuhk03': {'False'}, 'use_cython': set(VALUES),
     'exclude_self': {'False'}, 'dist': {'array([], shape=(0, 0), dtype=float64)'},
     'device': {"device(type='cpu')", '0', '1', '3', '2147483648', 'np.int64(3)', 'np.int8(3)'},
 }
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_process(tmp_path_factory):
-    """The group that match_ranks_sharded needs."""
-    dist.init_process_group('gloo', f'file://{tmp_path_factory.mktemp("group") / "store"}', rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def outcome(function, **changed):

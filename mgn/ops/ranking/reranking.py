@@ -64,7 +64,7 @@ def k_reciprocal_ranks(query, gallery, query_pids, gallery_pids, query_camids, g
             return torch.from_numpy(distances)
         matches = sorted_matches(block_excluded, ids.of_queries(block), final_distances_of)
         steps, reconsidered = nonmatches_between(
-            comparison.of_queries(block), norms[block], 0, matches, block_excluded,
+            comparison.of_queries(block), norms[block], matches, block_excluded,
             (overlaps, torch.from_numpy(largest), lambda_value), block_host[:2] if query.is_cuda else None)
         offsets.append(matches.offsets.numpy()[1:] + offsets[-1][-1])
         ranks.append(as_ranks(steps, matches.offsets))
