@@ -13,7 +13,7 @@ import test_topk
 import torch
 from implementations import IMPLEMENTATIONS, run_as
 from mining import RELATIVE_ERROR, TYPES, assert_mined, naive, naive_loss
-from rankings import METRICS, naive_expansion, naive_ranks, published_distances, ranks_of, same
+from rankings import METRICS, naive_expansion, naive_ranks, ranks_of, same
 
 from benchmarks.reliability.driver import Row
 from mgn import ops
@@ -90,10 +90,10 @@ def k_reciprocal_ranks(rng):
                                           **options))
 
 
-def matrix(rng, Q, G, infinite=True):
+def matrix(rng, Q, G):
     """A matrix of distances, of any type and strides, and its float64 numbers."""
     x = rows(rng, Q, G, any_of(rng, KINDS))
-    if infinite and rng.random() < 0.2:
+    if rng.random() < 0.2:
         x[rng.random(x.shape) < 0.3] = any_of(rng, [np.inf, -np.inf])
     return passed(rng, x.astype(np.float64) if rng.random() < 0.3 else x)
 
@@ -137,15 +137,6 @@ def topk_from_distance(rng):
     assert np.array_equal(np.asarray(indices), expected)
     distances = distances.double().numpy() if isinstance(distances, torch.Tensor) else distances
     assert np.array_equal(distances, np.take_along_axis(numbers, expected, 1))
-
-
-def re_ranking(rng):
-    Q, G = rng.integers(0, 5), rng.integers(0, 16)
-    given, (q_g, q_q, g_g) = zip(*(matrix(rng, *shape, infinite=False) for shape in ((Q, G), (Q, Q), (G, G))))
-    k1, k2, weight = int(rng.integers(1, 9)), int(rng.integers(1, 9)), any_of(rng, [0, 0.1, 0.3, 1])
-    whole = np.abs(np.block([[q_q.T, q_g], [q_g.T, g_g.T]]))
-    expected = published_distances(whole, whole * whole, Q, k1, k2, weight)
-    np.testing.assert_allclose(ops.re_ranking(*given, k1, k2, weight), expected, rtol=1e-6, atol=2e-7)
 
 
 def retrieval_metrics(rng):
@@ -247,4 +238,4 @@ def row_of(check):
 GRADIENT = {batch_hard_triplet_loss: ' and gradient', pairwise_distance: ' and gradient'}
 ROWS = {check.__name__: row_of(check) for check in (
     batch_hard, batch_hard_triplet_loss, pairwise_distance, match_ranks, match_ranks_from_distance, topk,
-    topk_from_distance, k_reciprocal_ranks, re_ranking, evaluate_rank, retrieval_metrics, expand_queries)}
+    topk_from_distance, k_reciprocal_ranks, evaluate_rank, retrieval_metrics, expand_queries)}

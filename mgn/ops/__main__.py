@@ -21,7 +21,7 @@ def main():
         selection = 'torch.topk' if device.startswith('cuda') else on_cpu
         print(f'  match_ranks, products and counting: {ranking}')
         print(f'  topk, products and keys: {ranking}; selection, topk_from_distance: {selection}')
-        print(f'  k_reciprocal_ranks: neighbours as topk; encodings, counting, re_ranking on the CPU, {on_cpu}')
+        print(f'  k_reciprocal_ranks: neighbours as topk; encodings, counting on the CPU, {on_cpu}')
         print(f'  match_ranks_from_distance, evaluate_rank: on the CPU, {on_cpu}')
         print(f'  pairwise_distance, forward: {implementation(device)}; backward: PyTorch')
 
