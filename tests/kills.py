@@ -57,8 +57,9 @@ def survive(folder, kills, seed, kind):
 
 def compare(folder):
     assert_same(outcome(folder / 'killed'), outcome(folder / 'uninterrupted'))
-    assert {path.name for path in (folder / 'killed').iterdir() if 'events' not in path.name} == {
-        path.name for path in (folder / 'uninterrupted').iterdir() if 'events' not in path.name}
+    killed, uninterrupted = (sorted(path.name for path in (folder / run).iterdir()) for run in (
+        'killed', 'uninterrupted'))
+    assert killed == uninterrupted
 
 
 def run(data, output_dir, kind, place=None, when=0, part=0.0):

@@ -93,7 +93,7 @@ def trained(home):
 def test_process_0_alone_writes_and_speaks(trained):
     folder, run = trained
     assert {'last.pth', 'best.pth', 'config.gin', 'metrics.jsonl', 'eval.json'} <= set(os.listdir(folder))
-    assert not list(folder.glob('*.tmp')) and len(list(folder.glob('events*'))) <= 1
+    assert not list(folder.glob('*.tmp'))
     assert [(line['step'], 'mAP' in line) for line in metrics(folder)] == [
         (0, True), *((step, False) for step in range(1, 6)), (5, True)]
     for step in range(1, 6):

@@ -13,7 +13,7 @@ from mgn.runs.files import writing
 from mgn.runs.log import logger
 
 LOCK = 'run.lock'
-WRITTEN = r'last\.pth|best\.pth|metrics\.jsonl|eval\.json|config\.gin|run\.lock|events\.out\.tfevents\..*'
+WRITTEN = r'last\.pth|best\.pth|metrics\.jsonl|eval\.json|config\.gin|run\.lock'
 _locked_here = set()  # folders; to the system all threads of a process are one
 
 
