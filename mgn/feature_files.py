@@ -6,6 +6,7 @@ A folder holds for `query` and `gallery` each _features.npy (n, D), _pids.npy an
 """
 
 import contextlib
+import itertools
 import json
 import os
 import tempfile
@@ -22,8 +23,6 @@ from mgn.runs.log import logger
 
 FORMAT = 'mgn features 3'
 MANIFEST = 'manifest.json'
-CHECKED = 'checked.txt'  # a line for each large file whose checksum was found right
-LARGE = 2 ** 26          # bytes of a file that is checked once: their SHA-256 takes about a tenth of a second
 PARTS = ('query', 'gallery')
 NAMES = ('pids', 'camids', 'paths', 'features')
 
@@ -111,7 +110,10 @@ def check_features(features_dir, model, extractor, dataset=None):
     """Raises what read_features raises. dataset: None where images do not matter."""
     found, expected = read_manifest(features_dir), made_of(model, extractor)
     try:
-        check_files(features_dir, found['sha256'])
+        for part, name in itertools.product(PARTS, NAMES):
+            path = file_of(features_dir, part, name)
+            if file_hash(path) != found['sha256'][part][name]:
+                raise ValueError(f'{path} is not as mgn.extract wrote it')
         for part in PARTS if dataset else ():
             expected.update({f'{part} {name}': array for name, array in image_lists(dataset, part).items()})
             found.update({f'{part} {name}': np.load(file_of(features_dir, part, name)) for name in NAMES[:3]})
@@ -151,28 +153,6 @@ def read_manifest(features_dir):
         raise UserError(f'The features in {features_dir} are damaged: {path} is not as mgn.extract wrote it; extract '
                         f'them again')
     return content
-
-
-def check_files(features_dir, hashes):
-    """ValueError for a file that differs from its hash. Of a large one that does not, CHECKED remembers size and times.
-
-    It is read again where these differ. ctime is among them, which no program sets back, as cp -p does mtime.
-    """
-    path, known, large = os.path.join(features_dir, CHECKED), [], []
-    with contextlib.suppress(OSError, ValueError), open(path) as file:
-        known = file.read().splitlines()
-    for part in PARTS:
-        for name in NAMES:
-            file = file_of(features_dir, part, name)
-            status = os.stat(file)
-            line = f'{part} {name} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {hashes[part][name]}'
-            if status.st_size >= LARGE:
-                large.append(line)
-            if line not in known and file_hash(file) != hashes[part][name]:
-                raise ValueError(f'{file} is not as mgn.extract wrote it')
-    if not set(large) <= set(known):
-        with contextlib.suppress(OSError):  # a folder that cannot be written to: they are read each time
-            write_text(path, '\n'.join(large) + '\n')
 
 
 def made_of(model, extractor):

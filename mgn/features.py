@@ -17,7 +17,6 @@ from mgn.data.loader import load_batches
 from mgn.devices import DTYPES, Precision, resolve_precision
 from mgn.ops.errors import UserError
 from mgn.runs import processes
-from mgn.runs.interruption import leave_if_nothing_is_lost
 from mgn.runs.log import logger, progress
 
 Size = tuple[Annotated[int, 1, 4096], Annotated[int, 1, 4096]]  # (H, W) in pixels
@@ -61,7 +60,6 @@ class Extractor:
         done, logged = 0, time.perf_counter()
         with evaluation_mode(model), progress(len(samples), unit='image', what='features') as bar:
             for batch in loader:
-                leave_if_nothing_is_lost()
                 if unreadable is not None:
                     unreadable.update(batch.unreadable)
                 elif batch.unreadable:

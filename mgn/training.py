@@ -45,8 +45,7 @@ def train(default_output_dir):
     draw depends on (seed, step, position) alone, so on a CPU a run of one process that was interrupted and resumed ends
     with weights that are bit-identical to those of an uninterrupted one. At SIGTERM or SIGINT it ends after the present
     step, with a checkpoint, by SystemExit(75); at a second signal at once. An evaluation is aborted; its checkpoint is
-    already saved, except for the one before the first step. A run that fails before its first step removes what it has
-    written.
+    already saved, except for the one before the first step.
 
     Under torchrun each process takes P / processes of the identities, gradients are averaged, and process 0 alone
     writes. Batches, loss and gradient equal those of a single process. Exception: batch normalisation, whose statistics
@@ -97,11 +96,9 @@ class Training:
 
     def run(self):
         self.check_options()
-        self.first, self.begun = processes.number() == 0, False
-        folder = locked(self.output_dir, lambda: self.begun) if self.first else nullcontext()
-        with folder as self.check_lock:
+        self.first = processes.number() == 0
+        with locked(self.output_dir) if self.first else nullcontext():
             saved = processes.share_tensors(newest(self.output_dir, self.resume) if self.first else None)
-            self.begun = saved is not None
             self.make_batches()
             self.make_state(saved)
             del saved  # as large as model and optimizer
@@ -219,7 +216,6 @@ class Training:
             state.average.update(state.model, state.step)
         state.meter.add(losses, state.step)
         state.step += 1
-        self.begun = True
 
     def note_unreadable(self, paths):
         count_unreadable(self.unreadable, paths, len(self.dataset.train))
@@ -238,7 +234,6 @@ class Training:
         state.join()
         state.check_finite(self.last_good())
         if self.first and state.step != self.saved_step:
-            self.check_lock()
             save_last(self.output_dir, state.content(), self.keep_last, self.saved_step)
             self.write_configuration()
         self.saved_step = state.step
@@ -247,17 +242,15 @@ class Training:
         write_text(os.path.join(self.output_dir, 'config.gin'), gin.operative_config_str())
 
     def last_good(self):
-        if self.saved_step is None or not self.begun:
+        if self.saved_step is None:
             return 'there is no checkpoint yet'
         return f'the last good checkpoint is {os.path.join(self.output_dir, "last.pth")}, of step {self.saved_step}'
 
     def leave(self, interruption):
         """Saves and ends the process after a signal."""
-        if self.begun:
-            self.save()
-        logger.info('%s: ended after step %d%s; the same command resumes',
-                    interruption.noted.name if interruption.noted else 'a signal to another process', self.state.step,
-                    ', which last.pth holds' if self.begun else '')
+        self.save()
+        logger.info('%s: ended after step %d, which last.pth holds; the same command resumes',
+                    interruption.noted.name if interruption.noted else 'a signal to another process', self.state.step)
         processes.wait()  # torchrun ends all processes that are left when one has ended
         raise SystemExit(STATUS)
 

@@ -150,7 +150,7 @@ def signalled(rng, folder, number):
     run = fresh(folder, 'signalled')
     at = run / 'at'  # the phase's first call, or a later one where there are several
     call = int(rng.integers(3 if binary == 'train' else 2 if phase == 'decoding' else 1))
-    meddle = None if phase == 'start' else ['wait', phase, call, str(at), twice]
+    meddle = None if phase == 'start' else ['wait', phase, call, str(at), 60 if twice else 1]
     process = start_anew(binary, run, *bindings_of(binary, folder, run), 'workers = 0', meddle=meddle)
     if phase == 'start':
         time.sleep(rng.uniform(0.05, 2))
@@ -244,7 +244,7 @@ def worker_dies(rng, folder, number):
                     meddle=['workers', str(said / 'counter'), numbers, seconds])
     status, words = process.wait(), spoken(said)
     if status:
-        assert not seconds and 'error: Data-loading workers died' in words and 'Traceback' not in words, words[-400:]
+        assert not seconds and 'error: A data-loading worker died' in words and 'Traceback' not in words, words[-400:]
     finish('train', folder, run)
 
 
