@@ -227,9 +227,9 @@ def in_main_memory(tiles, query, gallery):
 
 def finite_pieces(comparison, pieces):
     """Yields each piece of the gallery, its rows on the query's device and their norms; UserError if not finite."""
-    query, gallery, _, _, mapped = comparison
+    query, gallery, *_ = comparison
     finite = torch.ones((), dtype=torch.bool, device=query.device)
-    for piece, items in zip(pieces, on_device(gallery, pieces, query.device, mapped)):
+    for piece, items in zip(pieces, on_device(gallery, pieces, query.device)):
         norms = torch.empty(len(items), dtype=torch.float64, device=query.device)
         comparison.kernels.canonical_norms(items, norms)
         finite &= norms.isfinite().all()
