@@ -227,11 +227,7 @@ def gin_errors_explained():
     except UserError:
         raise
     except ModuleNotFoundError as error:
-        missing = re.search(r"No module named '(.*)'\n.*\n\s+(?:import|from) \1\b", str(error))
-        if not missing:  # the module that gin imports was found, but imports one that was not
-            raise
-        raise UserError(f'The configuration imports {missing[1]}, which Python does not find; start in the folder of '
-                        f'{missing[1]}.py, or add that to PYTHONPATH') from None
+        raise UserError(f'{error}\nStart in the folder of that module, or add that to PYTHONPATH.') from error
     except (ValueError, SyntaxError, tokenize.TokenError, RecursionError, TypeError, KeyError) as error:
         raise UserError(explained(error)) from None
 

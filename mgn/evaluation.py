@@ -21,7 +21,6 @@ from mgn.ops.arguments import LARGEST_K
 from mgn.ops.errors import UserError
 from mgn.results import table, write_results
 from mgn.runs import checkpoint as checkpoints, processes
-from mgn.runs.files import writing
 from mgn.runs.log import logger
 
 
@@ -66,8 +65,6 @@ def convert_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_di
     model = MGN(num_classes=checkpoint['num_classes'], fresh=False)
     checkpoints.load_model(model, checkpoint['model'], weights)
     path = os.path.join(output_dir or os.getcwd(), f'{os.path.splitext(os.path.basename(weights))[0]}_mgn.pth')
-    with writing(path, 'Bind another output_dir.'):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
     checkpoints.save(path, {**checkpoint, 'config': checkpoints.configuration(portable=True)})
     logger.info('wrote %s', path)
 

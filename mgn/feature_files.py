@@ -117,14 +117,14 @@ def check_features(features_dir, model, extractor, dataset=None):
         for part in PARTS if dataset else ():
             expected.update({f'{part} {name}': array for name, array in image_lists(dataset, part).items()})
             found.update({f'{part} {name}': np.load(file_of(features_dir, part, name)) for name in NAMES[:3]})
-        differences = list(filter(None, (difference(name, value, found[name]) for name, value in expected.items())))
+        differing = [name for name, value in expected.items() if not np.array_equal(value, found[name])]
     except PermissionError as error:
         raise FileError(f'The features in {features_dir} cannot be read: {error}; allow it') from error
     except (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError) as error:
         raise UserError(f'The features in {features_dir} are damaged: {error}; extract them again') from error
-    if differences:
-        raise UserError(f'The features in {features_dir} are of other weights, settings or images:\n  '
-                        + '\n  '.join(differences) + '\nbind what they were made of, or extract them again')
+    if differing:
+        raise UserError(f'The features in {features_dir} are of other weights, settings or images; what differs is '
+                        f'{", ".join(differing)}. Bind what they were made of, or extract them again')
 
 
 def kept_gallery(features_dir, model, extractor):
@@ -158,18 +158,6 @@ def read_manifest(features_dir):
 def made_of(model, extractor):
     """What features depend on beside the images."""
     return {**model.architecture, 'weights': hash_of_weights(model), **extractor.settings()}
-
-
-def difference(name, expected, found):
-    """A line that says how two values, or two lists, differ; None where they are equal."""
-    if not isinstance(expected, np.ndarray):
-        return None if expected == found else f'{name}: expected {expected}, found {found}'
-    if expected.shape != found.shape:
-        return f'{name}: expected an array of shape {expected.shape}, found {found.shape}'
-    rows = np.flatnonzero(expected != found)
-    if len(rows):
-        return (f'{name}: {len(rows)} of {len(found)} differ, the first at {rows[0]}: '
-                f'expected {expected[rows[0]]}, found {found[rows[0]]}')
 
 
 def file_of(features_dir, part, name):

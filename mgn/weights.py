@@ -120,9 +120,8 @@ def tell(weights):
     """Says in the log what was read, and each option that was chosen."""
     logger.info('%s: %s%s', weights.path, weights.source,
                 f' of {weights.num_classes} classes' if weights.num_classes else '')
-    logger.info('%d tensors, %d of them converted; missing: %s', len(weights.state), len(weights.converted),
-                'none' if weights.num_classes or weights.options is None else 'classifiers')
-    logger.info('left out: %s', ', '.join(weights.left_out) or 'nothing')
+    logger.info('%d tensors, %d of them converted; left out: %s', len(weights.state), len(weights.converted),
+                ', '.join(weights.left_out) or 'nothing')
     for name, why in weights.chosen.items():
         logger.info('MGN.%s = %r, unless bound otherwise: %s', name, weights.options[name], why)
     logger.debug('the tensors:\n  %s', '\n  '.join(weights.state))

@@ -358,13 +358,9 @@ print(sorted({'torch', 'torchvision'} & set(sys.modules)))
     assert done.stdout == '[]\n'
 
 
-def test_a_module_that_is_not_there_is_named_and_a_broken_one_keeps_its_traceback(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match='imports nowhere_to_be_found, which .* start in .*PYTHONPATH'):
+def test_a_module_that_is_not_there_is_named():
+    with pytest.raises(UserError, match="(?s)No module named 'nowhere_to_be_found'.*\nStart in .*PYTHONPATH"):
         config.load([], ['import nowhere_to_be_found'])
-    (tmp_path / 'module_of_mine.py').write_text('import nowhere_to_be_found')
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModuleNotFoundError):
-        config.load([], ['import module_of_mine'])
 
 
 @pytest.mark.parametrize('line', [
