@@ -49,8 +49,8 @@ def train(default_output_dir):
 
     Under torchrun each process takes P / processes of the identities, gradients are averaged, and process 0 alone
     writes. Batches, loss and gradient equal those of a single process. Exception: batch normalisation, whose statistics
-    are each process's own unless sync_bn. Running statistics are averaged over the processes where a checkpoint is
-    written or the model is evaluated.
+    are each process's own. Running statistics are averaged over the processes where a checkpoint is written or the
+    model is evaluated.
     """
     return Training(default_output_dir).run()
 
@@ -92,13 +92,15 @@ class Training:
     freeze_steps: Annotated[int, 0, 2 ** 31 - 1] = 0  # during so many steps from the first on
     mining: Literal['all', 'process'] = 'all'  # anchors find their hardest pairs among the images of all processes, or
     #                                    'process': among those of their own
-    sync_bn: bool = False              # batch statistics of all processes together; on GPUs only
 
     def run(self):
         self.check_options()
         self.first = processes.number() == 0
         with locked(self.output_dir) if self.first else nullcontext():
-            saved = processes.share_tensors(newest(self.output_dir, self.resume) if self.first else None)
+            saved = newest(self.output_dir, self.resume) if self.first else None
+            path = processes.share(saved and saved[0])
+            if path and not self.first:
+                saved = path, checkpoints.load(path)
             self.make_batches()
             self.make_state(saved)
             del saved  # as large as model and optimizer
@@ -127,7 +129,7 @@ class Training:
         self.precision = resolve_precision(self.precision, self.device, 'train.precision')
         processes.check_same('precision', self.precision,
                              "Bind train.precision to one that all machines are fast at, e.g. 'float32'.")
-        check_split(self.P, self.mining, self.sync_bn, self.device)
+        check_split(self.P, self.mining)
         check_alike(self.dataset, ('train',))
 
     def make_batches(self):
@@ -150,7 +152,7 @@ class Training:
         group = processes.group_of(self.device)
         self.frozen = [module_named(model, name) for name in self.freeze]
         self.mining_group = group if self.mining == 'all' else None
-        self.network = distributed(model, self.device, group, self.sync_bn)
+        self.network = distributed(model, self.device, group)
         self.network_losses = distributed(losses, self.device, group)
         optimizer = make_optimizer(torch.nn.ModuleList([model, losses]))
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == 'float16')
@@ -270,17 +272,14 @@ class Training:
         logger.info('evaluation of step %d\n%s', state.step, table(results))
 
 
-def check_split(P, mining, sync_bn, device):
-    """Raises UserError where the batch cannot be split, or the options do not fit the processes."""
+def check_split(P, mining):
+    """Raises UserError where the batch cannot be split among the processes."""
     count = processes.count()
     if P % count:
         raise UserError(f'P = {P}, the identities of a batch, is no multiple of the {count} processes. Bind another P.')
     if mining == 'process' and P == count > 1:
         raise UserError(f"Mining in each process needs 2 identities there, but P = {P} is split among {count} "
                         f"processes. Bind train.mining = 'all', or a larger P.")
-    if sync_bn and count > 1 and device.type != 'cuda':
-        raise UserError(f'train.sync_bn = True needs GPUs, as torch synchronises nowhere else, but the device is '
-                        f'{device}. Bind train.sync_bn = False.')
 
 
 def module_named(model, name):

@@ -1,7 +1,6 @@
 """What goes wrong in training: losses or weights that are not finite, images that cannot be read."""
 
 import json
-import os
 from contextlib import contextmanager
 
 import pytest

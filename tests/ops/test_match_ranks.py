@@ -1,6 +1,5 @@
 """Ranks of true matches against a pure Python loop that computes every canonical key and sorts."""
 
-import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
