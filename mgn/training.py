@@ -11,7 +11,6 @@ from typing import Annotated, Literal
 import gin
 import torch
 
-from mgn.averaging import WeightAverage
 from mgn.data.augmentation import Augmentation
 from mgn.data.datasets import Dataset, check_trainable, train_labels
 from mgn.data.images import TrainBatches
@@ -84,8 +83,6 @@ class Training:
     precision: Precision = 'auto'      # of forward and backward pass, by autocast: 'float32', 'bfloat16', 'float16'
     #                                    (with loss scaling), or 'auto': 'bfloat16' if the device has units for it,
     #                                    else 'float32'. Weights, losses and mining are float32.
-    ema_decay: Annotated[float, 0, 0.999999] | None = None  # of an exponential moving average of the weights, which
-    #                                    is evaluated and becomes best.pth (mgn/averaging.py); None: no average
     compile: bool = False              # the model goes through torch.compile
     resume: bool = True                # False refuses an output_dir that holds a run
     freeze: tuple[str, ...] = ()       # modules, e.g. ('trunk', 'branches'), that do not learn, in evaluation mode,
@@ -148,7 +145,6 @@ class Training:
         losses = make_losses(self.losses, self.num_classes, *model.embeddings_shape)
         for module in (model, losses):
             module.to(self.device, memory_format=torch.channels_last).train()
-        average = None if self.ema_decay is None else WeightAverage(model, self.ema_decay)
         group = processes.group_of(self.device)
         self.frozen = [module_named(model, name) for name in self.freeze]
         self.mining_group = group if self.mining == 'all' else None
@@ -156,7 +152,7 @@ class Training:
         self.network_losses = distributed(losses, self.device, group)
         optimizer = make_optimizer(torch.nn.ModuleList([model, losses]))
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == 'float16')
-        self.state = checkpoints.State(model, losses, optimizer, scaler, Meter(), average, self.num_classes)
+        self.state = checkpoints.State(model, losses, optimizer, scaler, Meter(), self.num_classes)
         self.saved_step = None  # of last.pth, if it is intact
         self.best = best_so_far(self.output_dir) if saved and self.first else -1.0
         if saved:
@@ -166,8 +162,6 @@ class Training:
                                 f'Bind more total_steps, or another output_dir.')
             self.state.restore(content, path)
             self.saved_step = self.state.step if os.path.basename(path) == 'last.pth' else None
-        elif average:
-            average.model.load_state_dict(model.state_dict())  # which process 0 has sent to all
         self.state.check_finite(self.last_good())
         if self.compile:
             self.network = torch.compile(self.network)
@@ -214,8 +208,6 @@ class Training:
         except UserError as error:  # on the CPU mining refuses features that are not finite
             state.check_finite(self.last_good())  # an earlier loss, or a weight, tells more
             raise UserError(f'{error.message} (step {state.step}; {self.last_good()})') from None
-        if state.average:
-            state.average.update(state.model, state.step)
         state.meter.add(losses, state.step)
         state.step += 1
 
@@ -259,7 +251,7 @@ class Training:
     def measure(self):
         """Evaluates into metrics.jsonl and eval.json; keeps the weights as best.pth where mAP is the best so far."""
         state = self.state
-        results = {'step': state.step, **evaluate(state.evaluated, self.dataset, self.device)}
+        results = {'step': state.step, **evaluate(state.model, self.dataset, self.device)}
         if self.saved_step is None:
             self.save()
         if not self.first:

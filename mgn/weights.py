@@ -69,7 +69,7 @@ def load_checkpoint(path):
     step = content.get('iteration')
     step = step if type(step) is int and 0 <= step < 2 ** 31 else 0
     return {'config': '\n'.join(lines), 'num_classes': weights.num_classes, 'step': step, 'model': weights.state,
-            'losses': None, 'average': None, 'mAP': None}
+            'losses': None, 'mAP': None}
 
 
 def read(path):

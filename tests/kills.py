@@ -27,7 +27,7 @@ from mgn import model, training
 from mgn.runs import checkpoint  # noqa: E402
 
 KINDS = {'float32, workers': ('workers = 2', 'train.keep_last = 2'),
-         'bfloat16, average': ("train.precision = 'bfloat16'", 'train.ema_decay = 0.9')}
+         'bfloat16': ("train.precision = 'bfloat16'",)}
 
 
 def survive(folder, kills, seed, kind):
