@@ -2,15 +2,17 @@
 
     make peers && python -m benchmarks.ranking [work …] [--device=cuda] [--rounds=5]
 
-Works: subspace, large, isotropic, tf32, metrics, distances, matches, msmt17; all by default. Sides alternate;
+Works: subspace, large, isotropic, tf32, metrics, distances, matches, file, msmt17; all by default. Sides alternate;
 prints medians and ratios.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -167,6 +169,45 @@ def matches(rounds):
     print(f'{1000 * seconds:.0f} ms for {len(prepare().items):,} matches')
 
 
+def file(rounds):
+    """2 GB of gallery: in memory, in a file that the system has cached, and in one that it has to read."""
+    rows = 2 ** 31 // (4 * D)
+    query, gallery, *ids = problem(512, gallery=rows)
+    with tempfile.TemporaryDirectory(dir='.') as folder:
+        path = os.path.join(folder, 'gallery.npy')
+        np.save(path, gallery.numpy())
+        in_memory, expected = gallery, match_ranks(query, gallery, *ids)
+
+        def forget():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+        def read():
+            """The file alone, as fast as it comes."""
+            with open(path, 'rb', buffering=0) as stream:
+                buffer = bytearray(2 ** 24)
+                while stream.readinto(buffer):
+                    pass
+
+        def ranks(features=None):
+            features = np.load(path, mmap_mode='r') if features is None else features
+            assert np.array_equal(match_ranks(query, features, *ids).ranks, expected.ranks), 'other ranks'
+        times = alternate({'memory': lambda: ranks(in_memory), 'cached': ranks}, rounds)
+        cold = {'read': [], 'ranks': []}
+        for _ in range(rounds):
+            for name, run in (('read', read), ('ranks', ranks)):
+                forget()
+                start = time.perf_counter()
+                run()
+                cold[name].append(time.perf_counter() - start)
+        cold = {name: statistics.median(seconds) for name, seconds in cold.items()}
+    print(f'512 × {rows} × {D} (2 GB): in memory {times["memory"]:.3f} s, file in the cache {times["cached"]:.3f} s '
+          f'({times["cached"] / times["memory"]:.2f}×), file on disk {cold["ranks"]:.3f} s; reading the file alone '
+          f'{cold["read"]:.3f} s')
+
+
 def msmt17(device):
     """The full size, once."""
     args = problem(11_659)
@@ -197,6 +238,7 @@ def main():
         'metrics': lambda: metrics(args.rounds),
         'distances': lambda: distances(args.rounds),
         'matches': lambda: matches(args.rounds),
+        'file': lambda: file(args.rounds),
         'msmt17': lambda: msmt17(args.device),
     }
     name = f'{cpu_model()}, {torch.get_num_threads()} threads'

@@ -33,10 +33,6 @@ MACRO = 'gin.macro'
 NOT_SAVED = {'output_dir', 'features_dir', 'weights', 'query', 'gallery'}  # never read from a checkpoint
 TRAINING = ('train', 'mgn_losses', 'circle_softmax', 'make_optimizer', 'Adam', 'AdamW', 'SGD',
             'multi_step', 'cosine', 'Augmentation')
-# Parameters in configurations that earlier versions saved → their names of today; None: another binding has the value.
-EXTRACTION = ('input_size', 'batch_size', 'workers', 'flip_test', 'precision')
-MOVED = {**{f'evaluate.{name}': f'Extractor.{name}' for name in EXTRACTION},
-         **{f'write_features.{name}': None for name in EXTRACTION}}
 _saved_scopes = set()  # of the checkpoint at hand: flags may have rebound what uses them
 _imported = set()      # modules that gin files of the user have imported
 
@@ -93,7 +89,7 @@ def parse(gin_files, bindings, saved=''):
 
 
 def bind_saved(text):
-    """Binds what the configuration in a checkpoint says of evaluation, under today's names.
+    """Binds what the configuration in a checkpoint says of evaluation.
 
     The names that it uses have to be known: those of this package, and those that the user's own gin files, parsed
     before, have imported. Bindings that only training needs are set aside, as are folders of the training machine.
@@ -106,11 +102,10 @@ def bind_saved(text):
             scope, selector, name, value, _ = statement
             if not name:
                 scope, selector, name = '/'.join(filter(None, (scope, selector))), MACRO, 'value'
-            today = MOVED.get(f'{selector}.{name}', f'{selector}.{name}')
             if selector in TRAINING or selector != MACRO and selector.split('.')[-1] not in configurables():
                 aside.add(selector)
-            elif today and not {name, scope} & NOT_SAVED:
-                values[scope, *today.rsplit('.', 1)] = value, line
+            elif not {name, scope} & NOT_SAVED:
+                values[scope, selector, name] = value, line
         elif not isinstance(statement, gin.config_parser.BlockDeclaration) and (
                 getattr(statement, 'module', None) not in _imported):
             raise UserError(f'The configuration in a checkpoint should consist of bindings, but its line '
@@ -232,17 +227,13 @@ def gin_errors_explained():
     except UserError:
         raise
     except ModuleNotFoundError as error:
-        missing = re.search(r"No module named '(.*)'\n.*\n\s+(?:import|from) \1\b", str(error))
-        if not missing:  # the module that gin imports was found, but imports one that was not
-            raise
-        raise UserError(f'The configuration imports {missing[1]}, which Python does not find; start in the folder of '
-                        f'{missing[1]}.py, or add that to PYTHONPATH') from None
+        raise UserError(f'{error}\nStart in the folder of that module, or add that to PYTHONPATH.') from error
     except (ValueError, SyntaxError, tokenize.TokenError, RecursionError, TypeError, KeyError) as error:
         raise UserError(explained(error)) from None
 
 
 def explained(error):
-    """gin's message with the nearest valid name, or the one that a parameter has today."""
+    """gin's message with the nearest valid name."""
     message = str(error)
     if isinstance(error, RecursionError):
         return 'A gin file includes itself, or a value is nested too deeply; remove that include or value'
@@ -255,8 +246,6 @@ def explained(error):
                 f'that imports its module')
     if parameter := re.search(r"Configurable '(?:.*\.)?(.*?)' doesn't have a parameter named '(.*?)'", message):
         name, parameter = parameter.groups()
-        if f'{name}.{parameter}' in MOVED:
-            return f'{message}; it is called Extractor.{parameter}'
         return message + nearest(parameter, inspect.signature(configurables()[name]).parameters)
     return message
 

@@ -50,9 +50,8 @@ def resolve_precision(precision, device, name):
     """
     if precision == 'auto':
         precision = 'bfloat16' if has_bfloat16(device) else 'float32'
-        units = {'cuda': 'a GPU of capability 8.0 or higher', 'cpu': 'a CPU with AVX512-BF16 or AMX'}.get(device.type)
-        why = f'is {"" if precision == "bfloat16" else "not "}{units}' if units else 'may have no units for bfloat16'
-        logger.info("%s = 'auto' means %s: %s %s", name, precision, device, why)
+        logger.info("%s = 'auto' means %s on %s: bfloat16 needs a GPU of capability 8.0, AVX512-BF16 or AMX", name,
+                    precision, device)
     if precision == 'float32':
         # The older of torch's two kinds of settings: it sets the newer ones too, and torch.compile refuses a mixture.
         torch.set_float32_matmul_precision('highest')

@@ -1,6 +1,6 @@
 """Model and data set → features → ranks → Rank-k, mAP, mINP.
 
-Under torchrun each process extracts its part of the images and ranks against its part of the gallery.
+Under torchrun each process makes the features of its part of the images, and process 0 ranks.
 """
 
 import math
@@ -16,12 +16,11 @@ from mgn.devices import find_device, peak_memory
 from mgn.feature_files import read_features, write_features
 from mgn.features import Extractor, check_alike
 from mgn.model import MGN
-from mgn.ops import expand_queries, k_reciprocal_ranks, match_ranks, match_ranks_sharded, retrieval_metrics
+from mgn.ops import expand_queries, k_reciprocal_ranks, match_ranks, retrieval_metrics
 from mgn.ops.arguments import LARGEST_K
 from mgn.ops.errors import UserError
 from mgn.results import table, write_results
 from mgn.runs import checkpoint as checkpoints, processes
-from mgn.runs.files import writing
 from mgn.runs.log import logger
 
 
@@ -66,8 +65,6 @@ def convert_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_di
     model = MGN(num_classes=checkpoint['num_classes'], fresh=False)
     checkpoints.load_model(model, checkpoint['model'], weights)
     path = os.path.join(output_dir or os.getcwd(), f'{os.path.splitext(os.path.basename(weights))[0]}_mgn.pth')
-    with writing(path, 'Bind another output_dir.'):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
     checkpoints.save(path, {**checkpoint, 'config': checkpoints.configuration(portable=True)})
     logger.info('wrote %s', path)
 
@@ -86,7 +83,7 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_ca
              lambda_value: Annotated[float, 0, 1] = 0.3) -> dict:
     """Ranks the gallery for every query by cosine distance; then again, if asked, after expansion and by re-ranking.
 
-    Under torchrun each process extracts and ranks its part. Query expansion and re-ranking run in process 0.
+    Under torchrun each process makes the features of its part of the images, and process 0 ranks.
 
     Args:
         model: MGN. dataset: Dataset. device: torch.device that the model is on.
@@ -110,9 +107,11 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_ca
     extractor, ids = extractor or Extractor(device), identities(dataset, cross_camera)
     check_alike(dataset, ('query', 'gallery'), model)
     start = time.perf_counter()
-    query, gallery = features_of_process(model, dataset, extractor, features_dir)
+    query, gallery = features_of(model, dataset, extractor, features_dir)
+    if processes.number() > 0:
+        return processes.share(None)
     extracted = time.perf_counter()
-    ranks = (match_ranks_sharded if processes.count() > 1 else match_ranks)(query, gallery, *map(processes.part, ids))
+    ranks = match_ranks(query, gallery, *ids)
     results = {'dataset': dataset.name, 'data_root': dataset.root, **retrieval_metrics(ranks.offsets, ranks.ranks),
                **counts(dataset, ranks), 'cross_camera': cross_camera, **extractor.settings(),
                'features_dir': features_dir, 'processes': processes.count(), 'features_s': round(extracted - start, 3),
@@ -120,10 +119,6 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_ca
     logger.info('%s %.3f s, ranking %.3f s, float64 settled %.4f %% of the pairs, peak memory %d MB',
                 'opening features' if features_dir else 'decoding and features', results['features_s'],
                 results['ranking_s'], 100 * results['redecided'], results['peak_memory_mb'])
-    if query_expansion or rerank:
-        query, gallery = gathered(query, gallery)
-    if processes.number() > 0:
-        return processes.share(None)
     if query_expansion:
         start = time.perf_counter()
         query = expand_queries(query, gallery, query_expansion, alpha)
@@ -159,17 +154,21 @@ def identities(dataset, cross_camera):
     return *pids, *([sample.camid for sample in part] for part in parts)
 
 
-def features_of_process(model, dataset, extractor, features_dir):
-    """This process's part of the features of query and gallery, on the GPU if the extractor has one.
+def features_of(model, dataset, extractor, features_dir):
+    """The features of query and gallery in process 0, on the GPU if the extractor has one; None in the others.
 
     Those of a gallery from files stay there, as a memory-mapped array.
     """
     place = extractor.device if extractor.device.type == 'cuda' else 'cpu'
     if features_dir:
-        query, gallery = map(processes.part, read_features(features_dir, model, dataset, extractor))
+        if processes.number() > 0:
+            return None, None
+        query, gallery = read_features(features_dir, model, dataset, extractor)
         return torch.from_numpy(query.copy()).to(place), gallery
     query, gallery = processes.part(dataset.query), processes.part(dataset.gallery)
-    return extractor.features(model, query + gallery).to(place).split([len(query), len(gallery)])
+    parts = extractor.features(model, query + gallery).split([len(query), len(gallery)])
+    rows = [processes.to_first(part) for part in parts]
+    return [None if part is None else part.to(place) for part in rows]
 
 
 def counts(dataset, ranks):
@@ -179,15 +178,6 @@ def counts(dataset, ranks):
         logger.warning('%d of %d queries have no true match and are left out', unmatched, queries)
     return {'queries': queries, 'queries_without_match': unmatched, 'gallery': len(dataset.gallery),
             'redecided': ranks.redecided / max(queries * len(dataset.gallery), 1)}
-
-
-def gathered(query, gallery):
-    """The features of all processes, on the device of `query`, in process 0; None and None in the others."""
-    rows = torch.as_tensor(query), torch.as_tensor(gallery)
-    if processes.count() > 1:
-        logger.info('query expansion and re-ranking run in process 0, on the features of all %d', processes.count())
-        rows = [processes.to_first(part.cpu()) for part in rows]
-    return [part if part is None else part.to(query.device) for part in rows]
 
 
 def stage(name, start, ranks, device):

@@ -6,6 +6,7 @@ A folder holds for `query` and `gallery` each _features.npy (n, D), _pids.npy an
 """
 
 import contextlib
+import itertools
 import json
 import os
 import tempfile
@@ -22,8 +23,6 @@ from mgn.runs.log import logger
 
 FORMAT = 'mgn features 3'
 MANIFEST = 'manifest.json'
-CHECKED = 'checked.txt'  # a line for each large file whose checksum was found right
-LARGE = 2 ** 26          # bytes of a file that is checked once: their SHA-256 takes about a tenth of a second
 PARTS = ('query', 'gallery')
 NAMES = ('pids', 'camids', 'paths', 'features')
 
@@ -100,18 +99,10 @@ def check_shared(folder):
 def read_features(features_dir, model, dataset, extractor):
     """The features that write_features wrote, memory-mapped: query (Q, D) and gallery (G, D), read-only NumPy arrays.
 
-    Under torchrun one process of each machine checks the files, and all raise what one of them finds. MissingFile where
-    the folder holds no features, UserError where files are damaged, or where the features are of another model, data
-    set or extractor: with what differs.
+    MissingFile where the folder holds no features, UserError where files are damaged, or where the features are of
+    another model, data set or extractor: with what differs.
     """
-    failure = None
-    try:
-        if processes.number_on_this_machine() == 0:
-            check_features(features_dir, model, extractor, dataset)
-    except UserError as error:
-        failure = error
-    for failure in filter(None, processes.gather(failure)):
-        raise failure
+    check_features(features_dir, model, extractor, dataset)
     return [np.load(file_of(features_dir, part, 'features'), mmap_mode='r') for part in PARTS]
 
 
@@ -119,18 +110,21 @@ def check_features(features_dir, model, extractor, dataset=None):
     """Raises what read_features raises. dataset: None where images do not matter."""
     found, expected = read_manifest(features_dir), made_of(model, extractor)
     try:
-        check_files(features_dir, found['sha256'])
+        for part, name in itertools.product(PARTS, NAMES):
+            path = file_of(features_dir, part, name)
+            if file_hash(path) != found['sha256'][part][name]:
+                raise ValueError(f'{path} is not as mgn.extract wrote it')
         for part in PARTS if dataset else ():
             expected.update({f'{part} {name}': array for name, array in image_lists(dataset, part).items()})
             found.update({f'{part} {name}': np.load(file_of(features_dir, part, name)) for name in NAMES[:3]})
-        differences = list(filter(None, (difference(name, value, found[name]) for name, value in expected.items())))
+        differing = [name for name, value in expected.items() if not np.array_equal(value, found[name])]
     except PermissionError as error:
         raise FileError(f'The features in {features_dir} cannot be read: {error}; allow it') from error
     except (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError) as error:
         raise UserError(f'The features in {features_dir} are damaged: {error}; extract them again') from error
-    if differences:
-        raise UserError(f'The features in {features_dir} are of other weights, settings or images:\n  '
-                        + '\n  '.join(differences) + '\nbind what they were made of, or extract them again')
+    if differing:
+        raise UserError(f'The features in {features_dir} are of other weights, settings or images; what differs is '
+                        f'{", ".join(differing)}. Bind what they were made of, or extract them again')
 
 
 def kept_gallery(features_dir, model, extractor):
@@ -161,43 +155,9 @@ def read_manifest(features_dir):
     return content
 
 
-def check_files(features_dir, hashes):
-    """ValueError for a file that differs from its hash. Of a large one that does not, CHECKED remembers size and times.
-
-    It is read again where these differ. ctime is among them, which no program sets back, as cp -p does mtime.
-    """
-    path, known, large = os.path.join(features_dir, CHECKED), [], []
-    with contextlib.suppress(OSError, ValueError), open(path) as file:
-        known = file.read().splitlines()
-    for part in PARTS:
-        for name in NAMES:
-            file = file_of(features_dir, part, name)
-            status = os.stat(file)
-            line = f'{part} {name} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {hashes[part][name]}'
-            if status.st_size >= LARGE:
-                large.append(line)
-            if line not in known and file_hash(file) != hashes[part][name]:
-                raise ValueError(f'{file} is not as mgn.extract wrote it')
-    if not set(large) <= set(known):
-        with contextlib.suppress(OSError):  # a folder that cannot be written to: they are read each time
-            write_text(path, '\n'.join(large) + '\n')
-
-
 def made_of(model, extractor):
     """What features depend on beside the images."""
     return {**model.architecture, 'weights': hash_of_weights(model), **extractor.settings()}
-
-
-def difference(name, expected, found):
-    """A line that says how two values, or two lists, differ; None where they are equal."""
-    if not isinstance(expected, np.ndarray):
-        return None if expected == found else f'{name}: expected {expected}, found {found}'
-    if expected.shape != found.shape:
-        return f'{name}: expected an array of shape {expected.shape}, found {found.shape}'
-    rows = np.flatnonzero(expected != found)
-    if len(rows):
-        return (f'{name}: {len(rows)} of {len(found)} differ, the first at {rows[0]}: '
-                f'expected {expected[rows[0]]}, found {found[rows[0]]}')
 
 
 def file_of(features_dir, part, name):

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import os
-import time
 from typing import Annotated
 
 import gin
@@ -17,11 +16,9 @@ from mgn.data.loader import load_batches
 from mgn.devices import DTYPES, Precision, resolve_precision
 from mgn.ops.errors import UserError
 from mgn.runs import processes
-from mgn.runs.interruption import leave_if_nothing_is_lost
-from mgn.runs.log import logger, progress
+from mgn.runs.log import progress
 
 Size = tuple[Annotated[int, 1, 4096], Annotated[int, 1, 4096]]  # (H, W) in pixels
-SECONDS_BETWEEN_LINES = 30  # of progress in the log, where no bar is shown
 
 
 @gin.configurable(denylist=['device'])
@@ -58,10 +55,8 @@ class Extractor:
         """Yields the same features batch by batch. The model runs in evaluation mode and is put back into its own."""
         test_batches = TestBatches(samples, self.input_size, self.batch_size)
         loader = load_batches(test_batches, range(len(test_batches)), self.workers, self.device)
-        done, logged = 0, time.perf_counter()
         with evaluation_mode(model), progress(len(samples), unit='image', what='features') as bar:
             for batch in loader:
-                leave_if_nothing_is_lost()
                 if unreadable is not None:
                     unreadable.update(batch.unreadable)
                 elif batch.unreadable:
@@ -69,11 +64,7 @@ class Extractor:
                         batch.unreadable.values()) + '\nrestore the files or remove them from the data set')
                 features = self.forward(model, batch.images)
                 yield features
-                done += len(features)
                 bar.update(len(features))
-                if bar.disable and time.perf_counter() - logged > SECONDS_BETWEEN_LINES:
-                    logged = time.perf_counter()
-                    logger.info('features of %d of %d images', done, len(samples))
 
     def forward(self, model, images):
         """images: (B, 3, H, W) uint8 → (B, D) float32 on the CPU."""

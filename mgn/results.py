@@ -3,7 +3,7 @@
 import json
 import os
 
-from mgn.runs.files import write_text, writing
+from mgn.runs.files import write_text
 from mgn.runs.log import aligned
 
 
@@ -20,7 +20,4 @@ def table(results):
 
 def write_results(results, output_dir):
     """Writes the results to output_dir/eval.json."""
-    path = os.path.join(output_dir, 'eval.json')
-    with writing(path, 'Bind another output_dir.'):
-        os.makedirs(output_dir, exist_ok=True)
-    write_text(path, json.dumps(results, indent=2) + '\n')
+    write_text(os.path.join(output_dir, 'eval.json'), json.dumps(results, indent=2) + '\n')

@@ -69,7 +69,7 @@ def load_checkpoint(path):
     step = content.get('iteration')
     step = step if type(step) is int and 0 <= step < 2 ** 31 else 0
     return {'config': '\n'.join(lines), 'num_classes': weights.num_classes, 'step': step, 'model': weights.state,
-            'losses': None, 'average': None, 'mAP': None}
+            'losses': None, 'mAP': None}
 
 
 def read(path):
@@ -120,9 +120,8 @@ def tell(weights):
     """Says in the log what was read, and each option that was chosen."""
     logger.info('%s: %s%s', weights.path, weights.source,
                 f' of {weights.num_classes} classes' if weights.num_classes else '')
-    logger.info('%d tensors, %d of them converted; missing: %s', len(weights.state), len(weights.converted),
-                'none' if weights.num_classes or weights.options is None else 'classifiers')
-    logger.info('left out: %s', ', '.join(weights.left_out) or 'nothing')
+    logger.info('%d tensors, %d of them converted; left out: %s', len(weights.state), len(weights.converted),
+                ', '.join(weights.left_out) or 'nothing')
     for name, why in weights.chosen.items():
         logger.info('MGN.%s = %r, unless bound otherwise: %s', name, weights.options[name], why)
     logger.debug('the tensors:\n  %s', '\n  '.join(weights.state))

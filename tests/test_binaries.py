@@ -212,7 +212,6 @@ MISTAKES = [
     ('mgn.eval', ["--gin_bindings=weight = 'my.gin'"], 'weights'),
     ('mgn.train', ['--gin_file=my.gin', "--gin_bindings=output_dir = 'bad'", '--gin_bindings=rerank = 20'],
      'rerank must be True or False, found 20'),
-    ('mgn.train', ['--gin_bindings=evaluate.flip_test = True'], 'it is called Extractor.flip_test'),
     ('mgn.extract', ["--gin_bindings=features_dir = 'features'"], '--gin_bindings="weights='),
 ]
 # The long import is done once; then every mistake is made by a process of its own, as by python -m.

@@ -271,20 +271,13 @@ def test_the_default_output_dir_is_named_after_the_last_file(files, expected):
 SAVED = """# Macros:
 # ==============================================================================
 data_root = '/data'
-feature_precision = 'float32'
-flip_test = False
 input_size = (64, 32)
-workers = 0
 
-# Parameters for evaluate:
+# Parameters for Extractor:
 # ==============================================================================
-evaluate.batch_size = 7
-evaluate.flip_test = True
-evaluate.input_size = %input_size
-evaluate.precision = \\
+Extractor.input_size = %input_size
+Extractor.precision = \\
     'bfloat16'
-evaluate.query_expansion = %query_expansion
-evaluate.workers = %workers
 
 # Parameters for MGN:
 # ==============================================================================
@@ -292,35 +285,21 @@ MGN.last_strides = \\
     (1,
      2)
 MGN.parts = (1, 2)
-
-# Parameters for write_features:
-# ==============================================================================
-write_features.batch_size = \\
-    64
-write_features.flip_test = %flip_test
-write_features.input_size = %input_size
-write_features.precision = %feature_precision
-write_features.storage = 'float16'
-write_features.workers = %workers
 """
 
 
-def test_a_configuration_saved_under_earlier_names_is_read_under_those_of_today():
+def test_a_configuration_in_gins_own_lines_is_read():
     config.load([], [], saved=SAVED)
-    assert gin.get_bindings('Extractor') == {'input_size': (64, 32), 'batch_size': 7, 'workers': 0, 'flip_test': True,
-                                             'precision': 'bfloat16'}
-    assert gin.get_bindings('write_features') == {'storage': 'float16'}
-    assert gin.get_bindings('evaluate') == {'query_expansion': 0, 'rerank': False}
+    assert gin.query_parameter('Extractor.precision') == 'bfloat16'
     assert gin.get_bindings('MGN') == {'parts': (1, 2), 'last_strides': (1, 2)}
     today = bound()
     config.load([], [], saved=checkpoint.configuration())
     assert {key: today[key] for key in bound()} == bound()
 
 
-@pytest.mark.parametrize('old', [name for name in config.MOVED])
-def test_an_earlier_name_is_an_error_that_names_the_one_of_today(old):
-    with pytest.raises(UserError, match=f'it is called Extractor.{old.split(".")[1]}'):
-        config.load([], [f'{old} = 3'])
+def test_a_name_that_a_configuration_of_an_earlier_version_has_is_an_error_that_tells_it():
+    with pytest.raises(UserError, match="'evaluate' doesn't have a parameter named 'flip_test'"):
+        config.load([], [], saved=SAVED + 'evaluate.flip_test = True\n')
 
 
 def test_gins_registry_lists_what_can_be_configured():
@@ -379,13 +358,9 @@ print(sorted({'torch', 'torchvision'} & set(sys.modules)))
     assert done.stdout == '[]\n'
 
 
-def test_a_module_that_is_not_there_is_named_and_a_broken_one_keeps_its_traceback(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match='imports nowhere_to_be_found, which .* start in .*PYTHONPATH'):
+def test_a_module_that_is_not_there_is_named():
+    with pytest.raises(UserError, match="(?s)No module named 'nowhere_to_be_found'.*\nStart in .*PYTHONPATH"):
         config.load([], ['import nowhere_to_be_found'])
-    (tmp_path / 'module_of_mine.py').write_text('import nowhere_to_be_found')
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModuleNotFoundError):
-        config.load([], ['import module_of_mine'])
 
 
 @pytest.mark.parametrize('line', [

@@ -32,9 +32,8 @@ def test_auto_on_a_cpu_is_bfloat16_where_it_has_units_for_it(units, want, cpu_wi
     cpu_with(*units)
     with caplog.at_level(logging.INFO, 'mgn'):
         assert resolve_precision('auto', CPU, 'evaluate.precision') == want
-    units = f"{'' if any(units) else 'not '}a CPU with AVX512-BF16 or AMX"
-    said = f"evaluate.precision = 'auto' means {want}: cpu is {units}"
-    assert [record.getMessage() for record in caplog.records] == [said]
+    said, = (record.getMessage() for record in caplog.records)
+    assert said.startswith(f"evaluate.precision = 'auto' means {want} on cpu: bfloat16 needs")
 
 
 @pytest.mark.parametrize('capability, want', [((7, 5), 'float32'), ((8, 0), 'bfloat16'), ((9, 0), 'bfloat16')])

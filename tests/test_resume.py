@@ -239,7 +239,7 @@ def test_weights_alone_are_refused(market, copy):
 
 @pytest.mark.parametrize('change', [
     {'config': 5}, {'config': None}, {'num_classes': '6'}, {'step': None}, {'step': -1}, {'step': 2.0}, {'model': []},
-    {'model': {'trunk.0.weight': 3}}, {'losses': 'x'}, {'average': [1]}, {'mAP': 'x'}, {'optimizer': None},
+    {'model': {'trunk.0.weight': 3}}, {'losses': 'x'}, {'mAP': 'x'}, {'optimizer': None},
     {'optimizer': {}}, {'optimizer': {'state': {0: {'exp_avg': torch.zeros(3)}}, 'param_groups': []}},
     {'optimizer_class': 7}, {'meter': None}, {'meter': {}}, {'meter': {'names': ['a'], 'sums': None, 'count': 1}},
     {'meter': {'names': ['a'], 'sums': torch.zeros(2), 'count': 1}},

@@ -3,7 +3,6 @@
 import copy
 import os
 import signal
-from unittest import mock
 
 import gin
 import pytest
@@ -13,7 +12,6 @@ from centre import CentreLoss
 from conftest import write_market
 from thin import ThinResNet, train
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from mgn import training
 from mgn.runs import checkpoint, processes
@@ -139,26 +137,6 @@ def thin_run(folder, name, *bindings):
             gin.clear_config()
 
 
-def check_synchronised_batch_normalisation_trains_evaluates_averages_and_saves(folder):
-    """On the CPU torch refuses the synchronising forward pass alone, which is replaced here by the usual one."""
-    def forward(norm, x):
-        assert norm.process_group is not None and dist.get_world_size(norm.process_group) == processes.count()
-        return nn.functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
-                                        norm.training, norm.momentum, norm.eps)
-
-    with mock.patch.object(training, 'check_split'), mock.patch.object(nn.SyncBatchNorm, 'forward', forward), \
-            mock.patch.object(DistributedDataParallel, '_passing_sync_batchnorm_handle'):
-        for decay in (None, 0.9):
-            for steps in (2, 4):  # the second run resumes
-                model = thin_run(folder, f'sync {decay}', 'train.sync_bn = True', f'train.ema_decay = {decay}',
-                                 f'total_steps = {steps}')
-            assert any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
-            last, best = (checkpoint.load(str(folder / f'sync {decay}' / name)) for name in ('last.pth', 'best.pth'))
-            assert last['step'] == 4 and (last['average'] is None) == (decay is None)
-            assert all(torch.equal(value, last['model'][name]) for name, value in model.state_dict().items())
-            assert best['model'].keys() == last['model'].keys()
-
-
 def check_steps_in_float32_are_near_those_of_one_process(folder):
     largest = steps_apart(folder, torch.float32)
     if dist.get_rank() == 0:
@@ -225,24 +203,15 @@ def check_the_meter_tells_means_of_all_and_the_first_bad_step_of_any(folder):
 def check_what_cannot_be_split_is_refused(folder):
     N = processes.count()
     with pytest.raises(ValueError, match=rf'P = {N + 1}, .* is no multiple of the {N} processes'):
-        training.check_split(N + 1, 'all', False, CPU)
+        training.check_split(N + 1, 'all')
     with pytest.raises(ValueError, match=rf'in each process needs 2 identities there, but P = {N} is split'):
-        training.check_split(N, 'process', False, CPU)
-    with pytest.raises(ValueError, match='train.sync_bn = True needs GPUs.*the device is cpu'):
-        training.check_split(N, 'all', True, CPU)
+        training.check_split(N, 'process')
 
 
 def check_values_and_rows_travel(folder):
     rank, N = dist.get_rank(), dist.get_world_size()
     assert processes.share({'rank': rank}) == {'rank': 0}
     assert processes.gather(rank) == list(range(N))
-    weight = torch.arange(24.).view(2, 3, 2, 2).contiguous(memory_format=torch.channels_last)
-    content = {'model': {'weight': weight, 'none': torch.empty(0), 'count': torch.tensor(7)}, 'step': 3,
-               'meter': [torch.arange(9)[::2], None, torch.tensor([True])]}
-    shared = processes.share_tensors(content if rank == 0 else None)
-    assert shared['step'] == 3 and shared['meter'][0].tolist() == [0, 2, 4, 6, 8] and shared['meter'][2].item() is True
-    assert torch.equal(shared['model']['weight'], weight) and shared['model']['weight'].stride() == weight.stride()
-    assert shared['model']['count'].item() == 7 and shared['model']['none'].shape == (0,)
     whole = processes.to_first(torch.full((rank % 2, 3), rank))
     assert whole is None if rank else whole.tolist() == [[r] * 3 for r in range(N) if r % 2]
     assert sum(processes.gather(list(processes.part(range(7)))), []) == list(range(7))

@@ -143,15 +143,9 @@ class TrainBatches:
         self.augmentation, self.size, self.decode = augmentation, tuple(size), Decoder()
         self.positions = range(sampler.P * sampler.K) if positions is None else positions
 
-    def indices(self, step):
-        batch = self.sampler.batch(step)
-        return [batch[position] for position in self.positions]
-
-    def paths(self, step):
-        return [self.samples[index].path for index in self.indices(step)]
-
     def __getitem__(self, step):
-        images, unreadable, indices = [], {}, self.indices(step)
+        batch, images, unreadable = self.sampler.batch(step), [], {}
+        indices = [batch[position] for position in self.positions]
         for position, index in zip(self.positions, indices):
             image = self.image(index, step, position, unreadable)
             images.append(self.augmentation.auto_augment(image, self.sampler.seed, step, position))
@@ -186,14 +180,11 @@ class TestBatches:
     def __len__(self):
         return -(-len(self.samples) // self.batch_size)
 
-    def paths(self, item):
-        return [sample.path for sample in self.samples[item * self.batch_size:(item + 1) * self.batch_size]]
-
     def __getitem__(self, item):
         images, unreadable = [], {}
-        for path in self.paths(item):
+        for sample in self.samples[item * self.batch_size:(item + 1) * self.batch_size]:
             try:
-                images.append(self.decode(path))
+                images.append(self.decode(sample.path))
             except FileError as error:  # the caller raises it: an error from a worker process loses its form
-                unreadable[path] = str(error)
+                unreadable[sample.path] = str(error)
         return TestBatch(to_batch(images, self.size), unreadable)

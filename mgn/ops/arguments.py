@@ -67,12 +67,6 @@ def neighbours(k):
     return integer(k, 'k', 1, LARGEST_K, 'for longer lists sort the distances, e.g. those of pairwise_distance')
 
 
-def reranking(k1, k2, lambda_value):
-    """The three as int, int and float."""
-    return (integer(k1, 'k1', 1, 2 ** 31 - 1, 'usual is 20'), integer(k2, 'k2', 1, 2 ** 31 - 1, 'usual is 6'),
-            real(lambda_value, 'lambda_value', 0, 1, '0.3 is usual, 1 ranks by the original distance'))
-
-
 def check_rows(rows, name, shape='(rows, D)'):
     """Rows must be a tensor of a real floating type with two dimensions, or more where the shape begins with dots."""
     check_tensor(rows, name)

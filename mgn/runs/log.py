@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard events if that package is installed, progress bars or plain lines."""
+"""What a run reports: metrics.jsonl, progress bars or plain lines."""
 
 import json
 import logging
@@ -28,11 +28,6 @@ class RunLog:
         self.path = os.path.join(output_dir, 'metrics.jsonl')
         self.records = [record for record in read_records(self.path) if record['step'] <= step]
         write_text(self.path, ''.join(json.dumps(record) + '\n' for record in self.records))
-        try:
-            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
-            self.events = SummaryWriter(output_dir, purge_step=step + 1 if step else None)
-        except ImportError:  # TensorBoard is not installed
-            self.events = None
 
     def evaluated(self, step):
         return any(record['step'] == step and 'mAP' in record for record in self.records)
@@ -42,11 +37,6 @@ class RunLog:
         advice = 'Free disk space; the same command resumes from the last checkpoint.'
         with writing(self.path, advice), open(self.path, 'a') as file:
             file.write(json.dumps(record) + '\n')
-        if self.events:
-            kind = 'evaluation' if 'mAP' in record else 'training'
-            for name in record.keys() - {'step'}:
-                self.events.add_scalar(f'{kind}/{name}', record[name], record['step'])
-            self.events.flush()
 
     def summary(self):
         """The first, the best and the last evaluation of the run, in per cent."""

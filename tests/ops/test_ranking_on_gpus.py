@@ -219,9 +219,9 @@ def test_re_ranking_counts_a_tile_while_the_next_is_computed_and_copied(stubs, m
     matches = ranks.sorted_matches(excluded, ids, lambda queries, items: keys_of_pairs(comparison, queries, items))
     take = product.products
     monkeypatch.setattr(product, 'products', lambda *args: LOG.append('product') or take(*args))
-    expected = ranks.nonmatches_between(comparison, norms, 0, matches, excluded)
+    expected = ranks.nonmatches_between(comparison, norms, matches, excluded)
     LOG.clear()
-    got = ranks.nonmatches_between(comparison, norms, 0, matches, excluded, host=features)
+    got = ranks.nonmatches_between(comparison, norms, matches, excluded, host=features)
     assert torch.equal(got[0], expected[0]) and got[1] == expected[1] and expected[0].sum() > 0
     assert LOG == ['product', 'event 1', 'product', 'event 2', 'host waits for event 1', 'product', 'event 3',
                    'host waits for event 2', 'host waits for event 3']

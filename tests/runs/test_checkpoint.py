@@ -126,9 +126,11 @@ def test_a_folder_that_may_not_be_written_is_a_clear_error():
         shutil.rmtree(folder)
 
 
-def test_a_missing_folder_is_a_clear_error(tmp_path):
-    with pytest.raises(OSError, match='nowhere/last.pth could not be written'):
-        checkpoint.save(str(tmp_path / 'nowhere' / 'last.pth'), {'step': 1})
+def test_a_missing_folder_is_made_and_one_that_cannot_be_is_a_clear_error(tmp_path):
+    checkpoint.save(str(tmp_path / 'new' / 'last.pth'), CONTENT)
+    assert checkpoint.load(str(tmp_path / 'new' / 'last.pth'))['step'] == 12
+    with pytest.raises(OSError, match='last.pth/last.pth could not be written'):
+        checkpoint.save(str(tmp_path / 'new' / 'last.pth' / 'last.pth'), CONTENT)
 
 
 @pytest.mark.parametrize('path', ['nowhere.pth', '.'])

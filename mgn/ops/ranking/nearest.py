@@ -138,7 +138,7 @@ def nearest(comparison, query_norms, gallery_norms, k, exclude_self=False, farth
 
 def selections(comparison, operands, item_terms, searches):
     """Yields each block of queries with (values, items) for each search: its `capacity` smallest −sign · similarity."""
-    query, gallery, _, precision, _ = comparison
+    query, gallery, _, precision = comparison
     capacity = sum(search.capacity for search in searches)
     items_at_once, queries_at_once = tile_of(query, gallery)
     queries_at_once = min(queries_at_once, max(SELECTED // capacity, 1))
