@@ -114,7 +114,7 @@ class Training:
             if self.first:
                 if self.state.step > start:  # else this process has not used the whole configuration
                     self.write_configuration()
-                print(self.log.summary())
+                logger.info('checkpoints, metrics and configuration are in %s', self.output_dir)
         return self.state.model
 
     def check_options(self):

@@ -17,7 +17,6 @@ from mgn import training
 from mgn.runs import checkpoint, processes
 from mgn.data.augmentation import Augmentation
 from mgn.data.datasets import Dataset, Sample, market_layout, train_labels
-from mgn.feature_files import check_shared
 from mgn.features import check_alike
 from mgn.data.images import TrainBatches
 from mgn.runs.interruption import Interruption
@@ -237,12 +236,3 @@ def check_copies_that_differ_are_refused_in_all(folder):
     with pytest.raises(ValueError, match=f'All {N} processes need the same images of own, but it differs between '
                                          f'process 0 and {N - 1}. (?i:give all machines)'):
         check_alike(other, ('query', 'gallery'))
-
-
-def check_a_folder_that_not_all_see_is_refused_in_all(folder):
-    rank = dist.get_rank()
-    check_shared(str(folder))
-    (folder / f'own{rank}').mkdir()
-    (folder / f'own{rank}' / 'shared').write_text('of another time')
-    with pytest.raises(ValueError, match='All processes must share .* writes to .*own. is not seen by process 1'):
-        check_shared(str(folder / f'own{rank}'))
