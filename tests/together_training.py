@@ -37,7 +37,7 @@ def data(folder, P):
     labels, classes = train_labels(samples)
     sampler = IdentitySampler(labels, [sample.camid for sample in samples], P, K, seed=5)
     own, whole = (TrainBatches(samples, labels, sampler, Augmentation(), SIZE, positions)
-                  for positions in (processes.part(range(P * K)), None))
+                  for positions in (processes.part(range(P * K)), range(P * K)))
     return own, whole, classes
 
 
@@ -182,7 +182,7 @@ def check_running_statistics_become_the_mean_and_equal_ones_stay(folder):
     norm = nn.BatchNorm1d(3)
     norm.running_mean.copy_(torch.tensor([0.1, rank, 1e30]))
     norm.num_batches_tracked.fill_(9)
-    processes.average_buffers(norm)
+    checkpoint.State(norm, nn.ReLU(), None, None, Meter(), 0).join()
     assert torch.equal(norm.running_mean, torch.tensor([0.1, (N - 1) / 2, 1e30]))
     assert torch.equal(norm.running_var, torch.ones(3)) and norm.num_batches_tracked == 9
 
