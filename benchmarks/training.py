@@ -188,7 +188,8 @@ def steps_from_files(batch_size, rounds, precision, device, clock):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(sample.path)
         labels = [sample.pid for sample in samples]
         sampler = IdentitySampler(labels, [sample.camid for sample in samples], batch_size // K, K, 0)
-        loader = load_batches(TrainBatches(samples, labels, sampler, augmentation, SIZE), range(1 + rounds), 1, device)
+        batches = TrainBatches(samples, labels, sampler, augmentation, SIZE, range(batch_size))
+        loader = load_batches(batches, range(1 + rounds), 1, device)
         step = functools.partial(our_step, model, optimizer, augmentation, precision, loader, device)
         return alternating({precision: step}, rounds, clock)[precision]
 

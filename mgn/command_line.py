@@ -1,7 +1,6 @@
 """What the binaries share: flags, log lines, and how they end. Light to import: --help does not wait for torch."""
 
 import logging
-import os
 import signal
 import sys
 
@@ -23,9 +22,6 @@ def run(main):
         app.run(lambda arguments: carry_out(main, flags.FLAGS, arguments[1:]))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # who reads our output, such as head, wants no more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # as after SIGPIPE
 
 
 def carry_out(main, flags, arguments):

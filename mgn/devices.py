@@ -1,7 +1,5 @@
-"""The device that a configuration names, the precision of forward passes on it, and the memory that it has taken."""
+"""The device that a configuration names, and the precision of forward passes on it."""
 
-import resource
-import sys
 from typing import Literal
 
 import torch
@@ -64,12 +62,3 @@ def has_bfloat16(device):
     if device.type == 'cuda':
         return torch.cuda.get_device_capability(device) >= (8, 0) and torch.version.hip is None
     return device.type == 'cpu' and any(cpu_capabilities().get(name) for name in ('avx512_bf16', 'amx_tile'))
-
-
-def peak_memory(device):
-    """The most memory that this process has held so far, in MiB: main memory and, with a GPU, its memory."""
-    unit = 2 ** 20 if sys.platform == 'darwin' else 2 ** 10  # of ru_maxrss: bytes on macOS, KiB elsewhere
-    peaks = {'peak_memory_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit}
-    if device.type == 'cuda':
-        peaks['peak_gpu_memory_mb'] = torch.cuda.max_memory_allocated(device) // 2 ** 20
-    return peaks

@@ -12,7 +12,7 @@ import gin
 import torch
 
 from mgn.data.datasets import Dataset
-from mgn.devices import find_device, peak_memory
+from mgn.devices import find_device
 from mgn.feature_files import read_features, write_features
 from mgn.features import Extractor, check_alike
 from mgn.model import MGN
@@ -98,9 +98,9 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_ca
             and lambda_value. As published, neighbours are the whole gallery, also what a query's ranks leave out.
     Returns:
         dict with mgn.ops.metrics.METRICS (fractions), what they were measured on, the seconds of both stages, the share
-        of pairs of query and gallery that float64 keys settled (`redecided`), and peak memory: all of plain ranking.
-        'query_expansion' and 'rerank', if asked, are dicts of the stage's parameters, METRICS, seconds and peak memory.
-        A peak is the most since the process began. Times and memory are process 0's. The same in all processes.
+        of pairs of query and gallery that float64 keys settled (`redecided`): all of plain ranking. 'query_expansion'
+        and 'rerank', if asked, are dicts of the stage's parameters, METRICS and seconds. Times are process 0's. The
+        same in all processes.
     Raises:
         UserError: unreadable images, features of something else, or no query with a match.
     """
@@ -115,20 +115,19 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_ca
     results = {'dataset': dataset.name, 'data_root': dataset.root, **retrieval_metrics(ranks.offsets, ranks.ranks),
                **counts(dataset, ranks), 'cross_camera': cross_camera, **extractor.settings(),
                'features_dir': features_dir, 'processes': processes.count(), 'features_s': round(extracted - start, 3),
-               'ranking_s': round(time.perf_counter() - extracted, 3), **peak_memory(device)}
-    logger.info('%s %.3f s, ranking %.3f s, float64 settled %.4f %% of the pairs, peak memory %d MB',
-                'opening features' if features_dir else 'decoding and features', results['features_s'],
-                results['ranking_s'], 100 * results['redecided'], results['peak_memory_mb'])
+               'ranking_s': round(time.perf_counter() - extracted, 3)}
+    logger.info('%s %.3f s, ranking %.3f s, float64 settled %.4f %% of the pairs', 'opening features' if features_dir
+                else 'decoding and features', results['features_s'], results['ranking_s'], 100 * results['redecided'])
     if query_expansion:
         start = time.perf_counter()
         query = expand_queries(query, gallery, query_expansion, alpha)
         results['query_expansion'] = {'k': query_expansion, 'alpha': alpha, **stage(
-            'query expansion and ranking', start, match_ranks(query, gallery, *ids), device)}
+            'query expansion and ranking', start, match_ranks(query, gallery, *ids))}
     if rerank:
         start = time.perf_counter()
         ranks = k_reciprocal_ranks(query, gallery, *ids, k1, k2, lambda_value)
         results['rerank'] = {'k1': k1, 'k2': k2, 'lambda_value': lambda_value, 'expanded': query_expansion > 0,
-                             **stage('re-ranking', start, ranks, device)}
+                             **stage('re-ranking', start, ranks)}
     return processes.share(results)
 
 
@@ -165,10 +164,8 @@ def features_of(model, dataset, extractor, features_dir):
             return None, None
         query, gallery = read_features(features_dir, model, dataset, extractor)
         return torch.from_numpy(query.copy()).to(place), gallery
-    query, gallery = processes.part(dataset.query), processes.part(dataset.gallery)
-    parts = extractor.features(model, query + gallery).split([len(query), len(gallery)])
-    rows = [processes.to_first(part) for part in parts]
-    return [None if part is None else part.to(place) for part in rows]
+    features = extractor.gathered(model, dataset.query + dataset.gallery)
+    return (None, None) if features is None else features.to(place).split([len(dataset.query), len(dataset.gallery)])
 
 
 def counts(dataset, ranks):
@@ -180,8 +177,8 @@ def counts(dataset, ranks):
             'redecided': ranks.redecided / max(queries * len(dataset.gallery), 1)}
 
 
-def stage(name, start, ranks, device):
-    """The results of a stage that began at `start`: METRICS, seconds and peak memory so far."""
-    seconds, memory = time.perf_counter() - start, peak_memory(device)
-    logger.info('%s %.3f s, peak memory %d MB', name, seconds, memory['peak_memory_mb'])
-    return {**retrieval_metrics(ranks.offsets, ranks.ranks), 'seconds': round(seconds, 3), **memory}
+def stage(name, start, ranks):
+    """The results of a stage that began at `start`: METRICS and seconds."""
+    seconds = time.perf_counter() - start
+    logger.info('%s %.3f s', name, seconds)
+    return {**retrieval_metrics(ranks.offsets, ranks.ranks), 'seconds': round(seconds, 3)}

@@ -5,11 +5,9 @@ A folder holds for `query` and `gallery` each _features.npy (n, D), _pids.npy an
 (network, weights, settings) and holds the SHA-256 of every file and of itself. Image contents are not checked.
 """
 
-import contextlib
 import itertools
 import json
 import os
-import tempfile
 from typing import Literal
 
 import gin
@@ -30,70 +28,51 @@ NAMES = ('pids', 'camids', 'paths', 'features')
 @gin.configurable(denylist=['model', 'dataset', 'extractor', 'features_dir'])
 def write_features(model, dataset, extractor, features_dir,
                    storage: Literal['float32', 'float16'] = 'float32') -> None:
-    """Writes the features of query and gallery into a folder. Under torchrun each process writes those of its images.
+    """Writes the features of query and gallery into a folder: batch by batch, as they may be larger than memory.
+
+    Under torchrun each process makes the features of a part of the images, and process 0 writes once it has them all.
 
     Args:
         model: MGN on the extractor's device. dataset: Dataset. extractor: mgn.features.Extractor.
         storage: 'float32', or 'float16' for half the bytes.
     Raises:
-        UserError: unreadable images, a folder that holds features or that not all processes
-            share, features that are not finite. FileError: files that cannot be written.
+        UserError: unreadable images, a folder that holds features, features that are not finite. FileError: files that
+            cannot be written.
     """
     manifest = os.path.join(features_dir, MANIFEST)
     if processes.share(os.path.exists(manifest)):
         raise UserError(f'The features_dir holds features already: {manifest}; remove it or bind another features_dir')
     check_alike(dataset, PARTS, model)
-    first = processes.number() == 0
-    with writing(features_dir, 'Free disk space or bind another features_dir that all processes share.'):
-        if first:
-            os.makedirs(features_dir, exist_ok=True)
-        check_shared(features_dir)
+    with writing(features_dir, 'Free disk space or bind another features_dir.'):
+        os.makedirs(features_dir, exist_ok=True)
         for part in PARTS:
-            samples, path = getattr(dataset, part), file_of(features_dir, part, 'features')
-            rows = processes.part(range(len(samples)))
-            if first:
+            samples, alone = getattr(dataset, part), processes.count() == 1
+            batches = extractor.batches(model, samples) if alone else [extractor.gathered(model, samples)]
+            if processes.number() == 0:
                 for name, array in image_lists(dataset, part).items():
                     np.save(file_of(features_dir, part, name), array)
-                np.lib.format.open_memmap(path, 'w+', storage, (len(samples), model.feature_dim))
-            processes.wait()
-            write_rows(path, rows.start, extractor.batches(model, samples[rows.start:rows.stop]))
-        processes.wait()
-        if first:
-            content = {'format': FORMAT, **made_of(model, extractor), 'storage': storage, 'dataset': dataset.name,
-                       'D': model.feature_dim, 'images': {part: len(getattr(dataset, part)) for part in PARTS},
-                       'sha256': {part: {name: file_hash(file_of(features_dir, part, name)) for name in NAMES}
-                                  for part in PARTS}}
-            write_text(manifest, json.dumps({**content, 'sha256 of the above': text_hash(content)}, indent=2) + '\n')
+                write_rows(file_of(features_dir, part, 'features'), (len(samples), model.feature_dim), storage, batches)
+    if processes.number() == 0:
+        content = {'format': FORMAT, **made_of(model, extractor), 'storage': storage, 'dataset': dataset.name,
+                   'D': model.feature_dim, 'images': {part: len(getattr(dataset, part)) for part in PARTS},
+                   'sha256': {part: {name: file_hash(file_of(features_dir, part, name)) for name in NAMES}
+                              for part in PARTS}}
+        write_text(manifest, json.dumps({**content, 'sha256 of the above': text_hash(content)}, indent=2) + '\n')
     logger.info('%d query and %d gallery features: %s', len(dataset.query), len(dataset.gallery), features_dir)
 
 
-def write_rows(path, row, batches):
-    """Writes batches of features from row number `row` on into an .npy file.
-
-    Not through a memory map: a full disk would end the process by SIGBUS, and machines that share the file would
-    overwrite each other's rows in pages that they both touch.
-    """
-    array = np.load(path, mmap_mode='r')
-    with open(path, 'r+b') as file:
-        file.seek(array.offset + row * array.strides[0])
+def write_rows(path, shape, storage, batches):
+    """Writes batches of features as an .npy file. Not by a memory map: a full disk would end the process by SIGBUS."""
+    with open(path, 'wb') as file:
+        np.lib.format.write_array_header_1_0(file, {
+            'descr': np.lib.format.dtype_to_descr(np.dtype(storage)), 'fortran_order': False, 'shape': shape})
         for features in batches:
             if not features.isfinite().all():
                 raise UserError('A feature is NaN or infinite; look at the weights, or bind '
                                 "feature_precision = 'float32'")
-            file.write(features.numpy().astype(array.dtype).tobytes())
+            file.write(features.numpy().astype(storage).tobytes())
         file.flush()
         os.fsync(file.fileno())
-
-
-def check_shared(folder):
-    """UserError in all processes where one of them does not see what process 0 writes into the folder."""
-    with tempfile.NamedTemporaryFile(dir=folder) if processes.number() == 0 else contextlib.nullcontext() as file:
-        name = processes.share(file and os.path.basename(file.name))
-        sees = processes.gather(os.path.exists(os.path.join(folder, name)))
-    blind = [str(process) for process, seen in enumerate(sees) if not seen]
-    if blind:
-        raise UserError(f'All processes must share the features_dir, but what process 0 writes to {folder} is not seen '
-                        f'by process {", ".join(blind)}; bind a folder of a shared file system')
 
 
 def read_features(features_dir, model, dataset, extractor):

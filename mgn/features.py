@@ -50,6 +50,10 @@ class Extractor:
         """
         return torch.cat([torch.empty(0, model.feature_dim), *self.batches(model, samples, unreadable)])
 
+    def gathered(self, model, samples):
+        """The same in process 0, of which each process makes a part; None in the others."""
+        return processes.to_first(self.features(model, processes.part(samples)))
+
     @torch.no_grad()
     def batches(self, model, samples, unreadable=None):
         """Yields the same features batch by batch. The model runs in evaluation mode and is put back into its own."""

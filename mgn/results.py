@@ -3,8 +3,8 @@
 import json
 import os
 
+from mgn.ops import METRICS
 from mgn.runs.files import write_text
-from mgn.runs.log import aligned
 
 
 def table(results):
@@ -15,7 +15,11 @@ def table(results):
                    ('+ re-ranking', each.get('rerank'))]
         notes.append('{queries} queries, {queries_without_match} of them without a match; {gallery} in the gallery'
                      .format(**each))
-    return aligned('data set', [stage for stage in stages if stage[1]]) + '\nper cent; ' + '\n'.join(notes)
+    rows = [['data set', *METRICS]]
+    rows += [[name, *(f'{100 * stage[measure]:.2f}' for measure in METRICS)] for name, stage in stages if stage]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ['  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    return '\n'.join([*lines, 'per cent; ' + '\n'.join(notes)])
 
 
 def write_results(results, output_dir):

@@ -111,10 +111,9 @@ class Training:
             start = self.state.step
             with Interruption() as interruption, progress(self.total_steps, initial=start) as self.bar:
                 self.loop(interruption)
-            if self.first:
-                if self.state.step > start:  # else this process has not used the whole configuration
-                    self.write_configuration()
-                print(self.log.summary())
+            if self.first and self.state.step > start:  # else this process has not used the whole configuration
+                self.write_configuration()
+            logger.info('checkpoints, metrics and configuration are in %s', self.output_dir)
         return self.state.model
 
     def check_options(self):
@@ -196,7 +195,7 @@ class Training:
     def step(self, batch):
         """Trains on one batch."""
         state = self.state
-        self.note_unreadable(batch.unreadable)
+        count_unreadable(self.unreadable, batch.unreadable, len(self.dataset.train))
         factor = self.schedule(state.step, self.total_steps)
         self.lr = set_lr(state.optimizer, factor)
         frozen = self.frozen if state.step < self.freeze_steps else ()
@@ -211,13 +210,10 @@ class Training:
         state.meter.add(losses, state.step)
         state.step += 1
 
-    def note_unreadable(self, paths):
-        count_unreadable(self.unreadable, paths, len(self.dataset.train))
-
     def report(self):
         """A line of the log, but for the speed: means since the last one, over all processes."""
         for paths in processes.gather(list(self.unreadable)):
-            self.note_unreadable(paths)
+            count_unreadable(self.unreadable, paths, len(self.dataset.train))
         step = self.state.step
         return {'step': step, 'epoch': (step - 1) // self.sampler.steps_per_epoch,
                 **self.state.meter.read(self.last_good()), 'lr': self.lr}
@@ -288,6 +284,4 @@ def log_step(log, bar, record):
     shown = {'loss': f'{record["loss"]:.3f}', 'lr': f'{record["lr"]:.2e}', 'images/s': f'{record["images_per_s"]:.1f}'}
     bar.set_postfix(shown)
     if bar.disable:
-        figures = {**shown, **{name: f'{value:.3f}' for name, value in record.items()
-                               if name not in ('step', 'epoch', 'loss', 'lr', 'images_per_s')}}
-        logger.info('step %d: %s', record['step'], ', '.join(f'{name} {value}' for name, value in figures.items()))
+        logger.info('step %d: %s', record['step'], ', '.join(f'{name} {value}' for name, value in shown.items()))

@@ -122,7 +122,7 @@ def test_a_full_disk_stops_a_run_that_can_go_on_later(market, tmp_path, monkeypa
             raise OSError(errno.ENOSPC, 'No space left on device')
         fsync(descriptor)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match='No space left on device. The previous file is'):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match='No space left on device. What was there'):
         patch.setattr(os, 'fsync', full)
         train(market, tmp_path)
     assert checkpoint.load(str(tmp_path / 'last.pth'))['step'] == 2

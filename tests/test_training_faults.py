@@ -16,7 +16,7 @@ from mgn.data.images import TrainBatches
 from mgn.runs.meter import Meter
 from mgn.data.sampler import IdentitySampler
 from mgn.data.loader import count_unreadable
-from mgn.losses import FunctionLosses, mgn_losses
+from mgn.losses import make_losses, mgn_losses
 from mgn.ops.errors import UserError
 
 pytestmark = pytest.mark.usefixtures('thin')
@@ -31,7 +31,7 @@ def spoil(monkeypatch, name, at_step, value):
         calls.append(0)
         return {**losses, name: losses[name] * value} if len(calls) == at_step + 1 else losses
 
-    monkeypatch.setattr(training, 'make_losses', lambda *_: FunctionLosses(spoilt))
+    monkeypatch.setattr(training, 'make_losses', lambda *_: make_losses(spoilt, 0, 0, 0))
 
 
 @pytest.mark.parametrize('name, at_step, value, last_good, log_every', [
@@ -64,7 +64,7 @@ def test_features_that_are_not_finite_stop_the_run_at_once_and_name_the_step(mar
         factor = torch.nan if len(calls) == 4 else 1
         return mgn_losses(output._replace(embeddings=output.embeddings * factor), labels)
 
-    monkeypatch.setattr(training, 'make_losses', lambda *_: FunctionLosses(spoilt))
+    monkeypatch.setattr(training, 'make_losses', lambda *_: make_losses(spoilt, 0, 0, 0))
     message = r'anchors must be finite, but head 0, row 0, .* is nan.*\(step 3; the last good checkpoint is .*last.pth'
     with pytest.raises(UserError, match=message):
         train(market, tmp_path, 'train.log_every = 99')
@@ -211,7 +211,7 @@ def test_the_only_other_image_of_an_identity_takes_the_place_of_an_unreadable_on
     samples = datasets.market_layout(str(root)).train
     labels, _ = datasets.train_labels(samples)
     sampler = IdentitySampler(labels, [sample.camid for sample in samples], 2, 2, 0)
-    batches = TrainBatches(samples, labels, sampler, Augmentation(), (16, 8))
+    batches = TrainBatches(samples, labels, sampler, Augmentation(), (16, 8), range(4))
     with damaged(samples[0].path, lambda data: data[:50]):
         got = batches[0]
     for position, index in enumerate(sampler.batch(0)):

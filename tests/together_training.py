@@ -17,7 +17,6 @@ from mgn import training
 from mgn.runs import checkpoint, processes
 from mgn.data.augmentation import Augmentation
 from mgn.data.datasets import Dataset, Sample, market_layout, train_labels
-from mgn.feature_files import check_shared
 from mgn.features import check_alike
 from mgn.data.images import TrainBatches
 from mgn.runs.interruption import Interruption
@@ -38,7 +37,7 @@ def data(folder, P):
     labels, classes = train_labels(samples)
     sampler = IdentitySampler(labels, [sample.camid for sample in samples], P, K, seed=5)
     own, whole = (TrainBatches(samples, labels, sampler, Augmentation(), SIZE, positions)
-                  for positions in (processes.part(range(P * K)), None))
+                  for positions in (processes.part(range(P * K)), range(P * K)))
     return own, whole, classes
 
 
@@ -183,7 +182,7 @@ def check_running_statistics_become_the_mean_and_equal_ones_stay(folder):
     norm = nn.BatchNorm1d(3)
     norm.running_mean.copy_(torch.tensor([0.1, rank, 1e30]))
     norm.num_batches_tracked.fill_(9)
-    processes.average_buffers(norm)
+    checkpoint.State(norm, nn.ReLU(), None, None, Meter(), 0).join()
     assert torch.equal(norm.running_mean, torch.tensor([0.1, (N - 1) / 2, 1e30]))
     assert torch.equal(norm.running_var, torch.ones(3)) and norm.num_batches_tracked == 9
 
@@ -237,12 +236,3 @@ def check_copies_that_differ_are_refused_in_all(folder):
     with pytest.raises(ValueError, match=f'All {N} processes need the same images of own, but it differs between '
                                          f'process 0 and {N - 1}. (?i:give all machines)'):
         check_alike(other, ('query', 'gallery'))
-
-
-def check_a_folder_that_not_all_see_is_refused_in_all(folder):
-    rank = dist.get_rank()
-    check_shared(str(folder))
-    (folder / f'own{rank}').mkdir()
-    (folder / f'own{rank}' / 'shared').write_text('of another time')
-    with pytest.raises(ValueError, match='All processes must share .* writes to .*own. is not seen by process 1'):
-        check_shared(str(folder / f'own{rank}'))

@@ -134,14 +134,13 @@ def to_batch(images, size):
 class TrainBatches:
     """Item `step` is the batch of that step: sampler, images and the draws of their augmentation.
 
-    positions: the range of places in the batch that are loaded; None: all of them.
+    positions: the range of places in the batch that are loaded.
     Another image of the same identity, drawn by (seed, step, position), replaces an unreadable image.
     """
 
-    def __init__(self, samples, labels, sampler, augmentation, size, positions=None):
+    def __init__(self, samples, labels, sampler, augmentation, size, positions):
         self.samples, self.labels, self.sampler = samples, labels, sampler
-        self.augmentation, self.size, self.decode = augmentation, tuple(size), Decoder()
-        self.positions = range(sampler.P * sampler.K) if positions is None else positions
+        self.augmentation, self.size, self.decode, self.positions = augmentation, tuple(size), Decoder(), positions
 
     def __getitem__(self, step):
         batch, images, unreadable = self.sampler.batch(step), [], {}

@@ -11,8 +11,6 @@ def main():
     print(f'mgn._cuda  {missing("_cuda") or torch.ops.mgn_cuda.build()}')
     devices = ['cpu', *(f'cuda:{index}' for index in range(torch.cuda.device_count()))]
     devices += ['mps'] * torch.backends.mps.is_available()
-    if torch.cuda.device_count() == 0:
-        print('cuda: no device here')
     for device in devices:
         name = f' ({torch.cuda.get_device_name(device)})' if device.startswith('cuda') else ''
         print(f'{device}{name}: {implementation(device)}')

@@ -70,13 +70,6 @@ def retrieval_metrics(offsets, ranks):
     return {name: float(np.mean(formula(matches))) for name, formula in FORMULAS.items()}
 
 
-def query_metrics(offsets, ranks):
-    """The first rank, both average precisions and the INP of each query that has a match, (V,) each."""
-    matches = true_matches(offsets, ranks)
-    measures = first_rank, average_precision, trapezoid_precision, inverse_negative_penalty
-    return tuple(measure(matches) for measure in measures)
-
-
 def evaluate_rank(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=50, use_metric_cuhk03=False, use_cython=True):
     """fastreid.evaluation.rank.evaluate_rank: the same arguments and numbers, by counting instead of sorting.
 
@@ -99,13 +92,15 @@ def evaluate_rank(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=50, use_
                         "CUHK03's old protocol does; use CUHK03's new protocol (767/700 identities)")
     max_rank = integer(max_rank, 'max_rank', 1, 2 ** 63 - 1, 'it is the length of the CMC curve')
     offsets, ranks, _ = match_ranks_from_distance(distmat, q_pids, g_pids, q_camids, g_camids, junk_pid=None)
-    first, precision, _, penalty = query_metrics(offsets, ranks)
-    if len(first) == 0:
+    matches = true_matches(offsets, ranks)
+    if len(matches.starts) == 0:
         raise UserError('At least one query must have its identity in the gallery, seen by another camera, but none '
                         'has; check pids and camids')
     length = min(max_rank, np.shape(distmat)[1])
-    hits = np.bincount(np.minimum(first - 1, length), minlength=length + 1)[:length]  # what is beyond is left out
-    return (np.cumsum(hits) / len(first)).astype(np.float32), precision.astype(np.float32), penalty.astype(np.float32)
+    # What is beyond is left out.
+    hits = np.bincount(np.minimum(first_rank(matches) - 1, length), minlength=length + 1)[:length]
+    measures = np.cumsum(hits) / len(matches.starts), average_precision(matches), inverse_negative_penalty(matches)
+    return tuple(measure.astype(np.float32) for measure in measures)
 
 
 def true_matches(offsets, ranks):

@@ -82,7 +82,8 @@ class State:
             raise UserError(f'{path} holds weights alone, but training resumes only from the whole state of a run. '
                             f'Move the file, or bind another output_dir.')
         logger.info('resuming from %s, step %d', path, content['step'])
-        changes = configuration_changes(content['config'])
+        lines = difflib.unified_diff(content['config'].splitlines(), configuration().splitlines(), n=0, lineterm='')
+        changes = [line for line in lines if line[:1] in '+-' and line[:3] not in ('+++', '---')]
         if changes:
             logger.warning('the configuration differs from that of the checkpoint:\n  %s', '\n  '.join(changes))
         if content.get('optimizer_class') != type(self.optimizer).__name__:
@@ -106,8 +107,9 @@ class State:
 
     def join(self):
         """Makes equal in all processes what each keeps for itself: running statistics and sums become means."""
-        for module in (self.model, self.losses):
-            processes.average_buffers(module)
+        for buffer in (*self.model.buffers(), *self.losses.buffers()):
+            if buffer.is_floating_point():
+                buffer.copy_(processes.mean(buffer))
         self.meter.join()
 
     def check_finite(self, last_good):
@@ -146,12 +148,6 @@ def configuration(portable=False):
     if portable:  # gin indents the lines of a value that takes several
         text = re.sub(r'(?m)^\S+ =.*\n(    .*\n)*', lambda line: '' if re.search('[\'"]/', line[0]) else line[0], text)
     return text
-
-
-def configuration_changes(before):
-    """The lines that differ between a saved configuration and the present one, with - and + in front."""
-    lines = difflib.unified_diff(before.splitlines(), configuration().splitlines(), n=0, lineterm='')
-    return [line for line in lines if line[:1] in '+-' and line[:3] not in ('+++', '---')]
 
 
 def save(path, content, keep_as=None):

@@ -39,8 +39,7 @@ def replacing(path, mode='w', keep_as=None):
         finally:
             os.close(folder)
     except OSError as error:
-        before = 'The previous file is unharmed.' if os.path.exists(path) else 'There was none before.'
-        raise FileError(f'{path} could not be written: {error}. {before} '
+        raise FileError(f'{path} could not be written: {error}. What was there before is unharmed. '
                         f'Free disk space or choose another folder.') from error
     finally:
         if os.path.exists(temporary):

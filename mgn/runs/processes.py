@@ -157,13 +157,6 @@ def mean(tensor):
     return (reduced(tensor.to('cpu', torch.float64), 'SUM') / count()).to(tensor)
 
 
-def average_buffers(module):
-    """Replaces the floating-point buffers of `module` (running statistics) by their means over all processes."""
-    for buffer in module.buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(mean(buffer))
-
-
 def to_first(rows):
     """The rows of all processes, in order of their numbers, in process 0; None in the others."""
     if count() == 1:

@@ -34,7 +34,7 @@ def write_set(folder, identities=4, images=3, broken=()):
 def make_train_batches(samples, P=2, K=2, seed=0):
     labels = [sample.pid - 1 for sample in samples]
     sampler = IdentitySampler(labels, [sample.camid for sample in samples], P, K, seed)
-    return TrainBatches(samples, labels, sampler, Augmentation(padding=2), SIZE)
+    return TrainBatches(samples, labels, sampler, Augmentation(padding=2), SIZE, range(sampler.P * sampler.K))
 
 
 def same_batch(a, b):

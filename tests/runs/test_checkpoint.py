@@ -91,7 +91,7 @@ def test_a_failing_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch, f
     path = tmp_path / 'last.pth'
     checkpoint.save(str(path), {**BIG, 'step': 1})
     before = path.read_bytes()
-    with pytest.raises(OSError, match='last.pth could not be written: .*The previous file is unharmed.*Free disk'):
+    with pytest.raises(OSError, match='last.pth could not be written: .*What was there before is unharmed.*Free disk'):
         with failure(monkeypatch):
             checkpoint.save(str(path), {**BIG, 'step': 2})
     assert path.read_bytes() == before
@@ -100,7 +100,7 @@ def test_a_failing_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch, f
 
 @FAILURES
 def test_a_failing_first_write_leaves_nothing(tmp_path, monkeypatch, failure):
-    with pytest.raises(OSError, match='last.pth could not be written: .*There was none before'):
+    with pytest.raises(OSError, match='last.pth could not be written: .*What was there before is unharmed'):
         with failure(monkeypatch):
             checkpoint.save(str(tmp_path / 'last.pth'), BIG)
     assert os.listdir(tmp_path) == []
