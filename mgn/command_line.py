@@ -1,27 +1,36 @@
 """What the binaries share: flags, log lines, and how they end. Light to import: --help does not wait for torch."""
 
 import logging
+import os
 import signal
 import sys
 
 
 def run(main):
     """Runs a binary's main(gin_files, bindings). A UserError ends it with its message alone, printed by one process."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without removing temporary files
-    try:
-        from absl import app, flags
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:  # ignored e.g. in the background of a script
+            signal.signal(number, end)
+    from absl import app, flags
 
-        flags.DEFINE_multi_string('gin_file', [], 'Gin file, e.g. --gin_file=gin/market.gin; repeatable, later ones '
-                                  'win. Looked for in the working folder, then among the recipes of this package.',
-                                  module_name=sys.argv[0])  # so that --help shows it
-        flags.DEFINE_multi_string('gin_bindings', [], 'Gin binding, e.g. --gin_bindings="data_root=\'datasets\'"; '
-                                  'repeatable, later ones win, and all of them win over gin files.',
-                                  module_name=sys.argv[0])
-        for stream in filter(None, (sys.stdout, sys.stderr)):  # names of files need not be UTF-8
-            stream.reconfigure(errors='backslashreplace')
-        app.run(lambda arguments: carry_out(main, flags.FLAGS, arguments[1:]))
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    flags.DEFINE_multi_string('gin_file', [], 'Gin file, e.g. --gin_file=gin/market.gin; repeatable, later ones '
+                              'win. Looked for in the working folder, then among the recipes of this package.',
+                              module_name=sys.argv[0])  # so that --help shows it
+    flags.DEFINE_multi_string('gin_bindings', [], 'Gin binding, e.g. --gin_bindings="data_root=\'datasets\'"; '
+                              'repeatable, later ones win, and all of them win over gin files.',
+                              module_name=sys.argv[0])
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # names of files need not be UTF-8
+        stream.reconfigure(errors='backslashreplace')
+    app.run(lambda arguments: carry_out(main, flags.FLAGS, arguments[1:]))
+
+
+def end(number, frame):
+    """Ends the process after a signal, by SystemExit, so that temporary files are removed."""
+    while frame:
+        if frame.f_code.co_filename.startswith('<frozen importlib'):  # some modules swallow what is raised meanwhile
+            os._exit(128 + number)
+        frame = frame.f_back
+    sys.exit(128 + number)
 
 
 def carry_out(main, flags, arguments):

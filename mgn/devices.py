@@ -48,8 +48,7 @@ def resolve_precision(precision, device, name):
     """
     if precision == 'auto':
         precision = 'bfloat16' if has_bfloat16(device) else 'float32'
-        logger.info("%s = 'auto' means %s on %s: bfloat16 needs a GPU of capability 8.0, AVX512-BF16 or AMX", name,
-                    precision, device)
+        logger.info("%s = 'auto' means %s by what %s has units for", name, precision, device)
     if precision == 'float32':
         # The older of torch's two kinds of settings: it sets the newer ones too, and torch.compile refuses a mixture.
         torch.set_float32_matmul_precision('highest')

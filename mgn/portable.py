@@ -71,17 +71,13 @@ def export_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_dir
                 write(program, images, path, json.dumps(metadata))
                 run = read(path)[0]
                 for size in BATCHES:
-                    check(name, run(images[:size]), expected[:size], TOLERANCE[precision])
+                    distance = (1 - (run(images[:size]) * expected[:size]).sum(1)).max().item()
+                    if not distance <= TOLERANCE[precision]:
+                        raise UserError(f'{name} gives features at a cosine distance of {distance:.2g} from those of '
+                                        f'PyTorch; nothing was written. Export in another precision, or report this')
                 logger.info('%s: %.1f MB', os.path.join(output_dir, name), os.path.getsize(path) / 1e6)
             for name in os.listdir(folder):
                 os.replace(os.path.join(folder, name), os.path.join(output_dir, name))
-
-
-def check(name, features, expected, tolerance):
-    distance = (1 - (features * expected).sum(1)).max().item()
-    if not distance <= tolerance:
-        raise UserError(f'{name} gives features at a cosine distance of {distance:.2g} from those of PyTorch, but '
-                        f'{tolerance:g} is allowed; nothing was written. Export in another precision, or report this')
 
 
 def extra(*names):

@@ -241,7 +241,7 @@ class Training:
         self.save()
         logger.info('%s: ended after step %d, which last.pth holds; the same command resumes',
                     interruption.noted.name if interruption.noted else 'a signal to another process', self.state.step)
-        processes.wait()  # torchrun ends all processes that are left when one has ended
+        processes.gather(None)  # waits for all: torchrun ends those that are left when one has ended
         raise SystemExit(STATUS)
 
     def measure(self):

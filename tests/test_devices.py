@@ -33,7 +33,7 @@ def test_auto_on_a_cpu_is_bfloat16_where_it_has_units_for_it(units, want, cpu_wi
     with caplog.at_level(logging.INFO, 'mgn'):
         assert resolve_precision('auto', CPU, 'evaluate.precision') == want
     said, = (record.getMessage() for record in caplog.records)
-    assert said.startswith(f"evaluate.precision = 'auto' means {want} on cpu: bfloat16 needs")
+    assert said.startswith(f"evaluate.precision = 'auto' means {want} by what cpu has units for")
 
 
 @pytest.mark.parametrize('capability, want', [((7, 5), 'float32'), ((8, 0), 'bfloat16'), ((9, 0), 'bfloat16')])

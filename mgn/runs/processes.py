@@ -130,12 +130,6 @@ def gather(value):
     return values
 
 
-def wait():
-    """Returns once all processes have come here."""
-    if count() > 1:
-        dist.barrier()
-
-
 def reduced(tensor, operation):
     """`tensor` after an elementwise 'SUM', 'MIN' or 'MAX' over all processes."""
     if count() == 1:
