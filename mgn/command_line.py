@@ -21,7 +21,10 @@ def run(main):
                               module_name=sys.argv[0])
     for stream in filter(None, (sys.stdout, sys.stderr)):  # names of files need not be UTF-8
         stream.reconfigure(errors='backslashreplace')
-    app.run(lambda arguments: carry_out(main, flags.FLAGS, arguments[1:]))
+    try:
+        app.run(lambda arguments: carry_out(main, flags.FLAGS, arguments[1:]))
+    except BrokenPipeError:  # who reads our output, such as head, wants no more
+        os._exit(141)  # as after SIGPIPE
 
 
 def end(number, frame):

@@ -164,6 +164,14 @@ def test_on_a_terminal_without_a_size_steps_are_plain_lines(home):
     assert re.search(r'I step 1: loss \d', shown) and 'step/s' not in shown
 
 
+def test_help_whose_reader_goes_away_leaves_no_traceback(home):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, '-m', 'mgn.train', '--help'], cwd=home, stdout=writer,
+                          stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 141 and done.stderr == ''
+
+
 def test_help_names_the_flags_with_examples(home):
     code, out, err = run(home, '-m', 'mgn.eval', '--help')
     assert '--gin_file=gin/market.gin' in out and '--gin_bindings="data_root=\'datasets\'"' in out
