@@ -30,7 +30,7 @@ DEFAULTS = os.path.join(PACKAGE, 'defaults.gin')
 RECIPES = PACKAGE if os.path.isdir(os.path.join(PACKAGE, 'gin')) else os.path.dirname(PACKAGE)
 SHARED = ('dataset', 'input_size')  # training and evaluation have to agree on them
 MACRO = 'gin.macro'
-NOT_SAVED = {'output_dir', 'features_dir', 'weights', 'query', 'gallery'}  # never read from a checkpoint
+NOT_SAVED = {'output_dir', 'features_dir', 'weights', 'query', 'gallery', 'compare', 'runs', 'report'}  # nor read
 TRAINING = ('train', 'mgn_losses', 'circle_softmax', 'make_optimizer', 'Adam', 'AdamW', 'SGD',
             'multi_step', 'cosine', 'Augmentation')
 # Parameters in configurations that earlier versions saved → their names of today; None: another binding has the value.

@@ -5,6 +5,7 @@ Under torchrun each process extracts its part of the images and ranks against it
 
 import math
 import os
+import re
 import time
 from typing import Annotated
 
@@ -14,11 +15,12 @@ import torch
 from mgn.data.datasets import Dataset
 from mgn.devices import find_device, peak_memory
 from mgn.feature_files import read_features, write_features
-from mgn.features import Extractor, check_alike
+from mgn.features import Extractor, check_alike, load_for_features
 from mgn.model import MGN
 from mgn.ops import expand_queries, k_reciprocal_ranks, match_ranks, match_ranks_sharded, retrieval_metrics
 from mgn.ops.arguments import LARGEST_K
 from mgn.ops.errors import UserError
+from mgn.report_page import report as write_report
 from mgn.results import table, write_results
 from mgn.runs import checkpoint as checkpoints, processes
 from mgn.runs.files import writing
@@ -28,23 +30,76 @@ from mgn.runs.log import logger
 @gin.configurable(denylist=['checkpoint'])
 def evaluate_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset: Dataset = gin.REQUIRED,
                         output_dir: str | None = None, device: str = 'auto',
-                        features_dir: str | None = None, test_sets: tuple[Dataset, ...] = ()) -> dict:
+                        features_dir: str | None = None, test_sets: tuple[Dataset, ...] = (),
+                        report: bool = False) -> dict:
     """Evaluates a loaded checkpoint on `dataset`; prints the table, writes output_dir/eval.json, returns the results.
 
     weights: the checkpoint's path. output_dir: None means the working folder.
     features_dir: a folder written by mgn.extract, whose features are read in place of the images of `dataset`.
     test_sets: further data sets, whose results follow in the table and in the list 'test_sets' of the results.
+    report: write output_dir/report.html (mgn.report_page) of `dataset`, too.
     """
-    device = find_device(device)
+    device, kept = find_device(device), {}
+    check_one_process(report)
     model = load_for_features(checkpoint, weights, device)
     results = {'weights': weights, 'step': checkpoint['step'],
-               **evaluate(model, dataset, device, features_dir=features_dir)}
+               **evaluate(model, dataset, device, features_dir=features_dir, kept=kept)}
     if test_sets:
         results['test_sets'] = [evaluate(model, test_set, device) for test_set in test_sets]
     if processes.number() == 0:
         print(table(results))
         write_results(results, output_dir or os.getcwd())
+    if report:
+        write_report(model, Extractor(device), dataset, results, kept, trained_elsewhere(checkpoint),
+                     output_dir or os.getcwd())
     return results
+
+
+@gin.configurable(denylist=['checkpoint'])
+def report_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset: Dataset = gin.REQUIRED,
+                      output_dir: str | None = None, device: str = 'auto', features_dir: str | None = None) -> None:
+    """Writes output_dir/report.html (mgn.report_page). Images that cannot be read are left out, and the page says so.
+
+    features_dir: as of evaluate_checkpoint; where it does not fit, features are made from the images.
+    """
+    check_one_process(True)
+    device = find_device(device)
+    model, extractor, notices, kept = load_for_features(checkpoint, weights, device), Extractor(device), [], {}
+    if features_dir:
+        try:
+            kept['features'] = features_of_process(model, dataset, extractor, features_dir)
+        except UserError as error:
+            notices.append(f'{error.message}\nThis page is made from the images instead.')
+            logger.warning(notices[-1])
+    if not kept:
+        unreadable = {}
+        features = extractor.features(model, dataset.query + dataset.gallery, unreadable)
+        if unreadable:
+            notices.append('These images cannot be read and are left out, so the measures are of the others alone:\n  '
+                           + '\n  '.join(unreadable.values()))
+            logger.warning(notices[-1])
+        parts = [[sample for sample in part if sample.path not in unreadable] for part in dataset[3:5]]
+        dataset = dataset._replace(query=parts[0], gallery=parts[1])
+        kept['features'] = features.to(device).split(list(map(len, parts)))
+    results = {'weights': weights, 'step': checkpoint['step'],
+               **evaluate(model, dataset, device, extractor=extractor, kept=kept)}
+    write_report(model, extractor, dataset, results, kept, notices + trained_elsewhere(checkpoint),
+                 output_dir or os.getcwd())
+
+
+def check_one_process(report):
+    if report and processes.count() > 1:
+        raise UserError(f'A report is made by one process, and {processes.count()} were started; start it without '
+                        f'torchrun, from a features_dir if features take long')
+
+
+def trained_elsewhere(checkpoint):
+    """A sentence in a list where the weights were trained on another data set than is evaluated, as far as known."""
+    trained_on = re.search(r'(?m)^dataset = (@.*\))', checkpoint['config'])
+    dataset = gin.query_parameter('%dataset')
+    if trained_on and trained_on[1] != str(dataset):
+        return [f'These weights were trained on {trained_on[1]}, and this page evaluates them on {dataset}.']
+    return []
 
 
 @gin.configurable(denylist=['checkpoint'])
@@ -72,15 +127,8 @@ def convert_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_di
     logger.info('wrote %s', path)
 
 
-def load_for_features(checkpoint, weights, device):
-    """The checkpoint's MGN without classifiers, on `device`."""
-    model = MGN(num_classes=0, fresh=False).to(device, memory_format=torch.channels_last)
-    checkpoints.load_model(model, checkpoint['model'], weights, without='.classifier.')
-    return model
-
-
-@gin.configurable(denylist=['model', 'dataset', 'device', 'features_dir', 'extractor'])
-def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_camera: bool = True,
+@gin.configurable(denylist=['model', 'dataset', 'device', 'features_dir', 'extractor', 'kept'])
+def evaluate(model, dataset, device, features_dir=None, extractor=None, kept=None, cross_camera: bool = True,
              query_expansion: Annotated[int, 0, LARGEST_K] = 0, alpha: Annotated[float, 0, math.inf] = 3.0,
              rerank: bool = False, k1: Annotated[int, 1, 2 ** 31 - 1] = 20, k2: Annotated[int, 1, 2 ** 31 - 1] = 6,
              lambda_value: Annotated[float, 0, 1] = 0.3) -> dict:
@@ -93,6 +141,7 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_ca
         features_dir: a folder written by mgn.extract for this model and data set. Its features are read in place of the
             images, and those of the gallery, which may be larger than memory, tile by tile.
         extractor: mgn.features.Extractor; None: as it is configured.
+        kept: a dict that 'features' (of query and gallery), 'ids' and 'ranks' are kept in. Features in it are taken.
         cross_camera: a true match comes from another camera. False is for data of one camera or of none: then only the
             query's own file, known by its name, is left out.
         query_expansion: gallery items averaged into each query (`mgn.ops.query_expansion.expand_queries`), 0 to 4096.
@@ -110,9 +159,11 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_ca
     extractor, ids = extractor or Extractor(device), identities(dataset, cross_camera)
     check_alike(dataset, ('query', 'gallery'), model)
     start = time.perf_counter()
-    query, gallery = features_of_process(model, dataset, extractor, features_dir)
+    kept = {} if kept is None else kept
+    query, gallery = kept.get('features') or features_of_process(model, dataset, extractor, features_dir)
     extracted = time.perf_counter()
     ranks = (match_ranks_sharded if processes.count() > 1 else match_ranks)(query, gallery, *map(processes.part, ids))
+    kept.update(features=(query, gallery), ids=ids, ranks=ranks)
     results = {'dataset': dataset.name, 'data_root': dataset.root, **retrieval_metrics(ranks.offsets, ranks.ranks),
                **counts(dataset, ranks), 'cross_camera': cross_camera, **extractor.settings(),
                'features_dir': features_dir, 'processes': processes.count(), 'features_s': round(extracted - start, 3),

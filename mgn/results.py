@@ -9,13 +9,18 @@ from mgn.runs.log import aligned
 
 def table(results):
     """The results of an evaluation in per cent, a row for each data set and stage."""
-    stages, notes = [], []
+    rows, notes = [], []
     for each in (results, *results.get('test_sets', ())):
-        stages += [(each['dataset'], each), ('+ query expansion', each.get('query_expansion')),
-                   ('+ re-ranking', each.get('rerank'))]
+        rows += stages(each)
         notes.append('{queries} queries, {queries_without_match} of them without a match; {gallery} in the gallery'
                      .format(**each))
-    return aligned('data set', [stage for stage in stages if stage[1]]) + '\nper cent; ' + '\n'.join(notes)
+    return aligned('data set', rows) + '\nper cent; ' + '\n'.join(notes)
+
+
+def stages(results):
+    """[(name, results)] of an evaluation's plain ranking and of what follows it."""
+    return [(results['dataset'], results), *((name, results[key]) for name, key in (
+        ('+ query expansion', 'query_expansion'), ('+ re-ranking', 'rerank')) if results.get(key))]
 
 
 def write_results(results, output_dir):

@@ -1,0 +1,191 @@
+"""What an evaluation has found → report.html: one file with its pictures, numbers and script, opened from disk.
+
+The page is mgn/report.html with JSON in it. Its script draws all of it and puts text in as text only.
+"""
+
+import base64
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import gin
+import simplejpeg
+import torch
+from PIL import Image
+
+from mgn.data.augmentation import normalise
+from mgn.data.images import Decoder, to_batch
+from mgn.embedder import Embedder
+from mgn.features import evaluation_mode
+from mgn.ops import match_ranks, retrieval_metrics
+from mgn.ops.errors import FileError, UserError
+from mgn.ops.metrics import METRICS
+from mgn.ranked_lists import by_cameras, by_query, choose, most_changed, ranked_lists, similarities
+from mgn.results import stages
+from mgn.runs.files import replacing, writing
+from mgn.runs.log import logger, progress, read_records
+
+TEMPLATE = Path(__file__).with_name('report.html')
+PLACE = 'PUT THE DATA HERE'
+HEIGHT, WIDTH = 128, 256  # of a crop, at most
+CHANGED = 24              # queries shown whose AP differs most between two checkpoints
+RECORDS = 1000            # of a training run, about, beside its evaluations
+
+
+@gin.configurable(allowlist=['queries', 'blur', 'runs', 'compare'])
+def report(model, extractor, dataset, results, kept, notices, output_dir, queries: Annotated[int, 1, 2000] = 200,
+           blur: bool = False, runs: tuple[str, ...] | None = None, compare: str | None = None) -> None:
+    """Writes output_dir/report.html.
+
+    Args:
+        results, kept: of mgn.evaluation.evaluate. notices: sentences for the page, of what could not be shown.
+        queries: shown with pictures: the worst, the best and others. All queries are in a table.
+        blur: blur the top eighth of every picture.
+        runs: folders of training runs, whose metrics.jsonl are drawn over each other; None: the folder of the weights.
+        compare: the weights of another network, any that mgn.load reads, for a comparison on the same images.
+    """
+    features, ids, ranks = (kept[name] for name in ('features', 'ids', 'ranks'))
+    ap, first = by_query(ranks)
+    chosen, images, notices = choose(ap, queries), {}, list(notices)
+    runs = training_runs([os.path.dirname(results['weights'])] if runs is None else runs, notices)
+    other = compared(compare, extractor, dataset, ids, ap, notices) if compare else None
+    logger.info('report: ranked lists and similarities')
+
+    def shown(lists):
+        def number(sample):
+            return images.setdefault(sample, len(images))
+        return [{'query': q, 'image': number(dataset.query[q]), 'ranks': matches,
+                 'nearest': [(number(dataset.gallery[item]), *rest) for item, *rest in nearest]}
+                for q, (matches, nearest) in lists.items()]
+    page = {
+        'dataset': dataset.name, 'weights': results['weights'], 'step': results['step'], 'blur': blur,
+        'made': time.strftime('%Y-%m-%d %H:%M %Z'), 'command': command(),
+        'metrics': METRICS, 'measures': stages(results), 'gallery': len(dataset.gallery), 'runs': runs,
+        'queries': {'file': [os.path.relpath(sample.path, dataset.root) for sample in dataset.query],
+                    'pid': [sample.pid for sample in dataset.query], 'camid': [s.camid for s in dataset.query],
+                    'ap': ap.round(4).tolist(), 'first': first.tolist()},
+        'lists': shown(ranked_lists(features, ids, ranks, chosen)),
+        'similarities': similarities(features, ids), 'cameras': by_cameras(features, ids, dataset)}
+    if other:
+        changed = most_changed(ap, other['ap'], CHANGED)
+        page['compare'] = {
+            'weights': compare, 'measures': other['measures'], 'ap': other['ap'].round(4).tolist(),
+            'first': other['first'].tolist(), 'lists': shown(ranked_lists(features, ids, ranks, changed)),
+            'others': shown(ranked_lists(other['features'], ids, other['ranks'], changed))}
+    page['branches'], page['images'] = model.parts, list(pictures(model, extractor, list(images), blur, dataset.root))
+    broken = sum('error' in image for image in page['images'])
+    if broken:
+        notices.append(f'{broken} images could not be read when this page was made. They are marked.')
+    write(os.path.join(output_dir, 'report.html'), {**page, 'notices': notices})
+
+
+def compared(path, extractor, dataset, ids, ap, notices):
+    """What the network of another weights file finds on the same images; None, and a notice, where it cannot."""
+    try:
+        other = Embedder(path, str(extractor.device))
+        paths, parts = [sample.path for sample in dataset.query + dataset.gallery], []
+        logger.info('report: features of %d images by %s', len(paths), path)
+        with progress(len(paths), unit='image', what='features') as bar:
+            for start in range(0, len(paths), other.batch_size):
+                parts.append(other.embed(paths[start:start + other.batch_size]))
+                bar.update(len(parts[-1]))
+        features = torch.cat(parts).split([len(dataset.query), len(dataset.gallery)])
+        ranks = match_ranks(*features, *ids)
+        (other_ap, first), measures = by_query(ranks), retrieval_metrics(ranks.offsets, ranks.ranks)
+        return {'ap': other_ap, 'first': first, 'measures': measures, 'features': features, 'ranks': ranks}
+    except UserError as error:
+        notices.append(f'There is no comparison with {path}: {error.message}')
+
+
+def training_runs(folders, notices):
+    """The records of each folder's metrics.jsonl; a notice where there are none."""
+    runs = []
+    for folder in folders:
+        path, records, reason = os.path.join(os.path.expanduser(folder), 'metrics.jsonl'), [], 'there is no such record'
+        try:
+            records = read_records(path)
+        except (UserError, OSError) as error:
+            reason = getattr(error, 'message', error)
+        if records:
+            step = len(records) // RECORDS + 1
+            runs.append({'name': folder, 'records': [record for i, record in enumerate(records)
+                                                     if i % step == 0 or 'mAP' in record]})
+        else:
+            notices.append(f'There are no curves of training from {path}: {reason}.')
+    return runs
+
+
+def pictures(model, extractor, samples, blur, root):
+    """Yields for each sample its name and ids, the crop and the maps of `activation`, or why it cannot be read."""
+    decode = Decoder()
+    with progress(len(samples), unit='image', what='pictures') as bar:
+        logger.info('report: pictures and activation maps of %d images', len(samples))
+        for start in range(0, len(samples), extractor.batch_size):
+            images, found = [], []
+            for sample in samples[start:start + extractor.batch_size]:
+                found.append({**sample._asdict(), 'path': os.path.relpath(sample.path, root)})
+                try:
+                    images.append(decode(sample.path))
+                    found[-1]['jpeg'] = crop(images[-1], blur)
+                except FileError as error:
+                    found[-1]['error'] = error.message
+            read = (image for image in found if 'jpeg' in image)
+            for image, *maps in zip(read, *(activation(model, extractor, images) if images else ())):
+                image['maps'] = [{'size': each.shape, 'values': text(each.tobytes())} for each in maps]
+            yield from found
+            bar.update(len(found))
+
+
+def crop(image, blur):
+    """(3, h, w) uint8 → the bytes of a JPEG file, as text."""
+    _, height, width = image.shape
+    scale = min(1, HEIGHT / height, WIDTH / width)
+    image = to_batch([image], (max(round(height * scale), 1), max(round(width * scale), 1)))[0]
+    pixels = image.permute(1, 2, 0).contiguous().numpy()
+    if blur:
+        top = Image.fromarray(pixels[:-(-len(pixels) // 8)])
+        pixels[:top.height] = top.resize((3, 1), Image.Resampling.BOX).resize(top.size, Image.Resampling.BILINEAR)
+    return text(simplejpeg.encode_jpeg(pixels, quality=80, colorspace='RGB', colorsubsampling='420'))
+
+
+@torch.no_grad()
+def activation(model, extractor, images):
+    """Where each branch responds: for each the sum of squares over channels of its last map, (B, h, w) uint8.
+
+    From the least of the image, 0, to the most, 255, as in the visualisations of torchreid and fast-reid.
+    """
+    batch = normalise(to_batch(images, extractor.input_size).to(extractor.device))
+    maps = []
+    with evaluation_mode(model):
+        shared = model.trunk(batch.contiguous(memory_format=torch.channels_last))
+        for branch in model.branches:
+            energy = branch(shared).square().sum(1)
+            energy -= energy.amin((1, 2), keepdim=True)
+            maps.append((255 * energy / energy.amax((1, 2), keepdim=True).clamp(min=1e-12)).byte().cpu().numpy())
+    return maps
+
+
+def command():
+    """The command line of this process, in quotation marks that a shell takes."""
+    def quoted(word):
+        return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
+    return ' '.join(['python', *map(quoted, sys.orig_argv[1:])])
+
+
+def text(content):
+    return base64.b64encode(content).decode()
+
+
+def write(path, page):
+    """The template with the page's data in it. JSON knows no NaN, and no `<` may end the script that holds it."""
+    data = json.dumps(json.loads(json.dumps(page), parse_constant=lambda _: None), separators=(',', ':'))
+    with writing(path, 'Bind another output_dir.'):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    with replacing(path, 'wb') as file:
+        file.write(TEMPLATE.read_bytes().replace(PLACE.encode(), data.replace('<', '\\u003c').encode(), 1))
+    logger.info('wrote %s, %.1f MB%s', path, os.path.getsize(path) / 1e6,
+                '; it shows pictures of people: pass it on with care')
