@@ -5,7 +5,6 @@ Under torchrun each process extracts its part of the images and ranks against it
 
 import math
 import os
-import re
 import time
 from typing import Annotated
 
@@ -37,10 +36,9 @@ def evaluate_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset:
     weights: the checkpoint's path. output_dir: None means the working folder.
     features_dir: a folder written by mgn.extract, whose features are read in place of the images of `dataset`.
     test_sets: further data sets, whose results follow in the table and in the list 'test_sets' of the results.
-    report: write output_dir/report.html (mgn.report_page) of `dataset`, too.
+    report: write output_dir/report.html, too, from what has been computed (mgn.report_page).
     """
     device, kept = find_device(device), {}
-    check_one_process(report)
     model = load_for_features(checkpoint, weights, device)
     results = {'weights': weights, 'step': checkpoint['step'],
                **evaluate(model, dataset, device, features_dir=features_dir, kept=kept)}
@@ -50,56 +48,35 @@ def evaluate_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset:
         print(table(results))
         write_results(results, output_dir or os.getcwd())
     if report:
-        write_report(model, Extractor(device), dataset, results, kept, trained_elsewhere(checkpoint),
-                     output_dir or os.getcwd())
+        write_report(checkpoint, model, Extractor(device), dataset, results, kept, [], output_dir)
     return results
 
 
 @gin.configurable(denylist=['checkpoint'])
 def report_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset: Dataset = gin.REQUIRED,
                       output_dir: str | None = None, device: str = 'auto', features_dir: str | None = None) -> None:
-    """Writes output_dir/report.html (mgn.report_page). Images that cannot be read are left out, and the page says so.
+    """Evaluates a loaded checkpoint on `dataset` and writes output_dir/report.html (`mgn.report_page`).
 
-    features_dir: as of evaluate_checkpoint; where it does not fit, features are made from the images.
+    Images that cannot be read are left out, and features_dir is where it does not fit; the page then says so.
     """
-    check_one_process(True)
     device = find_device(device)
-    model, extractor, notices, kept = load_for_features(checkpoint, weights, device), Extractor(device), [], {}
+    model, extractor = load_for_features(checkpoint, weights, device), Extractor(device)
+    kept, unreadable, notices = {}, {}, []
     if features_dir:
         try:
             kept['features'] = features_of_process(model, dataset, extractor, features_dir)
         except UserError as error:
-            notices.append(f'{error.message}\nThis page is made from the images instead.')
-            logger.warning(notices[-1])
+            notices.append(f'{error.message}\nThis page was made from the images instead.')
     if not kept:
-        unreadable = {}
         features = extractor.features(model, dataset.query + dataset.gallery, unreadable)
-        if unreadable:
-            notices.append('These images cannot be read and are left out, so the measures are of the others alone:\n  '
-                           + '\n  '.join(unreadable.values()))
-            logger.warning(notices[-1])
         parts = [[sample for sample in part if sample.path not in unreadable] for part in dataset[3:5]]
         dataset = dataset._replace(query=parts[0], gallery=parts[1])
-        kept['features'] = features.to(device).split(list(map(len, parts)))
+        kept['features'] = features.to(device if device.type == 'cuda' else 'cpu').split(list(map(len, parts)))
+    if unreadable:
+        notices.append('The measures leave out these images, which cannot be read:\n' + '\n'.join(unreadable.values()))
     results = {'weights': weights, 'step': checkpoint['step'],
                **evaluate(model, dataset, device, extractor=extractor, kept=kept)}
-    write_report(model, extractor, dataset, results, kept, notices + trained_elsewhere(checkpoint),
-                 output_dir or os.getcwd())
-
-
-def check_one_process(report):
-    if report and processes.count() > 1:
-        raise UserError(f'A report is made by one process, and {processes.count()} were started; start it without '
-                        f'torchrun, from a features_dir if features take long')
-
-
-def trained_elsewhere(checkpoint):
-    """A sentence in a list where the weights were trained on another data set than is evaluated, as far as known."""
-    trained_on = re.search(r'(?m)^dataset = (@.*\))', checkpoint['config'])
-    dataset = gin.query_parameter('%dataset')
-    if trained_on and trained_on[1] != str(dataset):
-        return [f'These weights were trained on {trained_on[1]}, and this page evaluates them on {dataset}.']
-    return []
+    write_report(checkpoint, model, extractor, dataset, results, kept, notices, output_dir)
 
 
 @gin.configurable(denylist=['checkpoint'])
@@ -160,7 +137,8 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, kept=Non
     check_alike(dataset, ('query', 'gallery'), model)
     start = time.perf_counter()
     kept = {} if kept is None else kept
-    query, gallery = kept.get('features') or features_of_process(model, dataset, extractor, features_dir)
+    given = kept.get('features')
+    query, gallery = given or features_of_process(model, dataset, extractor, features_dir)
     extracted = time.perf_counter()
     ranks = (match_ranks_sharded if processes.count() > 1 else match_ranks)(query, gallery, *map(processes.part, ids))
     kept.update(features=(query, gallery), ids=ids, ranks=ranks)
@@ -169,7 +147,7 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, kept=Non
                'features_dir': features_dir, 'processes': processes.count(), 'features_s': round(extracted - start, 3),
                'ranking_s': round(time.perf_counter() - extracted, 3), **peak_memory(device)}
     logger.info('%s %.3f s, ranking %.3f s, float64 settled %.4f %% of the pairs, peak memory %d MB',
-                'opening features' if features_dir else 'decoding and features', results['features_s'],
+                'opening features' if features_dir or given else 'decoding and features', results['features_s'],
                 results['ranking_s'], 100 * results['redecided'], results['peak_memory_mb'])
     if query_expansion or rerank:
         query, gallery = gathered(query, gallery)

@@ -25,8 +25,7 @@ def by_query(ranks):
     """AP and first rank of every query: (Q,) each, NaN and 0 where it has no match."""
     counts = np.diff(ranks.offsets)
     ap, first = np.full(len(counts), np.nan), np.zeros(len(counts), np.int64)
-    if counts.any():
-        first[counts > 0], ap[counts > 0] = query_metrics(ranks.offsets, ranks.ranks)[:2]
+    first[counts > 0], ap[counts > 0] = query_metrics(ranks.offsets, ranks.ranks)[:2]
     return ap, first
 
 
@@ -94,13 +93,11 @@ def by_cameras(features, ids, dataset):
     (query, gallery), (query_pids, gallery_pids, query_camids, gallery_camids) = features, map(np.asarray, ids)
     cameras, item_cameras = (np.array([sample.camid for sample in part]) for part in (dataset.query, dataset.gallery))
     columns = sorted(camera for camera, _ in Counter(item_cameras.tolist()).most_common(CAMERAS))
-    rows = sorted(set(cameras.tolist()))
-    cells = np.full((len(rows), len(columns)), None)
-    for column, camera in enumerate(columns):
+    rows, means = sorted(set(cameras.tolist())), []
+    for camera in columns:
         items = np.flatnonzero(item_cameras == camera)
-        ap, _ = by_query(match_ranks(query, gallery[items], query_pids, gallery_pids[items], query_camids,
-                                     gallery_camids[items]))
-        for row, of in enumerate(rows):
-            if np.isfinite(ap[cameras == of]).any():
-                cells[row, column] = round(float(np.nanmean(ap[cameras == of])), 4)
-    return {'rows': rows, 'columns': columns, 'mAP': cells.tolist()}
+        ap, first = by_query(match_ranks(query, gallery[items], query_pids, gallery_pids[items], query_camids,
+                                         gallery_camids[items]))
+        of_rows = (ap[(cameras == row) & (first > 0)] for row in rows)
+        means.append([round(each.mean(), 4) if len(each) else None for each in of_rows])
+    return {'rows': rows, 'columns': columns, 'mAP': list(zip(*means))}

@@ -6,6 +6,7 @@ The page is mgn/report.html with JSON in it. Its script draws all of it and puts
 import base64
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -26,6 +27,7 @@ from mgn.ops.errors import FileError, UserError
 from mgn.ops.metrics import METRICS
 from mgn.ranked_lists import by_cameras, by_query, choose, most_changed, ranked_lists, similarities
 from mgn.results import stages
+from mgn.runs import processes
 from mgn.runs.files import replacing, writing
 from mgn.runs.log import logger, progress, read_records
 
@@ -37,66 +39,69 @@ RECORDS = 1000            # of a training run, about, beside its evaluations
 
 
 @gin.configurable(allowlist=['queries', 'blur', 'runs', 'compare'])
-def report(model, extractor, dataset, results, kept, notices, output_dir, queries: Annotated[int, 1, 2000] = 200,
-           blur: bool = False, runs: tuple[str, ...] | None = None, compare: str | None = None) -> None:
-    """Writes output_dir/report.html.
+def report(checkpoint, model, extractor, dataset, results, kept, notices, output_dir,
+           queries: Annotated[int, 1, 2000] = 200, blur: bool = False, runs: tuple[str, ...] | None = None,
+           compare: str | None = None) -> None:
+    """Writes output_dir/report.html (None: into the working folder).
 
     Args:
-        results, kept: of mgn.evaluation.evaluate. notices: sentences for the page, of what could not be shown.
+        results, kept: of mgn.evaluation.evaluate. notices: sentences for the page, of what is missing in it.
         queries: shown with pictures: the worst, the best and others. All queries are in a table.
         blur: blur the top eighth of every picture.
         runs: folders of training runs, whose metrics.jsonl are drawn over each other; None: the folder of the weights.
         compare: the weights of another network, any that mgn.load reads, for a comparison on the same images.
     """
+    if processes.count() > 1:
+        raise UserError('A report is made by one process; start it without torchrun')
     features, ids, ranks = (kept[name] for name in ('features', 'ids', 'ranks'))
-    ap, first = by_query(ranks)
-    chosen, images, notices = choose(ap, queries), {}, list(notices)
+    (ap, first), images = by_query(ranks), {}
+    trained_on, evaluated = re.search(r'(?m)^dataset = (@.*\))', checkpoint['config']), gin.query_parameter('%dataset')
+    if trained_on and trained_on[1] != str(evaluated):
+        notices.append(f'The weights were trained on {trained_on[1]}; this page is of {evaluated}.')
     runs = training_runs([os.path.dirname(results['weights'])] if runs is None else runs, notices)
-    other = compared(compare, extractor, dataset, ids, ap, notices) if compare else None
-    logger.info('report: ranked lists and similarities')
+    other = compared(compare, extractor, dataset, ids, notices) if compare else None
+    logger.info('report: ranked lists and curves')
 
-    def shown(lists):
+    def shown(features, ranks, chosen):
         def number(sample):
             return images.setdefault(sample, len(images))
         return [{'query': q, 'image': number(dataset.query[q]), 'ranks': matches,
                  'nearest': [(number(dataset.gallery[item]), *rest) for item, *rest in nearest]}
-                for q, (matches, nearest) in lists.items()]
+                for q, (matches, nearest) in ranked_lists(features, ids, ranks, chosen).items()]
     page = {
         'dataset': dataset.name, 'weights': results['weights'], 'step': results['step'], 'blur': blur,
-        'made': time.strftime('%Y-%m-%d %H:%M %Z'), 'command': command(),
-        'metrics': METRICS, 'measures': stages(results), 'gallery': len(dataset.gallery), 'runs': runs,
+        'made': time.strftime('%Y-%m-%d %H:%M %Z'), 'command': command(), 'metrics': METRICS,
+        'measures': stages(results), 'gallery': len(dataset.gallery), 'branches': model.parts, 'runs': runs,
         'queries': {'file': [os.path.relpath(sample.path, dataset.root) for sample in dataset.query],
                     'pid': [sample.pid for sample in dataset.query], 'camid': [s.camid for s in dataset.query],
                     'ap': ap.round(4).tolist(), 'first': first.tolist()},
-        'lists': shown(ranked_lists(features, ids, ranks, chosen)),
-        'similarities': similarities(features, ids), 'cameras': by_cameras(features, ids, dataset)}
+        'lists': shown(features, ranks, choose(ap, queries)), 'similarities': similarities(features, ids),
+        'cameras': by_cameras(features, ids, dataset)}
     if other:
-        changed = most_changed(ap, other['ap'], CHANGED)
-        page['compare'] = {
-            'weights': compare, 'measures': other['measures'], 'ap': other['ap'].round(4).tolist(),
-            'first': other['first'].tolist(), 'lists': shown(ranked_lists(features, ids, ranks, changed)),
-            'others': shown(ranked_lists(other['features'], ids, other['ranks'], changed))}
-    page['branches'], page['images'] = model.parts, list(pictures(model, extractor, list(images), blur, dataset.root))
-    broken = sum('error' in image for image in page['images'])
-    if broken:
-        notices.append(f'{broken} images could not be read when this page was made. They are marked.')
-    write(os.path.join(output_dir, 'report.html'), {**page, 'notices': notices})
+        other_ap, other_first = by_query(other[1])
+        changed = most_changed(ap, other_ap, CHANGED)
+        page['compare'] = {'weights': compare, 'measures': retrieval_metrics(other[1].offsets, other[1].ranks),
+                           'ap': other_ap.round(4).tolist(), 'first': other_first.tolist(),
+                           'lists': shown(features, ranks, changed), 'others': shown(*other, changed)}
+    page['images'] = list(pictures(model, extractor, list(images), blur, dataset.root))
+    if broken := sum('error' in image for image in page['images']):
+        notices.append(f'{broken} pictures could not be read when this page was made. They are marked.')
+    for notice in notices:
+        logger.warning(notice)
+    write(os.path.join(output_dir or os.getcwd(), 'report.html'), {**page, 'notices': notices})
 
 
-def compared(path, extractor, dataset, ids, ap, notices):
-    """What the network of another weights file finds on the same images; None, and a notice, where it cannot."""
+def compared(path, extractor, dataset, ids, notices):
+    """Features by another network of the same images, and their ranks; None, and a notice, where it cannot be used."""
     try:
-        other = Embedder(path, str(extractor.device))
-        paths, parts = [sample.path for sample in dataset.query + dataset.gallery], []
+        other, paths, parts = Embedder(path, str(extractor.device)), [s.path for s in dataset.query + dataset.gallery], []
         logger.info('report: features of %d images by %s', len(paths), path)
         with progress(len(paths), unit='image', what='features') as bar:
             for start in range(0, len(paths), other.batch_size):
                 parts.append(other.embed(paths[start:start + other.batch_size]))
                 bar.update(len(parts[-1]))
         features = torch.cat(parts).split([len(dataset.query), len(dataset.gallery)])
-        ranks = match_ranks(*features, *ids)
-        (other_ap, first), measures = by_query(ranks), retrieval_metrics(ranks.offsets, ranks.ranks)
-        return {'ap': other_ap, 'first': first, 'measures': measures, 'features': features, 'ranks': ranks}
+        return features, match_ranks(*features, *ids)
     except UserError as error:
         notices.append(f'There is no comparison with {path}: {error.message}')
 
@@ -105,7 +110,7 @@ def training_runs(folders, notices):
     """The records of each folder's metrics.jsonl; a notice where there are none."""
     runs = []
     for folder in folders:
-        path, records, reason = os.path.join(os.path.expanduser(folder), 'metrics.jsonl'), [], 'there is no such record'
+        path, records, reason = os.path.join(os.path.expanduser(folder), 'metrics.jsonl'), [], 'it holds no records'
         try:
             records = read_records(path)
         except (UserError, OSError) as error:
@@ -132,7 +137,7 @@ def pictures(model, extractor, samples, blur, root):
                     images.append(decode(sample.path))
                     found[-1]['jpeg'] = crop(images[-1], blur)
                 except FileError as error:
-                    found[-1]['error'] = error.message
+                    found[-1]['error'] = error.message.removeprefix(f'{sample.path}: ')
             read = (image for image in found if 'jpeg' in image)
             for image, *maps in zip(read, *(activation(model, extractor, images) if images else ())):
                 image['maps'] = [{'size': each.shape, 'values': text(each.tobytes())} for each in maps]
