@@ -89,7 +89,7 @@ def similarities(features, ids):
 
 
 def by_cameras(features, ids, dataset):
-    """mAP of the queries of each camera, a row, in the gallery images of each camera alone, a column; None: no match."""
+    """mAP of each camera's queries, a row, in the gallery images of each camera alone, a column; None: no match."""
     (query, gallery), (query_pids, gallery_pids, query_camids, gallery_camids) = features, map(np.asarray, ids)
     cameras, item_cameras = (np.array([sample.camid for sample in part]) for part in (dataset.query, dataset.gallery))
     columns = sorted(camera for camera, _ in Counter(item_cameras.tolist()).most_common(CAMERAS))

@@ -71,7 +71,8 @@ def report(checkpoint, model, extractor, dataset, results, kept, notices, output
     page = {
         'dataset': dataset.name, 'weights': results['weights'], 'step': results['step'], 'blur': blur,
         'made': time.strftime('%Y-%m-%d %H:%M %Z'), 'command': command(), 'metrics': METRICS,
-        'measures': stages(results), 'gallery': len(dataset.gallery), 'branches': model.parts, 'runs': runs,
+        'measures': [(name, {metric: each[metric] for metric in METRICS}) for name, each in stages(results)],
+        'gallery': len(dataset.gallery), 'branches': model.parts, 'runs': runs,
         'queries': {'file': [os.path.relpath(sample.path, dataset.root) for sample in dataset.query],
                     'pid': [sample.pid for sample in dataset.query], 'camid': [s.camid for s in dataset.query],
                     'ap': ap.round(4).tolist(), 'first': first.tolist()},
@@ -94,7 +95,8 @@ def report(checkpoint, model, extractor, dataset, results, kept, notices, output
 def compared(path, extractor, dataset, ids, notices):
     """Features by another network of the same images, and their ranks; None, and a notice, where it cannot be used."""
     try:
-        other, paths, parts = Embedder(path, str(extractor.device)), [s.path for s in dataset.query + dataset.gallery], []
+        other, parts = Embedder(path, str(extractor.device)), []
+        paths = [sample.path for sample in dataset.query + dataset.gallery]
         logger.info('report: features of %d images by %s', len(paths), path)
         with progress(len(paths), unit='image', what='features') as bar:
             for start in range(0, len(paths), other.batch_size):
