@@ -58,7 +58,8 @@ def report(checkpoint, model, extractor, dataset, results, kept, notices, output
     trained_on, evaluated = re.search(r'(?m)^dataset = (@.*\))', checkpoint['config']), gin.query_parameter('%dataset')
     if trained_on and trained_on[1] != str(evaluated):
         notices.append(f'The weights were trained on {trained_on[1]}; this page is of {evaluated}.')
-    runs = training_runs([os.path.dirname(results['weights'])] if runs is None else runs, notices)
+    weights = re.sub(f'^{re.escape(os.path.expanduser("~"))}(?=/)', '~', results['weights'])
+    runs = training_runs([os.path.dirname(weights)] if runs is None else runs, notices)
     other = compared(compare, extractor, dataset, ids, notices) if compare else None
     logger.info('report: ranked lists and curves')
 
@@ -69,7 +70,7 @@ def report(checkpoint, model, extractor, dataset, results, kept, notices, output
                  'nearest': [(number(dataset.gallery[item]), *rest) for item, *rest in nearest]}
                 for q, (matches, nearest) in ranked_lists(features, ids, ranks, chosen).items()]
     page = {
-        'dataset': dataset.name, 'weights': results['weights'], 'step': results['step'], 'blur': blur,
+        'dataset': dataset.name, 'weights': weights, 'step': results['step'], 'blur': blur,
         'made': time.strftime('%Y-%m-%d %H:%M %Z'), 'command': command(), 'metrics': METRICS,
         'measures': [(name, {metric: each[metric] for metric in METRICS}) for name, each in stages(results)],
         'gallery': len(dataset.gallery), 'branches': model.parts, 'runs': runs,
