@@ -13,7 +13,7 @@ from PIL import Image
 from reports import bind, data_of, made, people, write_table, write_weights
 from thin import thin  # noqa: F401
 
-from mgn import evaluation, ranked_lists
+from mgn import evaluation, ranked_lists, report_page
 from mgn.data.augmentation import normalise
 from mgn.data.datasets import csv_table
 from mgn.data.images import Decoder, to_batch
@@ -249,6 +249,21 @@ def test_names_of_files_end_no_script_and_the_page_asks_for_nothing(tmp_path, we
     assert set(re.findall(r'https?:[^\s\'"]*', text.replace(data, ''))) == {'http://www.w3.org/'}
     assert not re.findall(r'innerHTML|insertAdjacent|document\.write|eval\(|@import|url\(|\bfetch\(', text)
     assert "default-src 'none'" in text
+
+
+def test_without_cameras_only_the_file_itself_is_junk(root, weights):
+    (root / 'dataset.csv').write_text('path,pid,camid,split\nq/1_1.png,1,0,query\nq/1_1.png,1,0,gallery\n'
+                                      'g/1_1_0.png,1,0,gallery\ng/2_1_0.png,2,0,gallery\n')
+    page = made(weights, root, root / 'out', 'evaluate.cross_camera = False')
+    kinds = {page['images'][image]['path']: kind for image, kind, *_ in page['lists'][0]['nearest']}
+    assert kinds == {'q/1_1.png': 'junk', 'g/1_1_0.png': 'match', 'g/2_1_0.png': 'other'}
+    assert page['cameras']['mAP'] == [page['queries']['ap']]
+
+
+def test_several_processes_make_no_report(monkeypatch):
+    monkeypatch.setattr(report_page.processes, 'count', lambda: 2)
+    with pytest.raises(UserError, match='start it without torchrun'):
+        report_page.report(*[None] * 8)
 
 
 @only_linux

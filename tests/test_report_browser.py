@@ -250,6 +250,9 @@ def test_nothing_is_cut_off_at_a_text_of_200_per_cent(show, file, width):
         page.locator('#rows .crop').nth(1).click()
         assert wider_than_the_window(page) == []
         page.keyboard.press('Escape')
+    page.evaluate('''document.querySelector('main').append(Object.assign(document.createElement('div'),
+        {style: 'width: 200vw', textContent: 'wide'}))''')
+    assert len(wider_than_the_window(page)) == 1  # it does look
     zoomed = show(file, width // 2, device_scale_factor=2)  # as the zoom of the browser does
     assert zoomed.evaluate('document.documentElement.scrollWidth') <= width // 2
 
