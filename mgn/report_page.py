@@ -38,7 +38,7 @@ CHANGED = 24              # queries shown whose AP differs most between two chec
 RECORDS = 1000            # of a training run, about, beside its evaluations
 
 
-@gin.configurable(allowlist=['queries', 'blur', 'runs', 'compare'])
+@gin.configurable(denylist=['checkpoint', 'model', 'extractor', 'dataset', 'results', 'kept', 'notices', 'output_dir'])
 def report(checkpoint, model, extractor, dataset, results, kept, notices, output_dir,
            queries: Annotated[int, 1, 2000] = 200, blur: bool = False, runs: tuple[str, ...] | None = None,
            compare: str | None = None) -> None:
