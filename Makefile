@@ -34,5 +34,4 @@ bench:       # speeds beside those of named peers, on this machine
 	python -m benchmarks.triplet
 	python -m benchmarks.ranking
 	python -m benchmarks.neighbours
-	python -m benchmarks.sharding
 	python -m benchmarks.training

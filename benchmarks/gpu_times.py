@@ -33,7 +33,7 @@ from mgn.ops import (batch_hard_triplet_loss, evaluate_rank, expand_queries, k_r
 from mgn.ops.ranking.product import available
 from mgn.optim import make_optimizer
 
-MARGIN, PRECISIONS = 1.2, ('float32', 'tf32', 'bfloat16')
+MARGIN, PRECISIONS = 1.2, ('float32', 'tf32')
 # What the runtime is asked for by whatever makes the host wait.
 WAITS = ('cudaStreamSynchronize', 'cudaDeviceSynchronize', 'cudaEventSynchronize', 'cudaMemcpy')
 
@@ -102,7 +102,7 @@ def mining(device, small):
         if there('fastreid'):
             fastreid = peers.fastreid_triplet_loss()
             losses['fast-reid'] = lambda x, of: torch.stack([fastreid(head, of, MARGIN, False, True) for head in x])
-        expected = losses['mgn'](features, labels)
+        expected = losses['mgn'](features, labels).detach()  # a graph that lives forbids the capture of another
         for side, loss in losses.items():
             torch.testing.assert_close(loss(features, labels), expected, rtol=1e-4, atol=1e-4, msg=f'{side}: others')
 
@@ -281,7 +281,8 @@ def launches(device, small):
         check(row, launched, waits, roofline.LAUNCHES[row])
         tell(row, 'kernels', seconds=busy)
     tile = 16 if small else roofline.ITEMS
-    query, gallery, *ids = problem(64 if small else 512, gallery=24 * tile, identities=40 if small else 3060)
+    # Queries that fill a tile: for fewer cuBLAS sums in parts, with more launches.
+    query, gallery, *ids = problem(64 if small else 2560, gallery=24 * tile, identities=40 if small else 3060)
     for name, operation in (('match_ranks', lambda x, y, of: match_ranks(x, y, *of)),
                             ('topk', lambda x, y, of: topk(x, y, 30))):
         found = []
@@ -290,7 +291,7 @@ def launches(device, small):
             of = ids[0], ids[1][:count * tile], ids[2], ids[3][:count * tile]
             found.append(counted(functools.partial(operation, query.to(device), part, of), device)[:2])
         launched, waits = ((more - fewer) / 16 for fewer, more in zip(*found))
-        check(f'{name}, a tile', launched, waits, roofline.LAUNCHES['a tile'])
+        check(f'{name}, a tile', launched, waits, roofline.LAUNCHES[f'{name}, a tile'])
     if failures:
         raise SystemExit('more launches or waits than roofline.LAUNCHES allows: ' + '; '.join(failures))
 

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.ranking import D, G
 from mgn.losses import mgn_losses
 from mgn.model import MGN, MGNOutput
+from mgn.ops.ranking.tiles import GPU_PRODUCTS, ITEMS
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / 'docs' / 'gpu.md'
@@ -32,36 +33,35 @@ IMAGES, SIZE, IDENTITIES = 64, (384, 128), 751
 
 # Assumptions. Large kernels reach this share of the peaks; a launch takes the host this long, in seconds.
 REACHED, LAUNCH = 0.8, 5e-6
-# Launches of one call, or of one tile of products; `make gpu` counts them (step `launches`).
-LAUNCHES = {'mining': 3, 'distance': 1, 'distance with gradient': 3, 'a tile': 6, 'before the tiles': 40}
-ITEMS, LARGEST_TILE = 2048, 2 ** 23  # gallery rows of a tile, products of one
+# Launches of one call, or of one tile of products; `make gpu` counts them (step `launches`) but the last two.
+LAUNCHES = {'mining': 3, 'distance': 1, 'distance with gradient': 3, 'match_ranks, a tile': 4, 'topk, a tile': 3,
+            're-ranking, a tile': 6, 'beside the tiles': 200}
 
 
 class Device(NamedTuple):
     """Peaks: bytes a second of memory and of the link to the host; operations a second, a multiply-add being one."""
     memory: float
     link: float    # one way
-    cache: int     # bytes of the second level
     rates: dict    # by unit: float32, float64, tf32, bfloat16, and conversions between float32 and float64
     source: str
 
 
-def device(memory, link, cache, teraflops, multiprocessors, gigahertz, conversions, source):
+def device(memory, link, teraflops, multiprocessors, gigahertz, conversions, source):
     """A Device from its data sheet; conversions: a clock and multiprocessor, of the CUDA C++ Programming Guide."""
     rates = {unit: value / 2 * 1e12 for unit, value in teraflops.items()}
     rates['conversion'] = multiprocessors * gigahertz * 1e9 * conversions
-    return Device(memory * 1e9, link * 1e9, cache * 10 ** 6, rates, source)
+    return Device(memory * 1e9, link * 1e9, rates, source)
 
 
 # TFLOP/s of dense matrices: data sheets give twice that for tensor cores, "with sparsity".
 DEVICES = {
-    'H200': device(4800, 64, 50, {'float32': 67, 'float64': 34, 'tf32': 494.5, 'bfloat16': 989.5}, 132, 1.98, 16,
-                   'NVIDIA H200 data sheet (SXM); cache: H100 architecture white paper'),
-    'A100': device(2039, 32, 40, {'float32': 19.5, 'float64': 9.7, 'tf32': 156, 'bfloat16': 312}, 108, 1.41, 16,
-                   'NVIDIA A100 data sheet (80 GB, SXM); cache: A100 architecture white paper'),
-    'RTX 4090': device(1008, 32, 72, {'float32': 82.6, 'float64': 1.29, 'tf32': 82.6, 'bfloat16': 165.2}, 128, 2.52, 2,
+    'H200': device(4800, 64, {'float32': 67, 'float64': 34, 'tf32': 494.5, 'bfloat16': 989.5}, 132, 1.98, 16,
+                   'NVIDIA H200 data sheet (SXM)'),
+    'A100': device(2039, 32, {'float32': 19.5, 'float64': 9.7, 'tf32': 156, 'bfloat16': 312}, 108, 1.41, 16,
+                   'NVIDIA A100 data sheet (80 GB, SXM)'),
+    'RTX 4090': device(1008, 32, {'float32': 82.6, 'float64': 1.29, 'tf32': 82.6, 'bfloat16': 165.2}, 128, 2.52, 2,
                        'NVIDIA Ada GPU architecture white paper, appendix A'),
-    'T4': device(320, 16, 4, {'float32': 8.1, 'float64': 0.253}, 40, 1.59, 2,
+    'T4': device(320, 16, {'float32': 8.1, 'float64': 0.253}, 40, 1.59, 2,
                  'NVIDIA T4 product brief PB-09256; float64: Turing architecture white paper'),
 }
 UNITS = ('float32', 'tf32', 'bfloat16', 'float64', 'conversion')
@@ -91,7 +91,7 @@ class Work(NamedTuple):
         return max(working / REACHED, self.launches * LAUNCH)
 
 
-def mining(device, heads, n, d):
+def mining(heads, n, d):
     """batch_hard_triplet_loss, forward and backward. The selected pairs are measured in float64."""
     features, selected = heads * n * d, 2 * heads * n * d
     return Work(LAUNCHES['mining'], [
@@ -100,7 +100,7 @@ def mining(device, heads, n, d):
         Phase(8 * features + 8 * selected, {'conversion': 4 * selected, 'float64': 2 * selected})])
 
 
-def distance(device, n, m, d, gradient):
+def distance(n, m, d, gradient):
     pairs = n * m * d
     phases = [Phase(4 * (n + m) * d + 4 * n * m, {'float32': 2 * pairs})]
     if gradient:  # to both operands, from differences, in float64
@@ -108,27 +108,23 @@ def distance(device, n, m, d, gradient):
     return Work(LAUNCHES['distance with gradient' if gradient else 'distance'], phases)
 
 
-def tiles(device, queries, items, square=False):
-    """How many tiles of products are made, and their queries and items at most: mgn/ops/ranking/tiles.py."""
-    height, width = min(max(2 ** 20, device.cache // 8), LARGEST_TILE) // ITEMS, ITEMS
-    if square:
-        height = width = min(height, width)
-    return math.ceil(items / width) * math.ceil(queries / height), min(height, queries), width
+def tiles(queries, items, square=False):
+    """How many tiles of products are made, and their queries and items at most."""
+    height = ITEMS if square else GPU_PRODUCTS // ITEMS
+    return math.ceil(items / ITEMS) * math.ceil(queries / height), min(height, queries), ITEMS
 
 
 def relative_error(precision):
     """Of a product of D terms, as mgn/ops/ranking/product.py bounds it: tensor cores may truncate."""
-    return {'float32': D * 2.0 ** -24, 'tf32': D * 2.0 ** -22 + 2.0 ** -10,
-            'bfloat16': D * 2.0 ** -22 + 3.1 * 2.0 ** -16}[precision]
+    return {'float32': D * 2.0 ** -24, 'tf32': D * 2.0 ** -22 + 2.0 ** -10}[precision]
 
 
-def product(device, precision, queries, items, square=False):
-    """queries × items products of D terms, in tiles, three of halves for bfloat16; written, and read once."""
-    number, height, width = tiles(device, queries, items, square)
+def product(precision, queries, items, square=False):
+    """queries × items products of D terms, in tiles; written, and read once."""
+    number, height, width = tiles(queries, items, square)
     share = 0.5 if square else 1  # of a matrix with itself half is enough
     operands = number * (height + width) * D * 4
-    return Phase(share * (operands + 8 * queries * items),
-                 {precision: share * queries * items * D * (3 if precision == 'bfloat16' else 1)})
+    return Phase(share * (operands + 8 * queries * items), {precision: share * queries * items * D})
 
 
 def keys(pairs, rows=1):
@@ -142,29 +138,29 @@ def prepared(precision, rows):
     return Phase(4 * rows * D + rounded, {'conversion': rows * D, 'float64': rows * D})
 
 
-def match_ranks(device, precision):
-    number, *_ = tiles(device, Q, G)
+def match_ranks(precision):
+    number, *_ = tiles(Q, G)
     compared = Phase(0, {'float32': 16 * Q * G})  # instructions a product, about
-    return Work(LAUNCHES['before the tiles'] + number * LAUNCHES['a tile'], [
-        keys(MATCHES, rows=2), prepared(precision, Q + G), product(device, precision, Q, G), compared,
+    return Work(LAUNCHES['beside the tiles'] + number * LAUNCHES['match_ranks, a tile'], [
+        keys(MATCHES, rows=2), prepared(precision, Q + G), product(precision, Q, G), compared,
         keys(OPEN * Q * relative_error(precision) / relative_error('float32'))])
 
 
-def topk(device, precision):
-    number, *_ = tiles(device, Q, G)
-    return Work(LAUNCHES['before the tiles'] + number * LAUNCHES['a tile'], [
-        prepared(precision, Q + G), product(device, precision, Q, G), Phase(0, {'float32': 8 * Q * G}),
+def topk(precision):
+    number, *_ = tiles(Q, G)
+    return Work(LAUNCHES['beside the tiles'] + number * LAUNCHES['topk, a tile'], [
+        prepared(precision, Q + G), product(precision, Q, G), Phase(0, {'float32': 8 * Q * G}),
         keys(Q * (K + max(16, K // 2)))])
 
 
-def re_ranking(device, precision):
+def re_ranking(precision):
     """The GPU's part: neighbours among all, and the products that the CPU counts."""
     rows = Q + G
-    number = tiles(device, rows, rows, square=True)[0] // 2 + tiles(device, Q, G)[0]
-    return Work(LAUNCHES['before the tiles'] + number * LAUNCHES['a tile'], [
-        prepared(precision, rows), product(device, precision, rows, rows, square=True),
+    number = tiles(rows, rows, square=True)[0] // 2 + tiles(Q, G)[0]
+    return Work(LAUNCHES['beside the tiles'] + number * LAUNCHES['re-ranking, a tile'], [
+        prepared(precision, rows), product(precision, rows, rows, square=True),
         Phase(0, {'float32': 8 * rows * rows}), keys(rows * (K1 + 1 + 16)),
-        product(device, precision, Q, G), Phase(0, downloaded=4 * Q * G + 4 * rows * D)])
+        product(precision, Q, G), Phase(0, downloaded=4 * Q * G + 4 * rows * D)])
 
 
 class Traffic(TorchDispatchMode):
@@ -199,7 +195,7 @@ def step(dtype):
     return flops.get_total_flops() / 2, traffic, sum(x.numel() for x in model.parameters())
 
 
-def training_step(device, precision):
+def training_step(precision):
     """Adam reads weight, gradient and two moments and writes three, float32. tf32 is torch's default for
     convolutions."""
     multiply_adds, traffic, parameters = step(torch.bfloat16 if precision == 'bfloat16' else torch.float32)
@@ -208,7 +204,7 @@ def training_step(device, precision):
 
 
 def rows():
-    """{name of a row: function of a Device → Work}. benchmarks.gpu_times measures rows of these names."""
+    """{name of a row: function → Work}. benchmarks.gpu_times measures rows of these names."""
     partial, named = functools.partial, {}
     for heads, n, d in ((3, 64, 256), (1, 1024, 256)):
         named[f'mining, {heads} × {n} × {d}'] = partial(mining, heads=heads, n=n, d=d)
@@ -217,7 +213,7 @@ def rows():
             what = 'distances and gradients' if gradient else 'distances'
             named[f'{what}, {n} × {n} × 256'] = partial(distance, n=n, m=n, d=256, gradient=gradient)
     for name, function in (('match_ranks', match_ranks), ('topk, k = 30', topk), ('re-ranking', re_ranking)):
-        for precision in ('float32', 'tf32', 'bfloat16'):
+        for precision in ('float32', 'tf32'):
             named[f'{name}, {precision}'] = partial(function, precision=precision)
     for precision in ('float32', 'tf32', 'bfloat16'):
         named[f'training step, {precision}'] = partial(training_step, precision=precision)
@@ -241,17 +237,16 @@ def read_measured():
 
 
 def expected_table(measured):
-    """Launches, bytes and operations are the H200's; other caches make other tiles."""
     where = f' on {measured["device"]}' if measured['device'] else ''
     expected = ' | '.join(f'{name}, expected' for name in DEVICES)
     lines = [f'| operation | launches | GB moved | 10⁹ operations | {expected} | '
              f'measured{where} |',
              '|---' * (len(DEVICES) + 5) + '|']
-    for name, work_on in rows().items():
-        work = work_on(DEVICES['H200'])
+    for name, made in rows().items():
+        work = made()
         operations = ', '.join(f'{unit} {amount(work.total(unit))}' for unit in UNITS if work.total(unit))
         moved = amount(sum(phase.moved for phase in work.phases))
-        times = [shown(work_on(device).seconds(device)) for device in DEVICES.values()]
+        times = [shown(work.seconds(device)) for device in DEVICES.values()]
         found = shown(measured['seconds'][name]) if name in measured['seconds'] else ''
         if name in measured['in_graph']:
             found += f', in a graph {shown(measured["in_graph"][name])}'
@@ -261,12 +256,12 @@ def expected_table(measured):
 
 
 def peaks_table():
-    lines = ['| device | memory, GB/s | link, GB/s | cache, MB | TFLOP/s: float32, float64, tf32, bfloat16 | '
-             '10⁹ conversions/s | source |', '|---|---|---|---|---|---|---|']
+    lines = ['| device | memory, GB/s | link, GB/s | TFLOP/s: float32, float64, tf32, bfloat16 | '
+             '10⁹ conversions/s | source |', '|---|---|---|---|---|---|']
     for name, peak in DEVICES.items():
         rates = ', '.join(f'{2 * peak.rates[unit] / 1e12:.3g}' if unit in peak.rates else '–'
                           for unit in ('float32', 'float64', 'tf32', 'bfloat16'))
-        cells = [name, f'{peak.memory / 1e9:.0f}', f'{peak.link / 1e9:.0f}', str(peak.cache // 10 ** 6), rates,
+        cells = [name, f'{peak.memory / 1e9:.0f}', f'{peak.link / 1e9:.0f}', rates,
                  f'{peak.rates["conversion"] / 1e9:,.0f}', peak.source]
         lines.append(f'| {" | ".join(cells)} |')
     return lines

@@ -28,7 +28,7 @@ from benchmarks.peers import fastreid_mgn
 from mgn.data.augmentation import Augmentation, Draws, normalise
 from mgn.data.datasets import Sample
 from mgn.data.images import TrainBatch, TrainBatches
-from mgn.data.loader import start_workers
+from mgn.data.loader import load_batches
 from mgn.data.sampler import IdentitySampler
 from mgn.devices import DTYPES
 from mgn.losses import mgn_losses
@@ -188,7 +188,8 @@ def steps_from_files(batch_size, rounds, precision, device, clock):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(sample.path)
         labels = [sample.pid for sample in samples]
         sampler = IdentitySampler(labels, [sample.camid for sample in samples], batch_size // K, K, 0)
-        loader = start_workers(TrainBatches(samples, labels, sampler, augmentation, SIZE), range(1 + rounds), 1, device)
+        batches = TrainBatches(samples, labels, sampler, augmentation, SIZE, range(batch_size))
+        loader = load_batches(batches, range(1 + rounds), 1, device)
         step = functools.partial(our_step, model, optimizer, augmentation, precision, loader, device)
         return alternating({precision: step}, rounds, clock)[precision]
 

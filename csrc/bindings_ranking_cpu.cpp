@@ -105,12 +105,16 @@ const int32_t* columns(const Tensor& tensor, int64_t count, int64_t below) {
   return values;
 }
 
-mgn::Sparse sparse(const Tensor& offsets, const Tensor& in_columns, const Tensor& values, int64_t width) {
-  const int64_t n = offsets.numel(), entries = in_columns.numel();
-  const int64_t* at = ids(offsets, n, entries + 1);
+const int64_t* offsets_of(const Tensor& offsets, int64_t entries) {
+  const int64_t n = offsets.numel(), *at = ids(offsets, n, entries + 1);
   STD_TORCH_CHECK(n > 0 && at[0] == 0 && at[n - 1] == entries && std::is_sorted(at, at + n),
                   "mgn_cpu: offsets must ascend");
-  return {at, columns(in_columns, entries, width), pointer<double>(values, entries)};
+  return at;
+}
+
+mgn::Sparse sparse(const Tensor& offsets, const Tensor& in_columns, const Tensor& values, int64_t width) {
+  const int64_t entries = in_columns.numel();
+  return {offsets_of(offsets, entries), columns(in_columns, entries, width), pointer<double>(values, entries)};
 }
 
 void count_reranked(Tensors tile, bool cosine, int64_t first, Tensors filter_terms, Tensors matches, Tensors excluded,
@@ -119,8 +123,9 @@ void count_reranked(Tensors tile, bool cosine, int64_t first, Tensors filter_ter
   const int64_t queries = of_tile.query.count;
   STD_TORCH_CHECK(named(overlaps, 3, "offsets, items, jaccard")[0].numel() == queries + 1,
                   "mgn_cpu: expected overlaps of ", queries, " queries, but got ", overlaps[0].numel() - 1);
-  const auto rows = sparse(overlaps[0], overlaps[1], overlaps[2], std::numeric_limits<int32_t>::max());
-  const mgn::Reranked reranked = {rows.offsets, rows.columns, rows.values, pointer<double>(maxima, queries),
+  const int64_t entries = overlaps[1].numel();  // millions, at each tile: items of others are passed over, not refused
+  const mgn::Reranked reranked = {offsets_of(overlaps[0], entries), pointer<int32_t>(overlaps[1], entries),
+                                  pointer<double>(overlaps[2], entries), pointer<double>(maxima, queries),
                                   lambda_value};
   count(of_tile, filter_terms, matches, excluded, &reranked, steps, redecided, set);
 }
@@ -155,14 +160,32 @@ int64_t nearest_in_distances(Tensor distances, Tensor values, Tensor items, int6
   });
 }
 
-template <typename T> Tensor as_tensor(const std::vector<T>& values, const Tensor& like) {
-  const Tensor out = torch::stable::new_empty(like, {int64_t(values.size())}, kType<T>);
-  std::copy(values.begin(), values.end(), static_cast<T*>(out.data_ptr()));
+template <typename T> Tensor new_tensor(int64_t count, const Tensor& like, T*& data) {
+  const Tensor out = torch::stable::new_empty(like, {count}, kType<T>);
+  data = static_cast<T*>(out.data_ptr());
   return out;
 }
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
-ThreeTensors as_tensors(const mgn::SparseRows& rows, const Tensor& like) {
-  return {as_tensor(rows.offsets, like), as_tensor(rows.columns, like), as_tensor(rows.values, like)};
+
+// Offsets, columns and values, one row after the other. Values that were not made are left as they are in memory.
+ThreeTensors as_tensors(mgn::SparseRows rows, const Tensor& like) {
+  const int64_t n = rows.columns.size();
+  int64_t* at;
+  int32_t* to_columns;
+  double* to_values;
+  const Tensor offsets = new_tensor(n + 1, like, at);
+  at[0] = 0;
+  for (int64_t row = 0; row < n; ++row) at[row + 1] = at[row] + int64_t(rows.columns[row].size());
+  const Tensor columns = new_tensor(at[n], like, to_columns), values = new_tensor(at[n], like, to_values);
+  parallel(n, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      std::copy(rows.columns[row].begin(), rows.columns[row].end(), to_columns + at[row]);
+      std::copy(rows.values[row].begin(), rows.values[row].end(), to_values + at[row]);
+      std::vector<int32_t>().swap(rows.columns[row]);
+      std::vector<double>().swap(rows.values[row]);
+    }
+  });
+  return {offsets, columns, values};
 }
 
 const int64_t* neighbours(const Tensor& items, int64_t below) {
@@ -172,8 +195,10 @@ const int64_t* neighbours(const Tensor& items, int64_t below) {
 }
 
 std::tuple<Tensor, Tensor> reciprocal(Tensor items, int64_t half) {
-  const auto rows = mgn::reciprocal(neighbours(items, items.size(0)), items.size(0), items.size(1), half, parallel);
-  return {as_tensor(rows.offsets, items), as_tensor(rows.columns, items)};
+  const int64_t n = items.size(0);
+  const auto [offsets, columns, none] =
+      as_tensors(mgn::reciprocal(neighbours(items, n), n, items.size(1), half, parallel), items);
+  return {offsets, columns};
 }
 
 ThreeTensors mean_rows(Tensor offsets, Tensor in_columns, Tensor values, Tensor items) {
@@ -186,7 +211,15 @@ ThreeTensors mean_rows(Tensor offsets, Tensor in_columns, Tensor values, Tensor 
 }
 
 ThreeTensors transpose(Tensor offsets, Tensor in_columns, Tensor values, int64_t width) {
-  return as_tensors(mgn::transpose(sparse(offsets, in_columns, values, width), offsets.numel() - 1, width), offsets);
+  int64_t* to_offsets;
+  int32_t* to_columns;
+  double* to_values;
+  const int64_t entries = in_columns.numel();
+  const ThreeTensors out = {new_tensor(width + 1, offsets, to_offsets), new_tensor(entries, offsets, to_columns),
+                            new_tensor(entries, offsets, to_values)};
+  mgn::transpose(sparse(offsets, in_columns, values, width), offsets.numel() - 1, width, to_offsets, to_columns,
+                 to_values);
+  return out;
 }
 
 ThreeTensors overlap(Tensor offsets, Tensor in_columns, Tensor values, Tensor column_offsets, Tensor column_rows,

@@ -1,15 +1,14 @@
 """What the binaries share: flags, log lines, and how they end. Light to import: --help does not wait for torch."""
 
 import logging
-import os
+import signal
 import sys
-
-from mgn.runs.interruption import Interruption, leave_if_nothing_is_lost
 
 
 def run(main):
     """Runs a binary's main(gin_files, bindings). A UserError ends it with its message alone, printed by one process."""
-    with Interruption(resumable=False):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without removing temporary files
+    try:
         from absl import app, flags
 
         flags.DEFINE_multi_string('gin_file', [], 'Gin file, e.g. --gin_file=gin/market.gin; repeatable, later ones '
@@ -20,11 +19,9 @@ def run(main):
                                   module_name=sys.argv[0])
         for stream in filter(None, (sys.stdout, sys.stderr)):  # names of files need not be UTF-8
             stream.reconfigure(errors='backslashreplace')
-        try:
-            app.run(lambda arguments: carry_out(main, flags.FLAGS, arguments[1:]))
-        except BrokenPipeError:  # who reads our output, such as head, wants no more
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)  # as after SIGPIPE
+        app.run(lambda arguments: carry_out(main, flags.FLAGS, arguments[1:]))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 def carry_out(main, flags, arguments):
@@ -54,7 +51,6 @@ def carry_out(main, flags, arguments):
         processes.leave()
         raise
     except Exception as error:
-        leave_if_nothing_is_lost()  # a signal may have broken what was going on
         if not processes.first_to_fail():
             sys.exit(1)
         message = error.message if isinstance(error, UserError) else processes.lost(error)

@@ -9,9 +9,9 @@ import contextlib
 import difflib
 import functools
 import inspect
-import io
 import os
 import re
+import sys
 import tokenize
 from pathlib import Path
 
@@ -28,25 +28,20 @@ PACKAGE = os.path.dirname(os.path.abspath(__file__))
 DEFAULTS = os.path.join(PACKAGE, 'defaults.gin')
 # A checkout has the recipes beside the package.
 RECIPES = PACKAGE if os.path.isdir(os.path.join(PACKAGE, 'gin')) else os.path.dirname(PACKAGE)
+gin.add_config_file_search_path(RECIPES)
 SHARED = ('dataset', 'input_size')  # training and evaluation have to agree on them
 MACRO = 'gin.macro'
 NOT_SAVED = {'output_dir', 'features_dir', 'weights', 'query', 'gallery', 'compare', 'runs', 'report'}  # nor read
 TRAINING = ('train', 'mgn_losses', 'circle_softmax', 'make_optimizer', 'Adam', 'AdamW', 'SGD',
             'multi_step', 'cosine', 'Augmentation')
-# Parameters in configurations that earlier versions saved → their names of today; None: another binding has the value.
-EXTRACTION = ('input_size', 'batch_size', 'workers', 'flip_test', 'precision')
-MOVED = {**{f'evaluate.{name}': f'Extractor.{name}' for name in EXTRACTION},
-         **{f'write_features.{name}': None for name in EXTRACTION}}
 _saved_scopes = set()  # of the checkpoint at hand: flags may have rebound what uses them
-_imported = set()      # modules that gin files of the user have imported
 
 
 def load(gin_files, bindings, saved=''):
     """Parses everything into gin's global configuration, checks all of it, and locks it.
 
     Args:
-        gin_files: paths, looked for in the working folder, then in the package; what they include, beside the
-            including file first.
+        gin_files: paths, looked for in the working folder, then in the package, as is what they include.
         bindings: strings. saved: the gin text of a checkpoint to evaluate (`bind_saved`).
     Raises:
         UserError: unknown names, with the nearest valid one; values that do not fit their parameter; a `saved` that is
@@ -83,21 +78,22 @@ def parse(gin_files, bindings, saved=''):
     gin.clear_config()
     _saved_scopes.clear()
     with gin_errors_explained():
-        parse_file(DEFAULTS)
+        gin.parse_config_file(DEFAULTS)
         if saved:
             bind_saved(saved)
         for gin_file in gin_files:
-            parse_file(gin_file)
+            gin.parse_config_file(os.path.expanduser(gin_file))
         # A path that is not UTF-8 holds surrogates, which gin reads as escapes only.
-        parse_text('\n'.join(bindings).encode(errors='backslashreplace').decode())
+        gin.parse_config('\n'.join(bindings).encode(errors='backslashreplace').decode())
 
 
 def bind_saved(text):
-    """Binds what the configuration in a checkpoint says of evaluation, under today's names.
+    """Binds what the configuration in a checkpoint says of evaluation.
 
     The names that it uses have to be known: those of this package, and those that the user's own gin files, parsed
-    before, have imported. Bindings that only training needs are set aside, as are folders of the training machine.
-    Raises UserError with the line for an include, and for the import of what no gin file of the user has imported.
+    before, have imported; its own imports do nothing. Bindings that only training needs are set aside, as are folders
+    of the training machine. Raises UserError with the line for an include, and for the import of what this process has
+    not imported.
     """
     values, aside = {}, set()
     for statement in gin.config_parser.ConfigParser(text, gin.config.ParserDelegate(skip_unknown=True)):
@@ -106,13 +102,12 @@ def bind_saved(text):
             scope, selector, name, value, _ = statement
             if not name:
                 scope, selector, name = '/'.join(filter(None, (scope, selector))), MACRO, 'value'
-            today = MOVED.get(f'{selector}.{name}', f'{selector}.{name}')
             if selector in TRAINING or selector != MACRO and selector.split('.')[-1] not in configurables():
                 aside.add(selector)
-            elif today and not {name, scope} & NOT_SAVED:
-                values[scope, *today.rsplit('.', 1)] = value, line
+            elif not {name, scope} & NOT_SAVED:
+                values[scope, selector, name] = value, line
         elif not isinstance(statement, gin.config_parser.BlockDeclaration) and (
-                getattr(statement, 'module', None) not in _imported):
+                getattr(statement, 'module', None) not in sys.modules):
             raise UserError(f'The configuration in a checkpoint should consist of bindings, but its line '
                             f'{line.line_num} is {line.line_content.strip()!r:.200}. Give another checkpoint; if it is '
                             f'yours, import the module in a --gin_file of your own')
@@ -127,29 +122,6 @@ def bind_saved(text):
     gin.bind_parameter('pedestrians.draw', False)  # a checkpoint writes nothing
     if aside:
         logger.info('set aside, as evaluation does not need them: bindings of %s', ', '.join(sorted(aside)))
-
-
-def parse_file(path, including_folder=''):
-    """Parses a gin file, which is looked for beside the including file, in the working folder and among the recipes."""
-    folders = [including_folder or os.getcwd(), os.getcwd(), RECIPES]
-    tried = list(dict.fromkeys(os.path.join(folder, os.path.expanduser(path)) for folder in folders))
-    found = next(filter(os.path.isfile, tried), None)
-    if found is None:
-        raise MissingFile(f'There is no gin file {path}; tried {", ".join(tried)}')
-    with open(found) as file:
-        parse_text(file.read(), found)
-
-
-def parse_text(text, path=''):
-    """Parses gin text, of the file `path` if there is one. gin itself would look for includes in the working folder."""
-    start = 0
-    for include in [*re.finditer(r'''(?m)^include\s+["'](.+?)["'][ \t]*(?:#.*)?$''', text), None]:
-        part = io.StringIO('\n' * text.count('\n', 0, start) + text[start:include and include.start()])
-        part.name = path  # for gin's messages, as are the empty lines
-        _imported.update(gin.parse_config(part)[1])
-        if include:
-            parse_file(include[1], os.path.dirname(path))
-            start = include.end()
 
 
 @gin.config.register_finalize_hook
@@ -231,18 +203,16 @@ def gin_errors_explained():
         yield
     except UserError:
         raise
+    except OSError as error:
+        raise MissingFile(f'{error} Correct the path, or start in another folder.') from error
     except ModuleNotFoundError as error:
-        missing = re.search(r"No module named '(.*)'\n.*\n\s+(?:import|from) \1\b", str(error))
-        if not missing:  # the module that gin imports was found, but imports one that was not
-            raise
-        raise UserError(f'The configuration imports {missing[1]}, which Python does not find; start in the folder of '
-                        f'{missing[1]}.py, or add that to PYTHONPATH') from None
+        raise UserError(f'{error}\nStart in the folder of that module, or add that to PYTHONPATH.') from error
     except (ValueError, SyntaxError, tokenize.TokenError, RecursionError, TypeError, KeyError) as error:
         raise UserError(explained(error)) from None
 
 
 def explained(error):
-    """gin's message with the nearest valid name, or the one that a parameter has today."""
+    """gin's message with the nearest valid name."""
     message = str(error)
     if isinstance(error, RecursionError):
         return 'A gin file includes itself, or a value is nested too deeply; remove that include or value'
@@ -255,8 +225,6 @@ def explained(error):
                 f'that imports its module')
     if parameter := re.search(r"Configurable '(?:.*\.)?(.*?)' doesn't have a parameter named '(.*?)'", message):
         name, parameter = parameter.groups()
-        if f'{name}.{parameter}' in MOVED:
-            return f'{message}; it is called Extractor.{parameter}'
         return message + nearest(parameter, inspect.signature(configurables()[name]).parameters)
     return message
 

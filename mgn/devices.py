@@ -1,7 +1,5 @@
-"""The device that a configuration names, the precision of forward passes on it, and the memory that it has taken."""
+"""The device that a configuration names, and the precision of forward passes on it."""
 
-import resource
-import sys
 from typing import Literal
 
 import torch
@@ -50,9 +48,8 @@ def resolve_precision(precision, device, name):
     """
     if precision == 'auto':
         precision = 'bfloat16' if has_bfloat16(device) else 'float32'
-        units = {'cuda': 'a GPU of capability 8.0 or higher', 'cpu': 'a CPU with AVX512-BF16 or AMX'}.get(device.type)
-        why = f'is {"" if precision == "bfloat16" else "not "}{units}' if units else 'may have no units for bfloat16'
-        logger.info("%s = 'auto' means %s: %s %s", name, precision, device, why)
+        logger.info("%s = 'auto' means %s on %s: bfloat16 needs a GPU of capability 8.0, AVX512-BF16 or AMX", name,
+                    precision, device)
     if precision == 'float32':
         # The older of torch's two kinds of settings: it sets the newer ones too, and torch.compile refuses a mixture.
         torch.set_float32_matmul_precision('highest')
@@ -65,12 +62,3 @@ def has_bfloat16(device):
     if device.type == 'cuda':
         return torch.cuda.get_device_capability(device) >= (8, 0) and torch.version.hip is None
     return device.type == 'cpu' and any(cpu_capabilities().get(name) for name in ('avx512_bf16', 'amx_tile'))
-
-
-def peak_memory(device):
-    """The most memory that this process has held so far, in MiB: main memory and, with a GPU, its memory."""
-    unit = 2 ** 20 if sys.platform == 'darwin' else 2 ** 10  # of ru_maxrss: bytes on macOS, KiB elsewhere
-    peaks = {'peak_memory_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit}
-    if device.type == 'cuda':
-        peaks['peak_gpu_memory_mb'] = torch.cuda.max_memory_allocated(device) // 2 ** 20
-    return peaks

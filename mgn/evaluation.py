@@ -1,6 +1,6 @@
 """Model and data set → features → ranks → Rank-k, mAP, mINP.
 
-Under torchrun each process extracts its part of the images and ranks against its part of the gallery.
+Under torchrun each process makes the features of its part of the images, and process 0 ranks.
 """
 
 import math
@@ -12,17 +12,16 @@ import gin
 import torch
 
 from mgn.data.datasets import Dataset
-from mgn.devices import find_device, peak_memory
+from mgn.devices import find_device
 from mgn.feature_files import read_features, write_features
 from mgn.features import Extractor, check_alike, load_for_features
 from mgn.model import MGN
-from mgn.ops import expand_queries, k_reciprocal_ranks, match_ranks, match_ranks_sharded, retrieval_metrics
+from mgn.ops import expand_queries, k_reciprocal_ranks, match_ranks, retrieval_metrics
 from mgn.ops.arguments import LARGEST_K
 from mgn.ops.errors import UserError
 from mgn.report_page import report as write_report
 from mgn.results import table, write_results
 from mgn.runs import checkpoint as checkpoints, processes
-from mgn.runs.files import writing
 from mgn.runs.log import logger
 
 
@@ -47,8 +46,8 @@ def evaluate_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset:
     if processes.number() == 0:
         print(table(results))
         write_results(results, output_dir or os.getcwd())
-    if report:
-        write_report(checkpoint, model, Extractor(device), dataset, results, kept, [], output_dir)
+        if report:
+            write_report(checkpoint, model, Extractor(device), dataset, results, kept, [], output_dir)
     return results
 
 
@@ -59,12 +58,14 @@ def report_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset: D
 
     Images that cannot be read are left out, and features_dir is where it does not fit; the page then says so.
     """
+    if processes.count() > 1:
+        raise UserError('mgn.report is one process; start it without torchrun, or mgn.eval with report = True')
     device = find_device(device)
     model, extractor = load_for_features(checkpoint, weights, device), Extractor(device)
     kept, unreadable, notices = {}, {}, []
     if features_dir:
         try:
-            kept['features'] = features_of_process(model, dataset, extractor, features_dir)
+            kept['features'] = features_of(model, dataset, extractor, features_dir)
         except UserError as error:
             notices.append(f'{error.message}\nThis page was made from the images instead.')
     if not kept:
@@ -98,8 +99,6 @@ def convert_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_di
     model = MGN(num_classes=checkpoint['num_classes'], fresh=False)
     checkpoints.load_model(model, checkpoint['model'], weights)
     path = os.path.join(output_dir or os.getcwd(), f'{os.path.splitext(os.path.basename(weights))[0]}_mgn.pth')
-    with writing(path, 'Bind another output_dir.'):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
     checkpoints.save(path, {**checkpoint, 'config': checkpoints.configuration(portable=True)})
     logger.info('wrote %s', path)
 
@@ -111,7 +110,7 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, kept=Non
              lambda_value: Annotated[float, 0, 1] = 0.3) -> dict:
     """Ranks the gallery for every query by cosine distance; then again, if asked, after expansion and by re-ranking.
 
-    Under torchrun each process extracts and ranks its part. Query expansion and re-ranking run in process 0.
+    Under torchrun each process makes the features of its part of the images, and process 0 ranks.
 
     Args:
         model: MGN. dataset: Dataset. device: torch.device that the model is on.
@@ -127,9 +126,9 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, kept=Non
             and lambda_value. As published, neighbours are the whole gallery, also what a query's ranks leave out.
     Returns:
         dict with mgn.ops.metrics.METRICS (fractions), what they were measured on, the seconds of both stages, the share
-        of pairs of query and gallery that float64 keys settled (`redecided`), and peak memory: all of plain ranking.
-        'query_expansion' and 'rerank', if asked, are dicts of the stage's parameters, METRICS, seconds and peak memory.
-        A peak is the most since the process began. Times and memory are process 0's. The same in all processes.
+        of pairs of query and gallery that float64 keys settled (`redecided`): all of plain ranking. 'query_expansion'
+        and 'rerank', if asked, are dicts of the stage's parameters, METRICS and seconds. Times are process 0's. The
+        same in all processes.
     Raises:
         UserError: unreadable images, features of something else, or no query with a match.
     """
@@ -138,31 +137,29 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, kept=Non
     start = time.perf_counter()
     kept = {} if kept is None else kept
     given = kept.get('features')
-    query, gallery = given or features_of_process(model, dataset, extractor, features_dir)
+    query, gallery = given or features_of(model, dataset, extractor, features_dir)
+    if processes.number() > 0:
+        return processes.share(None)
     extracted = time.perf_counter()
-    ranks = (match_ranks_sharded if processes.count() > 1 else match_ranks)(query, gallery, *map(processes.part, ids))
+    ranks = match_ranks(query, gallery, *ids)
     kept.update(features=(query, gallery), ids=ids, ranks=ranks)
     results = {'dataset': dataset.name, 'data_root': dataset.root, **retrieval_metrics(ranks.offsets, ranks.ranks),
                **counts(dataset, ranks), 'cross_camera': cross_camera, **extractor.settings(),
                'features_dir': features_dir, 'processes': processes.count(), 'features_s': round(extracted - start, 3),
-               'ranking_s': round(time.perf_counter() - extracted, 3), **peak_memory(device)}
-    logger.info('%s %.3f s, ranking %.3f s, float64 settled %.4f %% of the pairs, peak memory %d MB',
+               'ranking_s': round(time.perf_counter() - extracted, 3)}
+    logger.info('%s %.3f s, ranking %.3f s, float64 settled %.4f %% of the pairs',
                 'opening features' if features_dir or given else 'decoding and features', results['features_s'],
-                results['ranking_s'], 100 * results['redecided'], results['peak_memory_mb'])
-    if query_expansion or rerank:
-        query, gallery = gathered(query, gallery)
-    if processes.number() > 0:
-        return processes.share(None)
+                results['ranking_s'], 100 * results['redecided'])
     if query_expansion:
         start = time.perf_counter()
         query = expand_queries(query, gallery, query_expansion, alpha)
         results['query_expansion'] = {'k': query_expansion, 'alpha': alpha, **stage(
-            'query expansion and ranking', start, match_ranks(query, gallery, *ids), device)}
+            'query expansion and ranking', start, match_ranks(query, gallery, *ids))}
     if rerank:
         start = time.perf_counter()
         ranks = k_reciprocal_ranks(query, gallery, *ids, k1, k2, lambda_value)
         results['rerank'] = {'k1': k1, 'k2': k2, 'lambda_value': lambda_value, 'expanded': query_expansion > 0,
-                             **stage('re-ranking', start, ranks, device)}
+                             **stage('re-ranking', start, ranks)}
     return processes.share(results)
 
 
@@ -188,17 +185,19 @@ def identities(dataset, cross_camera):
     return *pids, *([sample.camid for sample in part] for part in parts)
 
 
-def features_of_process(model, dataset, extractor, features_dir):
-    """This process's part of the features of query and gallery, on the GPU if the extractor has one.
+def features_of(model, dataset, extractor, features_dir):
+    """The features of query and gallery in process 0, on the GPU if the extractor has one; None in the others.
 
     Those of a gallery from files stay there, as a memory-mapped array.
     """
     place = extractor.device if extractor.device.type == 'cuda' else 'cpu'
     if features_dir:
-        query, gallery = map(processes.part, read_features(features_dir, model, dataset, extractor))
+        if processes.number() > 0:
+            return None, None
+        query, gallery = read_features(features_dir, model, dataset, extractor)
         return torch.from_numpy(query.copy()).to(place), gallery
-    query, gallery = processes.part(dataset.query), processes.part(dataset.gallery)
-    return extractor.features(model, query + gallery).to(place).split([len(query), len(gallery)])
+    features = extractor.gathered(model, dataset.query + dataset.gallery)
+    return (None, None) if features is None else features.to(place).split([len(dataset.query), len(dataset.gallery)])
 
 
 def counts(dataset, ranks):
@@ -210,17 +209,8 @@ def counts(dataset, ranks):
             'redecided': ranks.redecided / max(queries * len(dataset.gallery), 1)}
 
 
-def gathered(query, gallery):
-    """The features of all processes, on the device of `query`, in process 0; None and None in the others."""
-    rows = torch.as_tensor(query), torch.as_tensor(gallery)
-    if processes.count() > 1:
-        logger.info('query expansion and re-ranking run in process 0, on the features of all %d', processes.count())
-        rows = [processes.to_first(part.cpu()) for part in rows]
-    return [part if part is None else part.to(query.device) for part in rows]
-
-
-def stage(name, start, ranks, device):
-    """The results of a stage that began at `start`: METRICS, seconds and peak memory so far."""
-    seconds, memory = time.perf_counter() - start, peak_memory(device)
-    logger.info('%s %.3f s, peak memory %d MB', name, seconds, memory['peak_memory_mb'])
-    return {**retrieval_metrics(ranks.offsets, ranks.ranks), 'seconds': round(seconds, 3), **memory}
+def stage(name, start, ranks):
+    """The results of a stage that began at `start`: METRICS and seconds."""
+    seconds = time.perf_counter() - start
+    logger.info('%s %.3f s', name, seconds)
+    return {**retrieval_metrics(ranks.offsets, ranks.ranks), 'seconds': round(seconds, 3)}

@@ -5,10 +5,9 @@ A folder holds for `query` and `gallery` each _features.npy (n, D), _pids.npy an
 (network, weights, settings) and holds the SHA-256 of every file and of itself. Image contents are not checked.
 """
 
-import contextlib
+import itertools
 import json
 import os
-import tempfile
 from typing import Literal
 
 import gin
@@ -22,8 +21,6 @@ from mgn.runs.log import logger
 
 FORMAT = 'mgn features 3'
 MANIFEST = 'manifest.json'
-CHECKED = 'checked.txt'  # a line for each large file whose checksum was found right
-LARGE = 2 ** 26          # bytes of a file that is checked once: their SHA-256 takes about a tenth of a second
 PARTS = ('query', 'gallery')
 NAMES = ('pids', 'camids', 'paths', 'features')
 
@@ -31,87 +28,60 @@ NAMES = ('pids', 'camids', 'paths', 'features')
 @gin.configurable(denylist=['model', 'dataset', 'extractor', 'features_dir'])
 def write_features(model, dataset, extractor, features_dir,
                    storage: Literal['float32', 'float16'] = 'float32') -> None:
-    """Writes the features of query and gallery into a folder. Under torchrun each process writes those of its images.
+    """Writes the features of query and gallery into a folder: batch by batch, as they may be larger than memory.
+
+    Under torchrun each process makes the features of a part of the images, and process 0 writes once it has them all.
 
     Args:
         model: MGN on the extractor's device. dataset: Dataset. extractor: mgn.features.Extractor.
         storage: 'float32', or 'float16' for half the bytes.
     Raises:
-        UserError: unreadable images, a folder that holds features or that not all processes
-            share, features that are not finite. FileError: files that cannot be written.
+        UserError: unreadable images, a folder that holds features, features that are not finite. FileError: files that
+            cannot be written.
     """
     manifest = os.path.join(features_dir, MANIFEST)
     if processes.share(os.path.exists(manifest)):
         raise UserError(f'The features_dir holds features already: {manifest}; remove it or bind another features_dir')
     check_alike(dataset, PARTS, model)
-    first = processes.number() == 0
-    with writing(features_dir, 'Free disk space or bind another features_dir that all processes share.'):
-        if first:
-            os.makedirs(features_dir, exist_ok=True)
-        check_shared(features_dir)
+    with writing(features_dir, 'Free disk space or bind another features_dir.'):
+        os.makedirs(features_dir, exist_ok=True)
         for part in PARTS:
-            samples, path = getattr(dataset, part), file_of(features_dir, part, 'features')
-            rows = processes.part(range(len(samples)))
-            if first:
+            samples, alone = getattr(dataset, part), processes.count() == 1
+            batches = extractor.batches(model, samples) if alone else [extractor.gathered(model, samples)]
+            if processes.number() == 0:
                 for name, array in image_lists(dataset, part).items():
                     np.save(file_of(features_dir, part, name), array)
-                np.lib.format.open_memmap(path, 'w+', storage, (len(samples), model.feature_dim))
-            processes.wait()
-            write_rows(path, rows.start, extractor.batches(model, samples[rows.start:rows.stop]))
-        processes.wait()
-        if first:
-            content = {'format': FORMAT, **made_of(model, extractor), 'storage': storage, 'dataset': dataset.name,
-                       'D': model.feature_dim, 'images': {part: len(getattr(dataset, part)) for part in PARTS},
-                       'sha256': {part: {name: file_hash(file_of(features_dir, part, name)) for name in NAMES}
-                                  for part in PARTS}}
-            write_text(manifest, json.dumps({**content, 'sha256 of the above': text_hash(content)}, indent=2) + '\n')
+                write_rows(file_of(features_dir, part, 'features'), (len(samples), model.feature_dim), storage, batches)
+    if processes.number() == 0:
+        content = {'format': FORMAT, **made_of(model, extractor), 'storage': storage, 'dataset': dataset.name,
+                   'D': model.feature_dim, 'images': {part: len(getattr(dataset, part)) for part in PARTS},
+                   'sha256': {part: {name: file_hash(file_of(features_dir, part, name)) for name in NAMES}
+                              for part in PARTS}}
+        write_text(manifest, json.dumps({**content, 'sha256 of the above': text_hash(content)}, indent=2) + '\n')
     logger.info('%d query and %d gallery features: %s', len(dataset.query), len(dataset.gallery), features_dir)
 
 
-def write_rows(path, row, batches):
-    """Writes batches of features from row number `row` on into an .npy file.
-
-    Not through a memory map: a full disk would end the process by SIGBUS, and machines that share the file would
-    overwrite each other's rows in pages that they both touch.
-    """
-    array = np.load(path, mmap_mode='r')
-    with open(path, 'r+b') as file:
-        file.seek(array.offset + row * array.strides[0])
+def write_rows(path, shape, storage, batches):
+    """Writes batches of features as an .npy file. Not by a memory map: a full disk would end the process by SIGBUS."""
+    with open(path, 'wb') as file:
+        np.lib.format.write_array_header_1_0(file, {
+            'descr': np.lib.format.dtype_to_descr(np.dtype(storage)), 'fortran_order': False, 'shape': shape})
         for features in batches:
             if not features.isfinite().all():
                 raise UserError('A feature is NaN or infinite; look at the weights, or bind '
                                 "feature_precision = 'float32'")
-            file.write(features.numpy().astype(array.dtype).tobytes())
+            file.write(features.numpy().astype(storage).tobytes())
         file.flush()
         os.fsync(file.fileno())
-
-
-def check_shared(folder):
-    """UserError in all processes where one of them does not see what process 0 writes into the folder."""
-    with tempfile.NamedTemporaryFile(dir=folder) if processes.number() == 0 else contextlib.nullcontext() as file:
-        name = processes.share(file and os.path.basename(file.name))
-        sees = processes.gather(os.path.exists(os.path.join(folder, name)))
-    blind = [str(process) for process, seen in enumerate(sees) if not seen]
-    if blind:
-        raise UserError(f'All processes must share the features_dir, but what process 0 writes to {folder} is not seen '
-                        f'by process {", ".join(blind)}; bind a folder of a shared file system')
 
 
 def read_features(features_dir, model, dataset, extractor):
     """The features that write_features wrote, memory-mapped: query (Q, D) and gallery (G, D), read-only NumPy arrays.
 
-    Under torchrun one process of each machine checks the files, and all raise what one of them finds. MissingFile where
-    the folder holds no features, UserError where files are damaged, or where the features are of another model, data
-    set or extractor: with what differs.
+    MissingFile where the folder holds no features, UserError where files are damaged, or where the features are of
+    another model, data set or extractor: with what differs.
     """
-    failure = None
-    try:
-        if processes.number_on_this_machine() == 0:
-            check_features(features_dir, model, extractor, dataset)
-    except UserError as error:
-        failure = error
-    for failure in filter(None, processes.gather(failure)):
-        raise failure
+    check_features(features_dir, model, extractor, dataset)
     return [np.load(file_of(features_dir, part, 'features'), mmap_mode='r') for part in PARTS]
 
 
@@ -119,18 +89,21 @@ def check_features(features_dir, model, extractor, dataset=None):
     """Raises what read_features raises. dataset: None where images do not matter."""
     found, expected = read_manifest(features_dir), made_of(model, extractor)
     try:
-        check_files(features_dir, found['sha256'])
+        for part, name in itertools.product(PARTS, NAMES):
+            path = file_of(features_dir, part, name)
+            if file_hash(path) != found['sha256'][part][name]:
+                raise ValueError(f'{path} is not as mgn.extract wrote it')
         for part in PARTS if dataset else ():
             expected.update({f'{part} {name}': array for name, array in image_lists(dataset, part).items()})
             found.update({f'{part} {name}': np.load(file_of(features_dir, part, name)) for name in NAMES[:3]})
-        differences = list(filter(None, (difference(name, value, found[name]) for name, value in expected.items())))
+        differing = [name for name, value in expected.items() if not np.array_equal(value, found[name])]
     except PermissionError as error:
         raise FileError(f'The features in {features_dir} cannot be read: {error}; allow it') from error
     except (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError) as error:
         raise UserError(f'The features in {features_dir} are damaged: {error}; extract them again') from error
-    if differences:
-        raise UserError(f'The features in {features_dir} are of other weights, settings or images:\n  '
-                        + '\n  '.join(differences) + '\nbind what they were made of, or extract them again')
+    if differing:
+        raise UserError(f'The features in {features_dir} are of other weights, settings or images; what differs is '
+                        f'{", ".join(differing)}. Bind what they were made of, or extract them again')
 
 
 def kept_gallery(features_dir, model, extractor):
@@ -161,43 +134,9 @@ def read_manifest(features_dir):
     return content
 
 
-def check_files(features_dir, hashes):
-    """ValueError for a file that differs from its hash. Of a large one that does not, CHECKED remembers size and times.
-
-    It is read again where these differ. ctime is among them, which no program sets back, as cp -p does mtime.
-    """
-    path, known, large = os.path.join(features_dir, CHECKED), [], []
-    with contextlib.suppress(OSError, ValueError), open(path) as file:
-        known = file.read().splitlines()
-    for part in PARTS:
-        for name in NAMES:
-            file = file_of(features_dir, part, name)
-            status = os.stat(file)
-            line = f'{part} {name} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {hashes[part][name]}'
-            if status.st_size >= LARGE:
-                large.append(line)
-            if line not in known and file_hash(file) != hashes[part][name]:
-                raise ValueError(f'{file} is not as mgn.extract wrote it')
-    if not set(large) <= set(known):
-        with contextlib.suppress(OSError):  # a folder that cannot be written to: they are read each time
-            write_text(path, '\n'.join(large) + '\n')
-
-
 def made_of(model, extractor):
     """What features depend on beside the images."""
     return {**model.architecture, 'weights': hash_of_weights(model), **extractor.settings()}
-
-
-def difference(name, expected, found):
-    """A line that says how two values, or two lists, differ; None where they are equal."""
-    if not isinstance(expected, np.ndarray):
-        return None if expected == found else f'{name}: expected {expected}, found {found}'
-    if expected.shape != found.shape:
-        return f'{name}: expected an array of shape {expected.shape}, found {found.shape}'
-    rows = np.flatnonzero(expected != found)
-    if len(rows):
-        return (f'{name}: {len(rows)} of {len(found)} differ, the first at {rows[0]}: '
-                f'expected {expected[rows[0]]}, found {found[rows[0]]}')
 
 
 def file_of(features_dir, part, name):

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import os
-import time
 from typing import Annotated
 
 import gin
@@ -18,11 +17,9 @@ from mgn.devices import DTYPES, Precision, resolve_precision
 from mgn.model import MGN
 from mgn.ops.errors import UserError
 from mgn.runs import checkpoint as checkpoints, processes
-from mgn.runs.interruption import leave_if_nothing_is_lost
-from mgn.runs.log import logger, progress
+from mgn.runs.log import progress
 
 Size = tuple[Annotated[int, 1, 4096], Annotated[int, 1, 4096]]  # (H, W) in pixels
-SECONDS_BETWEEN_LINES = 30  # of progress in the log, where no bar is shown
 
 
 @gin.configurable(denylist=['device'])
@@ -54,15 +51,17 @@ class Extractor:
         """
         return torch.cat([torch.empty(0, model.feature_dim), *self.batches(model, samples, unreadable)])
 
+    def gathered(self, model, samples):
+        """The same in process 0, of which each process makes a part; None in the others."""
+        return processes.to_first(self.features(model, processes.part(samples)))
+
     @torch.no_grad()
     def batches(self, model, samples, unreadable=None):
         """Yields the same features batch by batch. The model runs in evaluation mode and is put back into its own."""
         test_batches = TestBatches(samples, self.input_size, self.batch_size)
         loader = load_batches(test_batches, range(len(test_batches)), self.workers, self.device)
-        done, logged = 0, time.perf_counter()
         with evaluation_mode(model), progress(len(samples), unit='image', what='features') as bar:
             for batch in loader:
-                leave_if_nothing_is_lost()
                 if unreadable is not None:
                     unreadable.update(batch.unreadable)
                 elif batch.unreadable:
@@ -70,11 +69,7 @@ class Extractor:
                         batch.unreadable.values()) + '\nrestore the files or remove them from the data set')
                 features = self.forward(model, batch.images)
                 yield features
-                done += len(features)
                 bar.update(len(features))
-                if bar.disable and time.perf_counter() - logged > SECONDS_BETWEEN_LINES:
-                    logged = time.perf_counter()
-                    logger.info('features of %d of %d images', done, len(samples))
 
     def forward(self, model, images):
         """images: (B, 3, H, W) uint8 → (B, D) float32 on the CPU."""

@@ -77,14 +77,6 @@ def smoothed_cross_entropy(logits, labels, smoothing):
     return F.cross_entropy(logits, labels, label_smoothing=smoothing * classes / max(classes - 1, 1))
 
 
-class FunctionLosses(nn.Module):
-    """A function such as mgn_losses as a module without parameters."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.forward = function
-
-
 def make_losses(losses, num_classes, branches, embedding_dim):
     """What `train.losses` refers to, as a module that is called like mgn_losses: (output, labels[, candidates,
     candidate_labels]) → {name: scalar}.
@@ -96,4 +88,6 @@ def make_losses(losses, num_classes, branches, embedding_dim):
     kind = inspect.unwrap(losses)  # gin wraps a class that is referred to with a scope
     if inspect.isclass(kind):
         return losses(num_classes=num_classes, branches=branches, embedding_dim=embedding_dim)
-    return FunctionLosses(losses)
+    module = nn.Module()
+    module.forward = losses
+    return module

@@ -7,7 +7,6 @@ import importlib
 import json
 import os
 import tempfile
-import time
 import warnings
 from typing import Literal
 
@@ -26,7 +25,6 @@ from mgn.weights import saved_values
 OPSET, IR_VERSION = 18, 9    # what onnxruntime reads from version 1.16 on, of 2023
 BATCHES = (1, 2, 17)         # that each file is tried with
 TOLERANCE = {'float32': 1e-5, 'float16': 1e-3}  # of cosine distances to PyTorch's float32 features
-ROUNDS = 5                   # of which the fastest is the time shown
 
 
 class Portable(nn.Module):
@@ -56,7 +54,7 @@ def export_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_dir
         device, flip_test=False, precision='float32')
     images = torch.randint(0, 256, (max(BATCHES), 3, *extractor.input_size), dtype=torch.uint8,
                            generator=torch.Generator().manual_seed(0))
-    expected, seconds = timed(lambda batch: extractor.forward(model, batch), images)
+    expected = extractor.forward(model, images)
     metadata = {'input_size': list(extractor.input_size), 'D': model.feature_dim, 'precision': precision,
                 'weights': hash_of_weights(model), 'mAP': checkpoint.get('mAP'), **model.architecture,
                 'dataset': str(saved_values(checkpoint.get('config', ''), weights).get('dataset'))}
@@ -73,8 +71,7 @@ def export_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_dir
                 run = read(path)[0]
                 for size in BATCHES:
                     check(name, run(images[:size]), expected[:size], TOLERANCE[precision])
-                logger.info('%s: %.1f MB, %.1f ms an image, PyTorch %.1f ms', os.path.join(output_dir, name),
-                            os.path.getsize(path) / 1e6, 1000 * timed(run, images)[1], 1000 * seconds)
+                logger.info('%s: %.1f MB', os.path.join(output_dir, name), os.path.getsize(path) / 1e6)
             for name in os.listdir(folder):
                 os.replace(os.path.join(folder, name), os.path.join(output_dir, name))
 
@@ -84,16 +81,6 @@ def check(name, features, expected, tolerance):
     if not distance <= tolerance:
         raise UserError(f'{name} gives features at a cosine distance of {distance:.2g} from those of PyTorch, but '
                         f'{tolerance:g} is allowed; nothing was written. Export in another precision, or report this')
-
-
-def timed(run, images):
-    """What run(images) gives, and the seconds an image of the fastest of some rounds."""
-    results = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        features = run(images)
-        results.append((time.perf_counter() - start) / len(images))
-    return features, min(results)
 
 
 def extra(*names):

@@ -27,8 +27,7 @@ from mgn.ops.errors import FileError, UserError
 from mgn.ops.metrics import METRICS
 from mgn.ranked_lists import by_cameras, by_query, choose, most_changed, ranked_lists, similarities
 from mgn.results import stages
-from mgn.runs import processes
-from mgn.runs.files import replacing, writing
+from mgn.runs.files import replacing
 from mgn.runs.log import logger, progress, read_records
 
 TEMPLATE = Path(__file__).with_name('report.html')
@@ -51,8 +50,6 @@ def report(checkpoint, model, extractor, dataset, results, kept, notices, output
         runs: folders of training runs, whose metrics.jsonl are drawn over each other; None: the folder of the weights.
         compare: the weights of another network, any that mgn.load reads, for a comparison on the same images.
     """
-    if processes.count() > 1:
-        raise UserError('A report is made by one process; start it without torchrun')
     features, ids, ranks = (kept[name] for name in ('features', 'ids', 'ranks'))
     (ap, first), images = by_query(ranks), {}
     trained_on, evaluated = re.search(r'(?m)^dataset = (@.*\))', checkpoint['config']), gin.query_parameter('%dataset')
@@ -191,8 +188,6 @@ def text(content):
 def write(path, page):
     """The template with the page's data in it. JSON knows no NaN, and no `<` may end the script that holds it."""
     data = json.dumps(json.loads(json.dumps(page), parse_constant=lambda _: None), separators=(',', ':'))
-    with writing(path, 'Bind another output_dir.'):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
     with replacing(path, 'wb') as file:
         file.write(TEMPLATE.read_bytes().replace(PLACE.encode(), data.replace('<', '\\u003c').encode(), 1))
     logger.info('wrote %s, %.1f MB%s', path, os.path.getsize(path) / 1e6,

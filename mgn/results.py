@@ -3,8 +3,8 @@
 import json
 import os
 
-from mgn.runs.files import write_text, writing
-from mgn.runs.log import aligned
+from mgn.ops import METRICS
+from mgn.runs.files import write_text
 
 
 def table(results):
@@ -14,7 +14,11 @@ def table(results):
         rows += stages(each)
         notes.append('{queries} queries, {queries_without_match} of them without a match; {gallery} in the gallery'
                      .format(**each))
-    return aligned('data set', rows) + '\nper cent; ' + '\n'.join(notes)
+    rows = [['data set', *METRICS], *([name, *(f'{100 * stage[measure]:.2f}' for measure in METRICS)]
+                                      for name, stage in rows)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ['  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    return '\n'.join([*lines, 'per cent; ' + '\n'.join(notes)])
 
 
 def stages(results):
@@ -25,7 +29,4 @@ def stages(results):
 
 def write_results(results, output_dir):
     """Writes the results to output_dir/eval.json."""
-    path = os.path.join(output_dir, 'eval.json')
-    with writing(path, 'Bind another output_dir.'):
-        os.makedirs(output_dir, exist_ok=True)
-    write_text(path, json.dumps(results, indent=2) + '\n')
+    write_text(os.path.join(output_dir, 'eval.json'), json.dumps(results, indent=2) + '\n')

@@ -53,12 +53,10 @@ def set_lr(optimizer, factor):
     return optimizer.param_groups[0]['lr']
 
 
-def distributed(module, device, group, sync_bn=False):
+def distributed(module, device, group):
     """The module to call in training: one that averages gradients over the processes, if there are several."""
     if processes.count() == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
         return module
-    if sync_bn:
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(module, group)
     options = inspect.signature(DistributedDataParallel).parameters
     buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in options else 'broadcast_buffers'  # up to torch 2.14
     return DistributedDataParallel(module, device_ids=[device] if device.type == 'cuda' else None, process_group=group,

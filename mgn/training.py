@@ -11,7 +11,6 @@ from typing import Annotated, Literal
 import gin
 import torch
 
-from mgn.averaging import WeightAverage
 from mgn.data.augmentation import Augmentation
 from mgn.data.datasets import Dataset, check_trainable, train_labels
 from mgn.data.images import TrainBatches
@@ -45,13 +44,12 @@ def train(default_output_dir):
     draw depends on (seed, step, position) alone, so on a CPU a run of one process that was interrupted and resumed ends
     with weights that are bit-identical to those of an uninterrupted one. At SIGTERM or SIGINT it ends after the present
     step, with a checkpoint, by SystemExit(75); at a second signal at once. An evaluation is aborted; its checkpoint is
-    already saved, except for the one before the first step. A run that fails before its first step removes what it has
-    written.
+    already saved, except for the one before the first step.
 
     Under torchrun each process takes P / processes of the identities, gradients are averaged, and process 0 alone
     writes. Batches, loss and gradient equal those of a single process. Exception: batch normalisation, whose statistics
-    are each process's own unless sync_bn. Running statistics are averaged over the processes where a checkpoint is
-    written or the model is evaluated.
+    are each process's own. Running statistics are averaged over the processes where a checkpoint is written or the
+    model is evaluated.
     """
     return Training(default_output_dir).run()
 
@@ -85,23 +83,21 @@ class Training:
     precision: Precision = 'auto'      # of forward and backward pass, by autocast: 'float32', 'bfloat16', 'float16'
     #                                    (with loss scaling), or 'auto': 'bfloat16' if the device has units for it,
     #                                    else 'float32'. Weights, losses and mining are float32.
-    ema_decay: Annotated[float, 0, 0.999999] | None = None  # of an exponential moving average of the weights, which
-    #                                    is evaluated and becomes best.pth (mgn/averaging.py); None: no average
     compile: bool = False              # the model goes through torch.compile
     resume: bool = True                # False refuses an output_dir that holds a run
     freeze: tuple[str, ...] = ()       # modules, e.g. ('trunk', 'branches'), that do not learn, in evaluation mode,
     freeze_steps: Annotated[int, 0, 2 ** 31 - 1] = 0  # during so many steps from the first on
     mining: Literal['all', 'process'] = 'all'  # anchors find their hardest pairs among the images of all processes, or
     #                                    'process': among those of their own
-    sync_bn: bool = False              # batch statistics of all processes together; on GPUs only
 
     def run(self):
         self.check_options()
-        self.first, self.begun = processes.number() == 0, False
-        folder = locked(self.output_dir, lambda: self.begun) if self.first else nullcontext()
-        with folder as self.check_lock:
-            saved = processes.share_tensors(newest(self.output_dir, self.resume) if self.first else None)
-            self.begun = saved is not None
+        self.first = processes.number() == 0
+        with locked(self.output_dir) if self.first else nullcontext():
+            saved = newest(self.output_dir, self.resume) if self.first else None
+            path = processes.share(saved and saved[0])
+            if path and not self.first:
+                saved = path, checkpoints.load(path)
             self.make_batches()
             self.make_state(saved)
             del saved  # as large as model and optimizer
@@ -115,10 +111,9 @@ class Training:
             start = self.state.step
             with Interruption() as interruption, progress(self.total_steps, initial=start) as self.bar:
                 self.loop(interruption)
-            if self.first:
-                if self.state.step > start:  # else this process has not used the whole configuration
-                    self.write_configuration()
-                print(self.log.summary())
+            if self.first and self.state.step > start:  # else this process has not used the whole configuration
+                self.write_configuration()
+            logger.info('checkpoints, metrics and configuration are in %s', self.output_dir)
         return self.state.model
 
     def check_options(self):
@@ -130,7 +125,7 @@ class Training:
         self.precision = resolve_precision(self.precision, self.device, 'train.precision')
         processes.check_same('precision', self.precision,
                              "Bind train.precision to one that all machines are fast at, e.g. 'float32'.")
-        check_split(self.P, self.mining, self.sync_bn, self.device)
+        check_split(self.P, self.mining)
         check_alike(self.dataset, ('train',))
 
     def make_batches(self):
@@ -149,15 +144,14 @@ class Training:
         losses = make_losses(self.losses, self.num_classes, *model.embeddings_shape)
         for module in (model, losses):
             module.to(self.device, memory_format=torch.channels_last).train()
-        average = None if self.ema_decay is None else WeightAverage(model, self.ema_decay)
         group = processes.group_of(self.device)
         self.frozen = [module_named(model, name) for name in self.freeze]
         self.mining_group = group if self.mining == 'all' else None
-        self.network = distributed(model, self.device, group, self.sync_bn)
+        self.network = distributed(model, self.device, group)
         self.network_losses = distributed(losses, self.device, group)
         optimizer = make_optimizer(torch.nn.ModuleList([model, losses]))
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == 'float16')
-        self.state = checkpoints.State(model, losses, optimizer, scaler, Meter(), average, self.num_classes)
+        self.state = checkpoints.State(model, losses, optimizer, scaler, Meter(), self.num_classes)
         self.saved_step = None  # of last.pth, if it is intact
         self.best = best_so_far(self.output_dir) if saved and self.first else -1.0
         if saved:
@@ -167,8 +161,6 @@ class Training:
                                 f'Bind more total_steps, or another output_dir.')
             self.state.restore(content, path)
             self.saved_step = self.state.step if os.path.basename(path) == 'last.pth' else None
-        elif average:
-            average.model.load_state_dict(model.state_dict())  # which process 0 has sent to all
         self.state.check_finite(self.last_good())
         if self.compile:
             self.network = torch.compile(self.network)
@@ -203,7 +195,7 @@ class Training:
     def step(self, batch):
         """Trains on one batch."""
         state = self.state
-        self.note_unreadable(batch.unreadable)
+        count_unreadable(self.unreadable, batch.unreadable, len(self.dataset.train))
         factor = self.schedule(state.step, self.total_steps)
         self.lr = set_lr(state.optimizer, factor)
         frozen = self.frozen if state.step < self.freeze_steps else ()
@@ -215,19 +207,13 @@ class Training:
         except UserError as error:  # on the CPU mining refuses features that are not finite
             state.check_finite(self.last_good())  # an earlier loss, or a weight, tells more
             raise UserError(f'{error.message} (step {state.step}; {self.last_good()})') from None
-        if state.average:
-            state.average.update(state.model, state.step)
         state.meter.add(losses, state.step)
         state.step += 1
-        self.begun = True
-
-    def note_unreadable(self, paths):
-        count_unreadable(self.unreadable, paths, len(self.dataset.train))
 
     def report(self):
         """A line of the log, but for the speed: means since the last one, over all processes."""
         for paths in processes.gather(list(self.unreadable)):
-            self.note_unreadable(paths)
+            count_unreadable(self.unreadable, paths, len(self.dataset.train))
         step = self.state.step
         return {'step': step, 'epoch': (step - 1) // self.sampler.steps_per_epoch,
                 **self.state.meter.read(self.last_good()), 'lr': self.lr}
@@ -238,7 +224,6 @@ class Training:
         state.join()
         state.check_finite(self.last_good())
         if self.first and state.step != self.saved_step:
-            self.check_lock()
             save_last(self.output_dir, state.content(), self.keep_last, self.saved_step)
             self.write_configuration()
         self.saved_step = state.step
@@ -247,24 +232,22 @@ class Training:
         write_text(os.path.join(self.output_dir, 'config.gin'), gin.operative_config_str())
 
     def last_good(self):
-        if self.saved_step is None or not self.begun:
+        if self.saved_step is None:
             return 'there is no checkpoint yet'
         return f'the last good checkpoint is {os.path.join(self.output_dir, "last.pth")}, of step {self.saved_step}'
 
     def leave(self, interruption):
         """Saves and ends the process after a signal."""
-        if self.begun:
-            self.save()
-        logger.info('%s: ended after step %d%s; the same command resumes',
-                    interruption.noted.name if interruption.noted else 'a signal to another process', self.state.step,
-                    ', which last.pth holds' if self.begun else '')
+        self.save()
+        logger.info('%s: ended after step %d, which last.pth holds; the same command resumes',
+                    interruption.noted.name if interruption.noted else 'a signal to another process', self.state.step)
         processes.wait()  # torchrun ends all processes that are left when one has ended
         raise SystemExit(STATUS)
 
     def measure(self):
         """Evaluates into metrics.jsonl and eval.json; keeps the weights as best.pth where mAP is the best so far."""
         state = self.state
-        results = {'step': state.step, **evaluate(state.evaluated, self.dataset, self.device)}
+        results = {'step': state.step, **evaluate(state.model, self.dataset, self.device)}
         if self.saved_step is None:
             self.save()
         if not self.first:
@@ -277,17 +260,14 @@ class Training:
         logger.info('evaluation of step %d\n%s', state.step, table(results))
 
 
-def check_split(P, mining, sync_bn, device):
-    """Raises UserError where the batch cannot be split, or the options do not fit the processes."""
+def check_split(P, mining):
+    """Raises UserError where the batch cannot be split among the processes."""
     count = processes.count()
     if P % count:
         raise UserError(f'P = {P}, the identities of a batch, is no multiple of the {count} processes. Bind another P.')
     if mining == 'process' and P == count > 1:
         raise UserError(f"Mining in each process needs 2 identities there, but P = {P} is split among {count} "
                         f"processes. Bind train.mining = 'all', or a larger P.")
-    if sync_bn and count > 1 and device.type != 'cuda':
-        raise UserError(f'train.sync_bn = True needs GPUs, as torch synchronises nowhere else, but the device is '
-                        f'{device}. Bind train.sync_bn = False.')
 
 
 def module_named(model, name):
@@ -304,6 +284,4 @@ def log_step(log, bar, record):
     shown = {'loss': f'{record["loss"]:.3f}', 'lr': f'{record["lr"]:.2e}', 'images/s': f'{record["images_per_s"]:.1f}'}
     bar.set_postfix(shown)
     if bar.disable:
-        figures = {**shown, **{name: f'{value:.3f}' for name, value in record.items()
-                               if name not in ('step', 'epoch', 'loss', 'lr', 'images_per_s')}}
-        logger.info('step %d: %s', record['step'], ', '.join(f'{name} {value}' for name, value in figures.items()))
+        logger.info('step %d: %s', record['step'], ', '.join(f'{name} {value}' for name, value in shown.items()))

@@ -40,8 +40,7 @@ class Weights(NamedTuple):
     state: dict               # {name: tensor}
     options: dict | None      # of MGN; None: a backbone alone
     chosen: dict              # those of the options that the file does not tell → why they are so
-    converted: list[str]      # names in the file of what was reshaped or joined
-    left_out: list[str]
+    left_out: list[str]       # names in the file
 
     @property
     def num_classes(self):
@@ -66,10 +65,8 @@ def load_checkpoint(path):
     if dataset := DATASETS.get(weights.num_classes):
         lines.append(f'dataset = @{dataset}()')
         logger.info('dataset = @%s(), unless bound otherwise: by the %d classes', dataset, weights.num_classes)
-    step = content.get('iteration')
-    step = step if type(step) is int and 0 <= step < 2 ** 31 else 0
-    return {'config': '\n'.join(lines), 'num_classes': weights.num_classes, 'step': step, 'model': weights.state,
-            'losses': None, 'average': None, 'mAP': None}
+    return {'config': '\n'.join(lines), 'num_classes': weights.num_classes, 'step': 0, 'model': weights.state,
+            'losses': None, 'mAP': None}
 
 
 def read(path):
@@ -81,7 +78,7 @@ def read(path):
     content = checkpoint.checked(content, path)
     options = {name.removeprefix('MGN.'): value for name, value in saved_values(content['config'], path).items()
                if name.startswith('MGN.')}
-    return Weights(path, 'a checkpoint of mgn.train', content['model'], options, {}, [], [])
+    return Weights(path, 'a checkpoint of mgn.train', content['model'], options, {}, [])
 
 
 def saved_values(config, path):
@@ -120,13 +117,9 @@ def tell(weights):
     """Says in the log what was read, and each option that was chosen."""
     logger.info('%s: %s%s', weights.path, weights.source,
                 f' of {weights.num_classes} classes' if weights.num_classes else '')
-    logger.info('%d tensors, %d of them converted; missing: %s', len(weights.state), len(weights.converted),
-                'none' if weights.num_classes or weights.options is None else 'classifiers')
-    logger.info('left out: %s', ', '.join(weights.left_out) or 'nothing')
+    logger.info('%d tensors; left out: %s', len(weights.state), ', '.join(weights.left_out) or 'nothing')
     for name, why in weights.chosen.items():
         logger.info('MGN.%s = %r, unless bound otherwise: %s', name, weights.options[name], why)
-    logger.debug('the tensors:\n  %s', '\n  '.join(weights.state))
-    logger.debug('converted:\n  %s', '\n  '.join(weights.converted))
 
 
 def from_elsewhere(content, path):
@@ -149,7 +142,7 @@ def from_elsewhere(content, path):
     if 'conv1.weight' in state and 'layer1.0.conv1.weight' in state:
         left_out = [key for key in state if key.startswith('fc.')]
         kind = 'a backbone with IBN' if 'layer1.0.bn1.IN.weight' in state else 'a backbone'
-        return Weights(path, kind, {k: v for k, v in state.items() if k not in left_out}, None, {}, [], left_out)
+        return Weights(path, kind, {k: v for k, v in state.items() if k not in left_out}, None, {}, left_out)
     refuse(path, list(state))
 
 
@@ -179,7 +172,6 @@ def from_fastreid(state, path):
         refuse(path, bad)
     ours = {name: state[key].flatten(1) if name.endswith('.reduction.weight') and state[key].ndim == 4 else state[key]
             for key, name in names.items()}
-    converted = [key for key in names if names[key].endswith(('.reduction.weight', '.p'))]
     exponents = {h: ours.pop(f'heads.{h}.p').flatten()[:2] for h in range(len(HEADS)) if f'heads.{h}.p' in ours}
     gem = len(exponents) > 0
     for branch, heads in POOLS.items():
@@ -195,8 +187,7 @@ def from_fastreid(state, path):
     chosen['last_strides'] = f'as published for layout {layout} {"with" if gem else "without"} GeM'
     if not gem:
         chosen['pooling'] = "as published; 'avg' has the same weights"
-    return Weights(path, f'MGN of fast-reid, layout {layout}, {options["backbone"]}', ours, options, chosen, converted,
-                   left_out)
+    return Weights(path, f'MGN of fast-reid, layout {layout}, {options["backbone"]}', ours, options, chosen, left_out)
 
 
 def our_name(key, third):

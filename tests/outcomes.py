@@ -6,7 +6,7 @@ import torch
 
 from mgn.runs import checkpoint
 
-TIMINGS = {'images_per_s', 'data_wait', 'features_s', 'ranking_s', 'peak_memory_mb', 'redecided'}
+TIMINGS = {'images_per_s', 'data_wait', 'features_s', 'ranking_s', 'redecided'}
 
 
 def outcome(folder):

@@ -88,7 +88,7 @@ def test_training_writes_a_run_and_plain_lines_off_a_terminal(trained):
         assert len(re.findall(rf'^\d\d:\d\d:\d\d I step {step}: loss \d+\.\d+, lr ', out, re.MULTILINE)) == 1
     assert '4 identities and 16 images to train, 3 query, 10 gallery, 2 cameras' in out
     last = metrics(folder)[-1]
-    assert re.search('^ +5' + ''.join(f' +{100 * last[name]:.2f}' for name in METRICS) + '$', out, re.MULTILINE)
+    assert re.search(r'^\w+' + ''.join(f' +{100 * last[name]:.2f}' for name in METRICS) + '$', out, re.MULTILINE)
     assert len(re.findall('to train', out + err)) == 1  # nothing is said twice
 
 
@@ -164,18 +164,6 @@ def test_on_a_terminal_without_a_size_steps_are_plain_lines(home):
     assert re.search(r'I step 1: loss \d', shown) and 'step/s' not in shown
 
 
-def test_help_whose_reader_goes_away_leaves_no_traceback(home):
-    done = subprocess.run([sys.executable, '-m', 'mgn.train', '--help'], cwd=home, stdout=open_and_closed_pipe(),
-                          stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 141 and done.stderr == ''
-
-
-def open_and_closed_pipe():
-    reader, writer = os.pipe()
-    os.close(reader)
-    return writer
-
-
 def test_help_names_the_flags_with_examples(home):
     code, out, err = run(home, '-m', 'mgn.eval', '--help')
     assert '--gin_file=gin/market.gin' in out and '--gin_bindings="data_root=\'datasets\'"' in out
@@ -199,7 +187,7 @@ MISTAKES = [
     ('mgn.train', ["--gin_bindings=data_rot = 'x'"], "data_rot.*nearest valid name is 'data_root'"),
     ('mgn.train', ['--gin_bindings=P ='], 'A gin binding looks like P = 16, and this is none: '),
     ('mgn.train', ['--gin_bindings=P = (3'], 'A gin binding looks like P = 16, and this is none: '),
-    ('mgn.train', ['--gin_file=nowhere.gin'], 'nowhere.gin.*tried'),
+    ('mgn.train', ['--gin_file=nowhere.gin'], 'nowhere.gin.*Searched'),
     ('mgn.train', ['--gin_file=my.gin', "--gin_bindings=data_root = 'nowhere'"],
      'looked for.*nowhere/bounding_box_train'),
     ('mgn.train', ['--gin_file=my.gin', '--gin_bindings=P = 5'], 'at least P=5 identities, found 4'),
@@ -212,7 +200,6 @@ MISTAKES = [
     ('mgn.eval', ["--gin_bindings=weight = 'my.gin'"], 'weights'),
     ('mgn.train', ['--gin_file=my.gin', "--gin_bindings=output_dir = 'bad'", '--gin_bindings=rerank = 20'],
      'rerank must be True or False, found 20'),
-    ('mgn.train', ['--gin_bindings=evaluate.flip_test = True'], 'it is called Extractor.flip_test'),
     ('mgn.extract', ["--gin_bindings=features_dir = 'features'"], '--gin_bindings="weights='),
     ('mgn.report', ["--gin_bindings=weights = 'nowhere.pth'"], 'no file .*nowhere.pth'),
     ('mgn.report', ["--gin_bindings=weights = 'my.gin'", '--gin_bindings=report.blurred = True'],

@@ -93,44 +93,16 @@ def test_a_missing_file_names_the_paths_tried(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError) as raised:
         config.load(['gin/markt.gin'], [])
-    assert str(tmp_path / 'gin' / 'markt.gin') in str(raised.value)
-    assert str(PROJECT / 'gin' / 'markt.gin') in str(raised.value)
+    assert 'Unable to open file: gin/markt.gin. Searched config paths: ' in str(raised.value)
+    assert str(PROJECT) in str(raised.value)
 
 
-@pytest.mark.parametrize('flag', ['recipes/top.gin', '{here}/recipes/top.gin'])
-def test_an_include_is_found_beside_the_including_file(tmp_path, monkeypatch, caplog, flag):
-    write(tmp_path / 'recipes' / 'top.gin', "include 'base.gin'\nK = 6\n")
+def test_an_include_is_found_from_the_working_folder(tmp_path, monkeypatch):
+    top = write(tmp_path / 'recipes' / 'top.gin', "include 'recipes/base.gin'\nK = 6\n")
     write(tmp_path / 'recipes' / 'base.gin', 'P = 5\nK = 5\n')
     monkeypatch.chdir(tmp_path)
-    config.load([flag.format(here=tmp_path)], [])
-    assert (value('%P'), value('%K')) == (5, 6)
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
-
-
-def test_an_include_is_found_from_another_working_folder(tmp_path, monkeypatch):
-    top = write(tmp_path / 'recipes' / 'top.gin', "include 'base.gin'\n")
-    write(tmp_path / 'recipes' / 'base.gin', 'P = 5\n')
-    write(tmp_path / 'elsewhere' / 'base.gin', 'P = 7\n')  # the working folder does not decide what a recipe holds
-    monkeypatch.chdir(tmp_path / 'elsewhere')
     config.load([top], [])
-    assert value('%P') == 5
-
-
-def test_each_of_two_files_includes_what_stands_beside_it(tmp_path):
-    one = write(tmp_path / 'one' / 'top.gin', "include 'base.gin'\n")
-    two = write(tmp_path / 'two' / 'top.gin', "include 'base.gin'\n")
-    write(tmp_path / 'one' / 'base.gin', 'P = 5\n')
-    write(tmp_path / 'two' / 'base.gin', 'K = 6\n')
-    config.load([one, two], [])
     assert (value('%P'), value('%K')) == (5, 6)
-
-
-def test_an_included_file_includes_what_stands_beside_it(tmp_path):
-    top = write(tmp_path / 'top.gin', "include 'parts/middle.gin'\n")
-    write(tmp_path / 'parts' / 'middle.gin', "include 'leaf.gin'\n")
-    write(tmp_path / 'parts' / 'leaf.gin', 'P = 5\n')
-    config.load([top], [])
-    assert value('%P') == 5
 
 
 def test_a_file_may_include_a_recipe_of_the_project(tmp_path, monkeypatch):
@@ -271,20 +243,13 @@ def test_the_default_output_dir_is_named_after_the_last_file(files, expected):
 SAVED = """# Macros:
 # ==============================================================================
 data_root = '/data'
-feature_precision = 'float32'
-flip_test = False
 input_size = (64, 32)
-workers = 0
 
-# Parameters for evaluate:
+# Parameters for Extractor:
 # ==============================================================================
-evaluate.batch_size = 7
-evaluate.flip_test = True
-evaluate.input_size = %input_size
-evaluate.precision = \\
+Extractor.input_size = %input_size
+Extractor.precision = \\
     'bfloat16'
-evaluate.query_expansion = %query_expansion
-evaluate.workers = %workers
 
 # Parameters for MGN:
 # ==============================================================================
@@ -292,35 +257,21 @@ MGN.last_strides = \\
     (1,
      2)
 MGN.parts = (1, 2)
-
-# Parameters for write_features:
-# ==============================================================================
-write_features.batch_size = \\
-    64
-write_features.flip_test = %flip_test
-write_features.input_size = %input_size
-write_features.precision = %feature_precision
-write_features.storage = 'float16'
-write_features.workers = %workers
 """
 
 
-def test_a_configuration_saved_under_earlier_names_is_read_under_those_of_today():
+def test_a_configuration_in_gins_own_lines_is_read():
     config.load([], [], saved=SAVED)
-    assert gin.get_bindings('Extractor') == {'input_size': (64, 32), 'batch_size': 7, 'workers': 0, 'flip_test': True,
-                                             'precision': 'bfloat16'}
-    assert gin.get_bindings('write_features') == {'storage': 'float16'}
-    assert gin.get_bindings('evaluate') == {'query_expansion': 0, 'rerank': False}
+    assert gin.query_parameter('Extractor.precision') == 'bfloat16'
     assert gin.get_bindings('MGN') == {'parts': (1, 2), 'last_strides': (1, 2)}
     today = bound()
     config.load([], [], saved=checkpoint.configuration())
     assert {key: today[key] for key in bound()} == bound()
 
 
-@pytest.mark.parametrize('old', [name for name in config.MOVED])
-def test_an_earlier_name_is_an_error_that_names_the_one_of_today(old):
-    with pytest.raises(UserError, match=f'it is called Extractor.{old.split(".")[1]}'):
-        config.load([], [f'{old} = 3'])
+def test_a_name_that_a_configuration_of_an_earlier_version_has_is_an_error_that_tells_it():
+    with pytest.raises(UserError, match="'evaluate' doesn't have a parameter named 'flip_test'"):
+        config.load([], [], saved=SAVED + 'evaluate.flip_test = True\n')
 
 
 def test_gins_registry_lists_what_can_be_configured():
@@ -330,7 +281,8 @@ def test_gins_registry_lists_what_can_be_configured():
     assert known['Adam'].__name__ == 'Adam' and callable(known['train'])
 
 
-def test_an_include_is_read_where_it_stands_and_lines_keep_their_numbers(tmp_path):
+def test_an_include_is_read_where_it_stands_and_lines_keep_their_numbers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     write(tmp_path / 'base.gin', 'P = 5\nK = 5\n')
     top = write(tmp_path / 'top.gin', "P = 4\nseed = 4\ninclude 'base.gin'  # its own\nK = 6\ntrain.PP = 6\n")
     with pytest.raises(UserError, match="(?s)PP.*top.gin.*line 5.*nearest valid name is 'P'"):
@@ -379,18 +331,14 @@ print(sorted({'torch', 'torchvision'} & set(sys.modules)))
     assert done.stdout == '[]\n'
 
 
-def test_a_module_that_is_not_there_is_named_and_a_broken_one_keeps_its_traceback(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match='imports nowhere_to_be_found, which .* start in .*PYTHONPATH'):
+def test_a_module_that_is_not_there_is_named():
+    with pytest.raises(UserError, match="(?s)No module named 'nowhere_to_be_found'.*\nStart in .*PYTHONPATH"):
         config.load([], ['import nowhere_to_be_found'])
-    (tmp_path / 'module_of_mine.py').write_text('import nowhere_to_be_found')
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModuleNotFoundError):
-        config.load([], ['import module_of_mine'])
 
 
 @pytest.mark.parametrize('line', [
-    'import os', 'import module_of_mine', 'from __gin__ import dynamic_registration', 'from os import path as p',
-    "include '{mark}'", 'include "gin/demo.gin"'])
+    'import json.tool', 'import module_of_mine', 'from __gin__ import dynamic_registration',
+    'from json import tool as p', "include '{mark}'", 'include "gin/demo.gin"'])
 def test_a_checkpoints_configuration_carries_nothing_out(tmp_path, monkeypatch, line):
     (tmp_path / 'module_of_mine.py').write_text("open('executed', 'w')")
     (tmp_path / 'mark').write_text('P = 3')

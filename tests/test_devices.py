@@ -6,7 +6,7 @@ import pytest
 import torch
 from forks import run_program
 
-from mgn.devices import DTYPES, find_device, peak_memory, resolve_precision
+from mgn.devices import DTYPES, find_device, resolve_precision
 from mgn.ops.errors import UserError
 
 CPU = torch.device('cpu')
@@ -32,9 +32,8 @@ def test_auto_on_a_cpu_is_bfloat16_where_it_has_units_for_it(units, want, cpu_wi
     cpu_with(*units)
     with caplog.at_level(logging.INFO, 'mgn'):
         assert resolve_precision('auto', CPU, 'evaluate.precision') == want
-    units = f"{'' if any(units) else 'not '}a CPU with AVX512-BF16 or AMX"
-    said = f"evaluate.precision = 'auto' means {want}: cpu is {units}"
-    assert [record.getMessage() for record in caplog.records] == [said]
+    said, = (record.getMessage() for record in caplog.records)
+    assert said.startswith(f"evaluate.precision = 'auto' means {want} on cpu: bfloat16 needs")
 
 
 @pytest.mark.parametrize('capability, want', [((7, 5), 'float32'), ((8, 0), 'bfloat16'), ((9, 0), 'bfloat16')])
@@ -77,11 +76,3 @@ print(any(allowed()), torch.get_float32_matmul_precision())
 def test_a_device_that_nothing_runs_on_is_a_sentence(name):
     with pytest.raises(UserError, match="^The device .* is not available here: .*; bind device = 'cpu' or 'auto'$"):
         find_device(name)
-
-
-def test_the_peak_of_memory_covers_what_was_held_before():
-    before = peak_memory(CPU)['peak_memory_mb']
-    block = torch.ones(2 ** 28, dtype=torch.uint8)
-    del block
-    after = peak_memory(CPU)
-    assert after.keys() == {'peak_memory_mb'} and max(before, 256) <= after['peak_memory_mb'] < 10 ** 6

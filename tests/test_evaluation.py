@@ -257,7 +257,7 @@ def test_each_stage_has_the_figures_of_the_naive_pipeline_and_the_plain_ones_sta
     plain = evaluate(model, market_layout(str(folder)), CPU, extractor=extractor())
     got = evaluate(model, market_layout(str(folder)), CPU, extractor=extractor(), **options)
     stages = {name: got.pop(name) for name in ('query_expansion', 'rerank') if name in got}
-    measured = {'features_s', 'ranking_s', 'peak_memory_mb'}
+    measured = {'features_s', 'ranking_s'}
     same = plain.keys() - measured
     assert got.keys() == plain.keys() and {name: got[name] for name in same} == {name: plain[name] for name in same}
 
@@ -268,7 +268,7 @@ def test_each_stage_has_the_figures_of_the_naive_pipeline_and_the_plain_ones_sta
             'rerank': {**parameters, 'expanded': k > 0, **reranked}}
     assert stages.keys() == {name for name in want if options.get(name)}
     for name, stage in stages.items():
-        assert stage.pop('seconds') >= 0 and stage.pop('peak_memory_mb') >= got['peak_memory_mb']
+        assert stage.pop('seconds') >= 0
         assert stage == pytest.approx(want[name], abs=1e-12)
         assert stage['mAP'] != got['mAP']
 
@@ -284,11 +284,11 @@ def test_without_cameras_the_stages_leave_out_what_plain_ranking_does(model, tmp
         assert got[name] == got['query_expansion'][name] == got['rerank'][name]
 
 
-def test_each_stage_says_its_time_and_memory_and_has_a_row(model, folder, caplog):
+def test_each_stage_says_its_time_and_has_a_row(model, folder, caplog):
     caplog.set_level(logging.INFO, 'mgn')
     got = evaluate(model, market_layout(str(folder)), CPU, extractor=extractor(), query_expansion=3, rerank=True)
     for stage in ('query expansion and ranking', 're-ranking'):
-        assert len(re.findall(rf'{stage} \d+\.\d{{3}} s, peak memory \d+ MB', caplog.text)) == 1
+        assert len(re.findall(rf'{stage} \d+\.\d{{3}} s', caplog.text)) == 1
     rows = table(got).splitlines()
     labels = ['data set', 'own', '+ query expansion', '+ re-ranking']
     assert len(rows) == 5 and len({len(row) for row in rows[:4]}) == 1
@@ -323,7 +323,7 @@ def test_a_checkpoint_alone_rebuilds_model_and_data(model, folder, saved, tmp_pa
     assert (got['weights'], got['step'], got['data_root'], got['dataset']) == (saved, 33, str(folder), 'own')
     assert (got['input_size'], got['flip_test'], got['cross_camera']) == ([48, 24], False, True)
     assert set(METRICS) | {'queries', 'queries_without_match', 'gallery', 'features_s', 'ranking_s'} <= got.keys()
-    assert 0 <= got['redecided'] < 0.5 and 100 < got['peak_memory_mb'] < 1e5
+    assert 0 <= got['redecided'] < 0.5
     shown = capsys.readouterr().out
     for name in METRICS:
         assert re.search(rf'\b{100 * want[name]:.2f}\b', shown) and name in shown

@@ -17,8 +17,7 @@ from mgn.data.datasets import market_layout
 from mgn.feature_files import NAMES, PARTS, read_features, write_features
 from mgn.features import Extractor
 from mgn.model import MGN
-from mgn.ops.errors import MissingFile, UserError
-from mgn.runs import processes
+from mgn.ops.errors import UserError
 
 FILES = [f'{part}_{name}.npy' for part in PARTS for name in NAMES]
 FEATURES = 'gallery_features.npy'
@@ -161,100 +160,6 @@ def test_with_hashes_that_fit_files_of_something_else_run_no_code(written, tmp_p
     with pytest.raises(UserError, match='The features in .* are (damaged: .*; extract|of other weights)'):
         read()
     assert not (tmp_path / 'mark').exists()
-
-
-@pytest.fixture
-def hashed(monkeypatch):
-    """The names of the files whose contents are read to check them, all of them being large."""
-    names, file_hash = [], feature_files.file_hash
-    monkeypatch.setattr(feature_files, 'LARGE', 0)
-
-    def noted(path):
-        names.append(os.path.basename(path))
-        return file_hash(path)
-    monkeypatch.setattr(feature_files, 'file_hash', noted)
-    return names
-
-
-def test_large_files_are_read_once_and_again_when_they_have_changed(written, hashed):
-    folder, read = written
-    read()
-    assert hashed == FILES and (folder / 'checked.txt').exists()
-    del hashed[:]
-    read()
-    assert hashed == []
-    status = (folder / FEATURES).stat()
-    a_byte_changed(folder)
-    os.utime(folder / FEATURES, ns=(status.st_atime_ns, status.st_mtime_ns))  # as by cp -p
-    for _ in range(2):
-        with pytest.raises(UserError, match=f'damaged: .*{FEATURES} is not as mgn.extract wrote it'):
-            read()
-    assert hashed == [FEATURES] * 2
-    a_byte_changed(folder)  # back
-    assert len(read()[1]) == 10
-
-
-def test_small_files_are_read_each_time(written, hashed, monkeypatch):
-    folder, read = written
-    monkeypatch.setattr(feature_files, 'LARGE', 10 ** 6)
-    read()
-    read()
-    assert hashed == FILES * 2 and not (folder / 'checked.txt').exists()
-
-
-@pytest.mark.parametrize('stale', [lambda text: '', lambda text: text.replace('0', '1'), lambda text: text[:100],
-                                   lambda text: '\0' * 9, lambda text: text.replace(' ', '  ')])
-def test_a_stale_memory_counts_as_none(written, hashed, stale):
-    folder, read = written
-    read()
-    del hashed[:]
-    memory = (folder / 'checked.txt').read_text()
-    (folder / 'checked.txt').write_text(stale(memory))
-    a_byte_changed(folder)
-    with pytest.raises(UserError, match=f'damaged: .*{FEATURES} is not as mgn.extract wrote it'):
-        read()
-    a_byte_changed(folder)
-    read()
-    assert len(hashed) > 8
-    del hashed[:]
-    (folder / 'checked.txt').write_bytes(b'\xff\xfe')
-    read()
-    assert hashed == FILES
-
-
-def test_a_memory_of_other_features_says_nothing(written, hashed):
-    """Files and memory stay; the manifest is of another extraction."""
-    folder, read = written
-    read()
-    content = json.loads((folder / 'manifest.json').read_text())
-    del content['sha256 of the above']
-    content['sha256']['gallery']['features'] = 'f' * 64
-    content['sha256 of the above'] = feature_files.text_hash(content)
-    (folder / 'manifest.json').write_text(json.dumps(content))
-    with pytest.raises(UserError, match=f'damaged: .*{FEATURES} is not as mgn.extract wrote it'):
-        read()
-
-
-def test_where_the_memory_cannot_be_written_files_are_read_each_time(written, hashed):
-    folder, read = written
-    (folder / 'checked.txt').mkdir()
-    read()
-    read()
-    assert hashed == FILES * 2
-
-
-def test_one_process_of_a_machine_checks_and_all_hear_what_one_finds(written, hashed, monkeypatch):
-    folder, read = written
-    found = pickle.loads(pickle.dumps(MissingFile('no manifest here')))  # as it travels
-    monkeypatch.setattr(processes, 'number_on_this_machine', lambda: 1)
-    assert len(read()[0]) == 3 and hashed == []
-    monkeypatch.setattr(processes, 'gather', lambda own: [own, found])
-    with pytest.raises(MissingFile, match='no manifest here'):
-        read()
-    monkeypatch.setattr(processes, 'number_on_this_machine', lambda: 0)
-    (folder / 'manifest.json').unlink()
-    with pytest.raises(FileNotFoundError, match='holds no complete extraction: there is no .*manifest.json'):
-        read()
 
 
 def mutated(rng, folder):

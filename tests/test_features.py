@@ -89,21 +89,21 @@ def test_what_differs_is_named(written, model, root, tmp_path):
     dataset = market_layout(str(root))
 
     def refused(message, model=model, dataset=dataset, **settings):
-        with pytest.raises(ValueError, match=f'(?s)of other weights, settings or images:.*{message}.*extract them'):
+        with pytest.raises(ValueError, match=f'other weights, settings or images; what differs is {message}. Bind '):
             read_features(str(written), model, dataset, extractor(**settings))
-    refused('weights: expected [0-9a-f]{64}, found [0-9a-f]{64}', model=MGN(0, embedding_dim=8))
+    refused('weights', model=MGN(0, embedding_dim=8))
     for other in ({'pooling': 'avg'}, {'last_strides': (2, 2, 1)}):  # which no weight shows
         lookalike = MGN(0, embedding_dim=8, **other)
         lookalike.load_state_dict(model.state_dict())
         refused(next(iter(other)), model=lookalike)
-    refused(r'input_size: expected \[48, 32\], found \[48, 24\]', size=(48, 32))
-    refused('flip_test: expected True, found False', flip_test=True)
-    refused('precision: expected bfloat16, found float32', precision='bfloat16')
-    refused(r'gallery paths: expected an array of shape \(9,\), found \(10,\)',
+    refused('input_size', size=(48, 32))
+    refused('flip_test', flip_test=True)
+    refused('precision', precision='bfloat16')
+    refused('gallery pids, gallery camids, gallery paths',
             dataset=dataset._replace(gallery=dataset.gallery[1:]))
-    refused(r"query paths: 2 of 3 differ, the first at 0: expected b'query/0102_.*found b'query/0101_",
+    refused('query pids, query paths',
             dataset=dataset._replace(query=[*dataset.query[1::-1], *dataset.query[2:]]))
-    refused('query camids: 1 of 3 differ, the first at 1: expected 7, found 1',
+    refused('query camids',
             dataset=dataset._replace(query=[dataset.query[0], dataset.query[1]._replace(camid=7), dataset.query[2]]))
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from reports import bind, data_of, made, people, write_table, write_weights
 from thin import thin  # noqa: F401
 
-from mgn import evaluation, ranked_lists, report_page
+from mgn import evaluation, ranked_lists
 from mgn.data.augmentation import normalise
 from mgn.data.datasets import csv_table
 from mgn.data.images import Decoder, to_batch
@@ -260,10 +260,10 @@ def test_without_cameras_only_the_file_itself_is_junk(root, weights):
     assert page['cameras']['mAP'] == [page['queries']['ap']]
 
 
-def test_several_processes_make_no_report(monkeypatch):
-    monkeypatch.setattr(report_page.processes, 'count', lambda: 2)
+def test_the_binary_is_one_process(monkeypatch):
+    monkeypatch.setattr(evaluation.processes, 'count', lambda: 2)
     with pytest.raises(UserError, match='start it without torchrun'):
-        report_page.report(*[None] * 8)
+        evaluation.report_checkpoint(None, 'best.pth', None)
 
 
 @only_linux

@@ -122,7 +122,7 @@ def test_a_full_disk_stops_a_run_that_can_go_on_later(market, tmp_path, monkeypa
             raise OSError(errno.ENOSPC, 'No space left on device')
         fsync(descriptor)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match='No space left on device. The previous file is'):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match='No space left on device. What was there'):
         patch.setattr(os, 'fsync', full)
         train(market, tmp_path)
     assert checkpoint.load(str(tmp_path / 'last.pth'))['step'] == 2
@@ -239,7 +239,7 @@ def test_weights_alone_are_refused(market, copy):
 
 @pytest.mark.parametrize('change', [
     {'config': 5}, {'config': None}, {'num_classes': '6'}, {'step': None}, {'step': -1}, {'step': 2.0}, {'model': []},
-    {'model': {'trunk.0.weight': 3}}, {'losses': 'x'}, {'average': [1]}, {'mAP': 'x'}, {'optimizer': None},
+    {'model': {'trunk.0.weight': 3}}, {'losses': 'x'}, {'mAP': 'x'}, {'optimizer': None},
     {'optimizer': {}}, {'optimizer': {'state': {0: {'exp_avg': torch.zeros(3)}}, 'param_groups': []}},
     {'optimizer_class': 7}, {'meter': None}, {'meter': {}}, {'meter': {'names': ['a'], 'sums': None, 'count': 1}},
     {'meter': {'names': ['a'], 'sums': torch.zeros(2), 'count': 1}},

@@ -5,8 +5,6 @@ import json
 import logging
 import math
 import os
-import sys
-from importlib.util import find_spec
 
 import gin
 import pytest
@@ -34,11 +32,11 @@ def records(folder):
     return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
 
 
-def test_a_run_writes_its_files_and_its_lines(market, tmp_path, capsys):
-    train(market, tmp_path)
+def test_a_run_writes_its_files_and_its_lines(market, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger='mgn'):
+        train(market, tmp_path)
     assert {'last.pth', 'best.pth', 'config.gin', 'metrics.jsonl', 'eval.json'} <= set(os.listdir(tmp_path))
     assert not list(tmp_path.glob('*.tmp'))
-    assert bool(list(tmp_path.glob('events*'))) == (find_spec('tensorboard') is not None)
 
     lines = records(tmp_path)
     assert [line['step'] for line in lines] == [0, 3, 4, 6, 7, 7]
@@ -58,11 +56,9 @@ def test_a_run_writes_its_files_and_its_lines(market, tmp_path, capsys):
 
     results = json.loads((tmp_path / 'eval.json').read_text())
     assert {name: results[name] for name in EVALUATION} == evaluations[-1]
-    shown = capsys.readouterr().out
     for line in evaluations:
-        if line['mAP'] in (evaluations[0]['mAP'], evaluations[-1]['mAP']):
-            assert f'{100 * line["mAP"]:.2f}' in shown
-    assert str(tmp_path) in shown
+        assert f'{100 * line["mAP"]:.2f}' in caplog.text
+    assert f'checkpoints, metrics and configuration are in {tmp_path}' in caplog.text
 
 
 def test_best_holds_the_weights_of_the_best_evaluation_and_nothing_to_go_on_with(market, tmp_path):
@@ -319,18 +315,12 @@ def test_a_damaged_line_within_a_log_is_an_error_that_names_it(tmp_path):
         read_records(str(path))
 
 
-def test_without_tensorboard_everything_else_is_written(market, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)  # importing it fails
-    train(market, tmp_path, 'total_steps = 1')
-    assert len(records(tmp_path)) == 3 and not list(tmp_path.glob('events*'))
-
-
 def test_off_a_terminal_every_logging_step_is_a_plain_line(market, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger='mgn'):
         train(market, tmp_path)
     lines = [record.message for record in caplog.records if record.message.startswith('step ')]
     assert [line.split(':')[0] for line in lines] == ['step 3', 'step 6', 'step 7']
-    for name in ('loss', 'cross_entropy', 'triplet', 'lr', 'images/s', 'data_wait'):
+    for name in ('loss', 'lr', 'images/s'):
         assert all(f'{name} ' in line for line in lines)
 
 

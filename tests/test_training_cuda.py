@@ -9,7 +9,6 @@ from thin import thin  # noqa: F401 (a fixture)
 
 from mgn import training
 from mgn.data.augmentation import Augmentation
-from mgn.averaging import WeightAverage
 from mgn.data.images import TrainBatch
 from mgn.runs.meter import Meter
 from mgn.model import MGN
@@ -24,7 +23,7 @@ def test_steps_wait_for_nothing(device, precision, clip_gradient_norm):
     device, augmentation = torch.device(device), Augmentation()
     model = MGN(6, embedding_dim=16).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    scaler, meter, average = torch.amp.GradScaler(device.type, enabled=False), Meter(), WeightAverage(model, 0.9)
+    scaler, meter = torch.amp.GradScaler(device.type, enabled=False), Meter()
     images, labels = torch.randint(0, 256, (8, 3, 64, 32), dtype=torch.uint8), torch.arange(8) // 2
     draws = [draw.pin_memory() for draw in augmentation.draw(0, 0, 8, (64, 32))]
     batch = TrainBatch(images.pin_memory(), labels.pin_memory(), draws, [])
@@ -32,6 +31,5 @@ def test_steps_wait_for_nothing(device, precision, clip_gradient_norm):
         with nothing_waits() if step >= 2 else contextlib.nullcontext():
             losses = training.train_step(model, optimizer, augmentation, batch, device, precision, clip_gradient_norm,
                                          None, scaler)
-            average.update(model, step)
             meter.add(losses, step)
     assert meter.count == 4

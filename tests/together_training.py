@@ -3,7 +3,6 @@
 import copy
 import os
 import signal
-from unittest import mock
 
 import gin
 import pytest
@@ -13,13 +12,11 @@ from centre import CentreLoss
 from conftest import write_market
 from thin import ThinResNet, train
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from mgn import training
 from mgn.runs import checkpoint, processes
 from mgn.data.augmentation import Augmentation
 from mgn.data.datasets import Dataset, Sample, market_layout, train_labels
-from mgn.feature_files import check_shared
 from mgn.features import check_alike
 from mgn.data.images import TrainBatches
 from mgn.runs.interruption import Interruption
@@ -40,7 +37,7 @@ def data(folder, P):
     labels, classes = train_labels(samples)
     sampler = IdentitySampler(labels, [sample.camid for sample in samples], P, K, seed=5)
     own, whole = (TrainBatches(samples, labels, sampler, Augmentation(), SIZE, positions)
-                  for positions in (processes.part(range(P * K)), None))
+                  for positions in (processes.part(range(P * K)), range(P * K)))
     return own, whole, classes
 
 
@@ -139,26 +136,6 @@ def thin_run(folder, name, *bindings):
             gin.clear_config()
 
 
-def check_synchronised_batch_normalisation_trains_evaluates_averages_and_saves(folder):
-    """On the CPU torch refuses the synchronising forward pass alone, which is replaced here by the usual one."""
-    def forward(norm, x):
-        assert norm.process_group is not None and dist.get_world_size(norm.process_group) == processes.count()
-        return nn.functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
-                                        norm.training, norm.momentum, norm.eps)
-
-    with mock.patch.object(training, 'check_split'), mock.patch.object(nn.SyncBatchNorm, 'forward', forward), \
-            mock.patch.object(DistributedDataParallel, '_passing_sync_batchnorm_handle'):
-        for decay in (None, 0.9):
-            for steps in (2, 4):  # the second run resumes
-                model = thin_run(folder, f'sync {decay}', 'train.sync_bn = True', f'train.ema_decay = {decay}',
-                                 f'total_steps = {steps}')
-            assert any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
-            last, best = (checkpoint.load(str(folder / f'sync {decay}' / name)) for name in ('last.pth', 'best.pth'))
-            assert last['step'] == 4 and (last['average'] is None) == (decay is None)
-            assert all(torch.equal(value, last['model'][name]) for name, value in model.state_dict().items())
-            assert best['model'].keys() == last['model'].keys()
-
-
 def check_steps_in_float32_are_near_those_of_one_process(folder):
     largest = steps_apart(folder, torch.float32)
     if dist.get_rank() == 0:
@@ -205,7 +182,7 @@ def check_running_statistics_become_the_mean_and_equal_ones_stay(folder):
     norm = nn.BatchNorm1d(3)
     norm.running_mean.copy_(torch.tensor([0.1, rank, 1e30]))
     norm.num_batches_tracked.fill_(9)
-    processes.average_buffers(norm)
+    checkpoint.State(norm, nn.ReLU(), None, None, Meter(), 0).join()
     assert torch.equal(norm.running_mean, torch.tensor([0.1, (N - 1) / 2, 1e30]))
     assert torch.equal(norm.running_var, torch.ones(3)) and norm.num_batches_tracked == 9
 
@@ -225,24 +202,15 @@ def check_the_meter_tells_means_of_all_and_the_first_bad_step_of_any(folder):
 def check_what_cannot_be_split_is_refused(folder):
     N = processes.count()
     with pytest.raises(ValueError, match=rf'P = {N + 1}, .* is no multiple of the {N} processes'):
-        training.check_split(N + 1, 'all', False, CPU)
+        training.check_split(N + 1, 'all')
     with pytest.raises(ValueError, match=rf'in each process needs 2 identities there, but P = {N} is split'):
-        training.check_split(N, 'process', False, CPU)
-    with pytest.raises(ValueError, match='train.sync_bn = True needs GPUs.*the device is cpu'):
-        training.check_split(N, 'all', True, CPU)
+        training.check_split(N, 'process')
 
 
 def check_values_and_rows_travel(folder):
     rank, N = dist.get_rank(), dist.get_world_size()
     assert processes.share({'rank': rank}) == {'rank': 0}
     assert processes.gather(rank) == list(range(N))
-    weight = torch.arange(24.).view(2, 3, 2, 2).contiguous(memory_format=torch.channels_last)
-    content = {'model': {'weight': weight, 'none': torch.empty(0), 'count': torch.tensor(7)}, 'step': 3,
-               'meter': [torch.arange(9)[::2], None, torch.tensor([True])]}
-    shared = processes.share_tensors(content if rank == 0 else None)
-    assert shared['step'] == 3 and shared['meter'][0].tolist() == [0, 2, 4, 6, 8] and shared['meter'][2].item() is True
-    assert torch.equal(shared['model']['weight'], weight) and shared['model']['weight'].stride() == weight.stride()
-    assert shared['model']['count'].item() == 7 and shared['model']['none'].shape == (0,)
     whole = processes.to_first(torch.full((rank % 2, 3), rank))
     assert whole is None if rank else whole.tolist() == [[r] * 3 for r in range(N) if r % 2]
     assert sum(processes.gather(list(processes.part(range(7)))), []) == list(range(7))
@@ -268,12 +236,3 @@ def check_copies_that_differ_are_refused_in_all(folder):
     with pytest.raises(ValueError, match=f'All {N} processes need the same images of own, but it differs between '
                                          f'process 0 and {N - 1}. (?i:give all machines)'):
         check_alike(other, ('query', 'gallery'))
-
-
-def check_a_folder_that_not_all_see_is_refused_in_all(folder):
-    rank = dist.get_rank()
-    check_shared(str(folder))
-    (folder / f'own{rank}').mkdir()
-    (folder / f'own{rank}' / 'shared').write_text('of another time')
-    with pytest.raises(ValueError, match='All processes must share .* writes to .*own. is not seen by process 1'):
-        check_shared(str(folder / f'own{rank}'))

@@ -95,12 +95,12 @@ def thin_and_short(steps):
         steps.append(0)
         return losses
     training.train_step = one_step
-    start = loader.start_workers
+    start = loader.DataLoader
 
-    def start_workers(dataset, items, workers, device):
-        assert workers <= 16, f'{workers} worker processes were about to start'
-        return start(dataset, items, workers, device)
-    loader.start_workers = start_workers
+    def start_workers(*args, num_workers, **options):
+        assert num_workers <= 16, f'{num_workers} worker processes were about to start'
+        return start(*args, num_workers=num_workers, **options)
+    loader.DataLoader = start_workers
 
 
 def used(given, run, steps):

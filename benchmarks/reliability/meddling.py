@@ -35,17 +35,12 @@ def before(function, number, act):
     setattr(owner, name, call)
 
 
-def wait(phase, number, at, long):
-    """Says by the file `at` that the phase has begun, and stays in it: in one long call of torch, or for a moment."""
+def wait(phase, number, at, seconds):
+    """Says by the file `at` that the phase has begun, and stays in it."""
     def stay():
         with open(at, 'w'):
             pass
-        if long:
-            import torch
-            big = torch.rand(2000, 2000)
-            torch.linalg.multi_dot([big] * 2000)
-        else:
-            time.sleep(1)
+        time.sleep(seconds)
     before(PHASES[phase], number, stay)
 
 

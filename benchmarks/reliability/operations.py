@@ -1,7 +1,6 @@
 """Random small cases of each operation against loops in float64: ties, duplicates, zeros, strides, half types."""
 
 import math
-import os
 
 import numpy as np
 import pytest
@@ -12,12 +11,11 @@ import test_ranks_from_distance
 import test_reranking
 import test_topk
 import torch
-import torch.distributed as dist
 from implementations import IMPLEMENTATIONS, run_as
 from mining import RELATIVE_ERROR, TYPES, assert_mined, naive, naive_loss
-from rankings import METRICS, naive_expansion, naive_ranks, published_distances, ranks_of, same
+from rankings import METRICS, naive_expansion, naive_ranks, ranks_of, same
 
-from benchmarks.reliability.driver import Row, random_of
+from benchmarks.reliability.driver import Row
 from mgn import ops
 from mgn.ops.arguments import PRECISIONS
 from mgn.ops.errors import UserError
@@ -92,10 +90,10 @@ def k_reciprocal_ranks(rng):
                                           **options))
 
 
-def matrix(rng, Q, G, infinite=True):
+def matrix(rng, Q, G):
     """A matrix of distances, of any type and strides, and its float64 numbers."""
     x = rows(rng, Q, G, any_of(rng, KINDS))
-    if infinite and rng.random() < 0.2:
+    if rng.random() < 0.2:
         x[rng.random(x.shape) < 0.3] = any_of(rng, [np.inf, -np.inf])
     return passed(rng, x.astype(np.float64) if rng.random() < 0.3 else x)
 
@@ -141,15 +139,6 @@ def topk_from_distance(rng):
     assert np.array_equal(distances, np.take_along_axis(numbers, expected, 1))
 
 
-def re_ranking(rng):
-    Q, G = rng.integers(0, 5), rng.integers(0, 16)
-    given, (q_g, q_q, g_g) = zip(*(matrix(rng, *shape, infinite=False) for shape in ((Q, G), (Q, Q), (G, G))))
-    k1, k2, weight = int(rng.integers(1, 9)), int(rng.integers(1, 9)), any_of(rng, [0, 0.1, 0.3, 1])
-    whole = np.abs(np.block([[q_q.T, q_g], [q_g.T, g_g.T]]))
-    expected = published_distances(whole, whole * whole, Q, k1, k2, weight)
-    np.testing.assert_allclose(ops.re_ranking(*given, k1, k2, weight), expected, rtol=1e-6, atol=2e-7)
-
-
 def retrieval_metrics(rng):
     ranks = [sorted((rng.permutation(60)[:rng.integers(0, 9)] + 1).tolist()) for _ in range(rng.integers(0, 9))]
     if not any(ranks):
@@ -166,39 +155,6 @@ def expand_queries(rng):
     k, alpha = int(rng.integers(1, 50)), any_of(rng, [0.0, 0.5, 1.0, 3.0])
     got = ops.expand_queries(query, gallery, k, alpha)
     np.testing.assert_allclose(got.numpy(), naive_expansion(of_query, of_gallery, k, alpha), rtol=0, atol=3e-7)
-
-
-def match_ranks_sharded(rng):
-    """Of three processes, each of which has a part of the rows."""
-    query, gallery, of_query, of_gallery, ids, options = problem(rng)
-    bounds = [[0, *sorted(rng.integers(0, len(x) + 1, 2)), len(x)] for x in (query, gallery)]
-    own = [slice(*bound[dist.get_rank():dist.get_rank() + 2]) for bound in bounds]
-    offsets, ranks, _ = ops.match_ranks_sharded(*(x[own[i % 2]] for i, x in enumerate((query, gallery, *ids))),
-                                                **options)
-    assert ([ranks[a:b].tolist() for a, b in zip(offsets, offsets[1:])]
-            == naive_ranks(of_query, of_gallery, *ids, **options))
-
-
-def in_three_processes(rng, folder, number):
-    """This process is the first of three. The others serve its cases until it ends."""
-    if not dist.is_initialized():
-        meeting = folder / f'meeting {os.getpid()}'
-        rank = 0 if os.fork() else 1 if os.fork() else 2
-        dist.init_process_group('gloo', init_method=f'file://{meeting}', rank=rank, world_size=3)
-        if rank:
-            serve()
-    dist.broadcast(torch.tensor(number), 0)
-    drawn(match_ranks_sharded, rng)
-
-
-def serve():
-    try:
-        while True:
-            number = torch.tensor(0)
-            dist.broadcast(number, 0)
-            drawn(match_ranks_sharded, random_of('match_ranks_sharded', number.item()))
-    finally:
-        os._exit(0)
 
 
 def labelled(rng, heads, n, D, kind, dtype):
@@ -276,11 +232,10 @@ def drawn(check, rng):
 
 
 def row_of(check):
-    case = in_three_processes if check is match_ranks_sharded else lambda rng, folder, number: drawn(check, rng)
-    return Row(f'`{check.__name__}`{GRADIENT.get(check, "")}', 20_000, case)
+    return Row(f'`{check.__name__}`{GRADIENT.get(check, "")}', 20_000, lambda rng, folder, number: drawn(check, rng))
 
 
 GRADIENT = {batch_hard_triplet_loss: ' and gradient', pairwise_distance: ' and gradient'}
 ROWS = {check.__name__: row_of(check) for check in (
-    batch_hard, batch_hard_triplet_loss, pairwise_distance, match_ranks, match_ranks_from_distance, match_ranks_sharded,
-    topk, topk_from_distance, k_reciprocal_ranks, re_ranking, evaluate_rank, retrieval_metrics, expand_queries)}
+    batch_hard, batch_hard_triplet_loss, pairwise_distance, match_ranks, match_ranks_from_distance, topk,
+    topk_from_distance, k_reciprocal_ranks, evaluate_rank, retrieval_metrics, expand_queries)}

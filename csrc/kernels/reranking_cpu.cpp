@@ -35,22 +35,12 @@ struct Sum {
 
 // Rows that several threads make, one after the other: make(row, columns, values) appends.
 template <typename Maker> SparseRows gather(int64_t n, const Parallel& parallel, const Maker& maker) {
-  std::vector<std::vector<int32_t>> columns(n);
-  std::vector<std::vector<double>> values(n);
+  SparseRows rows{std::vector<std::vector<int32_t>>(n), std::vector<std::vector<double>>(n)};
   parallel(n, kGrain, [&](int64_t begin, int64_t end) {
     auto make = maker();  // a thread's own memory
-    for (int64_t row = begin; row < end; ++row) make(row, columns[row], values[row]);
+    for (int64_t row = begin; row < end; ++row) make(row, rows.columns[row], rows.values[row]);
   });
-  SparseRows all{{0}, {}, {}};
-  for (int64_t row = 0; row < n; ++row) all.offsets.push_back(all.offsets.back() + int64_t(columns[row].size()));
-  all.columns.reserve(all.offsets.back());
-  for (int64_t row = 0; row < n; ++row) {
-    all.columns.insert(all.columns.end(), columns[row].begin(), columns[row].end());
-    all.values.insert(all.values.end(), values[row].begin(), values[row].end());
-    std::vector<int32_t>().swap(columns[row]);
-    std::vector<double>().swap(values[row]);
-  }
-  return all;
+  return rows;
 }
 
 }  // namespace
@@ -71,13 +61,14 @@ SparseRows reciprocal(const int64_t* items, int64_t n, int64_t k, int64_t half, 
   const SparseRows own = mutual(k), of_others = mutual(std::min(half, k));
   return gather(n, parallel, [&] {
     return [&](int64_t i, auto& columns, auto&) {
-      const int32_t *begin = own.columns.data() + own.offsets[i], *end = own.columns.data() + own.offsets[i + 1];
-      columns.assign(begin, end);
-      for (const int32_t* j = begin; j < end; ++j) {
-        const int32_t *first = of_others.columns.data() + of_others.offsets[*j],
-                      *last = of_others.columns.data() + of_others.offsets[*j + 1];
-        const auto shared = std::count_if(first, last, [&](int32_t c) { return std::binary_search(begin, end, c); });
-        if (3 * shared > 2 * (last - first)) columns.insert(columns.end(), first, last);
+      const auto& near = own.columns[i];
+      columns = near;
+      for (const int32_t j : near) {
+        const auto& others = of_others.columns[j];
+        const auto shared = std::count_if(others.begin(), others.end(), [&](int32_t c) {
+          return std::binary_search(near.begin(), near.end(), c);
+        });
+        if (3 * shared > 2 * int64_t(others.size())) columns.insert(columns.end(), others.begin(), others.end());
       }
       std::sort(columns.begin(), columns.end());
       columns.erase(std::unique(columns.begin(), columns.end()), columns.end());
@@ -97,19 +88,17 @@ SparseRows mean_rows(const Sparse& rows, int64_t width, const int64_t* items, in
   });
 }
 
-SparseRows transpose(const Sparse& rows, int64_t n, int64_t width) {
-  const int64_t count = rows.offsets[n];
-  SparseRows out{std::vector<int64_t>(width + 1), std::vector<int32_t>(count), std::vector<double>(count)};
-  for (int64_t e = 0; e < count; ++e) ++out.offsets[rows.columns[e] + 1];
-  std::partial_sum(out.offsets.begin(), out.offsets.end(), out.offsets.begin());
-  std::vector<int64_t> next(out.offsets.begin(), out.offsets.end() - 1);
+void transpose(const Sparse& rows, int64_t n, int64_t width, int64_t* offsets, int32_t* columns, double* values) {
+  std::fill(offsets, offsets + width + 1, 0);
+  for (int64_t e = 0; e < rows.offsets[n]; ++e) ++offsets[rows.columns[e] + 1];
+  std::partial_sum(offsets, offsets + width + 1, offsets);
+  std::vector<int64_t> next(offsets, offsets + width);
   for (int64_t row = 0; row < n; ++row)
     for (int64_t e = rows.offsets[row]; e < rows.offsets[row + 1]; ++e) {
       const int64_t at = next[rows.columns[e]]++;
-      out.columns[at] = int32_t(row);
-      out.values[at] = rows.values[e];
+      columns[at] = int32_t(row);
+      values[at] = rows.values[e];
     }
-  return out;
 }
 
 SparseRows overlap(const Sparse& rows, int64_t n, const Sparse& columns, int64_t items, const Parallel& parallel) {

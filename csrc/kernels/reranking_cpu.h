@@ -16,10 +16,10 @@ struct Sparse {
   const int32_t* columns;
   const double* values;
 };
+// The same, made by several threads: a row's columns and values.
 struct SparseRows {
-  std::vector<int64_t> offsets;
-  std::vector<int32_t> columns;
-  std::vector<double> values;
+  std::vector<std::vector<int32_t>> columns;
+  std::vector<std::vector<double>> values;
 };
 
 // Each item's expanded k-reciprocal neighbours, without values. items: (n, k), the nearest of each, nearest first.
@@ -30,8 +30,8 @@ SparseRows reciprocal(const int64_t* items, int64_t n, int64_t k, int64_t half, 
 SparseRows mean_rows(const Sparse& rows, int64_t width, const int64_t* items, int64_t n, int64_t k,
                      const Parallel& parallel);
 
-// The transposed matrix: its rows are the columns.
-SparseRows transpose(const Sparse& rows, int64_t n, int64_t width);
+// The transposed matrix, its rows being the columns, into offsets (width + 1), columns and values.
+void transpose(const Sparse& rows, int64_t n, int64_t width, int64_t* offsets, int32_t* columns, double* values);
 
 // Jaccard distances of n rows to `items` others, given as columns, where the two overlap.
 SparseRows overlap(const Sparse& rows, int64_t n, const Sparse& columns, int64_t items, const Parallel& parallel);
@@ -44,12 +44,12 @@ struct Reranked {
   double lambda;
 };
 
-// Calls visit(item, jaccard) for every overlap of the query with an item of first … end.
+// Calls visit(item, jaccard) for every overlap of the query with an item of first … end; no other, whatever items hold.
 template <typename Visit>
 void for_overlaps(const Reranked& reranked, int64_t q, int64_t first, int64_t end, const Visit& visit) {
   const int32_t *from = reranked.items + reranked.offsets[q], *to = reranked.items + reranked.offsets[q + 1];
   for (const int32_t* item = std::lower_bound(from, to, first); item < to && *item < end; ++item)
-    visit(*item, reranked.jaccard[item - reranked.items]);
+    if (*item >= first) visit(*item, reranked.jaccard[item - reranked.items]);
 }
 
 inline double final_distance(const Reranked& reranked, int64_t q, bool cosine, double key, double jaccard) {

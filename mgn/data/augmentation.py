@@ -1,6 +1,6 @@
 """What happens to each image of a training batch: drawn on the CPU, applied to the whole batch on the training device.
 
-Another way of flipping, cropping or erasing has two places: `Augmentation.draw` and `erasing_box` choose, `augment`
+Another way of flipping, cropping or erasing has two places: `Augmentation.draw` and `erasing_box` choose, `__call__`
 applies. What fills the erased boxes is ERASING_FILL.
 """
 
@@ -90,22 +90,18 @@ class Augmentation:
         Batched tensor operations, which never wait for a GPU. Channels-last images are faster. Of a box to erase, what
         lies outside of the image is ignored.
         """
-        return augment(images, *draws, self.padding)
-
-
-def augment(images, flip, top, left, erase, padding):
-    """Horizontal flip → pad with black and crop back → normalise → fill a box; every image has its own values."""
-    count, _, height, width = images.shape
-    pixels = images.permute(0, 2, 3, 1)
-    both = torch.stack((pixels, pixels.flip(2))).flatten(3)                # (2, B, H, 3W), as it is and mirrored
-    padded = F.pad(both, (3 * padding, 3 * padding, padding, padding))
-    mirror_stride, batch_stride, row_stride, _ = padded.stride()
-    windows = padded.as_strided(                                           # every crop is a view: no pixel is copied
-        (2, count, 2 * padding + 1, 2 * padding + 1, height, 3 * width),
-        (mirror_stride, batch_stride, row_stride, 3, row_stride, 1))
-    crops = windows[flip.long(), torch.arange(count, device=images.device), top, left]  # (B, H, 3W)
-    normalised = normalise(crops.view(count, height, width, 3).permute(0, 3, 1, 2))
-    return erase_boxes(normalised, erase)
+        (flip, top, left, erase), padding = draws, self.padding
+        count, _, height, width = images.shape
+        pixels = images.permute(0, 2, 3, 1)
+        both = torch.stack((pixels, pixels.flip(2))).flatten(3)            # (2, B, H, 3W), as it is and mirrored
+        padded = F.pad(both, (3 * padding, 3 * padding, padding, padding))
+        mirror_stride, batch_stride, row_stride, _ = padded.stride()
+        windows = padded.as_strided(                                       # every crop is a view: no pixel is copied
+            (2, count, 2 * padding + 1, 2 * padding + 1, height, 3 * width),
+            (mirror_stride, batch_stride, row_stride, 3, row_stride, 1))
+        crops = windows[flip.long(), torch.arange(count, device=images.device), top, left]  # (B, H, 3W)
+        normalised = normalise(crops.view(count, height, width, 3).permute(0, 3, 1, 2))
+        return erase_boxes(normalised, erase)
 
 
 def erase_boxes(images, boxes):

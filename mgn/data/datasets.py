@@ -6,7 +6,6 @@ ids that the files carry. Ids become labels 0…C−1 only for training (`train_
 
 import contextlib
 import csv
-import itertools
 import os
 import re
 from typing import Annotated, Literal, NamedTuple
@@ -61,17 +60,19 @@ def msmt17(root: str, combine_val: bool = False) -> Dataset:
 
     Trains on list_train.txt alone, or with list_val.txt too where `combine_val`.
     """
-    lists = ('list_train.txt', 'list_val.txt'), ('list_query.txt', 'list_gallery.txt')
-    versions = [tuple((images, *names) for images, names in zip(folders, lists))
-                for folders in (('train', 'test'), ('mask_train_v2', 'mask_test_v2'))]
-    folder, (in_train, in_test), not_to_train = find_folder(
-        root, ('MSMT17_V1', 'MSMT17_V2', 'msmt17', 'MSMT17', ''), *versions)
+    to_train, to_evaluate = ('list_train.txt', 'list_val.txt'), ('list_query.txt', 'list_gallery.txt')
+    aliases = 'MSMT17_V1', 'MSMT17_V2', 'msmt17', 'MSMT17', ''
+    folders = [os.path.join(os.path.expanduser(root), alias) for alias in aliases]
+    first, second = (any(os.path.isdir(os.path.join(folder, name)) for folder in folders)
+                     for name in ('test', 'mask_test_v2'))
+    in_train, in_test = ('mask_train_v2', 'mask_test_v2') if second and not first else ('train', 'test')
+    folder, not_to_train = find_folder(root, aliases, (in_train, *to_train), (in_test, *to_evaluate))
     train = []
     if not not_to_train:
-        for list_name in lists[0][:1 + combine_val]:
-            train += read_msmt_list(folder, list_name, in_train[0])
+        for list_name in to_train[:1 + combine_val]:
+            train += read_msmt_list(folder, list_name, in_train)
         logger.info('MSMT17 trains on %s', 'list_train.txt and list_val.txt' if combine_val else 'list_train.txt alone')
-    query, gallery = (read_msmt_list(folder, list_name, in_test[0]) for list_name in lists[1])
+    query, gallery = (read_msmt_list(folder, list_name, in_test) for list_name in to_evaluate)
     dataset = Dataset('MSMT17', folder, train, query, gallery, not_to_train)
     return report(dataset, (1041, 32621 if combine_val else 30248, 11659, 82161, 15))
 
@@ -105,7 +106,7 @@ def cuhk01(root: str, seed: Seed = 0) -> Dataset:
     File names such as 0001003.png: identity 1, its third image of four, of which the first two are camera 1's. There is
     no published split: `seed` draws the 485 identities to train on; of the others camera 1 is the query.
     """
-    folder = find_folder(root, ('CUHK01', 'cuhk01', ''), ((), ('campus',)))[0]
+    folder = find_folder(root, ('CUHK01', 'cuhk01', ''), (), ('campus',))[0]
     samples, folder = [], os.path.join(folder, 'campus')
     with reading(folder):
         file_names = sorted(os.listdir(folder))
@@ -179,29 +180,28 @@ def pedestrians(root: str, seed: Seed = 0, draw: bool = True) -> Dataset:
 TRAIN, QUERY, GALLERY = MARKET_FOLDERS = ('bounding_box_train', 'query', 'bounding_box_test')
 
 
-def find_folder(root, aliases, *versions):
-    """The first root/alias that holds all files of a version, or else those to evaluate; that version; and a sentence.
+def find_folder(root, aliases, to_train, to_evaluate):
+    """The first root/alias that holds all these files, or else those to evaluate; and a sentence.
 
-    versions: (names of files to train, names of files to evaluate). The sentence lists every path tried; it is empty
-    where nothing is missing. It is the message of a MissingFile where no root/alias holds the files to evaluate.
+    The sentence lists every path tried; it is empty where nothing is missing. It is the message of a MissingFile where
+    no root/alias holds the files to evaluate.
     """
-    root = os.path.abspath(os.path.expanduser(root))
+    root, names = os.path.abspath(os.path.expanduser(root)), (*to_train, *to_evaluate)
     folders = [os.path.join(root, alias) if alias else root for alias in aliases]
-    contents = [(*to_train, *to_evaluate) for to_train, to_evaluate in versions]
-    paths = dict.fromkeys(os.path.join(folder, name) for folder in folders for names in contents for name in names)
+    paths = [os.path.join(folder, name) for folder in folders for name in names]
     tried = '\n  '.join(path if os.path.exists(path) else f'{path} (missing)' for path in paths)
-    missing = (f'No folder holds {" or ".join(map(", ".join, contents))}; looked for\n  {tried}\n'
+    missing = (f'No folder holds {", ".join(names)}; looked for\n  {tried}\n'
                f"bind data_root to the folder that holds them, e.g. data_root='datasets'")
-    for part, sentence in ((slice(0, 2), ''), (slice(1, 2), missing)):
-        for folder, version in itertools.product(folders, versions):
-            if all(os.path.exists(os.path.join(folder, name)) for names in version[part] for name in names):
-                return folder, version, sentence
+    for needed, sentence in ((names, ''), (to_evaluate, missing)):
+        for folder in folders:
+            if all(os.path.exists(os.path.join(folder, name)) for name in needed):
+                return folder, sentence
     raise MissingFile(missing)
 
 
 def read_market_layout(name, root, aliases=('',), published=None, camera_required=True):
     """The data set in the first root/alias that has Market-1501's folders. published: sizes, as COUNTED, or None."""
-    folder, _, not_to_train = find_folder(root, aliases, ((TRAIN,), (QUERY, GALLERY)))
+    folder, not_to_train = find_folder(root, aliases, (TRAIN,), (QUERY, GALLERY))
     parts = [[] if part == TRAIN and not_to_train else read_market_folder(os.path.join(folder, part), camera_required)
              for part in MARKET_FOLDERS]
     without_camera = [sample.path for part in parts for sample in part if sample.camid is None]

@@ -134,24 +134,17 @@ def to_batch(images, size):
 class TrainBatches:
     """Item `step` is the batch of that step: sampler, images and the draws of their augmentation.
 
-    positions: the range of places in the batch that are loaded; None: all of them.
+    positions: the range of places in the batch that are loaded.
     Another image of the same identity, drawn by (seed, step, position), replaces an unreadable image.
     """
 
-    def __init__(self, samples, labels, sampler, augmentation, size, positions=None):
+    def __init__(self, samples, labels, sampler, augmentation, size, positions):
         self.samples, self.labels, self.sampler = samples, labels, sampler
-        self.augmentation, self.size, self.decode = augmentation, tuple(size), Decoder()
-        self.positions = range(sampler.P * sampler.K) if positions is None else positions
-
-    def indices(self, step):
-        batch = self.sampler.batch(step)
-        return [batch[position] for position in self.positions]
-
-    def paths(self, step):
-        return [self.samples[index].path for index in self.indices(step)]
+        self.augmentation, self.size, self.decode, self.positions = augmentation, tuple(size), Decoder(), positions
 
     def __getitem__(self, step):
-        images, unreadable, indices = [], {}, self.indices(step)
+        batch, images, unreadable = self.sampler.batch(step), [], {}
+        indices = [batch[position] for position in self.positions]
         for position, index in zip(self.positions, indices):
             image = self.image(index, step, position, unreadable)
             images.append(self.augmentation.auto_augment(image, self.sampler.seed, step, position))
@@ -186,14 +179,11 @@ class TestBatches:
     def __len__(self):
         return -(-len(self.samples) // self.batch_size)
 
-    def paths(self, item):
-        return [sample.path for sample in self.samples[item * self.batch_size:(item + 1) * self.batch_size]]
-
     def __getitem__(self, item):
         images, unreadable = [], {}
-        for path in self.paths(item):
+        for sample in self.samples[item * self.batch_size:(item + 1) * self.batch_size]:
             try:
-                images.append(self.decode(path))
+                images.append(self.decode(sample.path))
             except FileError as error:  # the caller raises it: an error from a worker process loses its form
-                unreadable[path] = str(error)
+                unreadable[sample.path] = str(error)
         return TestBatch(to_batch(images, self.size), unreadable)

@@ -7,7 +7,6 @@ far to near as rounded polygons. A point of the image is a complex number, colum
 """
 
 import json
-import re
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,6 @@ from mgn.ops.errors import UserError
 VERSION = 2  # of the images; raise it with any change that alters one of their bytes or names
 GENERATOR, STAMP = 'mgn.pedestrians', 'complete.json'
 TRAIN, QUERY, GALLERY = FOLDERS = ('bounding_box_train', 'query', 'bounding_box_test')
-OUR_FILES = rf'{STAMP}|({"|".join(FOLDERS)})(/(-1|\d{{4}})_c\ds\d_\d{{6}}_\d\d\.jpg)?'
 
 TRAIN_PIDS, TEST_PIDS = 144, 28    # even: two persons in the same colours are trained or tested together
 CAMERAS_OF_PERSON, SHOTS = 4, 2    # how many of the six cameras see a person, and how many images each takes
@@ -62,19 +60,22 @@ class Shot(NamedTuple):
 def write_pedestrians(folder, seed=0):
     """Writes about 1,400 small JPEG files to `folder`/bounding_box_train, /query and /bounding_box_test, once.
 
-    A complete set of this version and seed stays as it is; any other set of ours is replaced. The files are written
-    beside `folder` and moved there in one step, so it never holds half a set, also where two processes start together.
-    One machine writes the same bytes every time. Raises UserError where `folder` holds files that are not ours.
+    A complete set of this version and seed stays as it is. The files are written beside `folder` and moved there in one
+    step, so it never holds half a set, also where two processes start together. One machine writes the same bytes every
+    time. Raises UserError where `folder` holds anything else.
     """
     folder, shots = Path(folder).resolve(), plan(seed)
     stamp = json.dumps({'generator': GENERATOR, 'version': VERSION, 'seed': seed, 'images': len(shots)})
 
     def is_complete():
-        return read_stamp(folder) == stamp and len(list(folder.glob('*/*.jpg'))) == len(shots)
+        return ((folder / STAMP).is_file() and (folder / STAMP).read_text(errors='replace') == stamp
+                and len(list(folder.glob('*/*.jpg'))) == len(shots))
 
     if is_complete():
         return
-    refuse_foreign_files(folder)
+    if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f'The drawn pedestrians need a folder of their own, but {folder} holds something else, or a '
+                        f'set that is not whole or of another seed; bind data_root to another folder, or remove it')
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'{folder.name}.', dir=folder.parent) as scratch:
         fresh = Path(scratch, 'fresh')
@@ -83,27 +84,10 @@ def write_pedestrians(folder, seed=0):
             Image.fromarray(take(shot, seed)).save(fresh / shot.file, quality=92)
         (fresh / STAMP).write_text(stamp)
         try:
-            if folder.exists() and not is_complete():
-                refuse_foreign_files(folder)
-                folder.rename(Path(scratch, 'old'))
             fresh.rename(folder)
         except OSError:  # another process has just finished the same set
             if not is_complete():
                 raise
-
-
-def read_stamp(folder):
-    return (folder / STAMP).read_text(errors='replace') if (folder / STAMP).is_file() else ''
-
-
-def refuse_foreign_files(folder):
-    """Every file in `folder` must be ours, as the folder is about to be replaced."""
-    drawn_here = f'"generator": "{GENERATOR}"' in read_stamp(folder)
-    names = [folder.name] if folder.is_file() else [path.relative_to(folder).as_posix() for path in folder.rglob('*')]
-    foreign = sorted(name for name in names if not (drawn_here and re.fullmatch(OUR_FILES, name)))
-    if foreign:
-        raise UserError(f'The drawn pedestrians need a folder of their own, but {folder} holds other files, e.g. '
-                        f'{", ".join(foreign[:3])}; bind data_root to another folder or move these files away')
 
 
 def plan(seed):

@@ -3,7 +3,6 @@
 
 from mgn.data import random_streams
 from mgn.ops.errors import UserError
-from mgn.runs.log import logger
 
 
 class IdentitySampler:
@@ -28,9 +27,6 @@ class IdentitySampler:
         self.camids, self.P, self.K, self.seed = list(camids), P, K, seed
         self.identities = sorted(self.images_of)
         self.steps_per_epoch = len(self.identities) // P
-        few = sum(len(images) < K for images in self.images_of.values())
-        if few:
-            logger.info('%d of %d identities have fewer than K=%d images and repeat them', few, len(self.identities), K)
 
     def batch(self, step):
         """Sample indices of the batch of step 0, 1, 2, …: P·K ints, the K images of an identity side by side."""

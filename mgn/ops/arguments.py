@@ -15,7 +15,7 @@ HALF_TYPES = torch.float16, torch.bfloat16
 FLOAT_TYPES = {*HALF_TYPES, torch.float32, torch.float64}
 INTEGER_TYPES = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32,
                  torch.uint64}
-PRECISIONS = 'auto', 'float32', 'tf32', 'bfloat16'
+PRECISIONS = 'auto', 'float32', 'tf32'
 LARGEST_K = 4096
 NUMBER_THEM = 'pass an integer for each row, e.g. by numpy.unique(…, return_inverse=True)'
 
@@ -65,12 +65,6 @@ def choice(value, name, choices, remedy):
 
 def neighbours(k):
     return integer(k, 'k', 1, LARGEST_K, 'for longer lists sort the distances, e.g. those of pairwise_distance')
-
-
-def reranking(k1, k2, lambda_value):
-    """The three as int, int and float."""
-    return (integer(k1, 'k1', 1, 2 ** 31 - 1, 'usual is 20'), integer(k2, 'k2', 1, 2 ** 31 - 1, 'usual is 6'),
-            real(lambda_value, 'lambda_value', 0, 1, '0.3 is usual, 1 ranks by the original distance'))
 
 
 def check_rows(rows, name, shape='(rows, D)'):

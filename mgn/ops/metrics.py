@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mgn.ops.arguments import as_ids
+from mgn.ops.arguments import as_ids, integer, truth
 from mgn.ops.errors import UserError
+from mgn.ops.ranking.ranks import match_ranks_from_distance
 
 
 class Matches(NamedTuple):
@@ -69,11 +70,37 @@ def retrieval_metrics(offsets, ranks):
     return {name: float(np.mean(formula(matches))) for name, formula in FORMULAS.items()}
 
 
-def query_metrics(offsets, ranks):
-    """The first rank, both average precisions and the INP of each query that has a match, (V,) each."""
+def evaluate_rank(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=50, use_metric_cuhk03=False, use_cython=True):
+    """fastreid.evaluation.rank.evaluate_rank: the same arguments and numbers, by counting instead of sorting.
+
+    Equal distances are ordered by gallery index, where fast-reid's order is left to its sort. No id is special here: −1
+    is one like any other. Where a query has fewer than max_rank items left, its curve stays at 1 (fast-reid's compiled
+    code reads there what an earlier query left).
+
+    Args:
+        distmat: (Q, G) distances, as of match_ranks_from_distance; q_pids, g_pids, q_camids, g_camids: (Q,), (G,)
+            integers.
+        max_rank: length of the CMC curve, at most G. use_cython: without effect.
+    Returns:
+        (cmc (min(max_rank, G),), all_AP (V,), all_INP (V,)), float32 NumPy arrays, over the V queries that have a
+        match.
+    Raises:
+        UserError: use_metric_cuhk03=True; no query with a match; whatever match_ranks_from_distance refuses.
+    """
+    if truth(use_metric_cuhk03, 'use_metric_cuhk03', 'False is what evaluate_rank does'):
+        raise UserError('evaluate_rank needs use_metric_cuhk03=False, since it does not draw single gallery images as '
+                        "CUHK03's old protocol does; use CUHK03's new protocol (767/700 identities)")
+    max_rank = integer(max_rank, 'max_rank', 1, 2 ** 63 - 1, 'it is the length of the CMC curve')
+    offsets, ranks, _ = match_ranks_from_distance(distmat, q_pids, g_pids, q_camids, g_camids, junk_pid=None)
     matches = true_matches(offsets, ranks)
-    measures = first_rank, average_precision, trapezoid_precision, inverse_negative_penalty
-    return tuple(measure(matches) for measure in measures)
+    if len(matches.starts) == 0:
+        raise UserError('At least one query must have its identity in the gallery, seen by another camera, but none '
+                        'has; check pids and camids')
+    length = min(max_rank, np.shape(distmat)[1])
+    # What is beyond is left out.
+    hits = np.bincount(np.minimum(first_rank(matches) - 1, length), minlength=length + 1)[:length]
+    measures = np.cumsum(hits) / len(matches.starts), average_precision(matches), inverse_negative_penalty(matches)
+    return tuple(measure.astype(np.float32) for measure in measures)
 
 
 def true_matches(offsets, ranks):

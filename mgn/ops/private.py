@@ -4,16 +4,12 @@ import functools
 import sys
 
 import torch
-from torch.utils import _pytree
 
 # How many modes watch the operators, as tracers do. Without any, batch-hard mining skips a second dispatch.
 watching_modes = torch._C._len_torch_dispatch_stack
 
 # A context in which operators skip autograd, for an autograd.Function that calls the operator it differentiates.
 below_autograd = torch._C._AutoDispatchBelowAutograd
-
-# for_tensors(function, value): the value with function(tensor) in place of each tensor in its dicts, lists and tuples.
-for_tensors = functools.partial(_pytree.tree_map_only, torch.Tensor)
 
 
 def cpu_capabilities():

@@ -22,7 +22,7 @@ from mgn.runs.files import replacing
 from mgn.runs.log import logger
 
 FORMAT = 'mgn checkpoint 1'
-FIELDS = {'config': str, 'num_classes': int, 'step': int, 'model': dict, 'losses': dict | None, 'average': dict | None,
+FIELDS = {'config': str, 'num_classes': int, 'step': int, 'model': dict, 'losses': dict | None,
           'mAP': float | None}  # what any checkpoint may hold; restoring a run checks the rest
 SHOWN = 5  # keys that an error lists from the beginning and from the end
 LEGACY = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'  # how the files of torch up to 1.5 begin, which have no checksums
@@ -48,34 +48,27 @@ class Damaged(UserError):
 class State:
     """A run behind `step` steps. To add a field: declare it here, write it in `content`, read it in `restore`.
 
-    losses: a module, whose parameters are trained like the model's. average: WeightAverage, or None for a run without.
+    losses: a module, whose parameters are trained like the model's.
     """
     model: torch.nn.Module
     losses: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     meter: Any
-    average: Any
     num_classes: int
     step: int = 0
-
-    @property
-    def evaluated(self):
-        """The model that evaluations use and best.pth holds."""
-        return self.average.model if self.average else self.model
 
     def content(self):
         """What last.pth holds."""
         return {'config': configuration(), 'num_classes': self.num_classes, 'step': self.step,
                 'model': self.model.state_dict(), 'losses': self.losses.state_dict(),
-                'average': self.average.model.state_dict() if self.average else None,
                 'optimizer': self.optimizer.state_dict(), 'optimizer_class': type(self.optimizer).__name__,
                 'scaler': self.scaler.state_dict(), 'meter': self.meter.state()}
 
     def weights(self, mAP):
         """What best.pth holds."""
         return {'config': configuration(portable=True), 'num_classes': self.num_classes, 'step': self.step, 'mAP': mAP,
-                'model': self.evaluated.state_dict()}
+                'model': self.model.state_dict()}
 
     def restore(self, content, path):
         """Returns to the step at which `content` was saved to `path`. Learning rates and decay stay as configured.
@@ -89,7 +82,8 @@ class State:
             raise UserError(f'{path} holds weights alone, but training resumes only from the whole state of a run. '
                             f'Move the file, or bind another output_dir.')
         logger.info('resuming from %s, step %d', path, content['step'])
-        changes = configuration_changes(content['config'])
+        lines = difflib.unified_diff(content['config'].splitlines(), configuration().splitlines(), n=0, lineterm='')
+        changes = [line for line in lines if line[:1] in '+-' and line[:3] not in ('+++', '---')]
         if changes:
             logger.warning('the configuration differs from that of the checkpoint:\n  %s', '\n  '.join(changes))
         if content.get('optimizer_class') != type(self.optimizer).__name__:
@@ -99,8 +93,6 @@ class State:
         remedy = 'This folder holds another run: bind MGN and train.losses as it was trained, or another output_dir.'
         load_model(self.model, content['model'], path, remedy=remedy)
         load_model(self.losses, content.get('losses') or {}, f'{path} (losses)', remedy=remedy)
-        if self.average:
-            load_model(self.average.model, content.get('average') or content['model'], path)
         groups = self.optimizer.state_dict()['param_groups']
         try:
             self.optimizer.load_state_dict({**content['optimizer'], 'param_groups': groups})
@@ -115,8 +107,9 @@ class State:
 
     def join(self):
         """Makes equal in all processes what each keeps for itself: running statistics and sums become means."""
-        for module in (self.model, self.losses, *([self.average.model] if self.average else [])):
-            processes.average_buffers(module)
+        for buffer in (*self.model.buffers(), *self.losses.buffers()):
+            if buffer.is_floating_point():
+                buffer.copy_(processes.mean(buffer))
         self.meter.join()
 
     def check_finite(self, last_good):
@@ -155,12 +148,6 @@ def configuration(portable=False):
     if portable:  # gin indents the lines of a value that takes several
         text = re.sub(r'(?m)^\S+ =.*\n(    .*\n)*', lambda line: '' if re.search('[\'"]/', line[0]) else line[0], text)
     return text
-
-
-def configuration_changes(before):
-    """The lines that differ between a saved configuration and the present one, with - and + in front."""
-    lines = difflib.unified_diff(before.splitlines(), configuration().splitlines(), n=0, lineterm='')
-    return [line for line in lines if line[:1] in '+-' and line[:3] not in ('+++', '---')]
 
 
 def save(path, content, keep_as=None):

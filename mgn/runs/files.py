@@ -20,10 +20,12 @@ def replacing(path, mode='w', keep_as=None):
     """Opens a temporary file that takes the name `path` at the end of the block, once its content is on the disk.
 
     keep_as: new path of the file that was there before; None: it is replaced.
-    Raises FileError where something cannot be written. After any error the file that was there before is unharmed.
+    Makes the folder if necessary. Raises FileError where something cannot be written. After any error the file that was
+    there before is unharmed.
     """
-    temporary = f'{path}.{os.getpid()}.tmp'
+    temporary, parent = f'{path}.{os.getpid()}.tmp', os.path.dirname(os.path.abspath(path))
     try:
+        os.makedirs(parent, exist_ok=True)
         with open(temporary, mode) as file:
             yield file
             file.flush()
@@ -31,14 +33,13 @@ def replacing(path, mode='w', keep_as=None):
         if keep_as and os.path.exists(path):
             os.replace(path, keep_as)
         os.replace(temporary, path)
-        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        folder = os.open(parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # else a power cut may undo the renaming
         finally:
             os.close(folder)
     except OSError as error:
-        before = 'The previous file is unharmed.' if os.path.exists(path) else 'There was none before.'
-        raise FileError(f'{path} could not be written: {error}. {before} '
+        raise FileError(f'{path} could not be written: {error}. What was there before is unharmed. '
                         f'Free disk space or choose another folder.') from error
     finally:
         if os.path.exists(temporary):

@@ -13,22 +13,16 @@ from mgn.runs.files import writing
 from mgn.runs.log import logger
 
 LOCK = 'run.lock'
-WRITTEN = r'last\.pth|best\.pth|metrics\.jsonl|eval\.json|config\.gin|run\.lock|events\.out\.tfevents\..*'
-_locked_here = set()  # folders; to the system all threads of a process are one
 
 
 @contextlib.contextmanager
-def locked(output_dir, begun=lambda: True):
+def locked(output_dir):
     """Makes the folder if necessary and locks it; UserError where another run has it, also on another machine.
 
-    The lock belongs to the process and ends with it; the file alone means nothing. Temporary files that a killed run
-    left are removed. Yields a function that raises UserError if the lock file has been removed since. If an error or a
-    signal ends the block while begun() is False, the files that the run has written are removed.
+    The lock belongs to the process and ends with it; the file alone means nothing, but has to stay in its place.
+    Temporary files that a killed run left are removed.
     """
-    path, folder = os.path.join(output_dir, LOCK), os.path.realpath(output_dir)
-    before = set(os.listdir(output_dir)) if os.path.isdir(output_dir) else None
-    if folder in _locked_here:
-        raise refused(output_dir, 'this very process')
+    path = os.path.join(output_dir, LOCK)
     with writing(path, 'Bind another output_dir.'):
         os.makedirs(output_dir, exist_ok=True)
         file = open(path, 'a+')
@@ -37,45 +31,18 @@ def locked(output_dir, begun=lambda: True):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # worker processes do not inherit this kind of lock
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            raise refused(output_dir, file.read() or 'another process') from None  # nothing: it is being written
+            raise UserError(f'Another run is training in output_dir {output_dir}: {file.read() or "another process"}. '
+                            f'Wait for it, end it, or bind another output_dir.') from None
         except OSError as error:
             logger.warning('%s cannot be locked (%s): let no other run write there', output_dir, error)
-        _locked_here.add(folder)
-        try:
-            with writing(path, 'Free disk space or bind another output_dir.'):
-                file.truncate(0)
-                file.write(f'process {os.getpid()} on {socket.gethostname()}')
-                file.flush()
-            for name in os.listdir(output_dir):
-                if re.search(r'\.\d+\.tmp$', name):
-                    os.remove(os.path.join(output_dir, name))
-
-            def check():
-                if not os.path.exists(path) or not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-                    raise UserError(f'{path} was removed or replaced while this run was using the folder, so another '
-                                    f'run may write there too. Leave that file in place and start one run again.')
-            yield check
-        except BaseException:  # also a signal
-            if not begun():
-                remove_new(output_dir, before)
-            raise
-        finally:
-            _locked_here.discard(folder)
-
-
-def remove_new(output_dir, before):
-    """Removes the files of a run that were not in the set `before`; the folder too, if that is None and it is empty."""
-    for name in {*os.listdir(output_dir)} - (before or set()):
-        if re.fullmatch(WRITTEN, name):
-            os.remove(os.path.join(output_dir, name))
-    if before is None:
-        with contextlib.suppress(OSError):
-            os.rmdir(output_dir)
-
-
-def refused(output_dir, who):
-    return UserError(f'Another run is training in output_dir {output_dir}: {who}. Wait for it, end it, or bind another '
-                     f'output_dir.')
+        with writing(path, 'Free disk space or bind another output_dir.'):
+            file.truncate(0)
+            file.write(f'process {os.getpid()} on {socket.gethostname()}')
+            file.flush()
+        for name in os.listdir(output_dir):
+            if re.search(r'\.\d+\.tmp$', name):
+                os.remove(os.path.join(output_dir, name))
+        yield
 
 
 def newest(output_dir, resume):

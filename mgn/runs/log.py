@@ -1,8 +1,7 @@
-"""What a run reports: metrics.jsonl, TensorBoard events if that package is installed, progress bars or plain lines."""
+"""What a run reports: metrics.jsonl, progress bars or plain lines."""
 
 import json
 import logging
-import math
 import os
 import sys
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mgn.ops.errors import UserError
-from mgn.ops.metrics import METRICS
 from mgn.runs import processes
 from mgn.runs.files import write_text, writing
 
@@ -28,11 +26,6 @@ class RunLog:
         self.path = os.path.join(output_dir, 'metrics.jsonl')
         self.records = [record for record in read_records(self.path) if record['step'] <= step]
         write_text(self.path, ''.join(json.dumps(record) + '\n' for record in self.records))
-        try:
-            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
-            self.events = SummaryWriter(output_dir, purge_step=step + 1 if step else None)
-        except ImportError:  # TensorBoard is not installed
-            self.events = None
 
     def evaluated(self, step):
         return any(record['step'] == step and 'mAP' in record for record in self.records)
@@ -42,30 +35,6 @@ class RunLog:
         advice = 'Free disk space; the same command resumes from the last checkpoint.'
         with writing(self.path, advice), open(self.path, 'a') as file:
             file.write(json.dumps(record) + '\n')
-        if self.events:
-            kind = 'evaluation' if 'mAP' in record else 'training'
-            for name in record.keys() - {'step'}:
-                self.events.add_scalar(f'{kind}/{name}', record[name], record['step'])
-            self.events.flush()
-
-    def summary(self):
-        """The first, the best and the last evaluation of the run, in per cent."""
-        evaluations = [record for record in self.records if 'mAP' in record]
-        if not evaluations:
-            return f'{self.path} holds no evaluation'
-        shown = evaluations[0], max(evaluations, key=lambda record: record['mAP']), evaluations[-1]
-        return (aligned('  step', {f'{record["step"]:6d}': record for record in shown}.items())
-                + f'\ncheckpoints, metrics and configuration are in {os.path.dirname(self.path)}')
-
-
-def aligned(heading, evaluations):
-    """A table in per cent: a row for each of [(label, {measure: number})], below `heading` and the names in METRICS."""
-    rows = [[heading, *METRICS]]
-    rows += [[label, *(f'{100 * results.get(name, math.nan):.2f}' for name in METRICS)]
-             for label, results in evaluations]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return '\n'.join('  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
-
 
 def read_records(path):
     """The lines of a metrics.jsonl. A last line that a kill cut short is dropped; damage elsewhere is a UserError."""

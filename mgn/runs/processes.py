@@ -1,11 +1,10 @@
 """The processes of one run, started by torchrun: their numbers and what they send each other.
 
-They form a gloo group, whose messages (features, checkpoints, sums) go through main memory; gradients use `group_of`
+They form a gloo group, whose messages (features, sums) go through main memory; gradients use `group_of`
 their device. In a run of one process every function here returns at once.
 """
 
 import contextlib
-import functools
 import os
 import re
 import time
@@ -16,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from mgn.ops.errors import UserError
-from mgn.ops.private import for_tensors
 
 MEETING = timedelta(minutes=5)  # for all processes to start
 PATIENCE = timedelta(hours=2)   # the others wait while process 0 re-ranks; a lost process is noticed by its connection
@@ -124,21 +122,6 @@ def share(value):
     return values[0]
 
 
-def share_tensors(value):
-    """The same for a value of dicts, lists and CPU tensors, which are sent one by one as they lie in memory."""
-    if count() == 1:
-        return value
-    meta = functools.partial(torch.empty_like, device='meta')
-    # Dense ones keep their strides, in which an optimizer expects its state.
-    value = for_tensors(lambda x: x if x.stride() == meta(x).stride() else x.contiguous(), value)
-    shapes = share(for_tensors(meta, value))
-    if number() > 0:
-        value = for_tensors(lambda shape: torch.empty_like(shape, device='cpu'), shapes)
-    for_tensors(lambda tensor: dist.broadcast(  # as bytes: gloo does not know every type
-        tensor.as_strided([tensor.numel()], [1]).view(torch.uint8), src=0), value)
-    return value
-
-
 def gather(value):
     """The values of all processes, in order of their numbers."""
     values = [value] * count()
@@ -174,15 +157,10 @@ def mean(tensor):
     return (reduced(tensor.to('cpu', torch.float64), 'SUM') / count()).to(tensor)
 
 
-def average_buffers(module):
-    """Replaces the floating-point buffers of `module` (running statistics) by their means over all processes."""
-    for buffer in module.buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(mean(buffer))
-
-
 def to_first(rows):
     """The rows of all processes, in order of their numbers, in process 0; None in the others."""
+    if count() == 1:
+        return rows
     lengths = gather(len(rows))
     if number() > 0:
         if len(rows):

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mining import examples
 
-from mgn.data.augmentation import MEAN, STD, Augmentation, Draws, augment, normalise
+from mgn.data.augmentation import MEAN, STD, Augmentation, Draws, normalise
 
 MEAN32, STD32 = (np.array(v, np.float32) for v in (MEAN, STD))
 
@@ -129,7 +129,7 @@ def cases(draw):
 @given(case=cases())
 def test_anything_is_augmented_as_by_the_loop(case):
     images, draws, padding = case
-    got = augment(images, *draws, padding)
+    got = Augmentation(padding=padding)(images, draws)
     if len(images):
         assert_same_bits(got, augment_each(images, draws, padding))
     assert got.shape == images.shape

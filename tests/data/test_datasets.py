@@ -190,12 +190,12 @@ def test_missing_msmt17_lists_every_path_tried(tmp_path):
 
 
 @pytest.mark.parametrize('folders', [(), ('train',), ('train', 'mask_train_v2')])
-def test_msmt17_without_images_to_evaluate_lists_the_folders_of_both_versions(tmp_path, folders):
+def test_msmt17_without_images_to_evaluate_lists_the_folders_looked_for(tmp_path, folders):
     tmp_path.joinpath('MSMT17_V1').mkdir()
     write_msmt(tmp_path, folders=folders)
     with pytest.raises(FileNotFoundError) as error:
         datasets.msmt17(str(tmp_path))
-    for folder in ('train', 'test', 'mask_train_v2', 'mask_test_v2'):
+    for folder in ('train', 'test'):
         state = '' if folder in folders else ' (missing)'
         assert f'{tmp_path}/{folder}{state}\n' in str(error.value)
 

@@ -11,7 +11,7 @@ from mgn.data.augmentation import Augmentation
 from mgn.data.datasets import Sample
 from mgn.data.images import TestBatches as EvaluationBatches  # under its own name pytest would collect it
 from mgn.data.images import TrainBatches, to_batch
-from mgn.data.loader import start_workers
+from mgn.data.loader import load_batches
 from mgn.data.sampler import IdentitySampler
 from mgn.ops.errors import UserError
 
@@ -34,7 +34,7 @@ def write_set(folder, identities=4, images=3, broken=()):
 def make_train_batches(samples, P=2, K=2, seed=0):
     labels = [sample.pid - 1 for sample in samples]
     sampler = IdentitySampler(labels, [sample.camid for sample in samples], P, K, seed)
-    return TrainBatches(samples, labels, sampler, Augmentation(padding=2), SIZE)
+    return TrainBatches(samples, labels, sampler, Augmentation(padding=2), SIZE, range(sampler.P * sampler.K))
 
 
 def same_batch(a, b):
@@ -146,9 +146,10 @@ def test_no_samples_make_no_evaluation_batches():
 
 
 def in_workers(dataset, items, context):
-    loader = start_workers(dataset, items, 2, CPU)
-    loader.multiprocessing_context = context
-    return list(loader)
+    if context == 'fork':
+        return list(load_batches(dataset, items, 2, CPU))
+    return list(torch.utils.data.DataLoader(dataset, None, sampler=items, num_workers=2,
+                                            multiprocessing_context=context))
 
 
 @pytest.mark.parametrize('context', ['fork', 'spawn'])
@@ -158,7 +159,7 @@ def test_worker_processes_change_no_training_batch(tmp_path, context):
         dataset = make_train_batches(write_set(tmp_path, images=4, broken=[4]))
     finally:
         gin.clear_config()
-    expected = list(start_workers(dataset, range(3, 11), 0, CPU))
+    expected = list(load_batches(dataset, range(3, 11), 0, CPU))
     got = in_workers(dataset, range(3, 11), context)
     assert len(got) == len(expected) == 8
     assert all(same_batch(a, b) and same_batch(a, dataset[step]) for a, b, step in zip(got, expected, range(3, 11)))
@@ -180,7 +181,7 @@ def test_a_bound_limit_of_pixels_reaches_worker_processes(tmp_path):
 
 def test_worker_processes_change_no_evaluation_batch(tmp_path):
     dataset = EvaluationBatches(write_set(tmp_path, broken=[4]), SIZE, 5)
-    expected, got = list(start_workers(dataset, range(3), 0, CPU)), in_workers(dataset, range(3), 'fork')
+    expected, got = list(load_batches(dataset, range(3), 0, CPU)), in_workers(dataset, range(3), 'fork')
     assert [len(batch.images) for batch in got] == [4, 5, 2]
     assert all(torch.equal(a.images, b.images) and a.unreadable == b.unreadable for a, b in zip(got, expected))
 

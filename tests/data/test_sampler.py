@@ -1,6 +1,5 @@
 """P identities × K images: every batch against the recipe in words, and as a pure function of seed and step."""
 
-import logging
 from collections import Counter
 
 import numpy as np
@@ -115,18 +114,3 @@ def test_too_few_identities_for_P_are_refused():
         make([4, 4, 4], 2, 4, 2)
     with pytest.raises(ValueError, match='found 0'):
         IdentitySampler([], [], 2, 2, 0)
-
-
-def test_how_many_identities_repeat_images_is_said_once(caplog):
-    with caplog.at_level(logging.INFO, 'mgn'):
-        _, _, sampler = make([3, 1, 4, 2, 5, 4], 2, 2, 4)
-        for step in range(10):
-            sampler.batch(step)
-    messages = [record.message for record in caplog.records]
-    assert messages == ['3 of 6 identities have fewer than K=4 images and repeat them']
-
-
-def test_nothing_is_said_where_every_identity_has_K_images(caplog):
-    with caplog.at_level(logging.INFO, 'mgn'):
-        make([4, 5, 6], 2, 2, 4)
-    assert not caplog.records

@@ -51,13 +51,15 @@ def test_msmt17_without_a_list_or_images_to_train_on_is_read(tmp_path, missing, 
         check_trainable(dataset)
 
 
-def test_images_of_msmt17s_version_2_are_taken_where_those_of_version_1_are_incomplete(tmp_path):
-    write_msmt(tmp_path, folders=('test', 'mask_train_v2', 'mask_test_v2'))
+def test_images_of_msmt17s_version_2_are_taken_where_there_are_none_of_version_1(tmp_path):
+    write_msmt(tmp_path, folders=('mask_train_v2', 'mask_test_v2'))
     dataset = datasets.msmt17(str(tmp_path))
     assert '/mask_train_v2/' in dataset.train[0].path and '/mask_test_v2/' in dataset.query[0].path
     shutil.rmtree(tmp_path / 'mask_train_v2')
     dataset = datasets.msmt17(str(tmp_path))
-    assert dataset.train == [] and '/test/' in dataset.query[0].path
+    assert dataset.train == [] and '/mask_test_v2/' in dataset.query[0].path
+    (tmp_path / 'test').mkdir()
+    assert '/test/' in datasets.msmt17(str(tmp_path)).query[0].path
 
 
 def test_a_checkpoint_is_evaluated_and_extracted_without_them_and_not_trained_further(tmp_path, thin):  # noqa: F811

@@ -84,12 +84,11 @@ print([name for name in ("gin", "absl", "torchvision") if name in sys.modules])
     assert done.stdout == '[]\n', done.stderr
 
 
-def test_it_tells_what_is_compiled_and_what_each_operation_runs():
+def test_it_tells_what_is_compiled_and_what_runs_on_each_device():
     done = run(sys.executable, '-m', 'mgn.ops')
     assert done.returncode == 0, done.stderr
     assert re.search(r'^mgn\._C .*\nmgn\._cuda .*\n', done.stdout, re.M)
-    lines = ['batch_hard', 'match_ranks', 'topk', 'k_reciprocal_ranks', 'match_ranks_from_distance']
-    assert re.search(r'^cpu:\n' + ''.join(rf'  {line}.*compiled for \w+\n' for line in lines), done.stdout, re.M)
+    assert re.search(r'^cpu: compiled for \w+\n', done.stdout, re.M)
 
 
 def test_references_on_request():

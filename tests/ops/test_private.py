@@ -24,11 +24,6 @@ def test_the_modes_that_watch_operators_are_counted():
             assert private.watching_modes() == 2
 
 
-def test_tensors_are_replaced_in_dicts_lists_and_tuples_alone():
-    value = {'a': [torch.ones(2), 3], 4: ('b', None, torch.zeros(1))}
-    assert private.for_tensors(len, value) == {'a': [2, 3], 4: ('b', None, 1)}
-
-
 def test_below_autograd_nothing_is_recorded():
     x = torch.ones(3, requires_grad=True)
     with private.below_autograd():

@@ -13,7 +13,7 @@ from rankings import METRICS, extremes, naive_keys, near_ties, on_tensor_cores, 
 
 from mgn.ops import topk, topk_from_distance
 from mgn.ops.arguments import PRECISIONS
-from mgn.ops.ranking import nearest, product
+from mgn.ops.ranking import nearest, product, reference
 from mgn.ops.ranking.keys import Comparison, finite_norms
 
 FIXTURES = {'deadline': None, 'derandomize': True, 'suppress_health_check': [HealthCheck.function_scoped_fixture]}
@@ -227,7 +227,7 @@ def test_of_distances_the_first_of_a_stable_sort(implementation, dtype, levels, 
 @settings(**FIXTURES, max_examples=examples(200))
 @given(st.data())
 def test_of_distances_the_first_of_a_stable_sort_on_anything(implementation, data):
-    Q, G, k = data.draw(st.integers(0, 4)), data.draw(st.integers(0, 300)), data.draw(st.integers(1, 40))
+    Q, G = data.draw(st.integers(0, 4)), data.draw(st.integers(0, 300))
     dtype = data.draw(st.sampled_from([np.float16, np.float32, np.float64]))
     if data.draw(st.booleans()):
         dist = np.random.default_rng(data.draw(st.integers(0, 2 ** 32))).integers(-3, 9, (Q, G)).astype(dtype)
@@ -236,12 +236,40 @@ def test_of_distances_the_first_of_a_stable_sort_on_anything(implementation, dat
                                             st.floats(width=np.dtype(dtype).itemsize * 8, allow_nan=False)]))
         dist = np.array(data.draw(st.lists(st.lists(values, min_size=G % 30, max_size=G % 30), min_size=Q, max_size=Q)),
                         dtype).reshape(Q, G % 30)
+    k = data.draw(st.integers(1, 40) | st.just(max(dist.shape[1], 1)))
     distances, indices = topk_from_distance(dist, k)
-    expected = np.array([sorted(range(dist.shape[1]), key=lambda j: (float(row[j]), j))[:k] for row in dist],
-                        int).reshape(indices.shape)
+    expected = np.argsort(dist, 1, kind='stable')[:, :k]
     assert np.array_equal(indices, expected)
     assert distances.dtype == dtype
     assert distances.tobytes() == np.take_along_axis(dist, expected, 1).tobytes()  # −0 stays −0
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.float64])
+@pytest.mark.parametrize('k', [1, 5, 39, 40])
+@pytest.mark.parametrize('columns', [40, 5000])
+def test_the_reference_takes_the_first_columns_of_ties_at_the_last_place(device, monkeypatch, dtype, k, columns):
+    """Rows of one value, of few, of zeros of both signs, of infinities, and of many; it sorts whole those that tie."""
+    rng = np.random.default_rng(0)
+    levels = ([1], [0.0, -0.0], [-np.inf, np.inf], [-np.inf, -1, -0.0, 0.0, 2, np.inf], rng.standard_normal(60),
+              rng.standard_normal(99_999))
+    dist = np.stack([rng.choice(values, columns) for values in levels * 4]).astype(dtype)
+    dist[-1, :k] = -9.5  # ties before the k-th place, none at it
+    dist[-1, k:] = np.abs(dist[-1, k:])
+    there, shape = torch.from_numpy(dist).to(device), (len(dist), k)
+    values, items = torch.empty(shape, dtype=there.dtype, device=device), torch.empty(shape, dtype=int, device=device)
+    split, sorted_whole = reference.split, []
+    monkeypatch.setattr(reference, 'split', lambda rows, width: sorted_whole.append(len(rows)) or split(rows, width))
+    assert reference.nearest_in_distances(there, values, items) == -1
+    ascending = np.sort(dist, 1)
+    assert sorted_whole == [(ascending[:, k - 1] == ascending[:, k]).sum() if k < columns else 0]
+    expected = np.argsort(dist, 1, kind='stable')[:, :k]
+    assert np.array_equal(items.cpu(), expected)
+    assert values.cpu().numpy().tobytes() == np.take_along_axis(dist, expected, 1).tobytes()
+    assert reference.nearest_in_distances(there[:0], values[:0], items[:0]) == -1
+    assert reference.nearest_in_distances(there[:, :0], values[:, :0], items[:, :0]) == -1
+    there[[3, 7, 7], [columns - 1, 0, 1]] = torch.nan
+    assert reference.nearest_in_distances(there, values, items) == 3
+    assert reference.nearest_in_distances(there[4:], values[4:], items[4:]) == 3
 
 
 def test_features_that_are_never_negative_and_many_of_them_orthogonal(implementation):

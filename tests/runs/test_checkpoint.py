@@ -91,7 +91,7 @@ def test_a_failing_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch, f
     path = tmp_path / 'last.pth'
     checkpoint.save(str(path), {**BIG, 'step': 1})
     before = path.read_bytes()
-    with pytest.raises(OSError, match='last.pth could not be written: .*The previous file is unharmed.*Free disk'):
+    with pytest.raises(OSError, match='last.pth could not be written: .*What was there before is unharmed.*Free disk'):
         with failure(monkeypatch):
             checkpoint.save(str(path), {**BIG, 'step': 2})
     assert path.read_bytes() == before
@@ -100,7 +100,7 @@ def test_a_failing_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch, f
 
 @FAILURES
 def test_a_failing_first_write_leaves_nothing(tmp_path, monkeypatch, failure):
-    with pytest.raises(OSError, match='last.pth could not be written: .*There was none before'):
+    with pytest.raises(OSError, match='last.pth could not be written: .*What was there before is unharmed'):
         with failure(monkeypatch):
             checkpoint.save(str(tmp_path / 'last.pth'), BIG)
     assert os.listdir(tmp_path) == []
@@ -126,9 +126,11 @@ def test_a_folder_that_may_not_be_written_is_a_clear_error():
         shutil.rmtree(folder)
 
 
-def test_a_missing_folder_is_a_clear_error(tmp_path):
-    with pytest.raises(OSError, match='nowhere/last.pth could not be written'):
-        checkpoint.save(str(tmp_path / 'nowhere' / 'last.pth'), {'step': 1})
+def test_a_missing_folder_is_made_and_one_that_cannot_be_is_a_clear_error(tmp_path):
+    checkpoint.save(str(tmp_path / 'new' / 'last.pth'), CONTENT)
+    assert checkpoint.load(str(tmp_path / 'new' / 'last.pth'))['step'] == 12
+    with pytest.raises(OSError, match='last.pth/last.pth could not be written'):
+        checkpoint.save(str(tmp_path / 'new' / 'last.pth' / 'last.pth'), CONTENT)
 
 
 @pytest.mark.parametrize('path', ['nowhere.pth', '.'])

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 import pytest
 from thin import thin, train  # noqa: F401 (a fixture)
 
-from mgn import training
-from mgn.runs import checkpoint, folder as runfolder
+from mgn.runs import folder as runfolder
 from mgn.runs.folder import locked
 
 
@@ -106,45 +105,3 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
     with pytest.raises(OSError, match='run.lock could not be written: .*file.*Bind another output_dir'):
         with locked(str(tmp_path / 'file' / 'run')):
             pass
-
-
-def test_a_thread_of_the_same_process_is_refused_too(tmp_path):
-    with locked(str(tmp_path)):
-        with pytest.raises(ValueError, match='training in .*: this very process'), locked(str(tmp_path / '.')):
-            pass
-        with pytest.raises(ValueError, match='Another run is training'), another_process_has(tmp_path):
-            pass
-
-
-@contextmanager
-def another_process_has(folder):
-    """The error that another process gets there."""
-    read, write = os.pipe()
-    process = os.fork()
-    if process == 0:
-        runfolder._locked_here.clear()
-        try:
-            with locked(str(folder)):
-                pass
-        except ValueError as error:
-            os.write(write, str(error).encode())
-        os._exit(0)
-    os.waitpid(process, 0)
-    os.close(write)
-    error = os.read(read, 9999).decode()
-    os.close(read)
-    if error:
-        raise ValueError(error)
-    yield
-
-
-def test_a_lock_file_that_is_removed_ends_the_run_before_it_writes_again(market, tmp_path, thin, monkeypatch):
-    real = training.train_step
-
-    def step(*args):
-        (tmp_path / 'run' / runfolder.LOCK).unlink(missing_ok=True)
-        return real(*args)
-    monkeypatch.setattr(training, 'train_step', step)
-    with pytest.raises(ValueError, match='run.lock was removed or replaced while this run was using the folder'):
-        train(market, tmp_path / 'run')
-    assert checkpoint.load(str(tmp_path / 'run' / 'last.pth'))['step'] == 0

@@ -43,9 +43,6 @@ class Excluded(NamedTuple):
     def of_queries(self, block):
         return self._replace(begin=self.begin[block], end=self.end[block])
 
-    def numbered_from(self, first):
-        return self._replace(order=self.order + first, junk=self.junk + first)
-
 
 class Overlaps(NamedTuple):
     """The items that overlap query q's encoding are offsets[q]:offsets[q + 1], ascending, with Jaccard distances."""

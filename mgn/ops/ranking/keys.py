@@ -2,14 +2,13 @@
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from mgn.ops.arguments import PRECISIONS, as_features, choice
 from mgn.ops.errors import UserError
 from mgn.ops.native import kernels
 from mgn.ops.ranking import reference
-from mgn.ops.ranking.tiles import OPERANDS, is_readable, on_device, once, read_ahead, rows, spans, with_next
+from mgn.ops.ranking.tiles import OPERANDS, is_readable, on_device, once, rows, spans
 
 
 class Comparison(NamedTuple):
@@ -18,7 +17,6 @@ class Comparison(NamedTuple):
     gallery: torch.Tensor  # (G, D), of the query's device or the CPU's
     cosine: bool           # else Euclidean
     precision: str         # of the matrix product
-    mapped: bool = False   # whether the gallery is a memory-mapped file, whose rows are better asked for ahead
 
     @property
     def kernels(self):
@@ -36,7 +34,7 @@ def compared(query, gallery, metric, precision, streamed=False):
     choice(metric, 'metric', ('cosine', 'euclidean'),
            'pass the matrix of any other distance to match_ranks_from_distance or topk_from_distance')
     choice(precision, 'precision', PRECISIONS, 'it changes the time only')
-    is_one, mapped = query is gallery, isinstance(gallery, np.memmap)
+    is_one = query is gallery
     query = as_features(query, 'query')
     gallery = query if is_one else as_features(gallery, 'gallery')
     if query.shape[1] != gallery.shape[1]:
@@ -48,7 +46,7 @@ def compared(query, gallery, metric, precision, streamed=False):
     if query.device.type not in ('cpu', 'cuda'):  # mps has no float64, which keys are
         query = query.cpu()
         gallery = query if is_one else gallery.cpu()
-    return Comparison(query, gallery, metric == 'cosine', precision, mapped)
+    return Comparison(query, gallery, metric == 'cosine', precision)
 
 
 def ranking_kernels(device):
@@ -75,32 +73,29 @@ def refuse_not_finite(features, name):
 
 
 def keys_of_pairs(comparison, queries, items):
-    """Canonical keys (P,) float64 of (query queries[p], gallery items[p]); int64 tensors of the query's device."""
-    query, gallery, cosine, _, mapped = comparison
+    """Canonical keys (P,) float64 of (query queries[p], gallery items[p]); int64 tensors of the query's device.
+
+    Of a gallery in main memory, or of another type, rows that follow each other more than once are read once.
+    """
+    query, gallery, cosine, _ = comparison
     keys = torch.empty(len(items), dtype=torch.float64, device=query.device)
     if is_readable(query) and is_readable(gallery) and query.device == gallery.device:
         comparison.kernels.canonical_keys(query, gallery, queries, items, cosine, keys)
         return keys
-    parts = spans(len(items), once(gallery.device) // 4 // max(query.shape[1], 1))
-    pieces = on_device(gallery, [items[part].to(gallery.device) for part in parts], query.device, mapped)
-    for part, item_rows in zip(parts, pieces):
-        numbers = torch.arange(len(item_rows), device=query.device)
-        comparison.kernels.canonical_keys(rows(query, queries[part]), item_rows, numbers, numbers, cosine, keys[part])
+    parts = spans(len(items), once(query.device) // 8 // max(query.shape[1], 1))
+    read, places = zip(*(items[part].unique_consecutive(return_inverse=True) for part in parts)) if parts else ((), ())
+    pieces = on_device(gallery, [part.to(gallery.device) for part in read], query.device)
+    for part, item_rows, numbers in zip(parts, pieces, places):
+        own = torch.arange(len(numbers), device=query.device)
+        comparison.kernels.canonical_keys(rows(query, queries[part]), item_rows, own, numbers, cosine, keys[part])
     return keys
 
 
 def keys_in_order(comparison, queries, items):
-    """keys_of_pairs of ascending items; rows of a file are asked for ahead.
-
-    On CPUs the queries of an item come one after the other, so that its row is read once.
-    """
-    query, gallery, cosine, _, mapped = comparison
+    """keys_of_pairs of ascending items. On CPUs an item's queries follow each other, so that its row is read once."""
+    query, gallery, cosine, _ = comparison
     if query.device.type != 'cpu' or not is_readable(query) or not is_readable(gallery):
         return keys_of_pairs(comparison, queries, items)
     keys = torch.empty(len(items), dtype=torch.float64)
-    step = OPERANDS // 4 // max(gallery.shape[1], 1) if mapped else len(items)
-    for part, ahead in with_next(spans(len(items), step)):
-        if ahead:
-            read_ahead(gallery, items[ahead])
-        comparison.kernels.canonical_keys(gallery, query, items[part], queries[part], cosine, keys[part])
+    comparison.kernels.canonical_keys(gallery, query, items, queries, cosine, keys)
     return keys

@@ -138,14 +138,14 @@ def nearest(comparison, query_norms, gallery_norms, k, exclude_self=False, farth
 
 def selections(comparison, operands, item_terms, searches):
     """Yields each block of queries with (values, items) for each search: its `capacity` smallest −sign · similarity."""
-    query, gallery, _, precision, _ = comparison
+    query, gallery, _, precision = comparison
     capacity = sum(search.capacity for search in searches)
     items_at_once, queries_at_once = tile_of(query, gallery)
     queries_at_once = min(queries_at_once, max(SELECTED // capacity, 1))
     is_one = is_one_tensor(comparison) and len(query) * capacity * 12 <= STATE
     if is_one:
         items_at_once = queries_at_once = min(items_at_once, queries_at_once)
-    item_scale, item_shift = item_terms
+    terms = [[-search.sign * of_items for of_items in item_terms] for search in searches]
     selected = {}  # of a block's start: what is selected so far
 
     def select(block, part, dots):
@@ -153,9 +153,8 @@ def selections(comparison, operands, item_terms, searches):
             selected[block.start] = [(dots.new_full((len(dots), search.capacity), torch.inf),
                                       dots.new_full((len(dots), search.capacity), -1, dtype=torch.int64))
                                      for search in searches]
-        for search, (values, items) in zip(searches, selected[block.start]):
-            scale, shift = -search.sign * item_scale[part], -search.sign * item_shift[part]
-            comparison.kernels.select_nearest(dots, scale, shift, part.start, values, items)
+        for (scale, shift), (values, items) in zip(terms, selected[block.start]):
+            comparison.kernels.select_nearest(dots, scale[part], shift[part], part.start, values, items)
 
     for block in spans(len(query), queries_at_once):
         query_operand = operands[0](block)

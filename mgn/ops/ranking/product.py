@@ -13,9 +13,10 @@ from mgn.ops.ranking.tiles import OPERANDS, is_readable, once, rows, spans
 
 # Rows within this range can neither overflow in a product nor lose it to underflow or to flushed denormals.
 SMALLEST, LARGEST = 2.0 ** -40, 2.0 ** 60
-# GPUs by their capability: those on which `make gpu` has passed, and those with float64 at half the rate of float32.
-# Where both hold, precision 'auto' is bfloat16: a faster product that leaves more pairs to their float64 keys.
-PROVEN, FAST_FLOAT64 = (), ((8, 0), (9, 0), (10, 0))
+# GPUs by their capability: those on which the tests of `make gpu` have passed, on an H200, and those with float64 at
+# half the rate of float32. Where both hold, precision 'auto' is tf32: a faster product that leaves more pairs to their
+# float64 keys.
+PROVEN, FAST_FLOAT64 = ((9, 0),), ((8, 0), (9, 0), (10, 0))
 TRIALS, WORTH_A_TRIAL = 3, 2 ** 28  # products timed of each GEMM, of so many multiplications at least
 LOCK = threading.RLock()
 TIMES = {}  # (GEMM, threads) → seconds a multiplication in its trials
@@ -44,15 +45,12 @@ def exact_float32():
 
 
 def available(precision, device):
-    """The precision that filters on this device: float32 on CPUs, and where a GPU has no units for the one asked for.
-
-    On AMX three bfloat16 products take as long as one of float32, and rounding their operands takes longer.
-    """
+    """The precision that filters on this device: float32 on CPUs, and where a GPU has no units for tf32."""
     if device.type != 'cuda' or torch.version.hip is not None:
         return 'float32'
     capability = torch.cuda.get_device_capability(device)
     if precision == 'auto':
-        return 'bfloat16' if capability in PROVEN and capability in FAST_FLOAT64 else 'float32'
+        return 'tf32' if capability in PROVEN and capability in FAST_FLOAT64 else 'float32'
     return precision if capability >= (8, 0) else 'float32'
 
 
@@ -64,11 +62,8 @@ def relative_error(precision, width, device, query_residual=None, item_residual=
     """
     # What underflows or is flushed is at most 2⁻¹²⁶ a term, and the product of norms at least 2⁻⁸⁰.
     left_out = width * 2.0 ** -40
-    if precision != 'float32':
-        left_out = left_out + query_residual + item_residual.max() * (1 + query_residual)
-    if precision == 'bfloat16':  # the product of the small parts, each 2⁻⁸ of its operand, is left out
-        return 1.03 * summing(width + 2, 2.0 ** -22) + left_out + 1.02 * 2.0 ** -16
     if precision == 'tf32':
+        left_out = left_out + query_residual + item_residual.max() * (1 + query_residual)
         return 1.01 * summing(width, 2.0 ** -22) + left_out
     if not keeps_operands(device):  # at worst bfloat16, truncated
         return 1.02 * (summing(width, 2.0 ** -22) + 2 * 2.0 ** -7) + left_out
@@ -153,13 +148,11 @@ def gemms(device):
 
 
 def operand(features, precision):
-    """(n, D) float32 → what `products` takes, rounded so that nothing else rounds it: parts, which sum to the rows."""
-    if precision == 'tf32':  # to nearest, ties away from zero, in the 13 bits that float32 has more
-        return (features.view(torch.int32) + 0x1000 & ~0x1fff).view(torch.float32),
-    if precision == 'bfloat16':
-        large = features.bfloat16()
-        return large, (features - large).bfloat16()
-    return features,
+    """(n, D) float32 → what `products` takes, rounded so that nothing else rounds it."""
+    if precision == 'float32':
+        return features
+    # To nearest, ties away from zero, in the 13 bits that float32 has more than tf32.
+    return (features.view(torch.int32) + 0x1000 & ~0x1fff).view(torch.float32)
 
 
 def operands(features, norms, precision):
@@ -174,32 +167,25 @@ def operands(features, norms, precision):
     residual = torch.zeros_like(norms) if precision != 'float32' else None
     fitting, whole = once(features.device), None
     for part in spans(len(features), max(OPERANDS, fitting // 8) // max(features.shape[1], 1)):
-        parts = made(part)
+        rounded = made(part)
         if residual is not None:
-            lost = functools.reduce(torch.sub, parts, rows(features, part))
+            lost = rows(features, part) - rounded
             lost /= norms[part].clamp(SMALLEST, LARGEST).float()[:, None]  # first, so that squares do not underflow
             residual[part] = 1.001 * torch.linalg.vector_norm(lost, dim=1).double()
         if features.numel() <= fitting:
-            whole = whole or [x.new_empty(features.shape) for x in parts]
-            for kept, x in zip(whole, parts):
-                kept[part] = x
+            whole = rounded.new_empty(features.shape) if whole is None else whole
+            whole[part] = rounded
     if residual is not None:
         residual.masked_fill_(~in_range(norms), 0)  # of those the terms say nothing
-    return (lambda part: tuple(x[part] for x in whole)) if whole else made, residual
+    return made if whole is None else whole.__getitem__, residual
 
 
 def products(query, items, precision):
     """Operands of (q, D) and (n, D) → (q, n) float32, within relative_error of the products of their rows."""
-    if precision == 'bfloat16':
-        (q_large, q_small), (large, small) = query, items
-        sums = torch.mm(q_small, large.T, out_dtype=torch.float32)
-        for q, g in ((q_large, small), (q_large, large)):
-            torch.addmm(sums, q, g.T, out_dtype=torch.float32, out=sums)
-        return sums
     if precision == 'tf32':
         torch.backends.cuda.matmul.fp32_precision = 'tf32'
-        return torch.mm(query[0], items[0].T)
-    return fastest(gemms(query[0].device), query[0], items[0])
+        return torch.mm(query, items.T)
+    return fastest(gemms(query.device), query, items)
 
 
 def fastest(candidates, query, items):

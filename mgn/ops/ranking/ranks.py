@@ -43,9 +43,8 @@ def match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery_
         metric: 'cosine' or 'euclidean'.
         junk_pid: the id of boxes that are neither match nor non-match; None for none. Items of the query's own pid and
             camid are junk too. A query of the junk id has no match.
-        precision: of the matrix product: 'auto', 'float32', 'tf32' or 'bfloat16' (three products of split features).
-            It changes the time, never the ranks. 'auto' is the fastest that is proven on the device. Where that has no
-            units for the one asked for, and on every CPU, it is float32.
+        precision: of the matrix product: 'auto', 'float32' or 'tf32'. It changes the time, never the ranks. 'auto' is
+            the fastest that is proven on the device. Where that has no units for tf32, and on every CPU, it is float32.
     Returns:
         MatchRanks. Memory: 256 MB and 32 bytes per row and match at most, beyond features, ids and result; on a GPU
         2 GB more for features that are converted or rounded.
@@ -59,7 +58,7 @@ def match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery_
     query_norms = finite_norms(comparison.query, 'query')
     excluded = identities(ids, as_junk_pid(junk_pid))
     matches = sorted_matches(excluded, ids, functools.partial(keys_in_order, comparison))
-    steps, redecided = nonmatches_between(comparison, query_norms, 0, matches, excluded)
+    steps, redecided = nonmatches_between(comparison, query_norms, matches, excluded)
     offsets = matches.offsets
     del matches  # as_ranks takes as much memory
     return MatchRanks(offsets.cpu().numpy(), as_ranks(steps, offsets), redecided)
@@ -150,13 +149,13 @@ def in_order(keys, queries):
     return by_key.index_select(0, queries.index_select(0, by_key).int().sort(stable=True).indices)
 
 
-def nonmatches_between(comparison, query_norms, first, matches, excluded, reranking=(), host=None):
+def nonmatches_between(comparison, query_norms, matches, excluded, reranking=(), host=None):
     """Counts the non-matches between each match and the one before it, in one pass over the gallery's tiles.
 
     Args:
-        comparison: of (Q, D) queries with their norms and (G, D) items, numbered first, first + 1, ….
-        matches: Matches of the Q queries; also of items elsewhere. On the device that counts.
-        excluded: Excluded, as `identities` returns it, of items of this gallery, there as well.
+        comparison: of (Q, D) queries with their norms and (G, D) items.
+        matches: Matches of the Q queries, on the device that counts.
+        excluded: Excluded, as `identities` returns it, there as well.
         reranking: Overlaps, largest squares and λ, to count by re-ranked distances, on the CPU.
         host: for that, the features (query, gallery) in main memory, where the comparison's are not.
     Returns:
@@ -171,7 +170,7 @@ def nonmatches_between(comparison, query_norms, first, matches, excluded, rerank
     tiles = filtered_tiles(comparison, query_norms, blocks)
     with product.exact_float32():
         for block, part, tile, terms in in_main_memory(tiles, *host) if host else tiles:
-            count(tile, comparison.cosine, first + part.start, terms, matches.of_queries(block),
+            count(tile, comparison.cosine, part.start, terms, matches.of_queries(block),
                   excluded.of_queries(block), *reranking, steps, redecided)
     return steps, redecided.item()
 
@@ -227,9 +226,9 @@ def in_main_memory(tiles, query, gallery):
 
 def finite_pieces(comparison, pieces):
     """Yields each piece of the gallery, its rows on the query's device and their norms; UserError if not finite."""
-    query, gallery, _, _, mapped = comparison
+    query, gallery, *_ = comparison
     finite = torch.ones((), dtype=torch.bool, device=query.device)
-    for piece, items in zip(pieces, on_device(gallery, pieces, query.device, mapped)):
+    for piece, items in zip(pieces, on_device(gallery, pieces, query.device)):
         norms = torch.empty(len(items), dtype=torch.float64, device=query.device)
         comparison.kernels.canonical_norms(items, norms)
         finite &= norms.isfinite().all()

@@ -148,10 +148,18 @@ def select_nearest(dots, item_scale, item_shift, first, values, items):
 def nearest_in_distances(distances, values, items):
     """−1, or the first row with NaN."""
     width, k = distances.shape[1], values.shape[1]
-    for rows, row_values, row_items in zip(*(split(tensor, width) for tensor in (distances, values, items))):
-        if rows.isnan().any():
-            return distances.isnan().any(1).nonzero()[0].item()
-        ascending, order = rows.sort(dim=1, stable=True)
-        row_values.copy_(ascending[:, :k])
-        row_items.copy_(order[:, :k])
+    if k == 0:
+        return -1
+    with_nan = distances.amax(1).isnan().nonzero()
+    if len(with_nan):
+        return with_nan[0].item()
+    smallest, columns = distances.topk(min(k + 1, width), largest=False)
+    tied = smallest[:, k - 1] == smallest[:, -1] if k < width else smallest.new_zeros(len(smallest), dtype=torch.bool)
+    columns, order = columns[:, :k].sort(dim=1)
+    ascending, order = smallest.gather(1, order).sort(dim=1, stable=True)
+    values.copy_(ascending)
+    items.copy_(columns.gather(1, order))
+    for rows in split(tied.nonzero()[:, 0], width):  # more are as small as the k-th: the first columns of these
+        ascending, order = distances[rows].sort(dim=1, stable=True)
+        values[rows], items[rows] = ascending[:, :k], order[:, :k]
     return -1

@@ -10,13 +10,13 @@ one by one.
 import numpy as np
 import torch
 
-from mgn.ops.arguments import all_ids, as_junk_pid, reranking
+from mgn.ops.arguments import all_ids, as_junk_pid, integer, real
 from mgn.ops.private import uncompiled
 from mgn.ops.ranking.counting import Overlaps
 from mgn.ops.ranking.keys import compared, finite_norms, keys_of_pairs, ranking_kernels
 from mgn.ops.ranking.nearest import nearest
 from mgn.ops.ranking.ranks import MatchRanks, as_ranks, identities, nonmatches_between, sorted_matches
-from mgn.ops.ranking.tiles import denormals, spans, tile_of
+from mgn.ops.ranking.tiles import denormals, downloaded, spans, tile_of
 
 
 @uncompiled
@@ -42,12 +42,13 @@ def k_reciprocal_ranks(query, gallery, query_pids, gallery_pids, query_camids, g
         UserError: k1, k2 or lambda_value out of range, and whatever match_ranks refuses.
     """
     comparison = compared(query, gallery, metric, precision)
-    k1, k2, lambda_value = reranking(k1, k2, lambda_value)
+    k1, k2 = integer(k1, 'k1', 1, 2 ** 31 - 1, 'usual is 20'), integer(k2, 'k2', 1, 2 ** 31 - 1, 'usual is 6')
+    lambda_value = real(lambda_value, 'lambda_value', 0, 1, '0.3 is usual, 1 ranks by the original distance')
     ids = all_ids(len(query), len(gallery), query_pids, gallery_pids, query_camids, gallery_camids)
     (query, gallery, cosine, *_), queries = comparison, len(query)
     norms = torch.cat((finite_norms(query, 'query'), finite_norms(gallery, 'gallery')))
-    encodings, maxima = encode_features(comparison, norms, k1, k2)
-    host = comparison._replace(query=query.cpu(), gallery=gallery.cpu())
+    encodings, maxima = encode(comparison, norms, k1, k2)
+    host = comparison._replace(query=downloaded(query), gallery=downloaded(gallery))
     columns = sparse_kernels().transpose(*rows_between(encodings, queries, len(norms)), len(norms))
     excluded, offsets, ranks, redecided = identities(ids, as_junk_pid(junk_pid)), [np.zeros(1, np.int64)], [], 0
     for block in spans(queries, tile_of(query, gallery)[1]):
@@ -59,12 +60,11 @@ def k_reciprocal_ranks(query, gallery, query_pids, gallery_pids, query_camids, g
         def final_distances_of(owners, items):
             squares = squared(keys_of_pairs(block_host, owners, items).numpy(), cosine)
             owners, items = owners.numpy(), items.numpy()
-            distances = final_distances(jaccard_of(overlaps, owners, items), relative(squares, largest[owners]),
-                                        lambda_value)
-            return torch.from_numpy(distances)
+            return torch.from_numpy((1 - lambda_value) * jaccard_of(overlaps, owners, items)
+                                    + lambda_value * relative(squares, largest[owners]))
         matches = sorted_matches(block_excluded, ids.of_queries(block), final_distances_of)
         steps, reconsidered = nonmatches_between(
-            comparison.of_queries(block), norms[block], 0, matches, block_excluded,
+            comparison.of_queries(block), norms[block], matches, block_excluded,
             (overlaps, torch.from_numpy(largest), lambda_value), block_host[:2] if query.is_cuda else None)
         offsets.append(matches.offsets.numpy()[1:] + offsets[-1][-1])
         ranks.append(as_ranks(steps, matches.offsets))
@@ -72,32 +72,24 @@ def k_reciprocal_ranks(query, gallery, query_pids, gallery_pids, query_camids, g
     return MatchRanks(np.concatenate(offsets), np.concatenate([np.empty(0, np.int64), *ranks]), redecided)
 
 
-def encode_features(comparison, norms, k1, k2):
-    """Encodings of all rows, queries first, and the largest d² of each, (N,) float64."""
-    features = torch.cat(comparison[:2])
+def encode(comparison, norms, k1, k2):
+    """Encodings of all N rows, queries first, and the largest d² of each, (N,) float64.
+
+    Encodings are sparse rows: offsets (N+1,) int64, columns int32, values float64.
+    """
+    features, sparse = torch.cat(comparison[:2]), sparse_kernels()
     comparison = comparison._replace(query=features, gallery=features)
     neighbours = min(max(k1 + 1, k2), len(features))
     _, items, farthest = nearest(comparison, norms, norms, neighbours, farthest=True)
     maxima = squared(farthest.numpy(), comparison.cosine)
-
-    def relative_squares(owners, items):
-        pairs = (torch.from_numpy(indices).to(features.device) for indices in (owners, items))
-        return relative(squared(keys_of_pairs(comparison, *pairs).cpu().numpy(), comparison.cosine), maxima[owners])
-    return encode(items, k1, k2, relative_squares), maxima
-
-
-def encode(items, k1, k2, relative_squares):
-    """Encodings as sparse rows: offsets (N+1,) int64, columns int32, values float64.
-
-    items: (N, ≥ max(k1 + 1, k2)), nearest first. relative_squares(owners, items): d² / max d² of such pairs.
-    """
-    sparse = sparse_kernels()
     offsets, columns = sparse.reciprocal(items[:, :k1 + 1].contiguous(), round(k1 / 2) + 1)
     owners = np.repeat(np.arange(len(items)), np.diff(offsets.numpy()))
-    weights = np.exp(-relative_squares(owners, columns.numpy().astype(np.int64)))
+    pairs = (indices.to(features.device) for indices in (torch.from_numpy(owners), columns.long()))
+    squares = squared(keys_of_pairs(comparison, *pairs).cpu().numpy(), comparison.cosine)
+    weights = np.exp(-relative(squares, maxima[owners]))
     weights /= np.bincount(owners, weights, len(items))[owners]
     encodings = offsets, columns, torch.from_numpy(weights)
-    return encodings if k2 == 1 else sparse.mean_rows(*encodings, items[:, :k2].contiguous())
+    return encodings if k2 == 1 else sparse.mean_rows(*encodings, items[:, :k2].contiguous()), maxima
 
 
 def sparse_kernels():
@@ -118,10 +110,6 @@ def squared(keys, cosine):
 def relative(squares, maxima):
     """squares / maxima, 0 where all distances are."""
     return np.divide(squares, maxima, out=np.zeros_like(squares), where=maxima > 0)
-
-
-def final_distances(jaccard, relative_squares, lambda_value):
-    return (1 - lambda_value) * jaccard + lambda_value * relative_squares
 
 
 def jaccard_of(overlaps, owners, items):
