@@ -3,38 +3,30 @@
 Ranks come from match_ranks and neighbours from topk, so no matrix of all queries and gallery items is held.
 """
 
-from collections import Counter
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from mgn.data.datasets import JUNK_PID
 from mgn.ops import match_ranks, topk
-from mgn.ops.metrics import query_metrics
+from mgn.ops.metrics import average_precision, first_rank, true_matches
 
-LISTED = 10     # nearest items that take a rank; junk between them is listed, too
-LOOKED_AT = 30  # nearest items that these are taken from
-CAMERAS = 24    # of the gallery, those with most images
-SAMPLED = 1000  # queries whose similarities are counted
-BINS = 100      # of similarities from −1 to 1
-ITEMS = 4096    # gallery items at a time
+LISTED, LOOKED_AT = 10, 30                # nearest items that take a rank, and all that are looked at for them
+BINS, SAMPLED, ITEMS = 100, 1000, 4096    # of similarities from −1 to 1; queries; gallery items at a time
 
 
 def by_query(ranks):
     """AP and first rank of every query: (Q,) each, NaN and 0 where it has no match."""
-    counts = np.diff(ranks.offsets)
-    ap, first = np.full(len(counts), np.nan), np.zeros(len(counts), np.int64)
-    first[counts > 0], ap[counts > 0] = query_metrics(ranks.offsets, ranks.ranks)[:2]
+    matches, matched = true_matches(ranks.offsets, ranks.ranks), np.diff(ranks.offsets) > 0
+    ap, first = np.full(len(matched), np.nan), np.zeros(len(matched), np.int64)
+    ap[matched], first[matched] = average_precision(matches), first_rank(matches)
     return ap, first
 
 
 def choose(ap, count):
     """At most `count` of the queries that have a match: the worst third, the best third, and others at random."""
     order = np.argsort(ap, kind='stable')[:np.count_nonzero(~np.isnan(ap))]
-    if len(order) <= count:
-        return order
-    third = count // 3
+    third = min(count, len(order)) // 3
     others = np.random.default_rng(0).permutation(order[third:len(order) - third])[:count - 2 * third]
     return np.concatenate((order[:third], others, order[len(order) - third:]))
 
@@ -45,20 +37,22 @@ def most_changed(before, after, count):
     return np.argsort(-change, kind='stable')[:min(count, np.count_nonzero(change))]
 
 
-def ranked_lists(features, ids, ranks, chosen):
-    """{query: (the ranks of its matches, [(item, kind, rank, similarity) of its nearest])} of the chosen queries.
+def ranked_lists(features, ids, ranks, chosen, dataset, images):
+    """Of each chosen query: the ranks of its matches and [(image, kind, rank, similarity), …] of its nearest.
 
-    kind: 'match', 'other', or 'junk', which takes no rank: it is None then.
+    images: {Sample: the number of its image on the page}, which takes those that are new. kind: 'match', 'other', or
+    'junk', which has no rank.
     """
     (query, gallery), (query_pids, gallery_pids, query_camids, gallery_camids) = features, map(np.asarray, ids)
-    place, lists = gallery.device if isinstance(gallery, torch.Tensor) else 'cpu', {}
+    place, lists = getattr(gallery, 'device', 'cpu'), []
     distances, items = (x.cpu().numpy() for x in topk(query[chosen].to(place), gallery, LOOKED_AT))
-    for q, row, similarities in zip(chosen.tolist(), items, 1 - distances):
+    for q, row, similarities in zip(chosen, items, 1 - distances):
         match, junk = kinds(query_pids[q], gallery_pids[row], query_camids[q], gallery_camids[row])
-        rank = np.cumsum(~junk)
-        lists[q] = ranks.ranks[ranks.offsets[q]:ranks.offsets[q + 1]].tolist(), [
-            (int(row[i]), 'junk' if junk[i] else 'match' if match[i] else 'other', None if junk[i] else int(rank[i]),
-             round(float(similarities[i]), 4)) for i in np.flatnonzero(rank - ~junk < LISTED)]
+        rank, kind = np.cumsum(~junk), np.where(junk, 'junk', np.where(match, 'match', 'other'))
+        image, *nearest = (images.setdefault(sample, len(images)) for sample in (
+            dataset.query[q], *(dataset.gallery[i] for i in row[rank - ~junk < LISTED])))
+        lists.append({'query': q, 'image': image, 'ranks': ranks.ranks[ranks.offsets[q]:ranks.offsets[q + 1]],
+                      'nearest': list(zip(nearest, kind, np.where(junk, None, rank), similarities.round(4)))})
     return lists
 
 
@@ -85,19 +79,18 @@ def similarities(features, ids):
                             gallery_camids[part])
         for count, pairs in zip(counts, (match, ~match & ~junk)):
             count += np.histogram(cosines[pairs].clip(-1, 1), BINS, (-1, 1))[0]
-    return {'queries': len(sampled), 'matches': counts[0].tolist(), 'others': counts[1].tolist()}
+    return {'queries': len(sampled), 'matches': counts[0], 'others': counts[1]}
 
 
 def by_cameras(features, ids, dataset):
     """mAP of each camera's queries, a row, in the gallery images of each camera alone, a column; None: no match."""
     (query, gallery), (query_pids, gallery_pids, query_camids, gallery_camids) = features, map(np.asarray, ids)
     cameras, item_cameras = (np.array([sample.camid for sample in part]) for part in (dataset.query, dataset.gallery))
-    columns = sorted(camera for camera, _ in Counter(item_cameras.tolist()).most_common(CAMERAS))
-    rows, means = sorted(set(cameras.tolist())), []
+    rows, columns, means = np.unique(cameras), np.unique(item_cameras), []
     for camera in columns:
         items = np.flatnonzero(item_cameras == camera)
         ap, first = by_query(match_ranks(query, gallery[items], query_pids, gallery_pids[items], query_camids,
                                          gallery_camids[items]))
         of_rows = (ap[(cameras == row) & (first > 0)] for row in rows)
-        means.append([round(each.mean(), 4) if len(each) else None for each in of_rows])
+        means.append([each.mean().round(4) if len(each) else None for each in of_rows])
     return {'rows': rows, 'columns': columns, 'mAP': list(zip(*means))}

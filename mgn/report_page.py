@@ -3,13 +3,13 @@
 The page is mgn/report.html with JSON in it. Its script draws all of it and puts text in as text only.
 """
 
-import base64
 import json
 import os
 import re
 import shlex
 import sys
 import time
+from base64 import b64encode
 from pathlib import Path
 from typing import Annotated
 
@@ -30,11 +30,8 @@ from mgn.results import stages
 from mgn.runs.files import replacing
 from mgn.runs.log import logger, progress, read_records
 
-TEMPLATE = Path(__file__).with_name('report.html')
-PLACE = 'PUT THE DATA HERE'
-HEIGHT, WIDTH = 128, 256  # of a crop, at most
-CHANGED = 24              # queries shown whose AP differs most between two checkpoints
-RECORDS = 1000            # of a training run, about, beside its evaluations
+TEMPLATE, PLACE = Path(__file__).with_name('report.html'), b'PUT THE DATA HERE'
+HEIGHT, WIDTH, CHANGED = 128, 256, 24  # of a crop, at most; queries shown whose AP differs most between two checkpoints
 
 
 @gin.configurable(denylist=['checkpoint', 'model', 'extractor', 'dataset', 'results', 'kept', 'notices', 'output_dir'])
@@ -59,13 +56,6 @@ def report(checkpoint, model, extractor, dataset, results, kept, notices, output
     runs = training_runs([os.path.dirname(weights)] if runs is None else runs, notices)
     other = compared(compare, extractor, dataset, ids, notices) if compare else None
     logger.info('report: ranked lists and curves')
-
-    def shown(features, ranks, chosen):
-        def number(sample):
-            return images.setdefault(sample, len(images))
-        return [{'query': q, 'image': number(dataset.query[q]), 'ranks': matches,
-                 'nearest': [(number(dataset.gallery[item]), *rest) for item, *rest in nearest]}
-                for q, (matches, nearest) in ranked_lists(features, ids, ranks, chosen).items()]
     page = {
         'dataset': dataset.name, 'weights': weights, 'step': results['step'], 'blur': blur,
         'made': time.strftime('%Y-%m-%d %H:%M %Z'), 'command': command(), 'metrics': METRICS,
@@ -73,34 +63,29 @@ def report(checkpoint, model, extractor, dataset, results, kept, notices, output
         'gallery': len(dataset.gallery), 'branches': model.parts, 'runs': runs,
         'queries': {'file': [os.path.relpath(sample.path, dataset.root) for sample in dataset.query],
                     'pid': [sample.pid for sample in dataset.query], 'camid': [s.camid for s in dataset.query],
-                    'ap': ap.round(4).tolist(), 'first': first.tolist()},
-        'lists': shown(features, ranks, choose(ap, queries)), 'similarities': similarities(features, ids),
-        'cameras': by_cameras(features, ids, dataset)}
+                    'ap': ap.round(4), 'first': first},
+        'lists': ranked_lists(features, ids, ranks, choose(ap, queries), dataset, images),
+        'similarities': similarities(features, ids), 'cameras': by_cameras(features, ids, dataset)}
     if other:
         other_ap, other_first = by_query(other[1])
         changed = most_changed(ap, other_ap, CHANGED)
         page['compare'] = {'weights': compare, 'measures': retrieval_metrics(other[1].offsets, other[1].ranks),
-                           'ap': other_ap.round(4).tolist(), 'first': other_first.tolist(),
-                           'lists': shown(features, ranks, changed), 'others': shown(*other, changed)}
+                           'ap': other_ap.round(4), 'first': other_first,
+                           'lists': ranked_lists(features, ids, ranks, changed, dataset, images),
+                           'others': ranked_lists(other[0], ids, other[1], changed, dataset, images)}
     page['images'] = list(pictures(model, extractor, list(images), blur, dataset.root))
-    if broken := sum('error' in image for image in page['images']):
-        notices.append(f'{broken} pictures could not be read when this page was made. They are marked.')
-    for notice in notices:
-        logger.warning(notice)
     write(os.path.join(output_dir or os.getcwd(), 'report.html'), {**page, 'notices': notices})
 
 
 def compared(path, extractor, dataset, ids, notices):
     """Features by another network of the same images, and their ranks; None, and a notice, where it cannot be used."""
     try:
-        other, parts = Embedder(path, str(extractor.device)), []
-        paths = [sample.path for sample in dataset.query + dataset.gallery]
+        other, paths = Embedder(path, str(extractor.device)), [s.path for s in dataset.query + dataset.gallery]
+        batches = [paths[i:i + other.batch_size] for i in range(0, len(paths), other.batch_size)]
         logger.info('report: features of %d images by %s', len(paths), path)
-        with progress(len(paths), unit='image', what='features') as bar:
-            for start in range(0, len(paths), other.batch_size):
-                parts.append(other.embed(paths[start:start + other.batch_size]))
-                bar.update(len(parts[-1]))
-        features = torch.cat(parts).split([len(dataset.query), len(dataset.gallery)])
+        with progress(len(batches), unit='batch', what='features') as bar:
+            rows = [(other.embed(batch), bar.update())[0] for batch in batches]
+        features = torch.cat(rows).split([len(dataset.query), len(dataset.gallery)])
         return features, match_ranks(*features, *ids)
     except UserError as error:
         notices.append(f'There is no comparison with {path}: {error.message}')
@@ -110,18 +95,12 @@ def training_runs(folders, notices):
     """The records of each folder's metrics.jsonl; a notice where there are none."""
     runs = []
     for folder in folders:
-        path, records, reason = os.path.join(os.path.expanduser(folder), 'metrics.jsonl'), [], 'it holds no records'
         try:
-            records = read_records(path)
+            runs.append({'name': folder, 'records': read_records(f'{os.path.expanduser(folder)}/metrics.jsonl')})
         except (UserError, OSError) as error:
-            reason = getattr(error, 'message', error)
-        if records:
-            step = len(records) // RECORDS + 1
-            runs.append({'name': folder, 'records': [record for i, record in enumerate(records)
-                                                     if i % step == 0 or 'mAP' in record]})
-        else:
-            notices.append(f'There are no curves of training from {path}: {reason}.')
-    return runs
+            notices.append(f'There are no curves of the training in {folder}: {error}')
+    notices += [f'{run["name"]} has no metrics.jsonl with records of a training.' for run in runs if not run['records']]
+    return [run for run in runs if run['records']]
 
 
 def pictures(model, extractor, samples, blur, root):
@@ -140,21 +119,20 @@ def pictures(model, extractor, samples, blur, root):
                     found[-1]['error'] = error.message.removeprefix(f'{sample.path}: ')
             read = (image for image in found if 'jpeg' in image)
             for image, *maps in zip(read, *(activation(model, extractor, images) if images else ())):
-                image['maps'] = [{'size': each.shape, 'values': text(each.tobytes())} for each in maps]
+                image['maps'] = [{'size': each.shape, 'values': b64encode(each.tobytes()).decode()} for each in maps]
             yield from found
             bar.update(len(found))
 
 
 def crop(image, blur):
     """(3, h, w) uint8 → the bytes of a JPEG file, as text."""
-    _, height, width = image.shape
-    scale = min(1, HEIGHT / height, WIDTH / width)
-    image = to_batch([image], (max(round(height * scale), 1), max(round(width * scale), 1)))[0]
-    pixels = image.permute(1, 2, 0).contiguous().numpy()
+    scale = min(1, HEIGHT / image.shape[1], WIDTH / image.shape[2])
+    size = tuple(max(round(scale * side), 1) for side in image.shape[1:])
+    pixels = to_batch([image], size)[0].permute(1, 2, 0).contiguous().numpy()
     if blur:
         top = Image.fromarray(pixels[:-(-len(pixels) // 8)])
         pixels[:top.height] = top.resize((3, 1), Image.Resampling.BOX).resize(top.size, Image.Resampling.BILINEAR)
-    return text(simplejpeg.encode_jpeg(pixels, quality=80, colorspace='RGB', colorsubsampling='420'))
+    return b64encode(simplejpeg.encode_jpeg(pixels, 80, 'RGB', '420')).decode()
 
 
 @torch.no_grad()
@@ -164,31 +142,23 @@ def activation(model, extractor, images):
     From the least of the image, 0, to the most, 255, as in the visualisations of torchreid and fast-reid.
     """
     batch = normalise(to_batch(images, extractor.input_size).to(extractor.device))
-    maps = []
     with evaluation_mode(model):
         shared = model.trunk(batch.contiguous(memory_format=torch.channels_last))
-        for branch in model.branches:
-            energy = branch(shared).square().sum(1)
-            energy -= energy.amin((1, 2), keepdim=True)
-            maps.append((255 * energy / energy.amax((1, 2), keepdim=True).clamp(min=1e-12)).byte().cpu().numpy())
-    return maps
+        maps = [branch(shared).square().sum(1) for branch in model.branches]
+    maps = [energy - energy.amin((1, 2), keepdim=True) for energy in maps]
+    return [(255 * energy / energy.amax((1, 2), keepdim=True).clamp(min=1e-12)).byte().cpu().numpy() for energy in maps]
 
 
 def command():
     """The command line of this process, in quotation marks that a shell takes."""
-    def quoted(word):
-        return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
-    return ' '.join(['python', *map(quoted, sys.orig_argv[1:])])
-
-
-def text(content):
-    return base64.b64encode(content).decode()
+    return ' '.join(['python', *(f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
+                                for word in sys.orig_argv[1:])])
 
 
 def write(path, page):
     """The template with the page's data in it. JSON knows no NaN, and no `<` may end the script that holds it."""
-    data = json.dumps(json.loads(json.dumps(page), parse_constant=lambda _: None), separators=(',', ':'))
+    data = json.dumps(page, default=lambda array: array.tolist())
+    data = json.dumps(json.loads(data, parse_constant=lambda _: None), separators=(',', ':')).replace('<', '\\u003c')
     with replacing(path, 'wb') as file:
-        file.write(TEMPLATE.read_bytes().replace(PLACE.encode(), data.replace('<', '\\u003c').encode(), 1))
-    logger.info('wrote %s, %.1f MB%s', path, os.path.getsize(path) / 1e6,
-                '; it shows pictures of people: pass it on with care')
+        file.write(TEMPLATE.read_bytes().replace(PLACE, data.encode(), 1))
+    logger.info('\n'.join([*page['notices'], f'wrote {path}, {os.path.getsize(path) / 1e6:.1f} MB; it shows people']))

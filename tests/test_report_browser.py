@@ -204,6 +204,7 @@ def test_maps_are_painted_where_the_network_responds(show, file):
 
 def test_an_image_that_could_not_be_read_is_shown_as_such_and_a_damaged_one(show, file, tmp_path):
     page = show(file)
+    assert '1 pictures could not be read' in page.locator('#notices').inner_text()
     field(page, 'Identity').fill('3')
     marked = page.locator('#rows .who .gone')
     assert marked.inner_text() == 'cannot be read' and 'no image' in marked.get_attribute('title')
