@@ -8,7 +8,7 @@ test:        # what CI runs
 	pytest
 
 long:        # every test, and twenty times the random cases
-	MGN_TIMES=10 pytest -m ''
+	MGN_TIMES=10 pytest -m '' -rs
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1
 sanitize:    # the CPU operations under AddressSanitizer and UndefinedBehaviorSanitizer, built in a copy of this folder

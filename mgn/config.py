@@ -31,7 +31,7 @@ RECIPES = PACKAGE if os.path.isdir(os.path.join(PACKAGE, 'gin')) else os.path.di
 gin.add_config_file_search_path(RECIPES)
 SHARED = ('dataset', 'input_size')  # training and evaluation have to agree on them
 MACRO = 'gin.macro'
-NOT_SAVED = {'output_dir', 'features_dir', 'weights', 'query', 'gallery'}  # never read from a checkpoint
+NOT_SAVED = {'output_dir', 'features_dir', 'weights', 'query', 'gallery', 'compare', 'runs', 'report'}  # nor read
 TRAINING = ('train', 'mgn_losses', 'circle_softmax', 'make_optimizer', 'Adam', 'AdamW', 'SGD',
             'multi_step', 'cosine', 'Augmentation')
 _saved_scopes = set()  # of the checkpoint at hand: flags may have rebound what uses them

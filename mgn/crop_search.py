@@ -16,9 +16,8 @@ import torch
 
 from mgn.data.datasets import IMAGE_SUFFIXES, Sample
 from mgn.devices import find_device
-from mgn.evaluation import load_for_features
 from mgn.feature_files import MANIFEST, kept_gallery, made_of
-from mgn.features import Extractor
+from mgn.features import Extractor, load_for_features
 from mgn.ops import topk
 from mgn.ops.arguments import LARGEST_K
 from mgn.ops.errors import MissingFile, UserError

@@ -14,11 +14,12 @@ import torch
 from mgn.data.datasets import Dataset
 from mgn.devices import find_device
 from mgn.feature_files import read_features, write_features
-from mgn.features import Extractor, check_alike
+from mgn.features import Extractor, check_alike, load_for_features
 from mgn.model import MGN
 from mgn.ops import expand_queries, k_reciprocal_ranks, match_ranks, retrieval_metrics
 from mgn.ops.arguments import LARGEST_K
 from mgn.ops.errors import UserError
+from mgn.report_page import report as write_report
 from mgn.results import table, write_results
 from mgn.runs import checkpoint as checkpoints, processes
 from mgn.runs.log import logger
@@ -27,23 +28,56 @@ from mgn.runs.log import logger
 @gin.configurable(denylist=['checkpoint'])
 def evaluate_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset: Dataset = gin.REQUIRED,
                         output_dir: str | None = None, device: str = 'auto',
-                        features_dir: str | None = None, test_sets: tuple[Dataset, ...] = ()) -> dict:
+                        features_dir: str | None = None, test_sets: tuple[Dataset, ...] = (),
+                        report: bool = False) -> dict:
     """Evaluates a loaded checkpoint on `dataset`; prints the table, writes output_dir/eval.json, returns the results.
 
     weights: the checkpoint's path. output_dir: None means the working folder.
     features_dir: a folder written by mgn.extract, whose features are read in place of the images of `dataset`.
     test_sets: further data sets, whose results follow in the table and in the list 'test_sets' of the results.
+    report: write output_dir/report.html, too, from what has been computed (mgn.report_page).
     """
-    device = find_device(device)
+    device, kept = find_device(device), {}
     model = load_for_features(checkpoint, weights, device)
     results = {'weights': weights, 'step': checkpoint['step'],
-               **evaluate(model, dataset, device, features_dir=features_dir)}
+               **evaluate(model, dataset, device, features_dir=features_dir, kept=kept)}
     if test_sets:
         results['test_sets'] = [evaluate(model, test_set, device) for test_set in test_sets]
     if processes.number() == 0:
         print(table(results))
         write_results(results, output_dir or os.getcwd())
+        if report:
+            write_report(checkpoint, model, Extractor(device), dataset, results, kept, [], output_dir)
     return results
+
+
+@gin.configurable(denylist=['checkpoint'])
+def report_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset: Dataset = gin.REQUIRED,
+                      output_dir: str | None = None, device: str = 'auto', features_dir: str | None = None) -> None:
+    """Evaluates a loaded checkpoint on `dataset` and writes output_dir/report.html (`mgn.report_page`).
+
+    Images that cannot be read are left out, and features_dir is where it does not fit; the page then says so.
+    """
+    if processes.count() > 1:
+        raise UserError('mgn.report is one process; start it without torchrun, or mgn.eval with report = True')
+    device = find_device(device)
+    model, extractor = load_for_features(checkpoint, weights, device), Extractor(device)
+    kept, unreadable, notices = {}, {}, []
+    if features_dir:
+        try:
+            kept['features'] = features_of(model, dataset, extractor, features_dir)
+        except UserError as error:
+            notices.append(f'{error.message}\nThis page was made from the images instead.')
+    if not kept:
+        features = extractor.features(model, dataset.query + dataset.gallery, unreadable)
+        parts = [[sample for sample in part if sample.path not in unreadable] for part in dataset[3:5]]
+        dataset = dataset._replace(query=parts[0], gallery=parts[1])
+        kept['features'] = features.to(device if device.type == 'cuda' else 'cpu').split(list(map(len, parts)))
+    if unreadable:
+        notices.append('The measures leave out these images, which cannot be read:\n' + '\n'.join(unreadable.values()))
+    results = {'weights': weights, 'step': checkpoint['step'],
+               **evaluate(model, dataset, device, extractor=extractor, kept=kept)}
+    write_report(checkpoint, model, extractor, dataset, results, kept, notices, output_dir)
 
 
 @gin.configurable(denylist=['checkpoint'])
@@ -69,15 +103,8 @@ def convert_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_di
     logger.info('wrote %s', path)
 
 
-def load_for_features(checkpoint, weights, device):
-    """The checkpoint's MGN without classifiers, on `device`."""
-    model = MGN(num_classes=0, fresh=False).to(device, memory_format=torch.channels_last)
-    checkpoints.load_model(model, checkpoint['model'], weights, without='.classifier.')
-    return model
-
-
-@gin.configurable(denylist=['model', 'dataset', 'device', 'features_dir', 'extractor'])
-def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_camera: bool = True,
+@gin.configurable(denylist=['model', 'dataset', 'device', 'features_dir', 'extractor', 'kept'])
+def evaluate(model, dataset, device, features_dir=None, extractor=None, kept=None, cross_camera: bool = True,
              query_expansion: Annotated[int, 0, LARGEST_K] = 0, alpha: Annotated[float, 0, math.inf] = 3.0,
              rerank: bool = False, k1: Annotated[int, 1, 2 ** 31 - 1] = 20, k2: Annotated[int, 1, 2 ** 31 - 1] = 6,
              lambda_value: Annotated[float, 0, 1] = 0.3) -> dict:
@@ -90,6 +117,7 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_ca
         features_dir: a folder written by mgn.extract for this model and data set. Its features are read in place of the
             images, and those of the gallery, which may be larger than memory, tile by tile.
         extractor: mgn.features.Extractor; None: as it is configured.
+        kept: a dict that 'features' (of query and gallery), 'ids' and 'ranks' are kept in. Features in it are taken.
         cross_camera: a true match comes from another camera. False is for data of one camera or of none: then only the
             query's own file, known by its name, is left out.
         query_expansion: gallery items averaged into each query (`mgn.ops.query_expansion.expand_queries`), 0 to 4096.
@@ -107,17 +135,21 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, cross_ca
     extractor, ids = extractor or Extractor(device), identities(dataset, cross_camera)
     check_alike(dataset, ('query', 'gallery'), model)
     start = time.perf_counter()
-    query, gallery = features_of(model, dataset, extractor, features_dir)
+    kept = {} if kept is None else kept
+    given = kept.get('features')
+    query, gallery = given or features_of(model, dataset, extractor, features_dir)
     if processes.number() > 0:
         return processes.share(None)
     extracted = time.perf_counter()
     ranks = match_ranks(query, gallery, *ids)
+    kept.update(features=(query, gallery), ids=ids, ranks=ranks)
     results = {'dataset': dataset.name, 'data_root': dataset.root, **retrieval_metrics(ranks.offsets, ranks.ranks),
                **counts(dataset, ranks), 'cross_camera': cross_camera, **extractor.settings(),
                'features_dir': features_dir, 'processes': processes.count(), 'features_s': round(extracted - start, 3),
                'ranking_s': round(time.perf_counter() - extracted, 3)}
-    logger.info('%s %.3f s, ranking %.3f s, float64 settled %.4f %% of the pairs', 'opening features' if features_dir
-                else 'decoding and features', results['features_s'], results['ranking_s'], 100 * results['redecided'])
+    logger.info('%s %.3f s, ranking %.3f s, float64 settled %.4f %% of the pairs',
+                'opening features' if features_dir or given else 'decoding and features', results['features_s'],
+                results['ranking_s'], 100 * results['redecided'])
     if query_expansion:
         start = time.perf_counter()
         query = expand_queries(query, gallery, query_expansion, alpha)

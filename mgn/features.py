@@ -14,8 +14,9 @@ from mgn.data.images import TestBatches
 from mgn.data.augmentation import normalise
 from mgn.data.loader import load_batches
 from mgn.devices import DTYPES, Precision, resolve_precision
+from mgn.model import MGN
 from mgn.ops.errors import UserError
-from mgn.runs import processes
+from mgn.runs import checkpoint as checkpoints, processes
 from mgn.runs.log import progress
 
 Size = tuple[Annotated[int, 1, 4096], Annotated[int, 1, 4096]]  # (H, W) in pixels
@@ -78,6 +79,13 @@ class Extractor:
             if self.flip_test:
                 features = (features + model(images.flip(3)).features.float()) / 2
         return F.normalize(features).cpu()
+
+
+def load_for_features(checkpoint, weights, device):
+    """The checkpoint's MGN without classifiers, on `device`."""
+    model = MGN(num_classes=0, fresh=False).to(device, memory_format=torch.channels_last)
+    checkpoints.load_model(model, checkpoint['model'], weights, without='.classifier.')
+    return model
 
 
 @contextlib.contextmanager

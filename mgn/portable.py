@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mgn.data.augmentation import normalise
-from mgn.evaluation import load_for_features
-from mgn.features import Extractor, hash_of_weights
+from mgn.features import Extractor, hash_of_weights, load_for_features
 from mgn.ops.errors import UserError
 from mgn.runs.files import writing
 from mgn.runs.log import logger

@@ -9,17 +9,22 @@ from mgn.runs.files import write_text
 
 def table(results):
     """The results of an evaluation in per cent, a row for each data set and stage."""
-    stages, notes = [], []
+    rows, notes = [], []
     for each in (results, *results.get('test_sets', ())):
-        stages += [(each['dataset'], each), ('+ query expansion', each.get('query_expansion')),
-                   ('+ re-ranking', each.get('rerank'))]
+        rows += stages(each)
         notes.append('{queries} queries, {queries_without_match} of them without a match; {gallery} in the gallery'
                      .format(**each))
-    rows = [['data set', *METRICS]]
-    rows += [[name, *(f'{100 * stage[measure]:.2f}' for measure in METRICS)] for name, stage in stages if stage]
+    rows = [['data set', *METRICS], *([name, *(f'{100 * stage[measure]:.2f}' for measure in METRICS)]
+                                      for name, stage in rows)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ['  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return '\n'.join([*lines, 'per cent; ' + '\n'.join(notes)])
+
+
+def stages(results):
+    """[(name, results)] of an evaluation's plain ranking and of what follows it."""
+    return [(results['dataset'], results), *((name, results[key]) for name, key in (
+        ('+ query expansion', 'query_expansion'), ('+ re-ranking', 'rerank')) if results.get(key))]
 
 
 def write_results(results, output_dir):

@@ -209,6 +209,9 @@ MISTAKES = [
     ('mgn.train', ['--gin_file=my.gin', "--gin_bindings=output_dir = 'bad'", '--gin_bindings=rerank = 20'],
      'rerank must be True or False, found 20'),
     ('mgn.extract', ["--gin_bindings=features_dir = 'features'"], '--gin_bindings="weights='),
+    ('mgn.report', ["--gin_bindings=weights = 'nowhere.pth'"], 'no file .*nowhere.pth'),
+    ('mgn.report', ["--gin_bindings=weights = 'my.gin'", '--gin_bindings=report.blurred = True'],
+     "the nearest valid name is 'blur'"),
 ]
 # The long import is done once; then every mistake is made by a process of its own, as by python -m.
 MAKE_MISTAKES = """
@@ -306,7 +309,7 @@ def test_features_of_a_recipe_with_flip_test_are_extracted_then_evaluated_from_a
     (folder / 'paper.gin').write_text(PAPER)
     program = f"""
 import os
-from mgn import eval, extract, train
+from mgn import eval, extract, report, train
 train.main(['paper.gin'], [])
 os.chdir({str(tmp_path)!r})
 bindings = ["weights='{folder}/runs/paper/best.pth'", "data_root='{folder}/data'"]
@@ -314,9 +317,11 @@ eval.main([], bindings)
 os.rename('eval.json', 'images.json')
 extract.main([], [*bindings, "features_dir='features'"])
 eval.main([], [*bindings, "features_dir='features'"])
+report.main([], bindings)
 """
     code, out, err = run(folder, '-c', program)
     assert code == 0, err
     images, files = (json.loads((tmp_path / name).read_text()) for name in ('images.json', 'eval.json'))
+    assert (tmp_path / 'report.html').is_file()
     assert files['flip_test'] and images['flip_test'] and files['features_dir'] == str(tmp_path / 'features')
     assert {name: files[name] for name in METRICS} == {name: images[name] for name in METRICS}

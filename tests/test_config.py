@@ -308,8 +308,8 @@ def test_the_folder_of_recipes_is_no_package_and_the_package_is_whole():
     assert set(settings['packages']) == {'mgn.gin', *(
         '.'.join(path.parent.relative_to(PROJECT).parts) for path in (PROJECT / 'mgn').glob('**/__init__.py'))}
     assert settings['package-dir'] == {'mgn.gin': 'gin'}
-    assert (PROJECT / 'mgn' / 'defaults.gin').is_file()
-    assert settings['package-data'] == {'mgn': ['defaults.gin'], 'mgn.gin': ['*.gin']}
+    others = {path.name for path in (PROJECT / 'mgn').iterdir() if path.suffix not in ('', '.py', '.so', '.pyc')}
+    assert {'defaults.gin'} < others and settings['package-data'] == {'mgn': sorted(others), 'mgn.gin': ['*.gin']}
 
 
 def test_importing_the_package_and_its_ops_is_light():
@@ -387,7 +387,7 @@ def test_a_portable_configuration_holds_no_absolute_path():
                      f"own/market_layout.root = '/home/me/{'long/' * 30}'"])
     assert checkpoint.configuration().count('/home/me') == 3
     portable = checkpoint.configuration(portable=True)
-    assert not re.search('/home|runs|long', portable) and 'evaluate.alpha = 2.0' in portable
+    assert not re.search('/home|runs/|long', portable) and 'evaluate.alpha = 2.0' in portable
     config.load([], [], saved=portable)
     config.load([], ["data_root = '~/data'"])
     assert "data_root = '~/data'" in checkpoint.configuration(portable=True)
