@@ -1,5 +1,6 @@
 """The device that a configuration names, and the precision of forward passes on it."""
 
+import os
 from typing import Literal
 
 import torch
@@ -26,7 +27,7 @@ def find_device(name):
         raise UserError(f"{processes.count()} processes need the device 'cuda' or 'cpu', found {name!r}; "
                         f"bind device = 'cuda' for one GPU each")
     try:
-        device = torch.device(f'cuda:{processes.number_on_this_machine()}' if several and name == 'cuda' else name)
+        device = torch.device(f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if several and name == 'cuda' else name)
         if device.type not in ('cpu', 'cuda', 'mps'):
             raise RuntimeError('mgn runs on cpu, cuda and mps')
         torch.empty(0, device=device)

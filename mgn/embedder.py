@@ -31,13 +31,10 @@ class Embedder:
             if flip_test or precision not in ('auto', 'float32') or device not in ('auto', 'cpu'):
                 raise UserError(f'{path} runs on the CPU, as it was exported: leave out device, precision '
                                 f'and flip_test')
-            self.open_onnx(path)
+            self.forward, metadata = portable.read_onnx(path)
+            self.device, self.dim, self.input_size = torch.device('cpu'), metadata['D'], tuple(metadata['input_size'])
         else:
             self.open_weights(path, device, precision, flip_test)
-
-    def open_onnx(self, path):
-        self.forward, metadata = portable.read_onnx(path)
-        self.device, self.dim, self.input_size = torch.device('cpu'), metadata['D'], tuple(metadata['input_size'])
 
     def open_weights(self, path, device, precision, flip_test):
         content = weights.load_checkpoint(path)

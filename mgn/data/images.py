@@ -62,7 +62,8 @@ class Decoder:
     def __call__(self, path):
         """FileError naming the path and a reason: missing, damaged, too large, an animation, or no image."""
         try:
-            with open(path, 'rb', opener=without_waiting) as file:
+            # A named pipe is opened at once, too, and read as an empty file.
+            with open(path, 'rb', opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
                 if os.fstat(file.fileno()).st_size > LARGEST_FILE:
                     raise ValueError(f'a file of more than {LARGEST_FILE} bytes; replace it by a smaller image')
                 content = file.read()
@@ -97,11 +98,6 @@ class Decoder:
     def too_large(self):
         return (f'an image of more than {self.max_pixels} pixels, or {LONGEST_SIDE} on one side, which is refused '
                 f'before it is decoded; replace it by a smaller one or bind Decoder.max_pixels')
-
-
-def without_waiting(path, flags):
-    """Opens a named pipe, too, at once: it is read as an empty file."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def rgb_array(image):

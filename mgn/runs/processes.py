@@ -80,10 +80,6 @@ def number():
     return dist.get_rank() if count() > 1 else 0
 
 
-def number_on_this_machine():
-    return int(os.environ.get('LOCAL_RANK', 0)) if count() > 1 else 0
-
-
 def first_to_fail():
     """Whether this process is the first to ask, so that only one reports what went wrong."""
     with contextlib.suppress(RuntimeError):  # the store has ended with the process that held it

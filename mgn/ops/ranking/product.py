@@ -195,11 +195,10 @@ def fastest(candidates, query, items):
         return candidates[0](query, items)
     times = [TIMES.setdefault((gemm.__name__, torch.get_num_threads()), []) for gemm in candidates]
     trials = min(map(len, times))
-    if trials >= TRIALS:
-        best = min(range(len(candidates)), key=lambda i: min(times[i]))
-        return candidates[best](query, items)
-    next_up = [len(seconds) for seconds in times].index(trials)
+    trying = trials < TRIALS
+    i = [len(each) for each in times].index(trials) if trying else min(range(len(times)), key=lambda i: min(times[i]))
     start = time.perf_counter()
-    product = candidates[next_up](query, items)
-    times[next_up].append((time.perf_counter() - start) / work)
+    product = candidates[i](query, items)
+    if trying:
+        times[i].append((time.perf_counter() - start) / work)
     return product
