@@ -75,6 +75,8 @@ def report_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset: D
         kept['features'] = features.to(device if device.type == 'cuda' else 'cpu').split(list(map(len, parts)))
     if unreadable:
         notices.append('The measures leave out these images, which cannot be read:\n' + '\n'.join(unreadable.values()))
+        if not all(parts):
+            raise UserError(f'{notices[-1]}\nNo query or no gallery image is left; restore the files.')
     results = {'weights': weights, 'step': checkpoint['step'],
                **evaluate(model, dataset, device, extractor=extractor, kept=kept)}
     write_report(checkpoint, model, extractor, dataset, results, kept, notices, output_dir)
@@ -147,9 +149,7 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, kept=Non
                **counts(dataset, ranks), 'cross_camera': cross_camera, **extractor.settings(),
                'features_dir': features_dir, 'processes': processes.count(), 'features_s': round(extracted - start, 3),
                'ranking_s': round(time.perf_counter() - extracted, 3)}
-    logger.info('%s %.3f s, ranking %.3f s, float64 settled %.4f %% of the pairs',
-                'opening features' if features_dir or given else 'decoding and features', results['features_s'],
-                results['ranking_s'], 100 * results['redecided'])
+    logger.info('features %.3f s, ranking %.3f s', results['features_s'], results['ranking_s'])
     if query_expansion:
         start = time.perf_counter()
         query = expand_queries(query, gallery, query_expansion, alpha)

@@ -160,6 +160,7 @@ class Training:
                 raise UserError(f'{path} is of step {content["step"]}, beyond total_steps = {self.total_steps}. '
                                 f'Bind more total_steps, or another output_dir.')
             self.state.restore(content, path)
+            check_alike(self.dataset, (), model)  # machines that see other folders would train other networks
             self.saved_step = self.state.step if os.path.basename(path) == 'last.pth' else None
         self.state.check_finite(self.last_good())
         if self.compile:

@@ -216,6 +216,13 @@ def test_images_that_vanished_are_named_and_the_rest_is_made(root, weights):
         evaluation.evaluate_checkpoint(bind(weights, root, root / 'eval', 'report = True'))
 
 
+def test_where_no_query_can_be_read_the_images_are_named(root, weights):
+    for path in (root / 'q').iterdir():
+        path.write_bytes(b'')
+    with pytest.raises(UserError, match='(?s)cannot be read:.*q/.*No query or no gallery image is left'):
+        made(weights, root, root / 'out')
+
+
 def test_a_picture_that_vanished_behind_its_features_is_marked(root, weights, tmp_path):
     features = f"features_dir = '{tmp_path}/features'"
     evaluation.extract_checkpoint(bind(weights, root, root / 'out', features))

@@ -125,6 +125,20 @@ def check_a_run_whose_losses_have_parameters_resumes_with_them(folder):
         torch.testing.assert_close(value, contents[1]['losses'][name], rtol=1e-4, atol=1e-5)
 
 
+def check_machines_that_see_other_checkpoints_do_not_resume(folder):
+    thin_run(folder, 'other', 'total_steps = 2')
+    load = checkpoint.load
+
+    def other_on_the_last_machine(path, **options):
+        content = load(path, **options)
+        if dist.get_rank() == dist.get_world_size() - 1:
+            next(iter(content['model'].values())).add_(1)
+        return content
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match='need the same weights'):
+        patch.setattr(checkpoint, 'load', other_on_the_last_machine)
+        thin_run(folder, 'other', 'total_steps = 4')
+
+
 def thin_run(folder, name, *bindings):
     """Trains in all processes at once, in folder/name; returns this process's model."""
     data(folder, 2)

@@ -63,8 +63,8 @@ def msmt17(root: str, combine_val: bool = False) -> Dataset:
     to_train, to_evaluate = ('list_train.txt', 'list_val.txt'), ('list_query.txt', 'list_gallery.txt')
     aliases = 'MSMT17_V1', 'MSMT17_V2', 'msmt17', 'MSMT17', ''
     folders = [os.path.join(os.path.expanduser(root), alias) for alias in aliases]
-    first, second = (any(os.path.isdir(os.path.join(folder, name)) for folder in folders)
-                     for name in ('test', 'mask_test_v2'))
+    first, second = (any(os.path.isdir(f'{folder}/{name}') and os.path.isfile(f'{folder}/list_query.txt')
+                         for folder in folders) for name in ('test', 'mask_test_v2'))
     in_train, in_test = ('mask_train_v2', 'mask_test_v2') if second and not first else ('train', 'test')
     folder, not_to_train = find_folder(root, aliases, (in_train, *to_train), (in_test, *to_evaluate))
     train = []

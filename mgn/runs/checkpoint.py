@@ -156,7 +156,7 @@ def save(path, content, keep_as=None):
         try:
             torch.save({'format': FORMAT, **content}, file)
         except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # torch's writer hides what the file said, e.g. a full disk
+            if isinstance(error.__context__, (OSError, SystemExit)):  # torch's writer hides a full disk, or a signal
                 raise error.__context__ from None
             raise
 

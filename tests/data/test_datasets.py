@@ -110,6 +110,12 @@ def test_msmt17_reads_ids_from_the_second_column_and_cameras_from_the_third_fiel
     assert dataset.gallery == [Sample(f'{folder}/{folders[1]}/0001/0001_001_11_0302evening_2_0.jpg', 1, 11)]
 
 
+def test_a_folder_of_another_set_called_test_hides_no_msmt17(tmp_path):
+    (tmp_path / 'test').mkdir()
+    write_msmt(tmp_path / 'MSMT17_V2', ('mask_train_v2', 'mask_test_v2'))
+    assert datasets.msmt17(str(tmp_path)).root == str(tmp_path / 'MSMT17_V2')
+
+
 def test_msmt17_keeps_the_order_of_its_lists_and_passes_over_blank_lines(tmp_path):
     lines = ['0003/0003_000_15_a_0_0.jpg 3', '', '0001/0001_000_02_a_0_0.jpg 7', '  ',
              '0002/0002_000_01_a_0_0.jpg\t12  ']

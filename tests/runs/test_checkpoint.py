@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back, a failing write harms nothing, foreign files are refused without being run."""
 
 import errno
+import io
 import os
 import pickle
 import re
@@ -96,6 +97,19 @@ def test_a_failing_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch, f
             checkpoint.save(str(path), {**BIG, 'step': 2})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ['last.pth']
+
+
+def test_a_signal_while_it_writes_ends_the_process_as_it_asks(tmp_path, monkeypatch):
+    """torch's writer makes another error of what is raised within a write."""
+    @contextmanager
+    def interrupted(path, mode, keep_as):
+        class File(io.BytesIO):
+            def write(self, content):
+                raise SystemExit(75)
+        yield File()
+    monkeypatch.setattr(checkpoint, 'replacing', interrupted)
+    with pytest.raises(SystemExit, match='75'):
+        checkpoint.save(str(tmp_path / 'last.pth'), {**BIG, 'step': 1})
 
 
 @FAILURES
