@@ -196,6 +196,7 @@ const int64_t* neighbours(const Tensor& items, int64_t below) {
 
 std::tuple<Tensor, Tensor> reciprocal(Tensor items, int64_t half) {
   const int64_t n = items.size(0);
+  STD_TORCH_CHECK(half >= 0, "mgn_cpu: expected a number of neighbours, but got ", half);
   const auto [offsets, columns, none] =
       as_tensors(mgn::reciprocal(neighbours(items, n), n, items.size(1), half, parallel), items);
   return {offsets, columns};
@@ -211,6 +212,7 @@ ThreeTensors mean_rows(Tensor offsets, Tensor in_columns, Tensor values, Tensor 
 }
 
 ThreeTensors transpose(Tensor offsets, Tensor in_columns, Tensor values, int64_t width) {
+  STD_TORCH_CHECK(width >= 0, "mgn_cpu: expected a number of columns, but got ", width);
   int64_t* to_offsets;
   int32_t* to_columns;
   double* to_values;

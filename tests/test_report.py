@@ -254,7 +254,8 @@ def test_names_of_files_end_no_script_and_the_page_asks_for_nothing(tmp_path, we
     data = re.search(r'id="data">(.*?)</script>', text, re.S)[1]
     assert '<' not in data and len(re.findall('<script', text)) == 2
     assert set(re.findall(r'https?:[^\s\'"]*', text.replace(data, ''))) == {'http://www.w3.org/'}
-    assert not re.findall(r'innerHTML|insertAdjacent|document\.write|eval\(|@import|url\(|\bfetch\(', text)
+    code = text.replace(data, '')
+    assert not re.findall(r'innerHTML|insertAdjacent|document\.write|eval\(|@import|url\(|\bfetch\(', code)
     assert "default-src 'none'" in text
 
 

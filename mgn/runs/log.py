@@ -36,6 +36,7 @@ class RunLog:
         with writing(self.path, advice), open(self.path, 'a') as file:
             file.write(json.dumps(record) + '\n')
 
+
 def read_records(path):
     """The lines of a metrics.jsonl. A last line that a kill cut short is dropped; damage elsewhere is a UserError."""
     lines = Path(path).read_text(errors='replace').splitlines() if os.path.exists(path) else []

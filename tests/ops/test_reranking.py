@@ -196,6 +196,15 @@ def test_sparse_rows_of_kernels_and_references_are_the_same_bits(items, k1, k2):
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*results)) and len(results[0][-1]) > 9
 
 
+@pytest.mark.skipif(not COMPILED, reason='nothing is compiled')
+def test_negative_numbers_are_refused_by_the_operators_themselves():
+    with pytest.raises(RuntimeError, match='expected a number of columns, but got -1'):
+        torch.ops.mgn_cpu.transpose(torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int32),
+                                    torch.zeros(0, dtype=torch.float64), -1)
+    with pytest.raises(RuntimeError, match='expected a number of neighbours, but got -1'):
+        torch.ops.mgn_cpu.reciprocal(torch.zeros(2, 1, dtype=torch.int64), -1)
+
+
 @pytest.mark.skipif(importlib.util.find_spec('torchreid') is None,
                     reason='an optional comparison: make peers installs torchreid')
 @pytest.mark.parametrize('k1, k2, lambda_value', PARAMETERS)
