@@ -7,12 +7,11 @@ on 1 and 2 threads. Needs the extra `export`.
 """
 
 import argparse
+import functools
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import onnxruntime
@@ -20,6 +19,7 @@ import torch
 
 import mgn
 from benchmarks.machine import cpu_model
+from benchmarks.ranking import alternate
 from mgn import config, portable
 from mgn.data import datasets
 from mgn.embedder import Embedder
@@ -45,18 +45,6 @@ def with_forward(weights, forward):
     return embedder.embed
 
 
-def seconds_an_image(runs, images, rounds):
-    """{name: median seconds an image} of functions of a batch, after a warm-up of each."""
-    times = {name: [] for name in runs}
-    for turn in range(-1, rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run(images)
-            if turn >= 0:
-                times[name].append((time.perf_counter() - start) / len(images))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def on_threads(count, model, onnx, pt2, batch, rounds):
     """{side: seconds an image} on so many threads."""
     torch.set_num_threads(count)
@@ -65,7 +53,8 @@ def on_threads(count, model, onnx, pt2, batch, rounds):
     session = onnxruntime.InferenceSession(onnx, options, providers=['CPUExecutionProvider'])
     runs = {'mgn.load': model.forward, 'model.onnx': lambda x: session.run(None, {'images': x.numpy()}),
             'model.pt2': portable.read_pt2(pt2)[0]}
-    return seconds_an_image(runs, batch, rounds)
+    seconds = alternate({name: functools.partial(run, batch) for name, run in runs.items()}, rounds)
+    return {name: value / len(batch) for name, value in seconds.items()}
 
 
 def main():
