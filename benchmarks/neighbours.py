@@ -6,6 +6,7 @@ Works: distances, features, market, msmt17; all by default, on the CPU. Sides al
 """
 
 import argparse
+import functools
 import statistics
 import time
 from contextlib import contextmanager
@@ -14,11 +15,10 @@ import numpy as np
 import torch
 
 from benchmarks.machine import cpu_model
-from benchmarks.peers import torchreid_re_ranking
+from benchmarks.peers import torch_products, torchreid_re_ranking
 from benchmarks.ranking import D, alternate, peak_mb, problem
 from mgn.ops import (implementation, k_reciprocal_ranks, match_ranks, match_ranks_from_distance, retrieval_metrics,
-                     topk,
-                     topk_from_distance)
+                     topk, topk_from_distance)
 from mgn.ops.ranking import product
 
 MARKET = {'queries': 3_368, 'gallery': 15_913, 'identities': 750, 'cameras': 6}
@@ -48,8 +48,8 @@ def features(rounds):
     (_, ours), (_, theirs) = (side() for side in sides.values())
     agree = (ours.numpy() == theirs).mean()
     assert agree > 0.999, f'other neighbours: {1 - agree:.2%}'
-    products = {gemm.__name__: (lambda gemm=gemm: [gemm(query, tile) for tile in gallery.split(2048)])
-                for gemm in product.gemms(query.device)}
+    products = {name: (lambda gemm=gemm: [gemm(query, tile) for tile in gallery.split(2048)])
+                for name, gemm in torch_products(query.device).items()}
     products["NumPy's OpenBLAS"] = lambda: [query.numpy() @ tile.numpy().T for tile in gallery.split(2048)]
     seconds = alternate({**sides, **products}, rounds)
     alone = ', '.join(f'{name} {seconds[name]:.2f} s' for name in products)
@@ -61,25 +61,25 @@ def features(rounds):
 @contextmanager
 def products_timed():
     """Yields a list that gets the seconds of every matrix product of mgn.ops."""
-    seconds, products = [], product.products
+    seconds, products_of = [], product.products_of
 
-    def timed(*args):
+    def timed(products, *args):
         start = time.perf_counter()
         result = products(*args)
         seconds.append(time.perf_counter() - start)
         return result
-    product.products = timed
+    product.products_of = lambda *args: functools.partial(timed, products_of(*args))
     try:
         yield seconds
     finally:
-        product.products = products
+        product.products_of = products_of
 
 
 def market(rounds):
     """Re-ranking of Market-1501's size, against one product of all features and torchreid's function."""
     args = problem(**MARKET)
     every = torch.cat(args[:2])
-    products = {gemm.__name__: (lambda gemm=gemm: gemm(every, every)) for gemm in product.gemms(every.device)}
+    products = {name: (lambda gemm=gemm: gemm(every, every)) for name, gemm in torch_products(every.device).items()}
     k_reciprocal_ranks(*(x[:256] for x in args))  # warms up
     total, inside, alone = [], [], {name: [] for name in products}
     for _ in range(rounds):

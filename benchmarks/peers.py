@@ -57,6 +57,16 @@ def fastreid_evaluate_rank(use_cython=True):
     return lambda *args, max_rank=50: (rank.evaluate_cy if use_cython else rank.evaluate_py)(*args, max_rank, False)
 
 
+def torch_products(device):
+    """{name: (q, g) → q @ gᵀ in float32}: torch.mm, which takes MKL on CPUs, and there oneDNN, under a private name."""
+    import torch
+
+    products = {'mm': lambda q, g: torch.mm(q, g.T)}
+    if device.type == 'cpu' and torch.backends.mkldnn.is_available():
+        products['oneDNN'] = lambda q, g: torch.ops.mkldnn._linear_pointwise(q, g, None, 'none', [], '')
+    return products
+
+
 def fastreid_mgn(num_classes, device='cpu'):
     """fastreid.modeling.meta_arch.mgn.MGN, its optimizer and what this wraps the parameters in, both as its trainer
     builds them.

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.machine import cpu_model
-from benchmarks.peers import fastreid_evaluate_rank, torchreid_evaluate_rank
+from benchmarks.peers import fastreid_evaluate_rank, torch_products, torchreid_evaluate_rank
 from mgn.ops import evaluate_rank, implementation, match_ranks, retrieval_metrics
 from mgn.ops.arguments import all_ids
 from mgn.ops.ranking import product
@@ -72,12 +72,12 @@ def against_product(queries, rounds, device, dimensions=64, noise=1.3, precision
         for items in gallery:
             for block in query:
                 gemm(block, items)
-    products = {}
-    for gemm in product.gemms(features[0].device):
-        products[f'product by {gemm.__name__}'] = lambda gemm=gemm: gemm(*features)
-        products[f'{gemm.__name__} in tiles'] = lambda gemm=gemm: in_tiles(gemm)
+    alone = {}
+    for name, gemm in torch_products(features[0].device).items():
+        alone[f'product by {name}'] = lambda gemm=gemm: gemm(*features)
+        alone[f'{name} in tiles'] = lambda gemm=gemm: in_tiles(gemm)
     results = []
-    sides = {'match_ranks': lambda: results.append(match_ranks(*features, *args[2:], precision=precision)), **products}
+    sides = {'match_ranks': lambda: results.append(match_ranks(*features, *args[2:], precision=precision)), **alone}
     seconds = alternate(sides, rounds)
     ours = seconds.pop('match_ranks')
     print(', '.join(f'{name} {value:.3f} s' for name, value in seconds.items()))

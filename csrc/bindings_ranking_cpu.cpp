@@ -1,11 +1,13 @@
 // The module mgn._C, continued: ranking, nearest neighbours and re-ranking.
 #include <limits>
+#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "bindings_cpu.h"
 #include "kernels/canonical_cpu.h"
 #include "kernels/nearest_cpu.h"
+#include "kernels/products_cpu.h"
 #include "kernels/ranking_cpu.h"
 #include "kernels/reranking_cpu.h"
 
@@ -68,6 +70,24 @@ template <typename T> const T* matrix(const Tensor& matrix, int64_t rows, int64_
                   "mgn_cpu: expected a CPU matrix of shape (", rows, ", ", columns,
                   ") of the right type, contiguous along rows");
   return static_cast<const T*>(matrix.data_ptr());
+}
+
+// (⌈q / rows⌉, D, rows), as `products` takes them.
+Tensor pack_queries(Tensor query, int64_t set) {
+  const auto q = rows(query);
+  const int64_t high = mgn::panel_rows(checked_set(set));
+  const Tensor panels = torch::stable::new_empty(query, {(q.count + high - 1) / high, q.d, high}, kType<float>);
+  mgn::pack_queries(q, static_cast<float*>(panels.data_ptr()), int(set), parallel);
+  return panels;
+}
+
+void products(Tensor panels, Tensor items, int64_t summed, Tensor dots, std::optional<Tensor> norms, int64_t set) {
+  const auto x = rows(items);
+  const int64_t queries = dots.size(0), high = mgn::panel_rows(checked_set(set)), count = (queries + high - 1) / high;
+  STD_TORCH_CHECK(summed > 0, "mgn_cpu: expected a number of terms, but got ", summed);
+  mgn::products(pointer<float>(panels, count * x.d * high), queries, x, summed,
+                const_cast<float*>(matrix<float>(dots, queries, x.count)), dots.stride(0),
+                norms ? pointer<double>(*norms, x.count) : nullptr, int(set), parallel);
 }
 
 mgn::Tile tile_of(const Tensors& tile, bool cosine, int64_t first) {
@@ -238,6 +258,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mgn_cpu, m) {
   m.def(
       "canonical_keys(Tensor query, Tensor gallery, Tensor queries, Tensor items, bool cosine, Tensor(a!) keys, "
       "int instruction_set=0) -> ()");
+  m.def("pack_queries(Tensor query, int instruction_set=0) -> Tensor");
+  m.def(
+      "products(Tensor panels, Tensor items, int summed, Tensor(a!) dots, Tensor(b!)? norms, int instruction_set=0) -> "
+      "()");
   m.def(
       "count_nonmatches(Tensor[] tile, bool cosine, int first, Tensor[] filter_terms, Tensor[] matches, "
       "Tensor[] excluded, Tensor(a!) steps, Tensor(b!) redecided, int instruction_set=0) -> ()");
@@ -263,6 +287,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mgn_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(mgn_cpu, CPU, m) {
   m.impl("canonical_norms", TORCH_BOX(&canonical_norms));
   m.impl("canonical_keys", TORCH_BOX(&canonical_keys));
+  m.impl("pack_queries", TORCH_BOX(&pack_queries));
+  m.impl("products", TORCH_BOX(&products));
   m.impl("count_nonmatches", TORCH_BOX(&count_nonmatches));
   m.impl("count_reranked", TORCH_BOX(&count_reranked));
   m.impl("count_in_distances", TORCH_BOX(&count_in_distances));

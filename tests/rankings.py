@@ -165,6 +165,14 @@ def ascending_sum(terms):
 
 def on_tensor_cores(monkeypatch, products=None):
     """Every precision filters on the CPU too: products(q, g) of rounded operands, float32's unless given."""
-    take = products or (lambda q, g: q @ g.T)
+    take, products_of = products or (lambda q, g: q @ g.T), product.products_of
     monkeypatch.setattr(product, 'available', lambda precision, device: 'float32' if precision == 'auto' else precision)
-    monkeypatch.setattr(product, 'products', lambda query, items, precision: take(query, items))
+    monkeypatch.setattr(product, 'products_of', lambda query, precision, room=None: (
+        products_of(query, precision, room) if precision == 'float32' else lambda items: take(query, items)))
+
+
+def by_torch(monkeypatch, products=None):
+    """Float32 products are not our own kernel's, but torch's, or those of products(q, g)."""
+    monkeypatch.setattr(product, 'own_kernels', lambda device: None)
+    if products:
+        monkeypatch.setattr(product, 'by_torch', products)

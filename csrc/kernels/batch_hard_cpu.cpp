@@ -75,7 +75,7 @@ template <typename T> Packed<T> pack(const Features<T>& x, int width, const Para
   parallel(x.heads * panels, grain_of(kCopyGrain, x.d * width), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t head = p / panels, first = p % panels * width;
-      pack_panel(x.candidates + (head * x.m + first) * x.d, std::min<int64_t>(width, x.m - first), x.d, width,
+      pack_panel(x.candidates + (head * x.m + first) * x.d, std::min<int64_t>(width, x.m - first), x.d, x.d, width,
                  packed.get() + p * x.d * width);
     }
   });

@@ -22,18 +22,22 @@ const SumLoops& sum_loops(int instruction_set) {
   static constexpr const SumLoops* kAll[] = {OF_EACH_INSTRUCTION_SET(kSumLoops)};
   return *kAll[compiled_instruction_set(instruction_set)];
 }
+
+void canonical_norms(const Rows& rows, int64_t begin, int64_t end, const SumLoops& loops, double* norms) {
+  const Denormals denormals;
+  for (int64_t i = begin; i < end; i += 2) {
+    const int count = i + 1 < end ? 2 : 1;
+    const float* const both[] = {rows[i], rows[i + count - 1]};
+    double squares[2];
+    loops.squares(nullptr, both, count, rows.d, squares);
+    for (int r = 0; r < count; ++r) norms[i + r] = std::sqrt(squares[r]);
+  }
+}
+
 void canonical_norms(const Rows& rows, double* norms, int instruction_set, const Parallel& parallel) {
   const SumLoops& loops = sum_loops(instruction_set);
-  parallel(rows.count, std::max<int64_t>(2, grain_of(kGrain, rows.d)), [&](int64_t begin, int64_t end) {
-    const Denormals denormals;
-    for (int64_t i = begin; i < end; i += 2) {
-      const int count = i + 1 < end ? 2 : 1;
-      const float* const both[] = {rows[i], rows[i + count - 1]};
-      double squares[2];
-      loops.squares(nullptr, both, count, rows.d, squares);
-      for (int r = 0; r < count; ++r) norms[i + r] = std::sqrt(squares[r]);
-    }
-  });
+  parallel(rows.count, std::max<int64_t>(2, grain_of(kGrain, rows.d)),
+           [&](int64_t begin, int64_t end) { canonical_norms(rows, begin, end, loops, norms); });
 }
 
 void canonical_keys(const Rows& query, const Rows& gallery, const int64_t* queries, const int64_t* items, int64_t pairs,

@@ -12,7 +12,7 @@ void canonical_norms(const Rows& rows, double* norms, int instruction_set, const
 void canonical_keys(const Rows& query, const Rows& gallery, const int64_t* queries, const int64_t* items, int64_t pairs,
                     bool cosine, double* keys, int instruction_set, const Parallel& parallel);
 
-// For the kernels that need keys on the way.
+// For the kernels that need norms and keys on the way.
 
 struct SumLoops {
   void (*products)(const float* x, const float* const* y, int rows, int64_t d, double* out);
@@ -22,6 +22,9 @@ struct SumLoops {
 };
 
 const SumLoops& sum_loops(int instruction_set);
+
+// The norms of rows begin … end, on one thread.
+void canonical_norms(const Rows& rows, int64_t begin, int64_t end, const SumLoops& loops, double* norms);
 
 // The keys of one row with any others, be it of the query and they of the gallery or the other way round.
 struct Keys {

@@ -78,7 +78,7 @@ void pairwise_distance(const T* x, const T* y, int64_t n, int64_t m, int64_t d, 
       for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t j = (first + panel) * width, count = std::min<int64_t>(width, m - j);
         const T* rows = cosine ? units.set(loops, y + j * d, count, d) : y + j * d;
-        pack_panel(rows, count, d, width, packed.get() + panel * d * width);
+        pack_panel(rows, count, d, d, width, packed.get() + panel * d * width);
       }
     });
     const int64_t cost = block * std::min(here, kPanels) * width * std::max<int64_t>(d, 1);

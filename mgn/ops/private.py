@@ -17,11 +17,6 @@ def cpu_capabilities():
     return getattr(torch.cpu, 'get_capabilities', dict)()
 
 
-def onednn_product(query, items):
-    """query @ itemsᵀ in float32 by oneDNN: torch.mm takes MKL, which some CPUs run at half the speed."""
-    return torch.ops.mkldnn._linear_pointwise(query, items, None, 'none', [], '')
-
-
 def sum_of_differences(weight, x, y, divisor):
     """(N, D) Σⱼ weight[i, j] (x[i] − y[j]) / divisor[i, j], 0 where the divisor is 0, without a tensor (N, M, D)."""
     return torch.ops.aten._cdist_backward(weight, x, y, 2.0, divisor)

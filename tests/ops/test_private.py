@@ -31,12 +31,6 @@ def test_below_autograd_nothing_is_recorded():
     assert (x * 2).grad_fn is not None
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='this torch has no oneDNN')
-def test_the_product_by_onednn_is_a_product():
-    query, items = random_features(5, 33), random_features(7, 33, seed=1)
-    torch.testing.assert_close(private.onednn_product(query, items), query @ items.T)
-
-
 def test_sums_of_differences_are_those_of_the_formula():
     weight, x, y = (random_features(*shape, dtype=torch.float64) for shape in ((4, 6), (4, 3), (6, 3)))
     divisor = weight.abs() + 1

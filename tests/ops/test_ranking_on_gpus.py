@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from rankings import METRICS, clustered
+from rankings import METRICS, by_torch, clustered
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -142,10 +142,10 @@ def test_neighbours_round_each_row_once(fake_gpu, monkeypatch, precision):
 
 @pytest.mark.parametrize('precision', PRECISIONS)
 def test_a_tile_of_neighbours_takes_two_launches_and_waits_for_nothing(fake_gpu, monkeypatch, precision):
-    seen, products = [], product.products
+    seen, by_torch = [], product.by_torch
     monkeypatch.setattr(nearest, 'is_one_tensor', lambda comparison: False)
     with fake_gpu(precision) as launches:
-        monkeypatch.setattr(product, 'products', lambda *args: seen.append(launches.count) or products(*args))
+        monkeypatch.setattr(product, 'by_torch', lambda *args: seen.append(launches.count) or by_torch(*args))
         query, gallery = (torch.empty(n, 2048, device='cuda') for n in (11_659, 82_161))
         norms = (torch.empty(n, dtype=torch.float64, device='cuda') for n in (11_659, 82_161))
         with pytest.raises(DataDependentOutputException):  # after the tiles of a block
@@ -217,8 +217,7 @@ def test_re_ranking_counts_a_tile_while_the_next_is_computed_and_copied(stubs, m
     comparison, ids = Comparison(*features, True, 'float32'), all_ids(9, 300, *ids)
     norms, excluded = finite_norms(features[0], 'query'), ranks.identities(ids, -1)
     matches = ranks.sorted_matches(excluded, ids, lambda queries, items: keys_of_pairs(comparison, queries, items))
-    take = product.products
-    monkeypatch.setattr(product, 'products', lambda *args: LOG.append('product') or take(*args))
+    by_torch(monkeypatch, lambda query, items: LOG.append('product') or query @ items.T)
     expected = ranks.nonmatches_between(comparison, norms, matches, excluded)
     LOG.clear()
     got = ranks.nonmatches_between(comparison, norms, matches, excluded, host=features)

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from implementations import IMPLEMENTATIONS, run_as
 from memory import only_linux, printed
 from mining import examples
-from rankings import METRICS, extremes, naive_keys, near_ties, on_tensor_cores, problem
+from rankings import METRICS, by_torch, extremes, naive_keys, near_ties, on_tensor_cores, problem
 
 from mgn.ops import topk, topk_from_distance
 from mgn.ops.arguments import PRECISIONS
@@ -153,7 +153,7 @@ def test_tiles_threads_precision_and_taking_one_tensor_twice_change_nothing(monk
 def test_a_coarse_product_leaves_more_to_the_keys_and_changes_nothing(implementation, monkeypatch):
     query, gallery = clustered(20, 400)
     expected = naive(query, gallery, 10)[0]
-    monkeypatch.setattr(product, 'gemms', lambda device: (lambda q, g: q.bfloat16().float() @ g.bfloat16().float().T,))
+    by_torch(monkeypatch, lambda q, g: q.bfloat16().float() @ g.bfloat16().float().T)
     monkeypatch.setattr(product, 'keeps_operands', lambda device: False)
     assert topk(query, gallery, 10).indices.tolist() == expected
 

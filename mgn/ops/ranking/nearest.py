@@ -146,6 +146,7 @@ def selections(comparison, operands, item_terms, searches):
     if is_one:
         items_at_once = queries_at_once = min(items_at_once, queries_at_once)
     terms = [[-search.sign * of_items for of_items in item_terms] for search in searches]
+    room = torch.empty(items_at_once * queries_at_once, dtype=torch.float32) if query.device.type == 'cpu' else None
     selected = {}  # of a block's start: what is selected so far
 
     def select(block, part, dots):
@@ -157,11 +158,11 @@ def selections(comparison, operands, item_terms, searches):
             comparison.kernels.select_nearest(dots, scale[part], shift[part], part.start, values, items)
 
     for block in spans(len(query), queries_at_once):
-        query_operand = operands[0](block)
+        products = product.products_of(operands[0](block), precision, room)
         for part in spans(len(gallery), items_at_once):
             if is_one and part.start < block.start:
                 continue
-            dots = product.products(query_operand, operands[1](part), precision)
+            dots = products(operands[1](part))
             select(block, part, dots)
             if is_one and part.start > block.start:
                 select(part, block, dots.T.contiguous())
@@ -218,9 +219,9 @@ def settle_crowded(comparison, search, queries, limits, item_terms, exclude_self
     limit_keys = sign * limit_keys
     keys = torch.full((len(query), k), torch.inf, dtype=torch.float64)
     items = torch.full((len(query), k), len(gallery))
-    operand = product.operand(rows(query, slice(None)), precision)
+    products = product.products_of(product.operand(rows(query, slice(None)), precision), precision)
     for part in spans(len(gallery), tile_of(query, gallery)[0]):
-        dots = product.products(operand, product.operand(rows(gallery, part), precision), precision)
+        dots = products(product.operand(rows(gallery, part), precision))
         values = dots * (-sign * item_scale[part]) - sign * item_shift[part]
         is_candidate = (~(values > bound[:, None])).cpu()
         if exclude_self:

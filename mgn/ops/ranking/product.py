@@ -4,11 +4,10 @@ import contextlib
 import functools
 import os
 import threading
-import time
 
 import torch
 
-from mgn.ops.private import onednn_product
+from mgn.ops.ranking.keys import ranking_kernels
 from mgn.ops.ranking.tiles import OPERANDS, is_readable, once, rows, spans
 
 # Rows within this range can neither overflow in a product nor lose it to underflow or to flushed denormals.
@@ -17,9 +16,8 @@ SMALLEST, LARGEST = 2.0 ** -40, 2.0 ** 60
 # half the rate of float32. Where both hold, precision 'auto' is tf32: a faster product that leaves more pairs to their
 # float64 keys.
 PROVEN, FAST_FLOAT64 = ((9, 0),), ((8, 0), (9, 0), (10, 0))
-TRIALS, WORTH_A_TRIAL = 3, 2 ** 28  # products timed of each GEMM, of so many multiplications at least
+SUMMED = 128  # terms that our own product adds up at a time
 LOCK = threading.RLock()
-TIMES = {}  # (GEMM, threads) → seconds a multiplication in its trials
 
 
 @contextlib.contextmanager
@@ -65,6 +63,8 @@ def relative_error(precision, width, device, query_residual=None, item_residual=
     if precision == 'tf32':
         left_out = left_out + query_residual + item_residual.max() * (1 + query_residual)
         return 1.01 * summing(width, 2.0 ** -22) + left_out
+    if own_kernels(device):
+        return summing(min(width, SUMMED) + 2 * -(-width // SUMMED), 2.0 ** -24) + left_out
     if not keeps_operands(device):  # at worst bfloat16, truncated
         return 1.02 * (summing(width, 2.0 ** -22) + 2 * 2.0 ** -7) + left_out
     emulated = device.type == 'cuda' and 'CUBLAS_EMULATE_SINGLE_PRECISION' in os.environ
@@ -109,9 +109,12 @@ def summing(width, unit):
 
 
 def probe(query, items):
-    """The products of two matrices by every GEMM of their device that may be asked for float32."""
     with exact_float32():
-        return [gemm(query, items) for gemm in gemms(query.device)]
+        return by_torch(query, items)
+
+
+def by_torch(query, items):
+    return torch.mm(query, items.T)
 
 
 @functools.cache
@@ -120,7 +123,7 @@ def keeps_operands(device):
     size = probe_size(device)
     fine = torch.diag(torch.full((size,), 1 + 2.0 ** -23, dtype=torch.float32, device=device))
     one = torch.eye(size, dtype=torch.float32, device=device)
-    return all(torch.equal(result, fine) for pair in ((fine, one), (one, fine)) for result in probe(*pair))
+    return all(torch.equal(probe(*pair), fine) for pair in ((fine, one), (one, fine)))
 
 
 @functools.cache
@@ -133,18 +136,18 @@ def rounds_sums(device):
     row, one = torch.arange(size, device=device), torch.ones(size, size, dtype=torch.float32, device=device)
     terms = torch.eye(size, dtype=torch.float32, device=device)
     terms[row, (row + 1 + row % 97) % size] = 1.5 * 2.0 ** -24  # in the same step of a tensor core, or in a later one
-    return all((result == 1 + 2.0 ** -23).all() for pair in ((terms, one), (one, terms)) for result in probe(*pair))
+    return all((probe(*pair) == 1 + 2.0 ** -23).all() for pair in ((terms, one), (one, terms)))
 
 
 def probe_size(device):
     return 2048 if device.type == 'cuda' else 256  # libraries emulate large products only
 
 
-def gemms(device):
-    """Functions (q, g) → q @ gᵀ in float32."""
-    def mm(q, g):
-        return torch.mm(q, g.T)
-    return (mm, onednn_product) if device.type == 'cpu' and torch.backends.mkldnn.is_available() else (mm,)
+def own_kernels(device):
+    """The kernels with a product of our own, on CPUs that have AVX2; None where torch's is faster, or all there is."""
+    kernels = ranking_kernels(device)
+    has_own = device.type == 'cpu' and hasattr(kernels, 'instruction_sets')
+    return kernels if has_own and kernels.instruction_sets() != 'baseline' else None
 
 
 def operand(features, precision):
@@ -180,25 +183,24 @@ def operands(features, norms, precision):
     return made if whole is None else whole.__getitem__, residual
 
 
-def products(query, items, precision):
-    """Operands of (q, D) and (n, D) → (q, n) float32, within relative_error of the products of their rows."""
+def products_of(query, precision, room=None):
+    """A function of items (n, D) → (q, n) float32, within relative_error of the products of what was made operands.
+
+    Given norms (n,) to write to, it also computes those of the items. Where `room` is given, the result may lie there:
+    memory that is used again is in the cache.
+    """
     if precision == 'tf32':
         torch.backends.cuda.matmul.fp32_precision = 'tf32'
-        return torch.mm(query, items.T)
-    return fastest(gemms(query.device), query, items)
+    kernels = own_kernels(query.device) if precision == 'float32' else None
+    panels = kernels and kernels.pack_queries(query)
 
-
-def fastest(candidates, query, items):
-    """The product by the fastest of several GEMMs, which the first large products of the process find out."""
-    work = query.shape[0] * items.shape[0] * query.shape[1]
-    if len(candidates) == 1 or work < WORTH_A_TRIAL:
-        return candidates[0](query, items)
-    times = [TIMES.setdefault((gemm.__name__, torch.get_num_threads()), []) for gemm in candidates]
-    trials = min(map(len, times))
-    trying = trials < TRIALS
-    i = [len(each) for each in times].index(trials) if trying else min(range(len(times)), key=lambda i: min(times[i]))
-    start = time.perf_counter()
-    product = candidates[i](query, items)
-    if trying:
-        times[i].append((time.perf_counter() - start) / work)
-    return product
+    def products(items, norms=None):
+        if kernels is None:
+            if norms is not None:
+                ranking_kernels(query.device).canonical_norms(items, norms)
+            return by_torch(query, items)
+        place = items.new_empty(len(query) * len(items)) if room is None else room[:len(query) * len(items)]
+        dots = place.view(len(query), len(items))
+        kernels.products(panels, items, SUMMED, dots, norms)
+        return dots
+    return products

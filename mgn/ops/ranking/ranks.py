@@ -11,8 +11,8 @@ from mgn.ops.private import uncompiled
 from mgn.ops.ranking import product
 from mgn.ops.ranking.counting import Excluded, FilterTerms, Matches, Tile
 from mgn.ops.ranking.keys import compared, finite_norms, keys_in_order, ranking_kernels, refuse_not_finite
-from mgn.ops.ranking.tiles import (OPERANDS, blocks_of, denormals, in_pinned_memory, is_readable, on_device, once,
-                                   refuse_nan, rows, spans, tile_of)
+from mgn.ops.ranking.tiles import (OPERANDS, PRODUCTS, blocks_of, denormals, in_pinned_memory, is_readable, on_device,
+                                   once, refuse_nan, rows, spans, tile_of)
 
 PAIRS = 2 ** 19  # of one identity looked at together
 
@@ -185,27 +185,33 @@ def filtered_tiles(comparison, query_norms, blocks):
     items_at_once = tile_of(query, gallery)[0]
     precision = product.available(comparison.precision, device) if query.shape[1] else 'float32'
 
-    @functools.lru_cache(maxsize=None if query.numel() <= min(once(device), 2 ** 26) else 1)
+    has_own = precision == 'float32' and product.own_kernels(device) is not None
+    room = torch.empty(PRODUCTS, dtype=torch.float32) if has_own else None
+    converted = query.numel() if is_readable(query) else 2 * query.numel()
+
+    @functools.lru_cache(maxsize=None if converted <= (2 ** 26 if device.type == 'cuda' else 2 ** 25) else 1)
     def of_queries(number):
         query_rows, norms = rows(query, blocks[number]), query_norms[blocks[number]]
         operand, residual = product.operands(query_rows, norms, precision)
-        return query_rows, norms, operand(slice(None)), residual
+        return query_rows, norms, product.products_of(operand(slice(None)), precision, room), residual
     pieces = items_at_once
     if device.type == 'cuda':
         pieces = max((once(device) if gallery.is_cuda else OPERANDS) // (width if is_readable(gallery) else 2 * width),
                      items_at_once)
-    for piece, items, norms in finite_pieces(comparison, spans(len(gallery), pieces)):
+    with_norms = of_queries(0)[2] if has_own and blocks else comparison.kernels.canonical_norms
+    for piece, items, norms, dots in finite_pieces(comparison, spans(len(gallery), pieces), with_norms):
         scale, shift, largest = product.item_terms(norms, cosine)
         operand, residual = product.operands(items, norms, precision)
         for number, block in enumerate(blocks):
-            query_rows, own_norms, query_operand, query_residual = of_queries(number)
+            query_rows, own_norms, products, query_residual = of_queries(number)
             error = product.relative_error(precision, query.shape[1], device, query_residual, residual)
             terms = product.query_terms(own_norms, largest, error, query.shape[1], cosine)
             for part in spans(len(items), items_at_once):
-                dots = product.products(query_operand, operand(part), precision)
+                dots = products(operand(part)) if dots is None else dots
                 yield (block, slice(piece.start + part.start, piece.start + part.stop),
                        Tile(query_rows, items[part], own_norms, norms[part]),
                        FilterTerms(dots, scale[part], shift[part], *terms))
+                dots = None
 
 
 def in_main_memory(tiles, query, gallery):
@@ -224,17 +230,19 @@ def in_main_memory(tiles, query, gallery):
         before = after
 
 
-def finite_pieces(comparison, pieces):
-    """Yields each piece of the gallery, its rows on the query's device and their norms; UserError if not finite."""
+def finite_pieces(comparison, pieces, with_norms):
+    """Yields each piece of the gallery, its rows on the query's device, their norms, and what with_norms(rows, norms),
+    which computes these, returns; UserError if not finite.
+    """
     query, gallery, *_ = comparison
     finite = torch.ones((), dtype=torch.bool, device=query.device)
     for piece, items in zip(pieces, on_device(gallery, pieces, query.device)):
         norms = torch.empty(len(items), dtype=torch.float64, device=query.device)
-        comparison.kernels.canonical_norms(items, norms)
+        made = with_norms(items, norms)
         finite &= norms.isfinite().all()
         if query.device.type == 'cpu' and not finite:  # elsewhere this would wait for the device
             break
-        yield piece, items, norms
+        yield piece, items, norms, made
     if not finite:
         refuse_not_finite(gallery, 'gallery')
 
