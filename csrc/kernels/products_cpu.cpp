@@ -63,7 +63,7 @@ struct ItemProducts {
         const float* const sum = sums.get() + j * loops.high + r * loops.wide;
         float* const out = dots + r * stride + first + j;
         const int64_t width = std::min<int64_t>(loops.wide, count - j);
-        begin ? (void)std::transform(out, out + width, sum, out, std::plus<float>()) : (void)std::copy_n(sum, width, out);
+        begin ? std::transform(out, out + width, sum, out, std::plus<float>()) : std::copy_n(sum, width, out);
       }
   }
 };

@@ -4,7 +4,7 @@ namespace mgn::SET {
 typedef float Line __attribute__((vector_size(VECTOR_BYTES)));
 constexpr int kLine = VECTOR_BYTES / 4;
 constexpr int kHigh = 3 * REGISTERS / 8, kWide = 2 * kLine;  // of a register tile, which takes 3/4 of the registers
-constexpr int kAhead = 8;                                    // terms fetched before they are used
+constexpr int kAhead = 8, kRowsAhead = 128;  // terms fetched before their use, from the second-level cache, the third
 
 // sums (kHigh, kWide) += Σ rows[k, r] · columns[k, c] over `count` terms k, each rounded once.
 TARGET void add_products(const float* rows, const float* columns, int64_t count, float* sums) {
@@ -12,6 +12,7 @@ TARGET void add_products(const float* rows, const float* columns, int64_t count,
   for (int64_t k = 0; k < count; ++k) {
     const Line* column = reinterpret_cast<const Line*>(columns + k * kWide);
     const Line first = column[0], second = column[1];
+    __builtin_prefetch(rows + (k + kRowsAhead) * kHigh);
     __builtin_prefetch(column + 2 * kAhead);
     __builtin_prefetch(column + 2 * kAhead + 1);
 #pragma GCC unroll 12

@@ -10,7 +10,7 @@ from mgn.ops.errors import UserError
 from mgn.ops.private import uncompiled
 from mgn.ops.ranking import product, reference
 from mgn.ops.ranking.keys import compared, finite_norms, keys_of_pairs, ranking_kernels
-from mgn.ops.ranking.tiles import blocks_of, denormals, refuse_nan, rows, spans, tile_of
+from mgn.ops.ranking.tiles import ITEMS, blocks_of, denormals, refuse_nan, rows, spans, tile_of
 
 STATE = 2 ** 30     # bytes of what is selected for all queries at once; beyond them block after block
 SELECTED = 2 ** 21  # candidates of a block
@@ -146,7 +146,7 @@ def selections(comparison, operands, item_terms, searches):
     if is_one:
         items_at_once = queries_at_once = min(items_at_once, queries_at_once)
     terms = [[-search.sign * of_items for of_items in item_terms] for search in searches]
-    room = torch.empty(items_at_once * queries_at_once, dtype=torch.float32) if query.device.type == 'cpu' else None
+    room = torch.empty(items_at_once * queries_at_once, dtype=torch.float32)
     selected = {}  # of a block's start: what is selected so far
 
     def select(block, part, dots):
@@ -219,7 +219,8 @@ def settle_crowded(comparison, search, queries, limits, item_terms, exclude_self
     limit_keys = sign * limit_keys
     keys = torch.full((len(query), k), torch.inf, dtype=torch.float64)
     items = torch.full((len(query), k), len(gallery))
-    products = product.products_of(product.operand(rows(query, slice(None)), precision), precision)
+    operand = product.operand(rows(query, slice(None)), precision)
+    products = product.products_of(operand, precision, torch.empty(CROWDED * ITEMS, dtype=torch.float32))
     for part in spans(len(gallery), tile_of(query, gallery)[0]):
         dots = products(product.operand(rows(gallery, part), precision))
         values = dots * (-sign * item_scale[part]) - sign * item_shift[part]

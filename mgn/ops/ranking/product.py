@@ -145,9 +145,8 @@ def probe_size(device):
 
 def own_kernels(device):
     """The kernels with a product of our own, on CPUs that have AVX2; None where torch's is faster, or all there is."""
-    kernels = ranking_kernels(device)
-    has_own = device.type == 'cpu' and hasattr(kernels, 'instruction_sets')
-    return kernels if has_own and kernels.instruction_sets() != 'baseline' else None
+    sets = getattr(ranking_kernels(device), 'instruction_sets', None)
+    return ranking_kernels(device) if sets and sets() != 'baseline' else None
 
 
 def operand(features, precision):
@@ -183,11 +182,11 @@ def operands(features, norms, precision):
     return made if whole is None else whole.__getitem__, residual
 
 
-def products_of(query, precision, room=None):
+def products_of(query, precision, room):
     """A function of items (n, D) → (q, n) float32, within relative_error of the products of what was made operands.
 
-    Given norms (n,) to write to, it also computes those of the items. Where `room` is given, the result may lie there:
-    memory that is used again is in the cache.
+    Given norms (n,) to write to, it also computes those of the items. The result may lie in `room`, a tensor of the
+    CPU: memory that is used again is in the cache.
     """
     if precision == 'tf32':
         torch.backends.cuda.matmul.fp32_precision = 'tf32'
@@ -195,12 +194,11 @@ def products_of(query, precision, room=None):
     panels = kernels and kernels.pack_queries(query)
 
     def products(items, norms=None):
-        if kernels is None:
-            if norms is not None:
-                ranking_kernels(query.device).canonical_norms(items, norms)
-            return by_torch(query, items)
-        place = items.new_empty(len(query) * len(items)) if room is None else room[:len(query) * len(items)]
-        dots = place.view(len(query), len(items))
-        kernels.products(panels, items, SUMMED, dots, norms)
-        return dots
+        if kernels:
+            dots = room[:len(query) * len(items)].view(len(query), len(items))
+            kernels.products(panels, items, SUMMED, dots, norms)
+            return dots
+        if norms is not None:
+            ranking_kernels(query.device).canonical_norms(items, norms)
+        return by_torch(query, items)
     return products

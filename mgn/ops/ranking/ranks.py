@@ -15,6 +15,7 @@ from mgn.ops.ranking.tiles import (OPERANDS, PRODUCTS, blocks_of, denormals, in_
                                    once, refuse_nan, rows, spans, tile_of)
 
 PAIRS = 2 ** 19  # of one identity looked at together
+KEPT = 3 * 2 ** 23  # elements of queries whose operands are kept for all tiles: 96 MB, twice that if converted
 
 
 class MatchRanks(NamedTuple):
@@ -185,11 +186,9 @@ def filtered_tiles(comparison, query_norms, blocks):
     items_at_once = tile_of(query, gallery)[0]
     precision = product.available(comparison.precision, device) if query.shape[1] else 'float32'
 
-    has_own = precision == 'float32' and product.own_kernels(device) is not None
-    room = torch.empty(PRODUCTS, dtype=torch.float32) if has_own else None
-    converted = query.numel() if is_readable(query) else 2 * query.numel()
+    room = torch.empty(PRODUCTS, dtype=torch.float32)
 
-    @functools.lru_cache(maxsize=None if converted <= (2 ** 26 if device.type == 'cuda' else 2 ** 25) else 1)
+    @functools.lru_cache(maxsize=None if query.numel() <= KEPT else 1)
     def of_queries(number):
         query_rows, norms = rows(query, blocks[number]), query_norms[blocks[number]]
         operand, residual = product.operands(query_rows, norms, precision)
@@ -198,8 +197,9 @@ def filtered_tiles(comparison, query_norms, blocks):
     if device.type == 'cuda':
         pieces = max((once(device) if gallery.is_cuda else OPERANDS) // (width if is_readable(gallery) else 2 * width),
                      items_at_once)
-    with_norms = of_queries(0)[2] if has_own and blocks else comparison.kernels.canonical_norms
-    for piece, items, norms, dots in finite_pieces(comparison, spans(len(gallery), pieces), with_norms):
+    at_once = blocks and precision == 'float32' and device.type == 'cpu'  # norms come with the first products
+    with_norms = of_queries(0)[2] if at_once else comparison.kernels.canonical_norms
+    for piece, items, norms, made in finite_pieces(comparison, spans(len(gallery), pieces), with_norms):
         scale, shift, largest = product.item_terms(norms, cosine)
         operand, residual = product.operands(items, norms, precision)
         for number, block in enumerate(blocks):
@@ -207,11 +207,10 @@ def filtered_tiles(comparison, query_norms, blocks):
             error = product.relative_error(precision, query.shape[1], device, query_residual, residual)
             terms = product.query_terms(own_norms, largest, error, query.shape[1], cosine)
             for part in spans(len(items), items_at_once):
-                dots = products(operand(part)) if dots is None else dots
+                dots = made if at_once and number == 0 else products(operand(part))
                 yield (block, slice(piece.start + part.start, piece.start + part.stop),
                        Tile(query_rows, items[part], own_norms, norms[part]),
                        FilterTerms(dots, scale[part], shift[part], *terms))
-                dots = None
 
 
 def in_main_memory(tiles, query, gallery):
