@@ -199,6 +199,11 @@ def re_ranking(device, small):
         def run():
             results.append(k_reciprocal_ranks(*args, precision=precision).ranks)
         alternate(f're-ranking, {precision}', {'mgn': run}, 1, device)
+    threads = torch.get_num_threads()
+    for count in (1, max(threads // 2, 1)):  # much of the work is the CPU's: what do its threads bring?
+        torch.set_num_threads(count)
+        alternate(f're-ranking, {count} of {threads} threads', {'mgn': run}, 1, device)
+    torch.set_num_threads(threads)
     assert all(np.array_equal(results[0], other) for other in results), 'another precision, other ranks'
     show_kernels(functools.partial(k_reciprocal_ranks, *args), device)
 
