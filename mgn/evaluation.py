@@ -30,25 +30,33 @@ def evaluate_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset:
                         output_dir: str | None = None, device: str = 'auto',
                         features_dir: str | None = None, test_sets: tuple[Dataset, ...] = (),
                         report: bool = False) -> dict:
-    """Evaluates a loaded checkpoint on `dataset`; prints the table, writes output_dir/eval.json, returns the results.
+    """Evaluates a loaded checkpoint on `dataset`; prints a table, writes output_dir/eval.json, returns the results.
 
     weights: the checkpoint's path. output_dir: None means the working folder.
     features_dir: a folder written by mgn.extract, whose features are read in place of the images of `dataset`.
-    test_sets: further data sets, whose results follow in the table and in the list 'test_sets' of the results.
+    test_sets: further data sets, whose results are the list 'test_sets' of the results. What is known is printed and
+        written at once, so a data set that fails takes nothing from those before it.
     report: write output_dir/report.html, too, from what has been computed (mgn.report_page).
     """
     device, kept = find_device(device), {}
     model = load_for_features(checkpoint, weights, device)
     results = {'weights': weights, 'step': checkpoint['step'],
                **evaluate(model, dataset, device, features_dir=features_dir, kept=kept)}
-    if test_sets:
-        results['test_sets'] = [evaluate(model, test_set, device) for test_set in test_sets]
-    if processes.number() == 0:
-        print(table(results))
-        write_results(results, output_dir or os.getcwd())
-        if report:
-            write_report(checkpoint, model, Extractor(device), dataset, results, kept, [], output_dir)
+    publish(results, results, output_dir)
+    if report and processes.number() == 0:
+        write_report(checkpoint, model, Extractor(device), dataset, results, kept, [], output_dir)
+    kept.clear()  # features, which take the memory of the next data set's
+    for test_set in test_sets:
+        results.setdefault('test_sets', []).append(evaluate(model, test_set, device))
+        publish(results['test_sets'][-1], results, output_dir)
     return results
+
+
+def publish(new, results, output_dir):
+    """Prints the table of the new results and writes all of them, in process 0."""
+    if processes.number() == 0:
+        print(table(new), flush=True)
+        write_results(results, output_dir or os.getcwd())
 
 
 @gin.configurable(denylist=['checkpoint'])
