@@ -48,6 +48,7 @@ class Extractor:
         """The features of `samples` in order: (n, D) float32 on the CPU.
 
         unreadable: a dict that takes what cannot be read, {path: reason}, which is left out; None: that is a UserError.
+        Features that are not finite are a UserError that names their images.
         """
         return torch.cat([torch.empty(0, model.feature_dim), *self.batches(model, samples, unreadable)])
 
@@ -61,13 +62,19 @@ class Extractor:
         test_batches = TestBatches(samples, self.input_size, self.batch_size)
         loader = load_batches(test_batches, range(len(test_batches)), self.workers, self.device)
         with evaluation_mode(model), progress(len(samples), unit='image', what='features') as bar:
-            for batch in loader:
+            for batch, start in zip(loader, range(0, len(samples), self.batch_size)):
                 if unreadable is not None:
                     unreadable.update(batch.unreadable)
                 elif batch.unreadable:
                     raise UserError('Evaluation needs every image, and these cannot be read:\n  ' + '\n  '.join(
                         batch.unreadable.values()) + '\nrestore the files or remove them from the data set')
                 features = self.forward(model, batch.images)
+                if not features.isfinite().all():
+                    read = [s.path for s in samples[start:start + self.batch_size] if s.path not in batch.unreadable]
+                    bad = [path for path, row in zip(read, features) if not row.isfinite().all()]
+                    raise UserError(f'Features must be finite, but {len(bad)} of a batch of {len(read)} have NaN or '
+                                    f'infinity, first that of {bad[0]}; look at the weights and at this image, or bind '
+                                    f"feature_precision = 'float32'")
                 yield features
                 bar.update(len(features))
 

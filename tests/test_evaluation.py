@@ -197,7 +197,8 @@ def test_no_query_with_a_match_is_an_error(model, tmp_path):
 
 def test_features_that_are_not_finite_are_an_error(model, folder):
     model.heads[3].norm.bias.data[0] = torch.nan
-    with pytest.raises(ValueError, match='query features must be finite, but row 0 has NaN or infinity'):
+    first = sorted((folder / 'query').iterdir())[0]
+    with pytest.raises(ValueError, match=f'27 of a batch of 27 have NaN or infinity, first that of {first}; look at'):
         evaluate(model, market_layout(str(folder)), CPU, extractor=extractor())
 
 
