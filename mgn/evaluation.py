@@ -15,7 +15,6 @@ from mgn.data.datasets import Dataset
 from mgn.devices import find_device
 from mgn.feature_files import read_features, write_features
 from mgn.features import Extractor, check_alike, load_for_features
-from mgn.model import MGN
 from mgn.ops import expand_queries, k_reciprocal_ranks, match_ranks, retrieval_metrics
 from mgn.ops.arguments import LARGEST_K
 from mgn.ops.errors import UserError
@@ -106,8 +105,7 @@ def convert_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_di
 
     Its configuration is the present one, bindings of the command line included.
     """
-    model = MGN(num_classes=checkpoint['num_classes'], fresh=False)
-    checkpoints.load_model(model, checkpoint['model'], weights)
+    load_for_features(checkpoint, weights, torch.device('cpu'))  # refuses what does not fit
     path = os.path.join(output_dir or os.getcwd(), f'{os.path.splitext(os.path.basename(weights))[0]}_mgn.pth')
     checkpoints.save(path, {**checkpoint, 'config': checkpoints.configuration(portable=True)})
     logger.info('wrote %s', path)

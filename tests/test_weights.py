@@ -161,7 +161,7 @@ def drop(state, beginning):
     (lambda state: state.update({'b1_head.weight': torch.ones(3, 2)}), r'\(the same as b1_head.weight\)'),
     (lambda state: state.update({'b2_pool.1.weight': torch.zeros(2)}), r'heads.1.reduction.* has shape \(2,\)'),
     (lambda state: state.update({'b1_head.classifier.weight': torch.zeros(())}), r'classifier.weight \(one number\)'),
-    (lambda state: state.update({'b1_pool.0.p': torch.zeros(1).expand(10 ** 12)}), r'pools.0.p has shape \(2,\)'),
+    (lambda state: state.update({'b1_pool.0.p': torch.zeros(1).expand(10 ** 12)}), r'shape \(1000000000000,\) is larger'),
     (lambda state: state.update({'b1_pool.0.p': torch.nested.nested_tensor([torch.zeros(1)])}), 'is no tensor'),
     (lambda state: {'model': {}}, 'holds no weights by name'),
     (lambda state: {'a.weight': torch.zeros(1), 'b': torch.zeros(2)}, '2 keys do not, the first of them a.weight, b'),
@@ -171,6 +171,31 @@ def drop(state, beginning):
 def test_what_fits_no_layout_is_refused_with_the_keys_that_do_not(tmp_path, change, message):
     with pytest.raises(UserError, match=f'(?s)w.pth.*({message})'):
         mgn.load(saved(tmp_path, change), device='cpu')
+
+
+@pytest.mark.parametrize('use', ['load', 'pretrained', 'convert'])
+@pytest.mark.parametrize('ours', [True, False])
+def test_a_tensor_that_is_larger_than_its_file_is_refused_before_memory_is_taken(tmp_path, ours, use):
+    path, content = str(tmp_path / 'w.pth'), {'model': {'x.classifier.weight': torch.zeros(1, 2).expand(10 ** 9, 2)}}
+    own = {'format': checkpoint.FORMAT, 'config': '', 'num_classes': 10 ** 9, 'step': 0}
+    torch.save({**content, **own} if ours else content, path)
+    assert len(torch.load(path)['model']['x.classifier.weight']) == 10 ** 9
+    with pytest.raises(UserError, match=r'w.pth cannot be .* \(a tensor of the shape \(1000000000, 2\) is larger than the '
+                                        r'file\)\. Give another file'):
+        if use == 'load':
+            mgn.load(path, device='cpu')
+        elif use == 'pretrained':
+            MGN(2, 'resnet50', pretrained=path, embedding_dim=2)
+        else:
+            evaluation.convert_checkpoint(config.load_checkpoint([], [f"weights = '{path}'"]))
+
+
+def test_convert_takes_no_memory_for_classes_that_a_file_does_not_hold(small, tmp_path):
+    content = {**checkpoint.load(small[0]), 'num_classes': 10 ** 12}
+    checkpoint.save(str(tmp_path / 'many.pth'), content)
+    bindings = [f"weights = '{tmp_path / 'many.pth'}'", f"output_dir = '{tmp_path}'"]
+    evaluation.convert_checkpoint(config.load_checkpoint([], bindings))
+    assert mgn.load(str(tmp_path / 'many_mgn.pth'), device='cpu').dim == 8 * 256
 
 
 def test_a_checkpoint_that_binds_nothing_was_trained_with_the_defaults(tmp_path, caplog):

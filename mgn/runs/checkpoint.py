@@ -185,12 +185,18 @@ def read(path, mmap=False):
             raise Damaged(f'{path} is damaged: {damaged} in it has another checksum than was written. Give another '
                           f'file.')
     with errors_explained(UserError, f'{path} cannot be loaded as weights'), torch.serialization.safe_globals(NUMBERS):
-        return plain(torch.load(path, map_location='cpu', weights_only=True, mmap=mmap and not legacy))
+        return plain(torch.load(path, map_location='cpu', weights_only=True, mmap=mmap and not legacy),
+                     os.path.getsize(path))
 
 
-def plain(value):
-    """The value with plain dictionaries: a crafted OrderedDict has attributes in place of methods."""
-    return {key: plain(item) for key, item in dict.items(value)} if isinstance(value, dict) else value
+def plain(value, size):
+    """The value with plain dictionaries: a crafted OrderedDict has attributes in place of methods.
+
+    ValueError for a tensor of more than `size` bytes, the file's: one that repeats its numbers, as `expand` does.
+    """
+    if isinstance(value, torch.Tensor) and value.numel() * value.element_size() > size:
+        raise ValueError(f'a tensor of the shape {tuple(value.shape)} is larger than the file')
+    return {key: plain(item, size) for key, item in dict.items(value)} if isinstance(value, dict) else value
 
 
 def is_own(content):
