@@ -39,8 +39,7 @@ class Embedder:
     def open_weights(self, path, device, precision, flip_test):
         content = weights.load_checkpoint(path)
         values = weights.saved_values(content['config'], path)
-        names = [name for name in annotations.of_parameters(MGN) if f'MGN.{name}' in values]
-        options = {name: values[f'MGN.{name}'] for name in names}
+        options = {name: values[f'MGN.{name}'] for name in annotations.of_parameters(MGN) if f'MGN.{name}' in values}
         self.input_size = values.get('input_size', (384, 128))
         annotations.check_all(options, MGN, f'{path}: MGN.')
         annotations.check_all({'input_size': self.input_size}, Extractor, f'{path}: ')

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from mgn.data.images import TestBatches
 from mgn.data.augmentation import normalise
 from mgn.data.loader import load_batches
-from mgn.devices import DTYPES, Precision, resolve_precision
+from mgn.devices import DTYPES, Precision, find_device, resolve_precision
 from mgn.model import MGN
 from mgn.ops.errors import UserError
 from mgn.runs import checkpoint as checkpoints, processes
@@ -37,6 +37,7 @@ class Extractor:
     def __init__(self, device, input_size: Size = gin.REQUIRED, batch_size: Annotated[int, 1, 4096] = 64,
                  workers: Annotated[int, 0, 1024] = 4, flip_test: bool = False, precision: Precision = 'float32'):
         self.device, self.batch_size, self.workers = device, batch_size, workers
+        self.place = device if device.type == 'cuda' else 'cpu'  # of features to rank
         self.input_size, self.flip_test = input_size, flip_test
         self.precision = resolve_precision(precision, device, 'Extractor.precision')
 
@@ -88,11 +89,12 @@ class Extractor:
         return F.normalize(features).cpu()
 
 
-def load_for_features(checkpoint, weights, device):
-    """The checkpoint's MGN without classifiers, on `device`."""
-    model = MGN(num_classes=0, fresh=False).to(device, memory_format=torch.channels_last)
+def load_for_features(checkpoint, weights, device, **settings):
+    """The checkpoint's MGN without classifiers, in evaluation mode on the device of this name, and its Extractor."""
+    extractor = Extractor(find_device(device), **settings)
+    model = MGN(num_classes=0, fresh=False).to(extractor.device, memory_format=torch.channels_last).eval()
     checkpoints.load_model(model, checkpoint['model'], weights, without='.classifier.')
-    return model
+    return model, extractor
 
 
 @contextlib.contextmanager

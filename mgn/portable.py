@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mgn.data.augmentation import normalise
-from mgn.features import Extractor, hash_of_weights, load_for_features
+from mgn.features import hash_of_weights, load_for_features
 from mgn.ops.errors import UserError
 from mgn.runs.files import writing
 from mgn.runs.log import logger
@@ -50,9 +50,8 @@ def export_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_dir
     written. A file that was there before is replaced only by one that was tried.
     """
     extra('onnx', 'onnxscript', 'onnxruntime')
-    device, output_dir = torch.device('cpu'), output_dir or os.getcwd()
-    model, extractor = load_for_features(checkpoint, weights, device).eval(), Extractor(
-        device, flip_test=False, precision='float32')
+    output_dir = output_dir or os.getcwd()
+    model, extractor = load_for_features(checkpoint, weights, 'cpu', flip_test=False, precision='float32')
     images = torch.randint(0, 256, (max(BATCHES), 3, *extractor.input_size), dtype=torch.uint8,
                            generator=torch.Generator().manual_seed(0))
     expected = extractor.forward(model, images)

@@ -154,8 +154,7 @@ def test_kept_features_of_other_weights_or_damaged_ones_are_refused(content, cro
 
 
 def test_the_gallery_of_an_extraction_is_searched_without_its_images(content, market, tmp_path, capsys):
-    extractor, dataset = Extractor(torch.device('cpu')), market_layout(str(market))
-    model = evaluation.load_for_features(content, 'x', torch.device('cpu'))
+    (model, extractor), dataset = evaluation.load_for_features(content, 'x', 'cpu'), market_layout(str(market))
     feature_files.write_features(model, dataset, extractor, str(tmp_path / 'kept'))
     query = dataset.query[0].path
     rows = found(content, capsys, query=query, gallery=str(tmp_path / 'kept'), k=3)[0]['nearest']
