@@ -141,6 +141,7 @@ class Training:
         torch.backends.cudnn.benchmark = self.device.type == 'cuda'
         torch.manual_seed(self.seed)  # of the initial weights; nothing else draws from torch
         model = MGN(self.num_classes, fresh=saved is None and self.first)  # the others get these weights from process 0
+        model.check_size(*self.input_size)
         losses = make_losses(self.losses, self.num_classes, *model.embeddings_shape)
         for module in (model, losses):
             module.to(self.device, memory_format=torch.channels_last).train()
