@@ -100,8 +100,7 @@ def kept_features(model, extractor, gallery, features_dir):
         rows.update(read_part(os.path.join(features_dir, name), made, model.feature_dim, present))
     new = [os.path.join(gallery, os.fsdecode(path)) for path in present if path not in rows]
     logger.info('%s: features of %d images are kept, %d are to be made', features_dir, len(rows), len(new))
-    last = int(parts[-1][:8]) if parts else 0
-    for number, first in enumerate(range(0, len(new), IMAGES_OF_A_PART), last + 1):
+    for number, first in enumerate(range(0, len(new), IMAGES_OF_A_PART), 1 + int(parts[-1][:8] if parts else 0)):
         read, features = computed(model, extractor, new[first:first + IMAGES_OF_A_PART])
         paths = [os.fsencode(os.path.relpath(path, gallery)) for path in read]
         if paths:

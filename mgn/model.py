@@ -87,8 +87,7 @@ class MGN(nn.Module):
         self.pools = nn.ModuleList(POOLINGS[pooling](n) for n in parts)
         # The trunk's map has n rows or more from a height of 16·(n − 1) + 1 on, 2 more without padding; IBN needs two.
         rows = max(1 + backbone.endswith('_ibn'), *((n - 1) * stride + 1 for n, stride in zip(parts, last_strides)))
-        first_pixel = 3 if first_pooling == 'ceil' else 1
-        self.least_size = 16 * (rows - 1) + first_pixel, first_pixel
+        self.least_size = tuple(side + 2 * (first_pooling == 'ceil') for side in (16 * (rows - 1) + 1, 1))
         self.triplets, self.joined_stripes = triplets, joined_stripes
         options = reduction_bn, reduction_relu, bnneck, classifier == 'cosine'
         stripe_count = sum(n for n in self.parts if n > 1)
