@@ -50,6 +50,7 @@ def carry_out(main, flags, arguments):
     package.addHandler(handler)
     package.setLevel(logging.DEBUG if flags.verbosity > 0 else logging.INFO)  # absl's -v
     package.propagate = False  # absl prints the root logger's messages too
+    logging.root.setLevel(logging.WARNING)  # of other libraries: the ONNX exporter tells its steps by the dozen
     try:
         processes.join()
         if processes.number() > 0:

@@ -99,6 +99,16 @@ def test_lack_of_memory_ends_a_binary_by_a_sentence(lack):
                         r'Extractor.batch_size for evaluation\.\n', done.stderr)
 
 
+def test_other_libraries_tell_warnings_alone():
+    """onnxscript tells dozens of steps of an export to the root logger, which absl prints."""
+    done = run_program('import logging\nfrom mgn import command_line\ndef main(files, bindings):\n'
+                       '    logging.getLogger("onnxscript").info("a step")\n'
+                       '    logging.getLogger("onnxscript").warning("a fault")\n'
+                       '    logging.getLogger("mgn").info("ours")\ncommand_line.run(main)')
+    assert done.returncode == 0 and 'a fault' in done.stderr and 'a step' not in done.stderr
+    assert 'ours' in done.stdout
+
+
 def test_lack_of_memory_in_an_evaluation_of_training_leaves_the_checkpoint_to_resume_from(market, tmp_path,
                                                                                          monkeypatch):
     calls, real = [], training.evaluate
