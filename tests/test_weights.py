@@ -337,3 +337,25 @@ def test_a_crafted_configuration_of_a_checkpoint_is_refused_by_load(tmp_path):
         checkpoint.save(str(tmp_path / 'bad.pth'), {**content, 'config': text})
         with pytest.raises(UserError, match=message):
             mgn.load(str(tmp_path / 'bad.pth'), 'cpu')
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit')
+def test_torchs_advice_to_run_the_code_in_a_file_is_left_out(tmp_path):
+    torch.jit.script(torch.nn.ReLU()).save(tmp_path / 'w.pth')
+    with pytest.raises(UserError, match=r'cannot be loaded .* \(.*TorchScript.*\)\. Give another file\.$') as raised:
+        mgn.load(str(tmp_path / 'w.pth'), device='cpu')
+    assert 'Re-running' not in raised.value.message and 'False' not in raised.value.message
+
+
+@pytest.mark.parametrize('value', [torch.nan, -torch.inf])
+def test_weights_that_are_not_finite_are_refused_by_name_but_for_classifiers(small, tmp_path, value):
+    content, path = checkpoint.load(small[0]), str(tmp_path / 'best.pth')
+    classifier = {'heads.0.classifier.weight': torch.tensor([[value]])}
+    checkpoint.save(path, {**content, 'model': {**content['model'], **classifier}})
+    assert mgn.load(path, device='cpu').dim == 8 * 256
+    content['model']['heads.3.norm.running_mean'][7] = value
+    checkpoint.save(path, content)
+    for use in (lambda: mgn.load(path, device='cpu'),
+                lambda: evaluation.convert_checkpoint(config.load_checkpoint([], [f"weights = '{path}'"]))):
+        with pytest.raises(UserError, match='(?s)best.pth .*heads.3.norm.running_mean has NaN .* give other weights'):
+            use()
