@@ -80,13 +80,14 @@ class Extractor:
                 bar.update(len(features))
 
     def forward(self, model, images):
-        """images: (B, 3, H, W) uint8 → (B, D) float32 on the CPU."""
+        """images: (B, 3, H, W) uint8 → (B, D) float32 on the CPU; NaN where the network diverged."""
         images = normalise(images.to(self.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != 'float32'):
             features = model(images).features.float()
             if self.flip_test:
                 features = (features + model(images.flip(3)).features.float()) / 2
-        return F.normalize(features).cpu()
+        # Where a norm is beyond float32, division by it leaves zeros, and ranks without a meaning: 0 · ∞ is NaN.
+        return (F.normalize(features) + 0 * features.norm(dim=1, keepdim=True)).cpu()
 
 
 def load_for_features(checkpoint, weights, device, **settings):

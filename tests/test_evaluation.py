@@ -21,6 +21,7 @@ from mgn.runs import checkpoint
 from mgn.data.datasets import market_layout
 from mgn.evaluation import evaluate
 from mgn.features import Extractor
+from mgn.ops.errors import UserError
 from mgn.ops.metrics import METRICS, retrieval_metrics
 from mgn.model import MGN
 from mgn.ops import match_ranks_from_distance
@@ -200,6 +201,20 @@ def test_features_that_are_not_finite_are_an_error(model, folder):
     first = sorted((folder / 'query').iterdir())[0]
     with pytest.raises(ValueError, match=f'27 of a batch of 27 have NaN or infinity, first that of {first}; look at'):
         evaluate(model, market_layout(str(folder)), extractor())
+
+
+@pytest.mark.parametrize('scale, fits', [(1e25, False), (1e15, True), (1e-30, True)])
+def test_features_whose_norm_no_float32_holds_are_an_error_and_no_ranking_of_zeros(model, folder, scale, fits):
+    want = evaluate(model, market_layout(str(folder)), extractor())
+    for head in model.heads:
+        for parameter in (head.neck.weight, head.neck.bias):
+            parameter.data *= scale
+    if fits:
+        got = evaluate(model, market_layout(str(folder)), extractor())
+        assert {name: got[name] for name in METRICS} == {name: want[name] for name in METRICS}
+    else:
+        with pytest.raises(UserError, match='27 of a batch of 27 have NaN or infinity'):
+            evaluate(model, market_layout(str(folder)), extractor())
 
 
 def one_camera(path):
