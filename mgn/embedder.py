@@ -81,7 +81,7 @@ class Embedder:
         if isinstance(image, Image.Image):
             try:
                 image, bgr = rgb_array(image), False
-            except OSError as error:  # Pillow reads the file now
+            except (OSError, ValueError) as error:  # Pillow reads the file now, or has closed it
                 raise UserError(f'A PIL image cannot be read: {error}; give another') from error
         if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
             image = torch.from_numpy(np.array(image)).permute(2, 0, 1)

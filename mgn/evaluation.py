@@ -194,8 +194,7 @@ def features_of(model, dataset, extractor, features_dir):
         query, gallery = read_features(features_dir, model, dataset, extractor)
         return torch.from_numpy(query.copy()).to(extractor.place), gallery
     features = extractor.gathered(model, dataset.query + dataset.gallery)
-    lengths = len(dataset.query), len(dataset.gallery)
-    return (None, None) if features is None else features.to(extractor.place).split(lengths)
+    return (None, None) if features is None else features.to(extractor.place).split([*map(len, dataset[3:5])])
 
 
 def counts(dataset, ranks):

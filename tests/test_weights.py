@@ -3,6 +3,7 @@
 import logging
 import re
 from collections import OrderedDict
+from pathlib import Path
 
 import gin
 import numpy as np
@@ -359,3 +360,19 @@ def test_weights_that_are_not_finite_are_refused_by_name_but_for_classifiers(sma
                 lambda: evaluation.convert_checkpoint(config.load_checkpoint([], [f"weights = '{path}'"]))):
         with pytest.raises(UserError, match='(?s)best.pth .*heads.3.norm.running_mean has NaN .* give other weights'):
             use()
+
+
+def test_load_takes_paths_of_either_kind_and_says_of_anything_else_that_it_is_no_file(small, monkeypatch):
+    monkeypatch.setenv('HOME', str(Path(small[0]).parent))
+    for path in (Path(small[0]), '~/best.pth'):
+        assert mgn.load(path, device='cpu').dim == 8 * 256
+    for path in (None, 5, small[0].encode(), ['best.pth'], object()):
+        with pytest.raises(UserError, match='There is no file .*, where weights were expected. Correct the path'):
+            mgn.load(path, device='cpu')
+
+
+def test_a_pil_image_that_was_closed_is_refused(small, market):
+    image = Image.open(market_layout(str(market)).query[0].path)
+    image.close()
+    with pytest.raises(UserError, match='A PIL image cannot be read: Operation on closed image; give another'):
+        mgn.load(small[0], device='cpu').embed([image])
