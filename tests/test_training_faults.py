@@ -113,12 +113,12 @@ def test_initial_weights_that_are_not_finite_are_a_clear_error(market, tmp_path,
 
 
 def test_images_that_are_too_small_end_a_run_at_its_start_which_may_be_corrected(market, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, 'load_batches', lambda *_: pytest.fail('work that is lost'))
-    monkeypatch.setattr(training, 'evaluate', lambda *_: pytest.fail('work that is lost'))
-    with pytest.raises(ValueError, match=r'images of at least \(1585, 1\) pixels, found \(64, 32\); bind a larger'):
+    message = r'images of at least \(1585, 1\) pixels, found \(64, 32\); bind a larger'
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):
+        for name in ('load_batches', 'evaluate'):
+            patch.setattr(training, name, lambda *_: pytest.fail('work that is lost'))
         train(market, tmp_path, 'MGN.parts = (1, 100)')
     assert not list(tmp_path.glob('*.pth'))
-    monkeypatch.undo()
     train(market, tmp_path, 'total_steps = 1')
     assert checkpoint.load(str(tmp_path / 'last.pth'))['step'] == 1
 
