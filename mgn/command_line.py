@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import sys
 
@@ -49,6 +50,7 @@ def carry_out(main, flags, arguments):
     package.addHandler(handler)
     package.setLevel(logging.DEBUG if flags.verbosity > 0 else logging.INFO)  # absl's -v
     package.propagate = False  # absl prints the root logger's messages too
+    logging.root.setLevel(logging.WARNING)  # of other libraries: the ONNX exporter tells its steps by the dozen
     try:
         processes.join()
         if processes.number() > 0:
@@ -65,7 +67,14 @@ def carry_out(main, flags, arguments):
     except Exception as error:
         if not processes.first_to_fail():
             sys.exit(1)
-        message = error.message if isinstance(error, UserError) else processes.lost(error)
+        message = error.message if isinstance(error, UserError) else processes.lost(error) or lacking_memory(error)
         if message is None:
             raise
         sys.exit(f'error: {message}')
+
+
+def lacking_memory(error):
+    """The message for an error that NumPy or torch, on any device, raises for lack of memory; None for other errors."""
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+        return (f'Memory ran out ({(str(error) or "none is free").splitlines()[0]}). Free some, or bind a smaller P '
+                f'for training, a smaller Extractor.batch_size for evaluation.')

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 
 from mgn.data.datasets import IMAGE_SUFFIXES, Sample
-from mgn.devices import find_device
 from mgn.feature_files import MANIFEST, kept_gallery, made_of
-from mgn.features import Extractor, load_for_features
+from mgn.features import load_for_features
 from mgn.ops import topk
 from mgn.ops.arguments import LARGEST_K
 from mgn.ops.errors import MissingFile, UserError
@@ -45,8 +44,7 @@ def search(checkpoint, weights: str | None = gin.REQUIRED, query: str | None = g
     for name, value in (('query', query), ('gallery', gallery)):
         if not value:
             raise UserError(f"A {name} is needed; give --gin_bindings=\"{name}='…'\"")
-    device = find_device(device)
-    model, extractor = load_for_features(checkpoint, weights, device), Extractor(device)
+    model, extractor = load_for_features(checkpoint, weights, device)
     if os.path.isfile(gallery):
         raise UserError(f'gallery must be a folder, but {gallery} is a file; bind the folder that it is in')
     queries, place = images_in(query), gallery
@@ -102,9 +100,7 @@ def kept_features(model, extractor, gallery, features_dir):
         rows.update(read_part(os.path.join(features_dir, name), made, model.feature_dim, present))
     new = [os.path.join(gallery, os.fsdecode(path)) for path in present if path not in rows]
     logger.info('%s: features of %d images are kept, %d are to be made', features_dir, len(rows), len(new))
-    number = int(os.path.splitext(parts[-1])[0]) if parts else 0
-    for first in range(0, len(new), IMAGES_OF_A_PART):
-        number += 1
+    for number, first in enumerate(range(0, len(new), IMAGES_OF_A_PART), 1 + int(parts[-1][:8] if parts else 0)):
         read, features = computed(model, extractor, new[first:first + IMAGES_OF_A_PART])
         paths = [os.fsencode(os.path.relpath(path, gallery)) for path in read]
         if paths:

@@ -39,8 +39,7 @@ class Embedder:
     def open_weights(self, path, device, precision, flip_test):
         content = weights.load_checkpoint(path)
         values = weights.saved_values(content['config'], path)
-        names = [name for name in annotations.of_parameters(MGN) if f'MGN.{name}' in values]
-        options = {name: values[f'MGN.{name}'] for name in names}
+        options = {name: values[f'MGN.{name}'] for name in annotations.of_parameters(MGN) if f'MGN.{name}' in values}
         self.input_size = values.get('input_size', (384, 128))
         annotations.check_all(options, MGN, f'{path}: MGN.')
         annotations.check_all({'input_size': self.input_size}, Extractor, f'{path}: ')
@@ -82,7 +81,7 @@ class Embedder:
         if isinstance(image, Image.Image):
             try:
                 image, bgr = rgb_array(image), False
-            except OSError as error:  # Pillow reads the file now
+            except (OSError, ValueError) as error:  # Pillow reads the file now, or has closed it
                 raise UserError(f'A PIL image cannot be read: {error}; give another') from error
         if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
             image = torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -12,10 +12,8 @@ import gin
 import torch
 
 from mgn.data.datasets import Dataset
-from mgn.devices import find_device
 from mgn.feature_files import read_features, write_features
-from mgn.features import Extractor, check_alike, load_for_features
-from mgn.model import MGN
+from mgn.features import check_alike, load_for_features
 from mgn.ops import expand_queries, k_reciprocal_ranks, match_ranks, retrieval_metrics
 from mgn.ops.arguments import LARGEST_K
 from mgn.ops.errors import UserError
@@ -30,25 +28,31 @@ def evaluate_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset:
                         output_dir: str | None = None, device: str = 'auto',
                         features_dir: str | None = None, test_sets: tuple[Dataset, ...] = (),
                         report: bool = False) -> dict:
-    """Evaluates a loaded checkpoint on `dataset`; prints the table, writes output_dir/eval.json, returns the results.
+    """Evaluates a loaded checkpoint on `dataset`; prints a table, writes output_dir/eval.json, returns the results.
 
     weights: the checkpoint's path. output_dir: None means the working folder.
     features_dir: a folder written by mgn.extract, whose features are read in place of the images of `dataset`.
-    test_sets: further data sets, whose results follow in the table and in the list 'test_sets' of the results.
+    test_sets: further data sets, whose results are the list 'test_sets' of the results. What is known is printed and
+        written at once, so a data set that fails takes nothing from those before it.
     report: write output_dir/report.html, too, from what has been computed (mgn.report_page).
     """
-    device, kept = find_device(device), {}
-    model = load_for_features(checkpoint, weights, device)
+    (model, extractor), kept = load_for_features(checkpoint, weights, device), {} if report else None
     results = {'weights': weights, 'step': checkpoint['step'],
-               **evaluate(model, dataset, device, features_dir=features_dir, kept=kept)}
-    if test_sets:
-        results['test_sets'] = [evaluate(model, test_set, device) for test_set in test_sets]
-    if processes.number() == 0:
-        print(table(results))
-        write_results(results, output_dir or os.getcwd())
-        if report:
-            write_report(checkpoint, model, Extractor(device), dataset, results, kept, [], output_dir)
+               **evaluate(model, dataset, extractor, features_dir, kept)}
+    publish(results, results, output_dir)
+    if report and processes.number() == 0:
+        write_report(checkpoint, model, extractor, dataset, results, kept, [], output_dir)
+    for test_set in test_sets:
+        results.setdefault('test_sets', []).append(evaluate(model, test_set, extractor))
+        publish(results['test_sets'][-1], results, output_dir)
     return results
+
+
+def publish(new, results, output_dir):
+    """Prints the table of the new results and writes all of them, in process 0."""
+    if processes.number() == 0:
+        print(table(new), flush=True)
+        write_results(results, output_dir or os.getcwd())
 
 
 @gin.configurable(denylist=['checkpoint'])
@@ -60,8 +64,7 @@ def report_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset: D
     """
     if processes.count() > 1:
         raise UserError('mgn.report is one process; start it without torchrun, or mgn.eval with report = True')
-    device = find_device(device)
-    model, extractor = load_for_features(checkpoint, weights, device), Extractor(device)
+    model, extractor = load_for_features(checkpoint, weights, device)
     kept, unreadable, notices = {}, {}, []
     if features_dir:
         try:
@@ -72,13 +75,12 @@ def report_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset: D
         features = extractor.features(model, dataset.query + dataset.gallery, unreadable)
         parts = [[sample for sample in part if sample.path not in unreadable] for part in dataset[3:5]]
         dataset = dataset._replace(query=parts[0], gallery=parts[1])
-        kept['features'] = features.to(device if device.type == 'cuda' else 'cpu').split(list(map(len, parts)))
+        kept['features'] = features.to(extractor.place).split(list(map(len, parts)))
     if unreadable:
         notices.append('The measures leave out these images, which cannot be read:\n' + '\n'.join(unreadable.values()))
         if not all(parts):
             raise UserError(f'{notices[-1]}\nNo query or no gallery image is left; restore the files.')
-    results = {'weights': weights, 'step': checkpoint['step'],
-               **evaluate(model, dataset, device, extractor=extractor, kept=kept)}
+    results = {'weights': weights, 'step': checkpoint['step'], **evaluate(model, dataset, extractor, kept=kept)}
     write_report(checkpoint, model, extractor, dataset, results, kept, notices, output_dir)
 
 
@@ -88,8 +90,8 @@ def extract_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset: 
     """Writes the features of a loaded checkpoint on `dataset` into features_dir (`mgn.feature_files`)."""
     if features_dir is None:
         raise UserError("mgn.extract needs a folder for the features; give --gin_bindings=\"features_dir='features'\"")
-    device = find_device(device)
-    write_features(load_for_features(checkpoint, weights, device), dataset, Extractor(device), features_dir)
+    model, extractor = load_for_features(checkpoint, weights, device)
+    write_features(model, dataset, extractor, features_dir)
 
 
 @gin.configurable(denylist=['checkpoint'])
@@ -98,15 +100,14 @@ def convert_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_di
 
     Its configuration is the present one, bindings of the command line included.
     """
-    model = MGN(num_classes=checkpoint['num_classes'], fresh=False)
-    checkpoints.load_model(model, checkpoint['model'], weights)
+    load_for_features(checkpoint, weights, 'cpu')  # refuses what does not fit
     path = os.path.join(output_dir or os.getcwd(), f'{os.path.splitext(os.path.basename(weights))[0]}_mgn.pth')
     checkpoints.save(path, {**checkpoint, 'config': checkpoints.configuration(portable=True)})
     logger.info('wrote %s', path)
 
 
-@gin.configurable(denylist=['model', 'dataset', 'device', 'features_dir', 'extractor', 'kept'])
-def evaluate(model, dataset, device, features_dir=None, extractor=None, kept=None, cross_camera: bool = True,
+@gin.configurable(denylist=['model', 'dataset', 'extractor', 'features_dir', 'kept'])
+def evaluate(model, dataset, extractor, features_dir=None, kept=None, cross_camera: bool = True,
              query_expansion: Annotated[int, 0, LARGEST_K] = 0, alpha: Annotated[float, 0, math.inf] = 3.0,
              rerank: bool = False, k1: Annotated[int, 1, 2 ** 31 - 1] = 20, k2: Annotated[int, 1, 2 ** 31 - 1] = 6,
              lambda_value: Annotated[float, 0, 1] = 0.3) -> dict:
@@ -115,10 +116,9 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, kept=Non
     Under torchrun each process makes the features of its part of the images, and process 0 ranks.
 
     Args:
-        model: MGN. dataset: Dataset. device: torch.device that the model is on.
+        model: MGN on the extractor's device. dataset: Dataset. extractor: mgn.features.Extractor.
         features_dir: a folder written by mgn.extract for this model and data set. Its features are read in place of the
             images, and those of the gallery, which may be larger than memory, tile by tile.
-        extractor: mgn.features.Extractor; None: as it is configured.
         kept: a dict that 'features' (of query and gallery), 'ids' and 'ranks' are kept in. Features in it are taken.
         cross_camera: a true match comes from another camera. False is for data of one camera or of none: then only the
             query's own file, known by its name, is left out.
@@ -134,12 +134,10 @@ def evaluate(model, dataset, device, features_dir=None, extractor=None, kept=Non
     Raises:
         UserError: unreadable images, features of something else, or no query with a match.
     """
-    extractor, ids = extractor or Extractor(device), identities(dataset, cross_camera)
+    ids, kept = identities(dataset, cross_camera), {} if kept is None else kept
     check_alike(dataset, ('query', 'gallery'), model)
     start = time.perf_counter()
-    kept = {} if kept is None else kept
-    given = kept.get('features')
-    query, gallery = given or features_of(model, dataset, extractor, features_dir)
+    query, gallery = kept.get('features') or features_of(model, dataset, extractor, features_dir)
     if processes.number() > 0:
         return processes.share(None)
     extracted = time.perf_counter()
@@ -190,14 +188,13 @@ def features_of(model, dataset, extractor, features_dir):
 
     Those of a gallery from files stay there, as a memory-mapped array.
     """
-    place = extractor.device if extractor.device.type == 'cuda' else 'cpu'
     if features_dir:
         if processes.number() > 0:
             return None, None
         query, gallery = read_features(features_dir, model, dataset, extractor)
-        return torch.from_numpy(query.copy()).to(place), gallery
+        return torch.from_numpy(query.copy()).to(extractor.place), gallery
     features = extractor.gathered(model, dataset.query + dataset.gallery)
-    return (None, None) if features is None else features.to(place).split([len(dataset.query), len(dataset.gallery)])
+    return (None, None) if features is None else features.to(extractor.place).split([*map(len, dataset[3:5])])
 
 
 def counts(dataset, ranks):

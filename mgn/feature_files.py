@@ -67,9 +67,6 @@ def write_rows(path, shape, storage, batches):
         np.lib.format.write_array_header_1_0(file, {
             'descr': np.lib.format.dtype_to_descr(np.dtype(storage)), 'fortran_order': False, 'shape': shape})
         for features in batches:
-            if not features.isfinite().all():
-                raise UserError('A feature is NaN or infinite; look at the weights, or bind '
-                                "feature_precision = 'float32'")
             file.write(features.numpy().astype(storage).tobytes())
         file.flush()
         os.fsync(file.fileno())

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from mgn.data.images import TestBatches
 from mgn.data.augmentation import normalise
 from mgn.data.loader import load_batches
-from mgn.devices import DTYPES, Precision, resolve_precision
+from mgn.devices import DTYPES, Precision, find_device, resolve_precision
 from mgn.model import MGN
 from mgn.ops.errors import UserError
 from mgn.runs import checkpoint as checkpoints, processes
@@ -37,6 +37,7 @@ class Extractor:
     def __init__(self, device, input_size: Size = gin.REQUIRED, batch_size: Annotated[int, 1, 4096] = 64,
                  workers: Annotated[int, 0, 1024] = 4, flip_test: bool = False, precision: Precision = 'float32'):
         self.device, self.batch_size, self.workers = device, batch_size, workers
+        self.place = device if device.type == 'cuda' else 'cpu'  # of features to rank
         self.input_size, self.flip_test = input_size, flip_test
         self.precision = resolve_precision(precision, device, 'Extractor.precision')
 
@@ -48,6 +49,7 @@ class Extractor:
         """The features of `samples` in order: (n, D) float32 on the CPU.
 
         unreadable: a dict that takes what cannot be read, {path: reason}, which is left out; None: that is a UserError.
+        Features that are not finite are a UserError that names their images.
         """
         return torch.cat([torch.empty(0, model.feature_dim), *self.batches(model, samples, unreadable)])
 
@@ -61,31 +63,39 @@ class Extractor:
         test_batches = TestBatches(samples, self.input_size, self.batch_size)
         loader = load_batches(test_batches, range(len(test_batches)), self.workers, self.device)
         with evaluation_mode(model), progress(len(samples), unit='image', what='features') as bar:
-            for batch in loader:
+            for batch, start in zip(loader, range(0, len(samples), self.batch_size)):
                 if unreadable is not None:
                     unreadable.update(batch.unreadable)
                 elif batch.unreadable:
                     raise UserError('Evaluation needs every image, and these cannot be read:\n  ' + '\n  '.join(
                         batch.unreadable.values()) + '\nrestore the files or remove them from the data set')
                 features = self.forward(model, batch.images)
+                if not features.isfinite().all():
+                    read = [s.path for s in samples[start:start + self.batch_size] if s.path not in batch.unreadable]
+                    bad = [path for path, row in zip(read, features) if not row.isfinite().all()]
+                    raise UserError(f'Features must be finite, but {len(bad)} of a batch of {len(read)} have NaN or '
+                                    f'infinity, first that of {bad[0]}; look at the weights and at this image, or bind '
+                                    f"feature_precision = 'float32'")
                 yield features
                 bar.update(len(features))
 
     def forward(self, model, images):
-        """images: (B, 3, H, W) uint8 → (B, D) float32 on the CPU."""
+        """images: (B, 3, H, W) uint8 → (B, D) float32 on the CPU; NaN where the network diverged."""
         images = normalise(images.to(self.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != 'float32'):
             features = model(images).features.float()
             if self.flip_test:
                 features = (features + model(images.flip(3)).features.float()) / 2
-        return F.normalize(features).cpu()
+        # Where a norm is beyond float32, division by it leaves zeros, and ranks without a meaning: 0 · ∞ is NaN.
+        return (F.normalize(features) + 0 * features.norm(dim=1, keepdim=True)).cpu()
 
 
-def load_for_features(checkpoint, weights, device):
-    """The checkpoint's MGN without classifiers, on `device`."""
-    model = MGN(num_classes=0, fresh=False).to(device, memory_format=torch.channels_last)
+def load_for_features(checkpoint, weights, device, **settings):
+    """The checkpoint's MGN without classifiers, in evaluation mode on the device of this name, and its Extractor."""
+    extractor = Extractor(find_device(device), **settings)
+    model = MGN(num_classes=0, fresh=False).to(extractor.device, memory_format=torch.channels_last).eval()
     checkpoints.load_model(model, checkpoint['model'], weights, without='.classifier.')
-    return model
+    return model, extractor
 
 
 @contextlib.contextmanager

@@ -85,6 +85,9 @@ class MGN(nn.Module):
             nn.Sequential(*copy.deepcopy(resnet.layer3[1:]), *with_stride(copy.deepcopy(resnet.layer4), stride))
             for stride in last_strides)
         self.pools = nn.ModuleList(POOLINGS[pooling](n) for n in parts)
+        # The trunk's map has n rows or more from a height of 16·(n − 1) + 1 on, 2 more without padding; IBN needs two.
+        rows = max(1 + backbone.endswith('_ibn'), *((n - 1) * stride + 1 for n, stride in zip(parts, last_strides)))
+        self.least_size = tuple(side + 2 * (first_pooling == 'ceil') for side in (16 * (rows - 1) + 1, 1))
         self.triplets, self.joined_stripes = triplets, joined_stripes
         options = reduction_bn, reduction_relu, bnneck, classifier == 'cosine'
         stripe_count = sum(n for n in self.parts if n > 1)
@@ -101,17 +104,15 @@ class MGN(nn.Module):
         return len(self.parts) + len(joined), self.architecture['embedding_dim'] * max(joined, default=1)
 
     def forward(self, images):
-        """images: (B, 3, H, W) float32, normalised → MGNOutput. UserError where H is too low for the stripes.
+        """images: (B, 3, H, W) float32, normalised → MGNOutput. UserError where H or W is too small (`check_size`).
 
         Shapes in comments: ResNet-50, 384×128, parts (1, 2, 3).
         """
+        self.check_size(*images.shape[2:])
         shared = self.trunk(images)                                            # (B, 1024, 24, 8)
         wholes, stripes = [], []
         for branch, pool, n in zip(self.branches, self.pools, self.parts):
             feature_map = branch(shared)                                       # (B, 2048, 24, 8), branch 1: 12×4
-            if feature_map.shape[2] < n:
-                raise UserError(f'{n} stripes need a feature map of at least {n} rows, found {feature_map.shape[2]} '
-                                f'from images {images.shape[2]} pixels high; bind a higher input_size')
             wholes += pool(feature_map, 1)
             if n > 1:
                 stripes += pool(feature_map, n)
@@ -120,6 +121,12 @@ class MGN(nn.Module):
         logits = tuple(x for x in logits if x is not None)
         embeddings = self.embeddings(reduced if self.triplets == 'reduced' else features)
         return MGNOutput(logits, embeddings, torch.cat(features, dim=1))
+
+    def check_size(self, *size):
+        """UserError where images of this size, (H, W), are too small for the stripes, IBN or the first pooling."""
+        if any(side < least for side, least in zip(size, self.least_size)):
+            raise UserError(f'{self.architecture["backbone"]} with MGN.parts = {self.parts} needs images of at least '
+                            f'{self.least_size} pixels, found {size}; bind a larger input_size')
 
     def embeddings(self, vectors):
         """(B, embedding_dim) of each head → MGNOutput.embeddings. Zeros at the end change no distance."""

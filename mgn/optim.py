@@ -24,9 +24,8 @@ def make_optimizer(model, optimizer: Callable[..., torch.optim.Optimizer] = gin.
     has to be gin's version of a class (@Adam), which knows them. Biases get bias_lr_factor × lr and bias_weight_decay,
     as in fast-reid. Each group keeps its `initial_lr`. Raises UserError for what the optimizer refuses.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    weights = [p for name, p in named if 'bias' not in name]
-    biases = [p for name, p in named if 'bias' in name]
+    weights, biases = ([p for name, p in model.named_parameters() if p.requires_grad and ('bias' in name) == is_bias]
+                       for is_bias in (False, True))
     try:
         result = optimizer([{'params': weights}, {'params': biases}])
     except (ValueError, RuntimeError) as error:  # e.g. a negative learning rate; gin adds lines of its own

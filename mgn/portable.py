@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mgn.data.augmentation import normalise
-from mgn.features import Extractor, hash_of_weights, load_for_features
+from mgn.features import hash_of_weights, load_for_features
 from mgn.ops.errors import UserError
 from mgn.runs.files import writing
 from mgn.runs.log import logger
@@ -50,12 +50,12 @@ def export_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_dir
     written. A file that was there before is replaced only by one that was tried.
     """
     extra('onnx', 'onnxscript', 'onnxruntime')
-    device, output_dir = torch.device('cpu'), output_dir or os.getcwd()
-    model, extractor = load_for_features(checkpoint, weights, device).eval(), Extractor(
-        device, flip_test=False, precision='float32')
+    output_dir = output_dir or os.getcwd()
+    model, extractor = load_for_features(checkpoint, weights, 'cpu', flip_test=False, precision='float32')
     images = torch.randint(0, 256, (max(BATCHES), 3, *extractor.input_size), dtype=torch.uint8,
                            generator=torch.Generator().manual_seed(0))
     expected = extractor.forward(model, images)
+    by_torch = milliseconds(lambda batch: extractor.forward(model, batch), images)  # before the weights are cast
     metadata = {'input_size': list(extractor.input_size), 'D': model.feature_dim, 'precision': precision,
                 'weights': hash_of_weights(model), 'mAP': checkpoint.get('mAP'), **model.architecture,
                 'dataset': str(saved_values(checkpoint.get('config', ''), weights).get('dataset'))}
@@ -76,8 +76,7 @@ def export_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_dir
                         raise UserError(f'{name} gives features at a cosine distance of {distance:.2g} from those of '
                                         f'PyTorch; nothing was written. Export in another precision, or report this')
                 logger.info('%s: %.1f MB, %.1f ms an image, PyTorch %.1f ms', os.path.join(output_dir, name),
-                            os.path.getsize(path) / 1e6, milliseconds(run, images),
-                            milliseconds(lambda batch: extractor.forward(model, batch), images))
+                            os.path.getsize(path) / 1e6, milliseconds(run, images), by_torch)
             for name in os.listdir(folder):
                 os.replace(os.path.join(folder, name), os.path.join(output_dir, name))
 

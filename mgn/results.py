@@ -8,17 +8,13 @@ from mgn.runs.files import write_text
 
 
 def table(results):
-    """The results of an evaluation in per cent, a row for each data set and stage."""
-    rows, notes = [], []
-    for each in (results, *results.get('test_sets', ())):
-        rows += stages(each)
-        notes.append('{queries} queries, {queries_without_match} of them without a match; {gallery} in the gallery'
-                     .format(**each))
+    """The results on a data set in per cent, a row for each stage."""
     rows = [['data set', *METRICS], *([name, *(f'{100 * stage[measure]:.2f}' for measure in METRICS)]
-                                      for name, stage in rows)]
+                                      for name, stage in stages(results))]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ['  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    return '\n'.join([*lines, 'per cent; ' + '\n'.join(notes)])
+    return '\n'.join([*lines, 'per cent; {queries} queries, {queries_without_match} of them without a match; {gallery} '
+                      'in the gallery'.format(**results)])
 
 
 def stages(results):

@@ -38,9 +38,8 @@ def train_step(model, optimizer, augmentation, batch, device, precision, clip_gr
         parameter.grad = None  # the optimizer passes over it, its own state included
     if clip_gradient_norm is not None:
         scaler.unscale_(optimizer)
-        modules = [module for module in (model, losses) if isinstance(module, torch.nn.Module)]
-        parameters = [parameter for module in modules for parameter in module.parameters()]
-        torch.nn.utils.clip_grad_norm_(parameters, clip_gradient_norm)
+        clipped = [p for module in (model, losses) if isinstance(module, torch.nn.Module) for p in module.parameters()]
+        torch.nn.utils.clip_grad_norm_(clipped, clip_gradient_norm)
     scaler.step(optimizer)  # in float16 not where a gradient is not finite
     scaler.update()
     return {name: value.detach() for name, value in {'loss': loss, **terms}.items()}

@@ -18,7 +18,7 @@ from mgn.data.sampler import IdentitySampler
 from mgn.data.loader import count_unreadable, load_batches
 from mgn.devices import Precision, find_device, resolve_precision
 from mgn.evaluation import evaluate
-from mgn.features import Size, check_alike
+from mgn.features import Extractor, Size, check_alike
 from mgn.losses import make_losses, mgn_losses
 from mgn.model import MGN
 from mgn.ops import METRICS, implementation
@@ -141,6 +141,7 @@ class Training:
         torch.backends.cudnn.benchmark = self.device.type == 'cuda'
         torch.manual_seed(self.seed)  # of the initial weights; nothing else draws from torch
         model = MGN(self.num_classes, fresh=saved is None and self.first)  # the others get these weights from process 0
+        model.check_size(*self.input_size)
         losses = make_losses(self.losses, self.num_classes, *model.embeddings_shape)
         for module in (model, losses):
             module.to(self.device, memory_format=torch.channels_last).train()
@@ -248,7 +249,7 @@ class Training:
     def measure(self):
         """Evaluates into metrics.jsonl and eval.json; keeps the weights as best.pth where mAP is the best so far."""
         state = self.state
-        results = {'step': state.step, **evaluate(state.model, self.dataset, self.device)}
+        results = {'step': state.step, **evaluate(state.model, self.dataset, Extractor(self.device))}
         if self.saved_step is None:
             self.save()
         if not self.first:

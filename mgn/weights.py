@@ -53,6 +53,7 @@ def load_checkpoint(path):
     The options of another project's file are bindings in its configuration, so that those of the user win.
     Raises MissingFile; UserError where the file is damaged or fits no known layout, with the first keys that do not.
     """
+    path = os.path.expanduser(str(path))
     content = checkpoint.read(path)
     if checkpoint.is_own(content):
         return checkpoint.checked(content, path)

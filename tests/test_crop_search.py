@@ -154,8 +154,7 @@ def test_kept_features_of_other_weights_or_damaged_ones_are_refused(content, cro
 
 
 def test_the_gallery_of_an_extraction_is_searched_without_its_images(content, market, tmp_path, capsys):
-    extractor, dataset = Extractor(torch.device('cpu')), market_layout(str(market))
-    model = evaluation.load_for_features(content, 'x', torch.device('cpu'))
+    (model, extractor), dataset = evaluation.load_for_features(content, 'x', 'cpu'), market_layout(str(market))
     feature_files.write_features(model, dataset, extractor, str(tmp_path / 'kept'))
     query = dataset.query[0].path
     rows = found(content, capsys, query=query, gallery=str(tmp_path / 'kept'), k=3)[0]['nearest']
@@ -181,3 +180,22 @@ def test_text_is_a_line_for_the_query_and_for_each_crop(content, crops, capsys):
     search(content, 'best.pth', query=str(crops / '0.png'), gallery=str(crops), device='cpu', k=2)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == str(crops / '0.png') and lines[1] == f'  1.0000  {crops}/0.png' and len(lines) == 3
+
+
+@pytest.mark.parametrize('bad, batch', [(1, 2), (5, 3)])
+def test_an_image_whose_feature_is_not_finite_is_named_and_not_kept(content, crops, bad, batch, monkeypatch):
+    """Behind an unreadable image, in a batch that this image shortens."""
+    paths = sorted(crops.rglob('*.png'))
+    paths[0].write_text('no image')
+    calls, real = [], Extractor.forward
+
+    def forward(self, model, images):
+        features = real(self, model, images)
+        calls.append(len(images))
+        if sum(calls) >= bad > sum(calls[:-1]):
+            features[bad - 1 - sum(calls[:-1]), 2] = torch.nan
+        return features
+    monkeypatch.setattr(Extractor, 'forward', forward)
+    with pytest.raises(UserError, match=f'but 1 of a batch of {batch} have NaN .* that of {paths[bad]}; look'):
+        search(content, 'best.pth', query=str(crops / '2.png'), gallery=str(crops), device='cpu')
+    assert os.listdir(f'{crops}.features') == []

@@ -21,6 +21,7 @@ from mgn.runs import checkpoint
 from mgn.data.datasets import market_layout
 from mgn.evaluation import evaluate
 from mgn.features import Extractor
+from mgn.ops.errors import UserError
 from mgn.ops.metrics import METRICS, retrieval_metrics
 from mgn.model import MGN
 from mgn.ops import match_ranks_from_distance
@@ -106,7 +107,7 @@ def naive_results(model, root, flip_test=False, cross_camera=True):
 @pytest.mark.parametrize('batch_size, workers', [pytest.param(1, 0, marks=pytest.mark.long), (3, 2), (64, 0)])
 @pytest.mark.parametrize('flip_test', [False, True])
 def test_the_results_are_those_of_the_naive_pipeline(model, folder, batch_size, workers, flip_test):
-    got = evaluate(model, market_layout(str(folder)), CPU, extractor=extractor(batch_size, workers, flip_test))
+    got = evaluate(model, market_layout(str(folder)), extractor(batch_size, workers, flip_test))
     want, unmatched = naive_results(model, folder, flip_test)
     assert 0 < want['mAP'] < 1
     assert {name: got[name] for name in METRICS} == pytest.approx(want, abs=1e-12)
@@ -155,7 +156,7 @@ def test_evaluation_leaves_the_model_as_it_was(model, folder):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for training in (True, False):
         model.train(training)
-        evaluate(model, market_layout(str(folder)), CPU, extractor=extractor())
+        evaluate(model, market_layout(str(folder)), extractor())
         assert all(module.training is training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -169,7 +170,7 @@ def test_an_unreadable_image_stops_it_and_is_named(model, folder, tmp_path, wher
     path = sorted((root / where).glob('0101*'))[0]
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match='Evaluation needs every image, and these cannot be read') as raised:
-        evaluate(model, market_layout(str(root)), CPU, extractor=extractor(4, workers))
+        evaluate(model, market_layout(str(root)), extractor(4, workers))
     assert str(path) in str(raised.value) and 'Traceback' not in str(raised.value)
 
 
@@ -178,7 +179,7 @@ def test_queries_without_a_match_are_left_out_counted_and_reported(model, folder
     write_image(root / 'query' / '0555_c1s1_000000_00.jpg', 1)  # nobody in the gallery
     write_image(root / 'query' / '0556_c1s1_000000_00.jpg', 2)  # there, but of the same camera alone
     write_image(root / 'bounding_box_test' / '0556_c1s1_000001_00.jpg', 3)
-    got = evaluate(model, market_layout(str(root)), CPU, extractor=extractor())
+    got = evaluate(model, market_layout(str(root)), extractor())
     want, unmatched = naive_results(model, root)
     assert {name: got[name] for name in METRICS} == pytest.approx(want, abs=1e-12)
     assert (got['queries'], got['queries_without_match']) == (7, unmatched) == (7, 2)
@@ -190,15 +191,30 @@ def test_no_query_with_a_match_is_an_error(model, tmp_path):
     for path in (root / 'query').iterdir():
         path.rename(path.with_name(path.name.replace('0', '9', 1)))
     with pytest.raises(ValueError, match='No query of .*data has .* its identity from another camera in the gallery'):
-        evaluate(model, market_layout(str(root)), CPU, extractor=extractor())
+        evaluate(model, market_layout(str(root)), extractor())
     with pytest.raises(ValueError, match='At least one query must have a true match'):
-        evaluate(model, market_layout(str(root)), CPU, extractor=extractor(), cross_camera=False)
+        evaluate(model, market_layout(str(root)), extractor(), cross_camera=False)
 
 
 def test_features_that_are_not_finite_are_an_error(model, folder):
     model.heads[3].norm.bias.data[0] = torch.nan
-    with pytest.raises(ValueError, match='query features must be finite, but row 0 has NaN or infinity'):
-        evaluate(model, market_layout(str(folder)), CPU, extractor=extractor())
+    first = sorted((folder / 'query').iterdir())[0]
+    with pytest.raises(ValueError, match=f'27 of a batch of 27 have NaN or infinity, first that of {first}; look at'):
+        evaluate(model, market_layout(str(folder)), extractor())
+
+
+@pytest.mark.parametrize('scale, fits', [(1e25, False), (1e15, True), (1e-30, True)])
+def test_features_whose_norm_no_float32_holds_are_an_error_and_no_ranking_of_zeros(model, folder, scale, fits):
+    want = evaluate(model, market_layout(str(folder)), extractor())
+    for head in model.heads:
+        for parameter in (head.neck.weight, head.neck.bias):
+            parameter.data *= scale
+    if fits:
+        got = evaluate(model, market_layout(str(folder)), extractor())
+        assert {name: got[name] for name in METRICS} == {name: want[name] for name in METRICS}
+    else:
+        with pytest.raises(UserError, match='27 of a batch of 27 have NaN or infinity'):
+            evaluate(model, market_layout(str(folder)), extractor())
 
 
 def one_camera(path):
@@ -218,8 +234,8 @@ def test_without_cameras_only_the_querys_own_file_is_left_out(model, tmp_path, r
         for path in list((root / part).iterdir()):
             path.rename(rename(path))
     with pytest.raises(ValueError, match='several cameras, found camera . alone; bind evaluate.cross_camera = False'):
-        evaluate(model, market_layout(str(root)), CPU, extractor=extractor())
-    got = evaluate(model, market_layout(str(root)), CPU, extractor=extractor(), cross_camera=False)
+        evaluate(model, market_layout(str(root)), extractor())
+    got = evaluate(model, market_layout(str(root)), extractor(), cross_camera=False)
     for path in list(root.glob('*/*')):  # the naive pipeline wants a camera in every name
         if '_c' not in path.name:
             path.rename(path.with_name(path.name.replace('_', '_c1s1_', 1)))
@@ -254,8 +270,8 @@ STAGES = [dict(query_expansion=3), dict(rerank=True), dict(query_expansion=2, al
 
 @pytest.mark.parametrize('options', STAGES, ids=str)
 def test_each_stage_has_the_figures_of_the_naive_pipeline_and_the_plain_ones_stay(model, folder, options):
-    plain = evaluate(model, market_layout(str(folder)), CPU, extractor=extractor())
-    got = evaluate(model, market_layout(str(folder)), CPU, extractor=extractor(), **options)
+    plain = evaluate(model, market_layout(str(folder)), extractor())
+    got = evaluate(model, market_layout(str(folder)), extractor(), **options)
     stages = {name: got.pop(name) for name in ('query_expansion', 'rerank') if name in got}
     measured = {'features_s', 'ranking_s'}
     same = plain.keys() - measured
@@ -277,7 +293,7 @@ def test_without_cameras_the_stages_leave_out_what_plain_ranking_does(model, tmp
     root = write_market(tmp_path / 'data', suffix='.png')
     for path in list((root / 'query').iterdir()):
         shutil.copy(path, root / 'bounding_box_test' / path.name)
-    got = evaluate(model, market_layout(str(root)), CPU, extractor=extractor(), cross_camera=False, query_expansion=1,
+    got = evaluate(model, market_layout(str(root)), extractor(), cross_camera=False, query_expansion=1,
                    rerank=True, k1=1, k2=1, lambda_value=1)
     # A query's nearest item is its own image, which only its ranks leave out; λ = 1 ranks by the original distance.
     for name in METRICS:
@@ -286,7 +302,7 @@ def test_without_cameras_the_stages_leave_out_what_plain_ranking_does(model, tmp
 
 def test_each_stage_says_its_time_and_has_a_row(model, folder, caplog):
     caplog.set_level(logging.INFO, 'mgn')
-    got = evaluate(model, market_layout(str(folder)), CPU, extractor=extractor(), query_expansion=3, rerank=True)
+    got = evaluate(model, market_layout(str(folder)), extractor(), query_expansion=3, rerank=True)
     for stage in ('query expansion and ranking', 're-ranking'):
         assert len(re.findall(rf'{stage} \d+\.\d{{3}} s', caplog.text)) == 1
     rows = table(got).splitlines()

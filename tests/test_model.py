@@ -6,6 +6,7 @@ import torchvision
 
 from mgn.losses import mgn_losses
 from mgn.model import MGN, AvgPool, GeMPool, MaxPool
+from mgn.ops.errors import UserError
 from mgn.optim import make_optimizer
 
 SMALL = dict(backbone='resnet18', pretrained=False)
@@ -314,7 +315,43 @@ def test_impossible_options_are_errors(options, message):
         make(**options)
 
 
-@pytest.mark.parametrize('height, rows', [(32, 2), (1, 1)])
-def test_an_image_with_fewer_rows_than_stripes_is_an_error(height, rows):
-    with pytest.raises(ValueError, match=f'3 stripes need .* 3 rows, found {rows} from images {height} pixels high'):
+@pytest.mark.parametrize('height', [32, 1])
+def test_an_image_with_fewer_rows_than_stripes_is_an_error(height):
+    with pytest.raises(ValueError, match=rf'\(3,\) needs .* \(33, 1\) pixels, found \({height}, 32\); bind a larger'):
         make(parts=(3,), last_strides=(1,)).eval()(images(1, height))
+
+
+@pytest.mark.parametrize('options', [
+    dict(backbone='resnet18_ibn', parts=(1,), last_strides=(2,)),
+    dict(backbone='resnet18_ibn', parts=(1,), last_strides=(1,), first_pooling='ceil'),
+    dict(backbone='resnet18_ibn', parts=(2,), last_strides=(2,)),
+    dict(backbone='resnet18', parts=(1,), last_strides=(1,)),
+    dict(backbone='resnet18', parts=(1, 2), last_strides=(2, 2), first_pooling='ceil'),
+    dict(backbone='resnet18', parts=(2, 3), last_strides=(2, 1))])
+@torch.no_grad()
+def test_images_are_too_small_where_a_layer_fails_or_a_map_has_fewer_rows_than_stripes(options):
+    """Of images that are not wider than high: IBN fails for maps of a pixel, and asks for two rows of all."""
+    model, refused = make(**options).eval(), 0
+    for height in (1, 2, 3, 16, 17, 18, 19, 32, 33, 34, 35, 48, 49):
+        for width in {1, 2, 3, min(height, 16), height}:
+            if width <= height:
+                try:
+                    shared = model.trunk(torch.zeros(2, 3, height, width))
+                    fits = all(branch(shared).shape[2] >= n for branch, n in zip(model.branches, model.parts))
+                except (RuntimeError, ValueError):
+                    fits = False
+                try:
+                    model.check_size(height, width)
+                    assert fits, (height, width)
+                except UserError as error:
+                    assert not fits and f'found ({height}, {width}); bind a larger input_size' in error.message
+                    refused += 1
+    assert (refused > 0) == (options != dict(backbone='resnet18', parts=(1,), last_strides=(1,)))
+
+
+def test_in_images_of_the_least_size_the_gradient_is_finite():
+    model = make(backbone='resnet18_ibn', parts=(1, 2), last_strides=(2, 1))
+    with pytest.raises(UserError, match=r'resnet18_ibn with .* at least \(17, 1\) pixels, found \(16, 16\); bind'):
+        model(images(2, 16, 16))
+    model(images(2, 17, 1)).features.square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)

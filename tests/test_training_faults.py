@@ -112,8 +112,11 @@ def test_initial_weights_that_are_not_finite_are_a_clear_error(market, tmp_path,
     assert not (tmp_path / 'last.pth').exists()
 
 
-def test_a_run_whose_first_evaluation_fails_leaves_nothing_that_hinders_the_corrected_command(market, tmp_path):
-    with pytest.raises(ValueError, match='stripes'):
+def test_images_that_are_too_small_end_a_run_at_its_start_which_may_be_corrected(market, tmp_path, monkeypatch):
+    message = r'images of at least \(1585, 1\) pixels, found \(64, 32\); bind a larger'
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):
+        for name in ('load_batches', 'evaluate'):
+            patch.setattr(training, name, lambda *_: pytest.fail('work that is lost'))
         train(market, tmp_path, 'MGN.parts = (1, 100)')
     assert not list(tmp_path.glob('*.pth'))
     train(market, tmp_path, 'total_steps = 1')

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections import OrderedDict
+from pathlib import Path
 
 import gin
 import numpy as np
@@ -95,7 +96,7 @@ def test_a_file_of_fast_reid_is_evaluated_with_the_users_bindings_over_its_own(f
         assert results['step'] == 0 and results['queries'] == 3
         found.append(results['mAP'])
     dataset, extractor = market_layout(str(market)), Extractor(CPU, (96, 32), workers=0)
-    assert evaluation.evaluate(model, dataset, CPU, extractor=extractor)['mAP'] == pytest.approx(found[0], abs=1e-9)
+    assert evaluation.evaluate(model, dataset, extractor)['mAP'] == pytest.approx(found[0], abs=1e-9)
 
 
 def test_convert_writes_a_checkpoint_that_gives_the_same_features(files, tmp_path):
@@ -161,7 +162,7 @@ def drop(state, beginning):
     (lambda state: state.update({'b1_head.weight': torch.ones(3, 2)}), r'\(the same as b1_head.weight\)'),
     (lambda state: state.update({'b2_pool.1.weight': torch.zeros(2)}), r'heads.1.reduction.* has shape \(2,\)'),
     (lambda state: state.update({'b1_head.classifier.weight': torch.zeros(())}), r'classifier.weight \(one number\)'),
-    (lambda state: state.update({'b1_pool.0.p': torch.zeros(1).expand(10 ** 12)}), r'pools.0.p has shape \(2,\)'),
+    (lambda state: state.update({'b1_pool.0.p': torch.zeros(1).expand(10 ** 12)}), r'\(1000000000000,\) is larger'),
     (lambda state: state.update({'b1_pool.0.p': torch.nested.nested_tensor([torch.zeros(1)])}), 'is no tensor'),
     (lambda state: {'model': {}}, 'holds no weights by name'),
     (lambda state: {'a.weight': torch.zeros(1), 'b': torch.zeros(2)}, '2 keys do not, the first of them a.weight, b'),
@@ -171,6 +172,31 @@ def drop(state, beginning):
 def test_what_fits_no_layout_is_refused_with_the_keys_that_do_not(tmp_path, change, message):
     with pytest.raises(UserError, match=f'(?s)w.pth.*({message})'):
         mgn.load(saved(tmp_path, change), device='cpu')
+
+
+@pytest.mark.parametrize('use', ['load', 'pretrained', 'convert'])
+@pytest.mark.parametrize('ours', [True, False])
+def test_a_tensor_that_is_larger_than_its_file_is_refused_before_memory_is_taken(tmp_path, ours, use):
+    path, content = str(tmp_path / 'w.pth'), {'model': {'x.classifier.weight': torch.zeros(1, 2).expand(10 ** 9, 2)}}
+    own = {'format': checkpoint.FORMAT, 'config': '', 'num_classes': 10 ** 9, 'step': 0}
+    torch.save({**content, **own} if ours else content, path)
+    assert len(torch.load(path)['model']['x.classifier.weight']) == 10 ** 9
+    with pytest.raises(UserError, match=r'w.pth cannot be .* \(a tensor of the shape \(1000000000, 2\) is larger '
+                                        r'than the file\)\. Give another file'):
+        if use == 'load':
+            mgn.load(path, device='cpu')
+        elif use == 'pretrained':
+            MGN(2, 'resnet50', pretrained=path, embedding_dim=2)
+        else:
+            evaluation.convert_checkpoint(config.load_checkpoint([], [f"weights = '{path}'"]))
+
+
+def test_convert_takes_no_memory_for_classes_that_a_file_does_not_hold(small, tmp_path):
+    content = {**checkpoint.load(small[0]), 'num_classes': 10 ** 12}
+    checkpoint.save(str(tmp_path / 'many.pth'), content)
+    bindings = [f"weights = '{tmp_path / 'many.pth'}'", f"output_dir = '{tmp_path}'"]
+    evaluation.convert_checkpoint(config.load_checkpoint([], bindings))
+    assert mgn.load(str(tmp_path / 'many_mgn.pth'), device='cpu').dim == 8 * 256
 
 
 def test_a_checkpoint_that_binds_nothing_was_trained_with_the_defaults(tmp_path, caplog):
@@ -312,3 +338,41 @@ def test_a_crafted_configuration_of_a_checkpoint_is_refused_by_load(tmp_path):
         checkpoint.save(str(tmp_path / 'bad.pth'), {**content, 'config': text})
         with pytest.raises(UserError, match=message):
             mgn.load(str(tmp_path / 'bad.pth'), 'cpu')
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit')
+def test_torchs_advice_to_run_the_code_in_a_file_is_left_out(tmp_path):
+    torch.jit.script(torch.nn.ReLU()).save(tmp_path / 'w.pth')
+    with pytest.raises(UserError, match=r'cannot be loaded .* \(.*TorchScript.*\)\. Give another file\.$') as raised:
+        mgn.load(str(tmp_path / 'w.pth'), device='cpu')
+    assert 'Re-running' not in raised.value.message and 'False' not in raised.value.message
+
+
+@pytest.mark.parametrize('value', [torch.nan, -torch.inf])
+def test_weights_that_are_not_finite_are_refused_by_name_but_for_classifiers(small, tmp_path, value):
+    content, path = checkpoint.load(small[0]), str(tmp_path / 'best.pth')
+    classifier = {'heads.0.classifier.weight': torch.tensor([[value]])}
+    checkpoint.save(path, {**content, 'model': {**content['model'], **classifier}})
+    assert mgn.load(path, device='cpu').dim == 8 * 256
+    content['model']['heads.3.norm.running_mean'][7] = value
+    checkpoint.save(path, content)
+    for use in (lambda: mgn.load(path, device='cpu'),
+                lambda: evaluation.convert_checkpoint(config.load_checkpoint([], [f"weights = '{path}'"]))):
+        with pytest.raises(UserError, match='(?s)best.pth .*heads.3.norm.running_mean has NaN .* give other weights'):
+            use()
+
+
+def test_load_takes_paths_of_either_kind_and_says_of_anything_else_that_it_is_no_file(small, monkeypatch):
+    monkeypatch.setenv('HOME', str(Path(small[0]).parent))
+    for path in (Path(small[0]), '~/best.pth'):
+        assert mgn.load(path, device='cpu').dim == 8 * 256
+    for path in (None, 5, small[0].encode(), ['best.pth'], object()):
+        with pytest.raises(UserError, match='There is no file .*, where weights were expected. Correct the path'):
+            mgn.load(path, device='cpu')
+
+
+def test_a_pil_image_that_was_closed_is_refused(small, market):
+    image = Image.open(market_layout(str(market)).query[0].path)
+    image.close()
+    with pytest.raises(UserError, match='A PIL image cannot be read: Operation on closed image; give another'):
+        mgn.load(small[0], device='cpu').embed([image])

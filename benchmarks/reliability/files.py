@@ -151,7 +151,7 @@ def restored(content, path):
 def evaluated(path):
     """What mgn.eval takes from a checkpoint."""
     content = config.load_checkpoint([], [f"weights = '{path}'"])
-    return evaluation.load_for_features(content, str(path), torch.device('cpu')).state_dict()
+    return evaluation.load_for_features(content, str(path), 'cpu')[0].state_dict()
 
 
 def last(rng, folder, number):

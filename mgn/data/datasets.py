@@ -108,9 +108,7 @@ def cuhk01(root: str, seed: Seed = 0) -> Dataset:
     """
     folder = find_folder(root, ('CUHK01', 'cuhk01', ''), (), ('campus',))[0]
     samples, folder = [], os.path.join(folder, 'campus')
-    with reading(folder):
-        file_names = sorted(os.listdir(folder))
-    for file_name in file_names:
+    for file_name in file_names(folder):
         if fields := re.fullmatch(r'(\d{4})(\d{3})\.png', file_name):
             samples.append(Sample(os.path.join(folder, file_name), int(fields[1]), (int(fields[2]) + 1) // 2))
     if not samples:
@@ -216,15 +214,18 @@ def read_market_layout(name, root, aliases=('',), published=None, camera_require
     return report(Dataset(name, folder, *parts, not_to_train), published)
 
 
+def file_names(folder):
+    with reading(folder):
+        return sorted(os.listdir(folder))
+
+
 def read_market_folder(folder, camera_required):
     """Samples of one folder, sorted by file name, junk (id −1) left out; camid None where the name has no camera.
 
     Files that are not images are ignored.
     """
     samples = []
-    with reading(folder):
-        file_names = sorted(os.listdir(folder))
-    for file_name in file_names:
+    for file_name in file_names(folder):
         if not file_name.lower().endswith(IMAGE_SUFFIXES) or file_name.startswith('.'):
             continue
         path = os.path.join(folder, file_name)

@@ -31,12 +31,11 @@ class IdentitySampler:
     def batch(self, step):
         """Sample indices of the batch of step 0, 1, 2, …: P·K ints, the K images of an identity side by side."""
         epoch, first = divmod(step, self.steps_per_epoch)
-        rng = random_streams.generator(self.seed, random_streams.IDENTITY_ORDER, epoch)
-        order = rng.permutation(len(self.identities))
+        order = random_streams.generator(self.seed, random_streams.IDENTITY_ORDER, epoch).permutation(self.identities)
         indices = []
-        for place, identity in enumerate(order[first * self.P:(first + 1) * self.P]):
+        for place, identity in enumerate(order[first * self.P:(first + 1) * self.P].tolist()):
             rng = random_streams.generator(self.seed, random_streams.IDENTITY_IMAGES, step, place)
-            indices += self.images(self.images_of[self.identities[identity]], rng)
+            indices += self.images(self.images_of[identity], rng)
         return indices
 
     def images(self, candidates, rng):

@@ -185,12 +185,18 @@ def read(path, mmap=False):
             raise Damaged(f'{path} is damaged: {damaged} in it has another checksum than was written. Give another '
                           f'file.')
     with errors_explained(UserError, f'{path} cannot be loaded as weights'), torch.serialization.safe_globals(NUMBERS):
-        return plain(torch.load(path, map_location='cpu', weights_only=True, mmap=mmap and not legacy))
+        return plain(torch.load(path, map_location='cpu', weights_only=True, mmap=mmap and not legacy),
+                     os.path.getsize(path))
 
 
-def plain(value):
-    """The value with plain dictionaries: a crafted OrderedDict has attributes in place of methods."""
-    return {key: plain(item) for key, item in dict.items(value)} if isinstance(value, dict) else value
+def plain(value, size):
+    """The value with plain dictionaries: a crafted OrderedDict has attributes in place of methods.
+
+    ValueError for a tensor of more than `size` bytes, the file's: one that repeats its numbers, as `expand` does.
+    """
+    if isinstance(value, torch.Tensor) and value.numel() * value.element_size() > size:
+        raise ValueError(f'a tensor of the shape {tuple(value.shape)} is larger than the file')
+    return {key: plain(item, size) for key, item in dict.items(value)} if isinstance(value, dict) else value
 
 
 def is_own(content):
@@ -221,7 +227,7 @@ def errors_explained(kind, message):
         if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         code = re.search(r'GLOBAL (\S+)', str(error))  # torch's own sentence says how to run it
-        reason = f'it asks for the code {code[1]}' if code else (str(error).splitlines() or [repr(error)])[0]
+        reason = f'it asks for the code {code[1]}' if code else re.split(r'\n|\. [A-Z]', str(error) or repr(error))[0]
         kind = Damaged if 'PytorchStreamReader' in str(error) else kind  # its headers lie between the tensors
         raise kind(f'{message} ({reason}). Give another file.') from error
 
@@ -229,13 +235,15 @@ def errors_explained(kind, message):
 def load_model(model, state, path, without=None, remedy='Bind MGN as it was trained, or give other weights.'):
     """Loads a state dict strictly, but for the names with the text `without` in them: those stay as they are.
 
-    Raises UserError with missing, unexpected and ill-shaped keys, ten at most; nothing is loaded then.
+    Raises UserError with missing, unexpected and ill-shaped keys, or those of weights that are not finite, ten at most;
+    nothing is loaded then.
     """
     state, expected = ({key: value for key, value in dict(values).items() if not without or without not in str(key)}
                        for values in (state, model.state_dict()))
     problems = [f'{key} is missing' for key in expected if key not in state]
     problems += [f'{key} is unexpected' for key in state if key not in expected]
     problems += [f'{key} {fault}' for key in expected if key in state and (fault := misfit(state[key], expected[key]))]
+    problems += [f'{key} has NaN or infinity' for key in expected if not problems and not state[key].isfinite().all()]
     if problems:
         if len(problems) > 2 * SHOWN:
             problems[SHOWN:-SHOWN] = [f'… {len(problems) - 2 * SHOWN} more …']

@@ -19,18 +19,17 @@ class Interruption:
     """
 
     def __init__(self):
-        self.noted, self.since, self.process, self.nothing_to_lose = None, None, os.getpid(), False
-        self.handlers_before = {}
+        self.noted, self.since, self.process, self.nothing_to_lose, self.before = None, None, os.getpid(), False, {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # only here can handlers be set
             for number in (signal.SIGTERM, signal.SIGINT):
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):  # ignored e.g. in the background of a script
-                    self.handlers_before[number] = signal.signal(number, self.handle)
+                    self.before[number] = signal.signal(number, self.handle)
         return self
 
     def __exit__(self, *_):
-        for number, handler in self.handlers_before.items():
+        for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def handle(self, number, _):
