@@ -13,7 +13,7 @@ from outcomes import assert_same
 from thin import BINDINGS, ThinResNet, fitting_schedule, train
 
 from benchmarks.reliability.driver import Row
-from mgn import config, evaluation, feature_files, model, training
+from mgn import config, crop_search, evaluation, feature_files, model, training
 from mgn.data import datasets, images
 from mgn.features import Extractor
 from mgn.ops.errors import UserError
@@ -216,6 +216,24 @@ def features(pattern):
     return case
 
 
+# What mgn.search keeps
+
+PRESENT = {f'{i}.jpg'.encode(): (100 + i, i) for i in range(20)}
+
+
+def write_kept(folder):
+    features = np.random.default_rng(0).standard_normal((20, 16)).astype(np.float32)
+    np.savez(folder / 'kept.npz', features=features, paths=np.array(list(PRESENT)), made_of='{}',
+             stamps=np.array(list(PRESENT.values())))
+
+
+def kept(rng, folder, number):
+    path, expected = folder / 'damaged.npz', crop_search.read_part(folder / 'kept.npz', '{}', 16, PRESENT)
+    path.write_bytes(mutated(rng, (folder / 'kept.npz').read_bytes()))
+    got = refused(lambda: crop_search.read_part(str(path), '{}', 16, PRESENT))
+    assert got is None or all(np.array_equal(row, expected[name]) for name, row in got.items()), 'accepted'
+
+
 # Texts
 
 def gin_file(rng, folder, number):
@@ -283,6 +301,7 @@ ROWS = {
     'features': Row('features, ids and paths (`.npy`)', CASES, features('*.npy'), write_features, memory=2 * GIGABYTE,
                     mended='changed files were accepted; broken headers ended with Python\'s own words'),
     'manifest': Row('`manifest.json`', CASES, features('manifest.json'), write_features, memory=2 * GIGABYTE),
+    'kept': Row('features that `mgn.search` keeps', CASES, kept, write_kept, memory=GIGABYTE),
     'gin': Row('gin files', CASES, gin_file, copy_recipes, memory=GIGABYTE,
                mended='addresses of objects in messages'),
     'lists': Row('list files of MSMT17', CASES, list_file, write_lists, memory=GIGABYTE,
