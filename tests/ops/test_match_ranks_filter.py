@@ -307,7 +307,8 @@ print(peak, 2 ** 28 + 32 * (Q + G + len(result.ranks)), len(result.ranks))
     (2500, 20_000, 512, 'float16', 'float32'),
     *(pytest.param(case, marks=pytest.mark.long) for case in (
         (3000, 40_000, 128, 'float32', 'float32'), (30_000, 30_000, 16, 'bfloat16', 'tf32'),
-        (40, 2_000_000, 4, 'float32', 'float32'), (64, 300, 100_000, 'float16', 'float32')))])
+        (40, 2_000_000, 4, 'float32', 'float32'), (64, 300, 100_000, 'float16', 'float32'),
+        (7000, 6000, 4096, 'float16', 'float32')))])
 @only_linux
 def test_memory_stays_within_its_bound(case):
     peak, bound, matches = printed(MEMORY, json.dumps(case))

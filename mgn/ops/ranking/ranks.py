@@ -198,7 +198,7 @@ def filtered_tiles(comparison, query_norms, blocks):
         pieces = max((once(device) if gallery.is_cuda else OPERANDS) // (width if is_readable(gallery) else 2 * width),
                      items_at_once)
     at_once = blocks and precision == 'float32' and device.type == 'cpu'  # norms come with the first products
-    with_norms = of_queries(0)[2] if at_once else comparison.kernels.canonical_norms
+    with_norms = (lambda *given: of_queries(0)[2](*given)) if at_once else comparison.kernels.canonical_norms
     for piece, items, norms, made in finite_pieces(comparison, spans(len(gallery), pieces), with_norms):
         scale, shift, largest = product.item_terms(norms, cosine)
         operand, residual = product.operands(items, norms, precision)

@@ -44,7 +44,7 @@ def tile_of(query, gallery):
     if query.is_cuda:
         features, products = 4 * features, GPU_PRODUCTS
     items = min(ITEMS, features)
-    return items, min(features, products // items)
+    return items, min(features // 2 or 1, products // items)  # queries lie in panels as well
 
 
 def blocks_of(dist):
