@@ -57,7 +57,7 @@ def weighted_sum(terms, weight, name):
 
 
 @gin.configurable(denylist=['cosines', 'labels'])
-def circle_softmax(cosines, labels, scale: float = 64.0, margin: float = 0.35) -> torch.Tensor:
+def circle_softmax(cosines, labels, scale: Weight = 64.0, margin: Annotated[float, 0, 1] = 0.35) -> torch.Tensor:
     """Logits of Circle loss with class labels (Sun et al., CVPR 2020): those far from their optimum weigh more.
 
     cosines: (B, C), as MGN.classifier = 'cosine' gives them; labels: (B,) int64 → (B, C).

@@ -8,9 +8,9 @@
 namespace mgn {
 namespace {
 
-constexpr int64_t kItems = 64;          // packed at a time: with their dimensions, half of a second-level cache
-constexpr int64_t kDimensions = 4096;   // of them at a time
-constexpr int64_t kQueries = 512;       // that are worth packing items for, once more
+constexpr int64_t kItems = 64;         // packed at a time: with their dimensions, half of a second-level cache
+constexpr int64_t kDimensions = 4096;  // of them at a time
+constexpr int64_t kQueries = 512;      // that are worth packing items for, once more
 
 struct ProductLoops {
   int high, wide;
