@@ -74,8 +74,8 @@ class Extractor:
                     read = [s.path for s in samples[start:start + self.batch_size] if s.path not in batch.unreadable]
                     bad = [path for path, row in zip(read, features) if not row.isfinite().all()]
                     raise UserError(f'Features must be finite, but {len(bad)} of a batch of {len(read)} have NaN or '
-                                    f'infinity, first that of {bad[0]}; look at the weights and at this image, or bind '
-                                    f"feature_precision = 'float32'")
+                                    f'infinity, first that of {bad[0]}; look at the weights and at this image'
+                                    + ", or bind feature_precision = 'float32'" * (self.precision != 'float32'))
                 yield features
                 bar.update(len(features))
 

@@ -109,8 +109,9 @@ def test_what_differs_is_named(written, model, root, tmp_path):
 
 def test_features_that_are_not_finite_are_not_written(model, root, tmp_path):
     torch.nn.init.constant_(model.heads[0].norm.running_mean, torch.nan)
-    with pytest.raises(ValueError, match='3 of a batch of 3 have NaN or infinity, first that of .*/query/0101'):
-        write_features(model, market_layout(str(root)), extractor(), str(tmp_path / 'features'))
+    for precision, remedy in (('float32', 'image$'), ('bfloat16', "image, or bind feature_precision = 'float32'$")):
+        with pytest.raises(ValueError, match=f'3 of a batch of 3 have NaN or .*, first that of .*/query/0101.* {remedy}'):
+            write_features(model, market_layout(str(root)), extractor(precision=precision), str(tmp_path / 'features'))
     assert not (tmp_path / 'features' / 'manifest.json').exists()
 
 

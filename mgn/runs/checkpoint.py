@@ -235,7 +235,7 @@ def errors_explained(kind, message):
 def load_model(model, state, path, without=None, remedy='Bind MGN as it was trained, or give other weights.'):
     """Loads a state dict strictly, but for the names with the text `without` in them: those stay as they are.
 
-    Raises UserError with missing, unexpected and ill-shaped keys, or those of weights that are not finite, ten at most;
+    Raises UserError with missing, unexpected and ill-shaped keys, ten at most, or with the first that is not finite;
     nothing is loaded then.
     """
     state, expected = ({key: value for key, value in dict(values).items() if not without or without not in str(key)}
@@ -243,12 +243,14 @@ def load_model(model, state, path, without=None, remedy='Bind MGN as it was trai
     problems = [f'{key} is missing' for key in expected if key not in state]
     problems += [f'{key} is unexpected' for key in state if key not in expected]
     problems += [f'{key} {fault}' for key in expected if key in state and (fault := misfit(state[key], expected[key]))]
-    problems += [f'{key} has NaN or infinity' for key in expected if not problems and not state[key].isfinite().all()]
     if problems:
         if len(problems) > 2 * SHOWN:
             problems[SHOWN:-SHOWN] = [f'… {len(problems) - 2 * SHOWN} more …']
-        raise UserError(f'The weights in {path} do not fit the configured architecture:\n  '
-                        + '\n  '.join(problems) + f'\n{remedy}')
+        head = f'The weights in {path} do not fit the configured architecture:'
+        raise UserError('\n  '.join([head, *problems]) + f'\n{remedy}')
+    if bad := [key for key in expected if not state[key].isfinite().all()]:
+        raise UserError(f'The weights in {path} must be finite, but {len(bad)} of their tensors have NaN or infinity, '
+                        f'first {bad[0]}; give other weights')
     model.load_state_dict(state, strict=not without)
 
 
