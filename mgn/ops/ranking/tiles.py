@@ -40,11 +40,10 @@ def once(device):
 
 def tile_of(query, gallery):
     """(items, queries) of a tile."""
-    features, products = max(1, OPERANDS // max(query.shape[1], 1)), PRODUCTS  # features that fit if converted
-    if query.is_cuda:
-        features, products = 4 * features, GPU_PRODUCTS
+    features = max(1, OPERANDS // max(query.shape[1], 1)) * (4 if query.is_cuda else 1)  # that fit if converted
     items = min(ITEMS, features)
-    return items, min(features // 2 or 1, products // items)  # queries lie in panels as well
+    # A CPU's queries lie in panels as well.
+    return items, min(features // 2 or 1, (GPU_PRODUCTS if query.is_cuda else PRODUCTS) // items)
 
 
 def blocks_of(dist):
