@@ -74,7 +74,7 @@ def carry_out(main, flags, arguments):
 
 
 def lacking_memory(error):
-    """The message for an error that NumPy or torch, on any device, raises for lack of memory; None for other errors."""
-    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+    """The message for an error that the system, NumPy or torch raises for lack of memory; None for other errors."""
+    if isinstance(error, MemoryError) or re.search("out of memory|an('|no)t allocate memory", str(error)):
         return (f'Memory ran out ({(str(error) or "none is free").splitlines()[0]}). Free some, or bind a smaller P '
                 f'for training, a smaller Extractor.batch_size for evaluation.')

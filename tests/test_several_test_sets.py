@@ -87,7 +87,7 @@ def test_a_data_set_that_is_missing_is_told_before_any_feature_is_made(evaluate_
 
 LACK = {'of torch on a GPU': 'raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")',
         'of torch on a CPU': 'torch.empty(10 ** 15)', 'of NumPy': 'numpy.empty(10 ** 15)',
-        'of Python': 'bytearray(10 ** 17)'}
+        'of Python': 'bytearray(10 ** 17)', 'of the system': 'raise OSError(12, "Cannot allocate memory")'}
 
 
 @pytest.mark.parametrize('lack', LACK)
