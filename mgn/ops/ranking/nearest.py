@@ -39,7 +39,7 @@ def topk(query, gallery, k, metric='cosine', precision='auto', exclude_self=Fals
     Returns:
         Nearest, of min(k, G) columns (G − 1 with exclude_self). Distances carry no gradient. Memory: 256 MB, 48 bytes
         per row and 30 per entry of the result, beyond features and result; 1 GB more where query and gallery are one
-        tensor; on a GPU 2 GB more, as of match_ranks.
+        tensor; 3 MB a thread and on a GPU 2 GB more, as of match_ranks.
     Raises:
         UserError: k out of range, exclude_self of two tensors, and whatever match_ranks refuses of features.
     """

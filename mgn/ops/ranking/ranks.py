@@ -47,8 +47,8 @@ def match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery_
         precision: of the matrix product: 'auto', 'float32' or 'tf32'. It changes the time, never the ranks. 'auto' is
             the fastest that is proven on the device. Where that has no units for tf32, and on every CPU, it is float32.
     Returns:
-        MatchRanks. Memory: 256 MB and 32 bytes per row and match at most, beyond features, ids and result; on a GPU
-        2 GB more for features that are converted or rounded.
+        MatchRanks. Memory: 256 MB and 32 bytes per row and match at most, beyond features, ids and result; 3 MB a
+        thread; on a GPU 2 GB more for features that are converted or rounded.
     Raises:
         UserError: float64 or non-finite features (naming the row), shapes or devices that do not fit, an unknown
             option.
@@ -185,7 +185,6 @@ def filtered_tiles(comparison, query_norms, blocks):
     device, width = query.device, max(query.shape[1], 1)
     items_at_once = tile_of(query, gallery)[0]
     precision = product.available(comparison.precision, device) if query.shape[1] else 'float32'
-
     room = torch.empty(PRODUCTS, dtype=torch.float32)
 
     @functools.lru_cache(maxsize=None if query.numel() <= KEPT else 1)

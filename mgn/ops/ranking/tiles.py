@@ -41,9 +41,9 @@ def once(device):
 def tile_of(query, gallery):
     """(items, queries) of a tile."""
     features = max(1, OPERANDS // max(query.shape[1], 1)) * (4 if query.is_cuda else 1)  # that fit if converted
-    items = min(ITEMS, features)
-    # A CPU's queries lie in panels as well.
-    return items, min(features // 2 or 1, (GPU_PRODUCTS if query.is_cuda else PRODUCTS) // items)
+    items, products = min(ITEMS, features), GPU_PRODUCTS if query.is_cuda else PRODUCTS
+    # Queries that are converted lie beside the product's panels of them.
+    return items, min(features // (2 - is_readable(query)) or 1, products // items)
 
 
 def blocks_of(dist):
