@@ -67,7 +67,7 @@ sys.argv[1:] = ''')
 
 @pytest.mark.long
 def test_rows_of_operations_files_and_runs_run(tmp_path):
-    results, _ = reliability(tmp_path, '--rows=full disk,metrics,match_ranks,bindings', '--scale=0.01')
+    results, _ = reliability(tmp_path, '--rows=full disk,metrics,last,match_ranks,bindings', '--scale=0.01')
     assert {name: result['done'] for name, result in results.items()} == {
-        'full disk': 3, 'metrics': 100, 'match_ranks': 200, 'bindings': results['bindings']['cases']}
-    assert results['full disk']['found'] == results['match_ranks']['found'] == 0
+        'full disk': 3, 'metrics': 100, 'last': 100, 'match_ranks': 200, 'bindings': results['bindings']['cases']}
+    assert results['full disk']['found'] == results['last']['found'] == results['match_ranks']['found'] == 0

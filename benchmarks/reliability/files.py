@@ -13,7 +13,7 @@ from outcomes import assert_same
 from thin import BINDINGS, ThinResNet, fitting_schedule, train
 
 from benchmarks.reliability.driver import Row
-from mgn import config, crop_search, evaluation, feature_files, model, training
+from mgn import config, crop_search, evaluation, feature_files, model
 from mgn.data import datasets, images
 from mgn.features import Extractor
 from mgn.ops.errors import UserError
@@ -137,12 +137,12 @@ def kinds(value):
 
 def restored(content, path):
     """What a run holds that resumed from the content."""
-    states, real = [], training.State
-    training.State = lambda *args: states.append(real(*args)) or states[-1]
+    states, real = [], checkpoint.State
+    checkpoint.State = lambda *args: states.append(real(*args)) or states[-1]
     try:
         train(path.parent / 'data', path.parent / 'other', 'total_steps = 1')
     finally:
-        training.State = real
+        checkpoint.State = real
         shutil.rmtree(path.parent / 'other')
     states[0].restore(content, str(path))
     return states[0].content()
