@@ -72,22 +72,36 @@ template <typename T> const T* matrix(const Tensor& matrix, int64_t rows, int64_
   return static_cast<const T*>(matrix.data_ptr());
 }
 
-// (⌈q / rows⌉, D, rows), as `products` takes them.
-Tensor pack_queries(Tensor query, int64_t set) {
+bool multiplies_split() { return mgn::multiplies_split(); }
+
+// What `products` takes: float32, or of split rows bfloat16.
+Tensor pack_queries(Tensor query, bool split, int64_t set) {
   const auto q = rows(query);
-  const int64_t high = mgn::panel_rows(checked_set(set));
-  const Tensor panels = torch::stable::new_empty(query, {(q.count + high - 1) / high, q.d, high}, kType<float>);
-  mgn::pack_queries(q, static_cast<float*>(panels.data_ptr()), int(set), parallel);
+  STD_TORCH_CHECK(!split || mgn::multiplies_split(), "mgn_cpu: this CPU has no units for products of split rows");
+  const int64_t size = mgn::packed_size(q.count, q.d, split, checked_set(set));
+  const Tensor panels = torch::stable::new_empty(query, {split ? 2 * size : size},
+                                                 split ? ScalarType::BFloat16 : ScalarType::Float);
+  mgn::pack_queries(q, static_cast<float*>(panels.data_ptr()), split, int(set), parallel);
   return panels;
 }
 
-void products(Tensor panels, Tensor items, int64_t summed, Tensor dots, std::optional<Tensor> norms, int64_t set) {
+void products(Tensor panels, Tensor items, int64_t summed, Tensor dots, std::optional<Tensor> norms,
+              std::optional<Tensor> residuals, int64_t set) {
   const auto x = rows(items);
-  const int64_t queries = dots.size(0), high = mgn::panel_rows(checked_set(set)), count = (queries + high - 1) / high;
-  STD_TORCH_CHECK(summed > 0, "mgn_cpu: expected a number of terms, but got ", summed);
-  mgn::products(pointer<float>(panels, count * x.d * high), queries, x, summed,
+  const bool split = panels.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(!split || mgn::multiplies_split(), "mgn_cpu: this CPU has no units for products of split rows");
+  STD_TORCH_CHECK(summed > 0 && (!split || summed % 32 == 0), "mgn_cpu: expected a number of terms, of split rows a ",
+                  "multiple of 32, but got ", summed);
+  STD_TORCH_CHECK(!residuals || (split && norms), "mgn_cpu: residuals are of split rows, and come with norms");
+  const int64_t queries = dots.size(0), size = mgn::packed_size(queries, x.d, split, checked_set(set));
+  STD_TORCH_CHECK(panels.is_cpu() && panels.is_contiguous() && panels.numel() == (split ? 2 * size : size) &&
+                      (split || panels.scalar_type() == ScalarType::Float),
+                  "mgn_cpu: expected what pack_queries made of ", queries, " queries of width ", x.d,
+                  ", but its number of elements or type is another");
+  mgn::products(static_cast<const float*>(panels.data_ptr()), queries, x, summed,
                 const_cast<float*>(matrix<float>(dots, queries, x.count)), dots.stride(0),
-                norms ? pointer<double>(*norms, x.count) : nullptr, int(set), parallel);
+                norms ? pointer<double>(*norms, x.count) : nullptr,
+                residuals ? pointer<double>(*residuals, x.count) : nullptr, split, int(set), parallel);
 }
 
 mgn::Tile tile_of(const Tensors& tile, bool cosine, int64_t first) {
@@ -258,10 +272,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mgn_cpu, m) {
   m.def(
       "canonical_keys(Tensor query, Tensor gallery, Tensor queries, Tensor items, bool cosine, Tensor(a!) keys, "
       "int instruction_set=0) -> ()");
-  m.def("pack_queries(Tensor query, int instruction_set=0) -> Tensor");
+  m.def("multiplies_split() -> bool");
+  m.def("pack_queries(Tensor query, bool split, int instruction_set=0) -> Tensor");
   m.def(
-      "products(Tensor panels, Tensor items, int summed, Tensor(a!) dots, Tensor(b!)? norms, int instruction_set=0) -> "
-      "()");
+      "products(Tensor panels, Tensor items, int summed, Tensor(a!) dots, Tensor(b!)? norms, Tensor(c!)? residuals, "
+      "int instruction_set=0) -> ()");
   m.def(
       "count_nonmatches(Tensor[] tile, bool cosine, int first, Tensor[] filter_terms, Tensor[] matches, "
       "Tensor[] excluded, Tensor(a!) steps, Tensor(b!) redecided, int instruction_set=0) -> ()");
@@ -298,4 +313,8 @@ STABLE_TORCH_LIBRARY_IMPL(mgn_cpu, CPU, m) {
   m.impl("mean_rows", TORCH_BOX(&mean_rows));
   m.impl("transpose", TORCH_BOX(&transpose));
   m.impl("overlap", TORCH_BOX(&overlap));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mgn_cpu, CompositeExplicitAutograd, m) {
+  m.impl("multiplies_split", TORCH_BOX(&multiplies_split));
 }

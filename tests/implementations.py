@@ -9,7 +9,8 @@ import torch
 from mgn.ops import native
 
 COMPILED = torch.ops.mgn_cpu.instruction_sets().split() if native.missing('_C') is None else []
-IMPLEMENTATIONS = ['compiled', 'reference', *COMPILED[1:]]  # 'compiled' is the first of those
+SPLITS = bool(COMPILED) and torch.ops.mgn_cpu.multiplies_split()  # whether this CPU has AMX
+IMPLEMENTATIONS = ['compiled', 'reference', *COMPILED[not SPLITS:]]  # 'compiled' is the first of those, with AMX
 
 
 class OneInstructionSet:
@@ -19,6 +20,8 @@ class OneInstructionSet:
         self.number = number
 
     def __getattr__(self, name):
+        if name == 'multiplies_split':
+            return lambda: False
         operation = getattr(torch.ops.mgn_cpu, name)
         if all(argument.name != 'instruction_set' for argument in operation.default._schema.arguments):
             return operation

@@ -2,20 +2,33 @@
 // Geijn ("Anatomy of high-performance matrix multiplication", ACM TOMS 2008).
 #include "products_cpu.h"
 
+#include <cmath>
+#include <utility>
+#include <vector>
+
 #include "canonical_cpu.h"
 #include "panels_cpu.h"
 
 namespace mgn {
 namespace {
 
-constexpr int64_t kItems = 64;         // packed at a time: with their dimensions, half of a second-level cache
-constexpr int64_t kDimensions = 4096;  // of them at a time
-constexpr int64_t kQueries = 512;      // that are worth packing items for, once more
+constexpr double kSmallest = 0x1p-40, kLargest = 0x1p60;  // norms of which a filter says anything
+
+// Squared norms, relative to its own, of a row's low halves and of what neither half holds.
+struct Lost {
+  double low = 0, rest = 0;
+};
 
 struct ProductLoops {
-  int high, wide;
+  int high, wide;             // of a panel of queries, of items
+  int64_t unit;               // D is filled up to a multiple of it
+  int64_t items, dimensions;  // packed at a time: half of a second-level cache
+  int64_t queries;            // that are worth packing items for, once more
+  void (*pack_rows)(const float* rows, int64_t count, int64_t stride, int64_t d, float* panel);
+  // Given norms, it adds to `lost` what of each row is lost.
+  void (*pack_columns)(const float* rows, int64_t count, int64_t stride, int64_t d, float* columns,
+                       const double* norms, Lost* lost);
   void (*add_products)(const float* rows, const float* columns, int64_t count, float* sums);
-  void (*pack_columns)(const float* rows, int64_t count, int64_t stride, int64_t d, float* columns);
 };
 
 }  // namespace
@@ -23,31 +36,48 @@ struct ProductLoops {
 
 #define LOOPS "products_loops.h"
 #include "each_instruction_set_cpu.h"
+#include "products_amx.h"
 
 namespace mgn {
 namespace {
 
-const ProductLoops& product_loops(int instruction_set) {
+const ProductLoops& product_loops(bool split, int instruction_set) {
   static constexpr const ProductLoops* kAll[] = {OF_EACH_INSTRUCTION_SET(kProductLoops)};
-  return *kAll[compiled_instruction_set(instruction_set)];
+  return split ? amx::kProductLoops : *kAll[compiled_instruction_set(instruction_set)];
 }
 
-// The products of some panels of queries with up to kItems items, which are packed here. One per thread.
+int64_t packed_size(const ProductLoops& loops, int64_t rows, int64_t d) {
+  return round_up(rows, loops.high) * round_up(d, loops.unit);
+}
+
+// The products of some panels of queries with some items, which are packed here. One per thread.
 struct ItemProducts {
   const ProductLoops& loops;
   const Rows& items;
-  const int64_t summed, groups = kItems / loops.wide;
-  Packed<float> columns = room_for_panels<float>(groups, std::min(items.d, kDimensions) * loops.wide);
+  const int64_t summed, groups = loops.items / loops.wide;
+  Packed<float> columns =
+      room_for_panels<float>(loops.items, round_up(std::min(items.d, loops.dimensions), loops.unit));
   Packed<float> sums = room_for_panels<float>(groups, loops.high * loops.wide);
+  std::vector<Lost> lost = std::vector<Lost>(loops.items);
   int64_t first = -1, begin = -1, count = 0, dimensions = 0;  // of what is packed
 
-  void pack(int64_t first_item, int64_t begin_dimension) {
+  void pack(int64_t first_item, int64_t begin_dimension, const double* norms) {
     if (first == first_item && begin == begin_dimension) return;
     first = first_item, begin = begin_dimension;
-    count = std::min(kItems, items.count - first), dimensions = std::min(kDimensions, items.d - begin);
+    count = std::min(loops.items, items.count - first);
+    const int64_t packed = std::min(loops.dimensions, items.d - begin);
+    dimensions = round_up(packed, loops.unit);
     for (int64_t j = 0; j < count; j += loops.wide)
-      loops.pack_columns(items[first + j] + begin, std::min<int64_t>(loops.wide, count - j), items.stride, dimensions,
-                         columns.get() + j * dimensions);
+      loops.pack_columns(items[first + j] + begin, std::min<int64_t>(loops.wide, count - j), items.stride, packed,
+                         columns.get() + j * dimensions, norms ? norms + first + j : nullptr, lost.data() + j);
+  }
+
+  void write_residuals(const double* norms, double* residuals) {
+    for (int64_t i = 0; i < count; ++i) {
+      const auto [low, rest] = std::exchange(lost[i], {});
+      const bool known = kSmallest <= norms[first + i] && norms[first + i] <= kLargest;
+      residuals[first + i] = known ? 1.01 * (std::sqrt(rest) + low / 2) : 0;
+    }
   }
 
   // Adds to, or writes if these are the first dimensions, `rows` rows of dots. panel: (D, high).
@@ -70,33 +100,43 @@ struct ItemProducts {
 
 }  // namespace
 
-int panel_rows(int instruction_set) { return product_loops(instruction_set).high; }
+bool multiplies_split() { return amx::runs(); }
 
-void pack_queries(const Rows& query, float* panels, int instruction_set, const Parallel& parallel) {
-  const int64_t high = panel_rows(instruction_set), d = query.d;
-  parallel(round_up(query.count, high) / high, grain_of(1 << 16, high * d), [&](int64_t begin, int64_t end) {
-    for (int64_t q = begin * high; q < std::min(end * high, query.count); q += high)
-      pack_panel(query[q], std::min(high, query.count - q), query.stride, d, high, panels + q * d);
+int64_t packed_size(int64_t queries, int64_t d, bool split, int instruction_set) {
+  return packed_size(product_loops(split, instruction_set), queries, d);
+}
+
+void pack_queries(const Rows& query, float* panels, bool split, int instruction_set, const Parallel& parallel) {
+  const ProductLoops& loops = product_loops(split, instruction_set);
+  const int64_t high = loops.high, panel = packed_size(loops, high, query.d);
+  parallel(round_up(query.count, high) / high, grain_of(1 << 16, panel), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      loops.pack_rows(query[i * high], std::min(high, query.count - i * high), query.stride, query.d,
+                      panels + i * panel);
   });
 }
 
 void products(const float* panels, int64_t queries, const Rows& items, int64_t summed, float* dots, int64_t stride,
-              double* norms, int instruction_set, const Parallel& parallel) {
-  const ProductLoops& loops = product_loops(instruction_set);
-  const int64_t high = loops.high, groups = round_up(items.count, kItems) / kItems;
-  const int64_t parts = std::max<int64_t>(1, queries / kQueries), part = round_up((queries + parts - 1) / parts, high);
+              double* norms, double* residuals, bool split, int instruction_set, const Parallel& parallel) {
+  const ProductLoops& loops = product_loops(split, instruction_set);
+  const int64_t high = loops.high, panel = packed_size(loops, high, items.d);
+  const int64_t groups = round_up(items.count, loops.items) / loops.items;
+  const int64_t parts = std::max<int64_t>(1, queries / loops.queries);
+  const int64_t part = round_up((queries + parts - 1) / parts, high);
   parallel(groups * parts, 1, [&](int64_t first, int64_t end) {
     ItemProducts of_items{loops, items, summed};
-    for (int64_t task = first; task < end; ++task)
-      for (int64_t k = 0; k < std::max<int64_t>(items.d, 1); k += kDimensions) {
-        const int64_t item = task / parts * kItems;
-        of_items.pack(item, k);
-        if (norms && k == 0 && task % parts == 0)
-          canonical_norms(items, item, std::min(item + kItems, items.count), sum_loops(instruction_set), norms);
+    for (int64_t task = first; task < end; ++task) {
+      const int64_t item = task / parts * loops.items, end_item = std::min(item + loops.items, items.count);
+      const bool is_first = task % parts == 0;
+      if (norms && is_first) canonical_norms(items, item, end_item, sum_loops(instruction_set), norms);
+      for (int64_t k = 0; k < std::max<int64_t>(items.d, 1); k += loops.dimensions) {
+        of_items.pack(item, k, residuals && is_first ? norms : nullptr);
         const int64_t from = task % parts * part;
         for (int64_t q = from; q < std::min(from + part, queries); q += high)
-          of_items.add(panels + q * items.d, std::min(high, queries - q), dots + q * stride, stride);
+          of_items.add(panels + q / high * panel, std::min(high, queries - q), dots + q * stride, stride);
       }
+      if (residuals && is_first) of_items.write_residuals(norms, residuals);
+    }
   });
 }
 

@@ -8,16 +8,24 @@
 
 namespace mgn {
 
-// How many queries stand side by side in a panel.
-int panel_rows(int instruction_set);
+// Whether this CPU has units for products of bfloat16, which split rows take.
+bool multiplies_split();
 
-// (count, D) rows → panels (⌈count / panel_rows⌉, D, panel_rows), as `products` reads them; the last one is filled up.
-void pack_queries(const Rows& query, float* panels, int instruction_set, const Parallel& parallel);
+// Of the panels that pack_queries writes.
+int64_t packed_size(int64_t queries, int64_t d, bool split, int instruction_set);
+
+// (count, D) rows → panels, as `products` of the same kind reads them. split: each number as two of bfloat16.
+void pack_queries(const Rows& query, float* panels, bool split, int instruction_set, const Parallel& parallel);
 
 // dots (queries, items) in rows of `stride`: the products. Of D terms, `summed` go into a sum one after the other, then
 // these sums into sums, one after the other: at most summed + 2 · ⌈D / summed⌉ roundings of any term. If given, `norms`
 // gets the items' canonical norms, on the way.
+//
+// Split, products leave out (ρ(q) + ρ(g) + ρ(q) · ρ(g)) · ‖q‖ · ‖g‖ at most. If given, `residuals` gets ρ of the items,
+// 0 of norms that are not from 2⁻⁴⁰ to 2⁶⁰; without queries that is all that is done. And `summed`, a multiple of 32, are at most 17 + 3 · summed / 32
+// roundings: for every 32 terms the low halves of queries with the high ones of items, both high ones, then the high
+// ones of queries with the low ones of items, each in two sums, of even and odd terms, which are added to the total.
 void products(const float* panels, int64_t queries, const Rows& items, int64_t summed, float* dots, int64_t stride,
-              double* norms, int instruction_set, const Parallel& parallel);
+              double* norms, double* residuals, bool split, int instruction_set, const Parallel& parallel);
 
 }  // namespace mgn

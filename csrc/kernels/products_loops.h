@@ -55,7 +55,8 @@ template <int step> TARGET inline void exchange(Line* lines) {
 }
 
 // (count ≤ kWide, d) rows → columns (d, kWide); 0 beyond the last.
-TARGET void pack_columns(const float* rows, int64_t count, int64_t stride, int64_t d, float* columns) {
+TARGET void pack_columns(const float* rows, int64_t count, int64_t stride, int64_t d, float* columns, const double*,
+                         Lost*) {
   for (int64_t c = 0; c < kWide; c += kLine)
     for (int64_t k = 0; k < d; k += kLine) {
       const int64_t width = std::min<int64_t>(kLine, d - k);
@@ -80,6 +81,11 @@ TARGET void pack_columns(const float* rows, int64_t count, int64_t stride, int64
     }
 }
 
-constexpr ProductLoops kProductLoops{kHigh, kWide, add_products, pack_columns};
+// (count ≤ kHigh, d) rows → panel (d, kHigh).
+inline void pack_rows(const float* rows, int64_t count, int64_t stride, int64_t d, float* panel) {
+  pack_panel(rows, count, stride, d, kHigh, panel);
+}
+
+constexpr ProductLoops kProductLoops{kHigh, kWide, 1, 64, 4096, 512, pack_rows, pack_columns, add_products};
 
 }  // namespace mgn::SET

@@ -1,21 +1,27 @@
-"""products, the CPU's own float32 product: sums in the order that it promises, so the same bits in every tile."""
+"""products, the CPU's own products: sums in the order that they promise, so the same bits in every tile."""
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from implementations import COMPILED
+from implementations import COMPILED, SPLITS
 from mining import examples, random_features
 
 from mgn.ops.ranking import product
 
 KERNELS = torch.ops.mgn_cpu
 SETS = [pytest.param(number, id=name) for number, name in enumerate(COMPILED)]
+KINDS = [*SETS, *[pytest.param('split', id='split')] * SPLITS]
+only_amx = pytest.mark.skipif(not SPLITS, reason='this CPU has no AMX')
 
 
-def products(query, items, summed=product.SUMMED, set=0, norms=None):
+def products(query, items, kind, summed=None, norms=None, residuals=None):
+    """kind: an instruction set's number, or 'split'."""
+    split = kind == 'split'
+    options = {'instruction_set': 0 if split else kind}
+    summed = summed or product.SUMMED['bfloat16' if split else 'float32']
     dots = torch.full((len(query), len(items) + 3), torch.nan)[:, :len(items)]  # rows with room between them
-    KERNELS.products(KERNELS.pack_queries(query, instruction_set=set), items, summed, dots, norms, instruction_set=set)
+    KERNELS.products(KERNELS.pack_queries(query, split, **options), items, summed, dots, norms, residuals, **options)
     return dots
 
 
@@ -26,6 +32,33 @@ def in_order(query, items, summed):
         part = np.zeros_like(total)
         for k in range(first, min(first + summed, query.shape[1])):
             part += np.multiply.outer(query[:, k], items[:, k])
+        total += part
+    return total
+
+
+def halves(rows):
+    """(n, D) → (2, n, ⌈D / 32⌉, 16, 2) float32: what bfloat16 takes of it, and of the rest; even and odd terms."""
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 32))
+    high = rows.bfloat16().float()
+    return torch.stack((high, (rows - high).bfloat16().float())).unflatten(2, (-1, 16, 2)).numpy()
+
+
+def in_order_of_amx(query, items, summed):
+    """The sums of split rows as Intel documents TDPBF16PS: products of bfloat16 are exact in float32."""
+    (q_high, q_low), (high, low) = halves(query), halves(items)
+    total = np.zeros((len(query), len(items)), np.float32)
+    if q_high.shape[1] > 64:  # 2,048 terms are packed at a time
+        first, rest = (slice(0, 2048), slice(2048, None))
+        return in_order_of_amx(query[:, first], items[:, first], summed) + in_order_of_amx(query[:, rest], items[:, rest],
+                                                                                           summed)
+    for first in range(0, q_high.shape[1], summed // 32):
+        part = np.zeros_like(total)
+        for k in range(first, min(first + summed // 32, q_high.shape[1])):
+            for left, right in ((q_low, high), (q_high, high), (q_high, low)):
+                sums = np.zeros((*total.shape, 2), np.float32)
+                for pair in range(16):
+                    sums += left[:, None, k, pair] * right[:, k, pair]
+                part += sums[..., 0] + sums[..., 1]
         total += part
     return total
 
@@ -44,33 +77,66 @@ def test_the_order_of_the_sums(set, data):
     gaps = data.draw(st.integers(0, 3))
     rng = np.random.default_rng(data.draw(st.integers(0, 2 ** 32)))
     query, gallery = (few_bits(rng, rows, width + gaps) for rows in (queries, items))
-    got = products(query[:, :width], gallery[:, gaps:], summed, set)
+    got = products(query[:, :width], gallery[:, gaps:], set, summed)
     assert np.array_equal(got, in_order(query[:, :width].numpy(), gallery[:, gaps:].numpy(), summed))
 
 
-@pytest.mark.parametrize('set', SETS)
+@only_amx
+@settings(max_examples=examples(40), deadline=None)
+@given(data=st.data())
+def test_the_order_of_the_sums_of_split_rows(data):
+    queries, items = (data.draw(st.sampled_from([0, 1, 5, 16, 17, 31, 33, 65, 130])) for _ in range(2))
+    width, summed = data.draw(st.sampled_from([0, 1, 31, 32, 33, 100, 2048 + 40])), data.draw(st.sampled_from([32, 1024]))
+    gaps = data.draw(st.integers(0, 3))
+    query, gallery = (random_features(n, width + gaps, seed=data.draw(st.integers(0, 99))) for n in (queries, items))
+    got = products(query[:, :width], gallery[:, gaps:], 'split', summed)
+    assert np.array_equal(got, in_order_of_amx(query[:, :width], gallery[:, gaps:], summed))
+
+
+@only_amx
+@pytest.mark.parametrize('width', [1, 33, 256, 2048, 5000])
+@pytest.mark.parametrize('power', [1, 9])
+def test_residuals_are_what_halves_lose(width, power):
+    rows = random_features(200, width).pow(power) * 2.0 ** torch.linspace(-60, 70, 200)[:, None]
+    rows[7] = 0
+    norms, expected = rows.double().norm(dim=1), torch.zeros(200, dtype=torch.float64)
+    residuals, found = torch.full((2, 200), torch.nan, dtype=torch.float64)
+    products(random_features(3, width), rows, 'split', norms=found, residuals=residuals)
+    known = product.in_range(norms)
+    high, low = (torch.from_numpy(half).flatten(1)[:, :width].double() for half in halves(rows))
+    lost = (rows - high - low).norm(dim=1) / norms + (low.norm(dim=1) / norms) ** 2 / 2
+    assert known.any() and (~known).any() and (residuals[~known] == expected[~known]).all()
+    assert (residuals[known] >= lost[known]).all() and (residuals[known] <= 1.02 * lost[known]).all()
+    for operand in (rows, rows.double().float().T.contiguous().T, rows[:0]):  # by themselves, readable as they lie or not
+        assert torch.equal(product.operands(operand, norms[:len(operand)], 'bfloat16')[1], residuals[:len(operand)])
+
+
+@pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('queries, items, width', [(1, 300, 129), (700, 65, 40), (1100, 10, 5), (5, 70, 4096 + 300),
                                                    (13, 40, 2 * 4096)])
-def test_a_pair_has_the_same_bits_in_every_tile_and_by_any_threads(set, queries, items, width):
+def test_a_pair_has_the_same_bits_in_every_tile_and_by_any_threads(kind, queries, items, width):
     query, gallery = random_features(queries, width), random_features(items, width, seed=1)
-    whole, threads = products(query, gallery, set=set), torch.get_num_threads()
-    bound = product.relative_error('float32', width, torch.device('cpu'))
+    whole, threads = products(query, gallery, kind), torch.get_num_threads()
+    precision = 'bfloat16' if kind == 'split' else 'float32'
+    residuals = (product.operands(x, x.double().norm(dim=1), precision)[1] for x in (query, gallery))
+    bound = product.relative_error(precision, width, torch.device('cpu'), *residuals)
+    bound = bound[:, None] if kind == 'split' else bound
     error = (whole.double() - query.double() @ gallery.double().T).abs()
     assert (error <= bound * query.norm(dim=1)[:, None].double() * gallery.norm(dim=1).double()).all()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            assert torch.equal(products(query, gallery, set=set), whole)
+            assert torch.equal(products(query, gallery, kind), whole)
     finally:
         torch.set_num_threads(threads)
     for part in (slice(1, 2), slice(3, 9), slice(7, None)):
-        assert torch.equal(products(query, gallery[part], set=set), whole[:, part])
-        assert torch.equal(products(query[part], gallery, set=set), whole[part])
+        assert torch.equal(products(query, gallery[part], kind), whole[:, part])
+        assert torch.equal(products(query[part], gallery, kind), whole[part])
 
 
-@pytest.mark.parametrize('set', SETS)
+@pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('items, width', [(1, 5), (65, 33), (200, 5000), (0, 4), (3, 0)])
-def test_norms_on_the_way_are_the_canonical_ones(set, items, width):
+def test_norms_on_the_way_are_the_canonical_ones(kind, items, width):
     for queries in (1, 1500):
         gallery = random_features(items, width) * 10.0 ** torch.arange(-20, 20, 40 / max(items, 1))[:items, None]
         gallery[1:2] *= 1e-22  # denormals
@@ -78,17 +144,17 @@ def test_norms_on_the_way_are_the_canonical_ones(set, items, width):
         KERNELS.canonical_norms(gallery, expected)
         torch.set_flush_denormal(True)
         try:
-            products(random_features(queries, width), gallery, set=set, norms=norms)
+            products(random_features(queries, width), gallery, kind, norms=norms)
         finally:
             torch.set_flush_denormal(False)
         assert torch.equal(norms, expected)
 
 
-@pytest.mark.parametrize('set', SETS)
-def test_nan_and_infinity_reach_their_own_products_alone(set):
+@pytest.mark.parametrize('kind', KINDS)
+def test_nan_and_infinity_reach_their_own_products_alone(kind):
     query, gallery = random_features(20, 40), random_features(70, 40, seed=1)
     query[3, 5], gallery[66, 39], gallery[2, 0] = torch.nan, torch.nan, torch.inf
-    finite = products(query, gallery, set=set).isfinite()
+    finite = products(query, gallery, kind).isfinite()
     expected = torch.ones(20, 70, dtype=torch.bool)
     expected[3], expected[:, 66], expected[:, 2] = False, False, False
     assert torch.equal(finite, expected)
@@ -101,14 +167,25 @@ def test_its_error_is_a_fraction_of_that_of_sums_in_any_order(monkeypatch):
     assert 12 * error(KERNELS) < error(None)
 
 
-@pytest.mark.parametrize('set', SETS)
+@pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('items, summed, dots, message', [
-    ((4, 5), 0, (7, 4), 'a number of terms'), ((4, 6), 9, (7, 4), 'elements'), ((4, 5), 9, (70, 4), 'elements'),
-    ((4, 5), 9, (7, 5), 'matrix of shape'), ((4,), 9, (7, 4), 'features')])
-def test_a_wrong_call_touches_no_memory(set, items, summed, dots, message):
-    panels = KERNELS.pack_queries(torch.zeros(7, 5), instruction_set=set)
+    ((4, 5), 0, (7, 4), 'a number of terms'), ((4, 50), 96, (7, 4), 'elements'), ((4, 5), 96, (70, 4), 'elements'),
+    ((4, 5), 96, (7, 5), 'matrix of shape'), ((4,), 96, (7, 4), 'features')])
+def test_a_wrong_call_touches_no_memory(kind, items, summed, dots, message):
+    options = {'instruction_set': 0 if kind == 'split' else kind}
+    panels = KERNELS.pack_queries(torch.zeros(7, 5), kind == 'split', **options)
+
+    def call(items=(4, 5), summed=96, dots=(7, 4), norms=None, residuals=None):
+        KERNELS.products(panels, torch.zeros(items), summed, torch.zeros(dots), norms, residuals, **options)
     with pytest.raises(RuntimeError, match=message):
-        KERNELS.products(panels, torch.zeros(items), summed, torch.zeros(dots), None, instruction_set=set)
+        call(items, summed, dots)
+    short = torch.zeros(3, dtype=torch.float64)
     with pytest.raises(RuntimeError, match='elements'):
-        KERNELS.products(panels, torch.zeros(4, 5), 9, torch.zeros(7, 4), torch.zeros(3, dtype=torch.float64),
-                         instruction_set=set)
+        call(norms=short)
+    with pytest.raises(RuntimeError, match='residuals are of split rows'):
+        call(residuals=short)
+    if kind == 'split':
+        with pytest.raises(RuntimeError, match='elements'):
+            call(norms=torch.zeros(4, dtype=torch.float64), residuals=short)
+        with pytest.raises(RuntimeError, match='multiple of 32'):
+            call(summed=100)

@@ -16,7 +16,7 @@ SMALLEST, LARGEST = 2.0 ** -40, 2.0 ** 60
 # half the rate of float32. Where both hold, precision 'auto' is tf32: a faster product that leaves more pairs to their
 # float64 keys.
 PROVEN, FAST_FLOAT64 = ((9, 0),), ((8, 0), (9, 0), (10, 0))
-SUMMED = 128  # terms that our own product adds up at a time
+SUMMED = {'float32': 128, 'bfloat16': 1024}  # terms that our own products add up at a time
 LOCK = threading.RLock()
 
 
@@ -43,9 +43,10 @@ def exact_float32():
 
 
 def available(precision, device):
-    """The precision that filters on this device: float32 on CPUs, and where a GPU has no units for tf32."""
+    """The precision that filters on this device. bfloat16: three products of halves, by CPUs that have AMX."""
     if device.type != 'cuda' or torch.version.hip is not None:
-        return 'float32'
+        kernels = own_kernels(device)
+        return 'bfloat16' if precision == 'auto' and kernels and kernels.multiplies_split() else 'float32'
     capability = torch.cuda.get_device_capability(device)
     if precision == 'auto':
         return 'tf32' if capability in PROVEN and capability in FAST_FLOAT64 else 'float32'
@@ -60,11 +61,14 @@ def relative_error(precision, width, device, query_residual=None, item_residual=
     """
     # What underflows or is flushed is at most 2⁻¹²⁶ a term, and the product of norms at least 2⁻⁸⁰.
     left_out = width * 2.0 ** -40
-    if precision == 'tf32':
+    if query_residual is not None:
         left_out = left_out + query_residual + item_residual.max() * (1 + query_residual)
+    if precision == 'tf32':
         return 1.01 * summing(width, 2.0 ** -22) + left_out
     if own_kernels(device):
-        return summing(min(width, SUMMED) + 2 * -(-width // SUMMED), 2.0 ** -24) + left_out
+        summed = SUMMED[precision]
+        once = min(width, summed) if precision == 'float32' else 17 + 3 * -(-min(width, summed) // 32)
+        return 1.02 * summing(once + 2 * -(-width // summed), 2.0 ** -24) + left_out
     if not keeps_operands(device):  # at worst bfloat16, truncated
         return 1.02 * (summing(width, 2.0 ** -22) + 2 * 2.0 ** -7) + left_out
     emulated = device.type == 'cuda' and 'CUBLAS_EMULATE_SINGLE_PRECISION' in os.environ
@@ -151,7 +155,7 @@ def own_kernels(device):
 
 def operand(features, precision):
     """(n, D) float32 → what `products` takes, rounded so that nothing else rounds it."""
-    if precision == 'float32':
+    if precision != 'tf32':
         return features
     # To nearest, ties away from zero, in the 13 bits that float32 has more than tf32.
     return (features.view(torch.int32) + 0x1000 & ~0x1fff).view(torch.float32)
@@ -164,13 +168,16 @@ def operands(features, norms, precision):
     """
     def made(part):
         return operand(rows(features, part), precision)
-    if precision == 'float32' and is_readable(features):
+    is_ready = precision != 'tf32' and is_readable(features)
+    if is_ready and precision == 'float32':
         return made, None
     residual = torch.zeros_like(norms) if precision != 'float32' else None
-    fitting, whole = once(features.device), None
+    fitting, whole = 0 if is_ready else once(features.device), None
     for part in spans(len(features), max(OPERANDS, fitting // 8) // max(features.shape[1], 1)):
         rounded = made(part)
-        if residual is not None:
+        if precision == 'bfloat16':
+            products_of(rounded[:0], precision, rounded.new_empty(0))(rounded, norms[part], residual[part])
+        elif residual is not None:
             lost = rows(features, part) - rounded
             lost /= norms[part].clamp(SMALLEST, LARGEST).float()[:, None]  # first, so that squares do not underflow
             residual[part] = 1.001 * torch.linalg.vector_norm(lost, dim=1).double()
@@ -185,18 +192,18 @@ def operands(features, norms, precision):
 def products_of(query, precision, room):
     """A function of items (n, D) → (q, n) float32, within relative_error of the products of what was made operands.
 
-    Given norms (n,) to write to, it also computes those of the items. The result may lie in `room`, a tensor of the
-    CPU: memory that is used again is in the cache.
+    Given norms (n,) to write to, it also computes those of the items, and with bfloat16 their residuals. The result may
+    lie in `room`, a tensor of the CPU: memory that is used again is in the cache.
     """
     if precision == 'tf32':
         torch.backends.cuda.matmul.fp32_precision = 'tf32'
-    kernels = own_kernels(query.device) if precision == 'float32' else None
-    panels = kernels and kernels.pack_queries(query)
+    kernels = own_kernels(query.device) if precision != 'tf32' else None
+    panels = kernels and kernels.pack_queries(query, precision == 'bfloat16')
 
-    def products(items, norms=None):
+    def products(items, norms=None, residual=None):
         if kernels:
             dots = room[:len(query) * len(items)].view(len(query), len(items))
-            kernels.products(panels, items, SUMMED, dots, norms)
+            kernels.products(panels, items, SUMMED[precision], dots, norms, residual)
             return dots
         if norms is not None:
             ranking_kernels(query.device).canonical_norms(items, norms)

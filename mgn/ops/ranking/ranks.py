@@ -196,17 +196,21 @@ def filtered_tiles(comparison, query_norms, blocks):
     if device.type == 'cuda':
         pieces = max((once(device) if gallery.is_cuda else OPERANDS) // (width if is_readable(gallery) else 2 * width),
                      items_at_once)
-    at_once = blocks and precision == 'float32' and device.type == 'cpu'  # norms come with the first products
-    with_norms = (lambda *given: of_queries(0)[2](*given)) if at_once else comparison.kernels.canonical_norms
+    at_once = blocks and device.type == 'cpu' and precision != 'tf32'
+
+    def with_norms(items, norms):  # which come with the first products, as residuals do
+        residual = torch.empty_like(norms) if precision == 'bfloat16' else None
+        return of_queries(0)[2](items, norms, residual), residual
+    with_norms = with_norms if at_once else comparison.kernels.canonical_norms
     for piece, items, norms, made in finite_pieces(comparison, spans(len(gallery), pieces), with_norms):
         scale, shift, largest = product.item_terms(norms, cosine)
-        operand, residual = product.operands(items, norms, precision)
+        operand, residual = (items.__getitem__, made[1]) if at_once else product.operands(items, norms, precision)
         for number, block in enumerate(blocks):
             query_rows, own_norms, products, query_residual = of_queries(number)
             error = product.relative_error(precision, query.shape[1], device, query_residual, residual)
             terms = product.query_terms(own_norms, largest, error, query.shape[1], cosine)
             for part in spans(len(items), items_at_once):
-                dots = made if at_once and number == 0 else products(operand(part))
+                dots = made[0] if at_once and number == 0 else products(operand(part))
                 yield (block, slice(piece.start + part.start, piece.start + part.stop),
                        Tile(query_rows, items[part], own_norms, norms[part]),
                        FilterTerms(dots, scale[part], shift[part], *terms))
