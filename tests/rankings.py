@@ -168,7 +168,7 @@ def on_tensor_cores(monkeypatch, products=None):
     take, products_of = products or (lambda q, g: q @ g.T), product.products_of
     monkeypatch.setattr(product, 'available', lambda precision, device: 'float32' if precision == 'auto' else precision)
     monkeypatch.setattr(product, 'products_of', lambda query, precision, room: (
-        products_of(query, precision, room) if precision == 'float32' else lambda items: take(query, items)))
+        products_of(query, precision, room) if precision == 'float32' else lambda items: (take(query, items), None)))
 
 
 def by_torch(monkeypatch, products=None):

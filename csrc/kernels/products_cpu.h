@@ -21,10 +21,11 @@ void pack_queries(const Rows& query, float* panels, bool split, int instruction_
 // these sums into sums, one after the other: at most summed + 2 · ⌈D / summed⌉ roundings of any term. If given, `norms`
 // gets the items' canonical norms, on the way.
 //
-// Split, products leave out (ρ(q) + ρ(g) + ρ(q) · ρ(g)) · ‖q‖ · ‖g‖ at most. If given, `residuals` gets ρ of the items,
-// 0 of norms that are not from 2⁻⁴⁰ to 2⁶⁰; without queries that is all that is done. And `summed`, a multiple of 32, are at most 17 + 3 · summed / 32
-// roundings: for every 32 terms the low halves of queries with the high ones of items, both high ones, then the high
-// ones of queries with the low ones of items, each in two sums, of even and odd terms, which are added to the total.
+// Of split rows, the products of their low halves are left out, (ρ(q) + ρ(g) + ρ(q) · ρ(g)) · ‖q‖ · ‖g‖ at most. If
+// given, `residuals` gets ρ of the items, 0 of norms that are not from 2⁻⁴⁰ to 2⁶⁰. `summed`, a multiple of 32, is then
+// no more than 17 + 3 · summed / 32 roundings: for every 32 terms, products of the low halves of queries with the high
+// ones of items, of both high ones, and of the high ones of queries with the low ones of items, each in two sums, of
+// even and of odd terms, are added to the sum.
 void products(const float* panels, int64_t queries, const Rows& items, int64_t summed, float* dots, int64_t stride,
               double* norms, double* residuals, bool split, int instruction_set, const Parallel& parallel);
 

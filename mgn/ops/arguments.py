@@ -99,9 +99,8 @@ def check_alike(rows, name, other, other_name):
 def as_features(features, name):
     features = as_tensor(features, f'{name} features')
     if features.dim() != 2 or features.dtype not in (torch.float32, *HALF_TYPES):
-        raise UserError(f'{name} features must have the shape (n, D) and the type float32 or half precision, not '
-                        f'{tuple(features.shape)} and {features.dtype}; cast them, e.g. {name}.astype("float32") or '
-                        f'{name}.float()')
+        raise UserError(f'{name} features must be (n, D) of float32 or half precision, not {tuple(features.shape)} of '
+                        f'{features.dtype}; cast them, e.g. {name}.astype("float32") or {name}.float()')
     return features
 
 

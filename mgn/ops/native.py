@@ -82,5 +82,6 @@ def implementation(device):
     if reason:
         return f'reference: {reason}'
     if device.type == 'cpu':
-        return f'compiled for {torch.ops.mgn_cpu.instruction_sets().split()[0]}'
+        cpu = torch.ops.mgn_cpu
+        return f'compiled for {cpu.instruction_sets().split()[0]}' + ' and AMX' * cpu.multiplies_split()
     return f'compiled for {torch.ops.mgn_cuda.build()}'

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from implementations import SPLITS
 from memory import only_linux, printed
 from rankings import (METRICS, by_torch, clustered, extremes, naive_ranks, near_ties, on_tensor_cores, problem,
                       ranks_of, same)
@@ -78,10 +79,10 @@ def test_what_operands_lose_is_measured_row_by_row(monkeypatch, kept):
     assert (residual[known] >= lost[known]).all() and (residual[known] <= 1.002 * lost[known]).all()
 
 
-@pytest.mark.parametrize('precision', ['float32', 'tf32'])
+@pytest.mark.parametrize('precision', ['float32', 'tf32', *['bfloat16'] * SPLITS])
 @pytest.mark.parametrize('width', [1, 7, 256, 2048])
 def test_products_err_less_than_they_are_said_to(monkeypatch, precision, width):
-    if precision != 'float32':
+    if precision == 'tf32':
         on_tensor_cores(monkeypatch)
     rng = np.random.default_rng(width)
     for make in (lambda n: rng.standard_normal((n, width)), lambda n: rng.random((n, width)),
@@ -95,7 +96,7 @@ def error_of(q, g, precision):
     (q_operand, q_residual), (g_operand, g_residual) = (
         product.operands(*pair, precision) for pair in zip((q, g), norms))
     with product.exact_float32():
-        got = product.products_of(q_operand(slice(None)), precision, torch.empty(40 * 300))(g_operand(slice(None)))
+        got = product.products_of(q_operand(slice(None)), precision, torch.empty(40 * 300))(g_operand(slice(None)))[0]
     bound = product.relative_error(precision, q.shape[1], q.device, q_residual, g_residual) * norms[0]
     return (got.double() - q.double() @ g.double().T).abs() / bound[:, None] / norms[1]
 

@@ -238,6 +238,11 @@ def test_auto_is_the_fastest_precision_where_it_is_proven(monkeypatch, capabilit
         assert product.available(precision, gpu) == (precision if capability >= (8, 0) else 'float32')
 
 
-@pytest.mark.parametrize('precision', ['auto', *PRECISIONS])
-def test_a_cpu_ranks_by_float32_products(precision):
-    assert product.available(precision, torch.device('cpu')) == 'float32'
+@pytest.mark.parametrize('has_amx', [True, False])
+def test_auto_on_a_cpu_is_what_its_units_are_for(monkeypatch, has_amx):
+    def available(precision, kernels):
+        monkeypatch.setattr(product, 'own_kernels', lambda device: kernels)
+        return product.available(precision, torch.device('cpu'))
+    kernels = SimpleNamespace(multiplies_split=lambda: has_amx)
+    assert available('auto', kernels) == ('bfloat16' if has_amx else 'float32') and available('auto', None) == 'float32'
+    assert {available(precision, kernels) for precision in PRECISIONS} == {'float32'}

@@ -89,8 +89,7 @@ def is_one_tensor(comparison):
 
 def like(given, distances, items):
     """Nearest of tensors where a tensor was given, else of NumPy arrays."""
-    is_tensor = isinstance(given, torch.Tensor)
-    return Nearest(distances, items) if is_tensor else Nearest(distances.numpy(), items.numpy())
+    return Nearest(*((distances, items) if isinstance(given, torch.Tensor) else (distances.numpy(), items.numpy())))
 
 
 class Search(NamedTuple):
@@ -162,7 +161,7 @@ def selections(comparison, operands, item_terms, searches):
         for part in spans(len(gallery), items_at_once):
             if is_one and part.start < block.start:
                 continue
-            dots = products(operands[1](part))
+            dots = products(operands[1](part))[0]
             select(block, part, dots)
             if is_one and part.start > block.start:
                 select(part, block, dots.T.contiguous())
@@ -222,7 +221,7 @@ def settle_crowded(comparison, search, queries, limits, item_terms, exclude_self
     operand = product.operand(rows(query, slice(None)), precision)
     products = product.products_of(operand, precision, torch.empty(CROWDED * ITEMS, dtype=torch.float32))
     for part in spans(len(gallery), tile_of(query, gallery)[0]):
-        dots = products(product.operand(rows(gallery, part), precision))
+        dots = products(product.operand(rows(gallery, part), precision))[0]
         values = dots * (-sign * item_scale[part]) - sign * item_shift[part]
         is_candidate = (~(values > bound[:, None])).cpu()
         if exclude_self:

@@ -176,8 +176,8 @@ def operands(features, norms, precision):
     for part in spans(len(features), max(OPERANDS, fitting // 8) // max(features.shape[1], 1)):
         rounded = made(part)
         if precision == 'bfloat16':
-            products_of(rounded[:0], precision, rounded.new_empty(0))(rounded, norms[part], residual[part])
-        elif residual is not None:
+            residual[part] = products_of(rounded[:0], precision, rounded.new_empty(0))(rounded, norms[part])[1]
+        elif precision == 'tf32':
             lost = rows(features, part) - rounded
             lost /= norms[part].clamp(SMALLEST, LARGEST).float()[:, None]  # first, so that squares do not underflow
             residual[part] = 1.001 * torch.linalg.vector_norm(lost, dim=1).double()
@@ -192,20 +192,22 @@ def operands(features, norms, precision):
 def products_of(query, precision, room):
     """A function of items (n, D) → (q, n) float32, within relative_error of the products of what was made operands.
 
-    Given norms (n,) to write to, it also computes those of the items, and with bfloat16 their residuals. The result may
-    lie in `room`, a tensor of the CPU: memory that is used again is in the cache.
+    Given norms (n,) to write to, it also computes those of the items, and returns with the products their residuals,
+    for bfloat16, else None. The result may lie in `room`, a tensor of the CPU: memory that is used again is in the
+    cache.
     """
     if precision == 'tf32':
         torch.backends.cuda.matmul.fp32_precision = 'tf32'
     kernels = own_kernels(query.device) if precision != 'tf32' else None
     panels = kernels and kernels.pack_queries(query, precision == 'bfloat16')
 
-    def products(items, norms=None, residual=None):
+    def products(items, norms=None):
         if kernels:
             dots = room[:len(query) * len(items)].view(len(query), len(items))
+            residual = None if norms is None or precision == 'float32' else torch.empty_like(norms)
             kernels.products(panels, items, SUMMED[precision], dots, norms, residual)
-            return dots
+            return dots, residual
         if norms is not None:
             ranking_kernels(query.device).canonical_norms(items, norms)
-        return by_torch(query, items)
+        return by_torch(query, items), None
     return products

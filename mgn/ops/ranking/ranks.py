@@ -81,11 +81,8 @@ def match_ranks_from_distance(dist, query_pids, gallery_pids, query_camids, gall
     dist = as_distances(dist, 'dist (Q, G)')
     ids = all_ids(*dist.shape, query_pids, gallery_pids, query_camids, gallery_camids)
     dist = dist.cpu()
-
-    def distances_of(queries, items):
-        return dist[queries, items].double()
     excluded = identities(ids, as_junk_pid(junk_pid))
-    matches = sorted_matches(excluded, ids, distances_of)
+    matches = sorted_matches(excluded, ids, lambda queries, items: dist[queries, items].double())
     steps = torch.zeros_like(matches.items)
     for block, distances in blocks_of(dist):
         kernels, given = ranking_kernels(dist.device), (matches.of_queries(block), excluded.of_queries(block))
@@ -111,7 +108,7 @@ def sorted_matches(excluded, ids, keys_of):
     """
     reached = (excluded.end - excluded.begin).cumsum(0).cpu().numpy()
     offsets = torch.zeros(len(reached) + 1, dtype=torch.int64, device=excluded.order.device)
-    keys, items, first = [], [], 0
+    keys, items, first = [offsets[:0].double()], [offsets[:0]], 0
     while first < len(reached):
         before = reached[first - 1] if first else 0
         last = max(first + 1, int(np.searchsorted(reached, before + PAIRS, 'right')))
@@ -122,8 +119,6 @@ def sorted_matches(excluded, ids, keys_of):
         keys.append(matched_keys.index_select(0, ascending))  # a third of the time of keys[ascending]
         items.append(matched.index_select(0, ascending))
         first = last
-    if not keys:
-        keys, items = [offsets[:0].double()], [offsets[:0]]
     return Matches(offsets.cumsum_(0), torch.cat(keys), torch.cat(items))
 
 
@@ -196,12 +191,8 @@ def filtered_tiles(comparison, query_norms, blocks):
     if device.type == 'cuda':
         pieces = max((once(device) if gallery.is_cuda else OPERANDS) // (width if is_readable(gallery) else 2 * width),
                      items_at_once)
-    at_once = blocks and device.type == 'cpu' and precision != 'tf32'
-
-    def with_norms(items, norms):  # which come with the first products, as residuals do
-        residual = torch.empty_like(norms) if precision == 'bfloat16' else None
-        return of_queries(0)[2](items, norms, residual), residual
-    with_norms = with_norms if at_once else comparison.kernels.canonical_norms
+    at_once = blocks and device.type == 'cpu' and precision != 'tf32'  # norms come with the first products
+    with_norms = of_queries(0)[2] if at_once else comparison.kernels.canonical_norms
     for piece, items, norms, made in finite_pieces(comparison, spans(len(gallery), pieces), with_norms):
         scale, shift, largest = product.item_terms(norms, cosine)
         operand, residual = (items.__getitem__, made[1]) if at_once else product.operands(items, norms, precision)
@@ -210,9 +201,9 @@ def filtered_tiles(comparison, query_norms, blocks):
             error = product.relative_error(precision, query.shape[1], device, query_residual, residual)
             terms = product.query_terms(own_norms, largest, error, query.shape[1], cosine)
             for part in spans(len(items), items_at_once):
-                dots = made[0] if at_once and number == 0 else products(operand(part))
-                yield (block, slice(piece.start + part.start, piece.start + part.stop),
-                       Tile(query_rows, items[part], own_norms, norms[part]),
+                dots = made[0] if at_once and number == 0 else products(operand(part))[0]
+                tile = Tile(query_rows, items[part], own_norms, norms[part])
+                yield (block, slice(piece.start + part.start, piece.start + part.stop), tile,
                        FilterTerms(dots, scale[part], shift[part], *terms))
 
 

@@ -16,7 +16,7 @@ from mgn.ops.ranking.counting import Overlaps
 from mgn.ops.ranking.keys import compared, finite_norms, keys_of_pairs, ranking_kernels
 from mgn.ops.ranking.nearest import nearest
 from mgn.ops.ranking.ranks import MatchRanks, as_ranks, identities, nonmatches_between, sorted_matches
-from mgn.ops.ranking.tiles import denormals, downloaded, spans, tile_of
+from mgn.ops.ranking.tiles import denormals, in_pinned_memory, spans, tile_of
 
 
 @uncompiled
@@ -48,12 +48,13 @@ def k_reciprocal_ranks(query, gallery, query_pids, gallery_pids, query_camids, g
     (query, gallery, cosine, *_), queries = comparison, len(query)
     norms = torch.cat((finite_norms(query, 'query'), finite_norms(gallery, 'gallery')))
     encodings, maxima = encode(comparison, norms, k1, k2)
-    host = comparison._replace(query=downloaded(query), gallery=downloaded(gallery))
-    columns = sparse_kernels().transpose(*rows_between(encodings, queries, len(norms)), len(norms))
+    here = [in_pinned_memory(features, True) for features in comparison[:2]] if query.is_cuda else comparison[:2]
+    host, sparse = comparison._replace(query=here[0], gallery=here[1]), ranking_kernels(torch.device('cpu'))
+    columns = sparse.transpose(*rows_between(encodings, queries, len(norms)), len(norms))
     excluded, offsets, ranks, redecided = identities(ids, as_junk_pid(junk_pid)), [np.zeros(1, np.int64)], [], 0
     for block in spans(queries, tile_of(query, gallery)[1]):
         block_encodings = rows_between(encodings, block.start, block.stop)
-        overlaps = Overlaps(*sparse_kernels().overlap(*block_encodings, *columns, len(gallery)))
+        overlaps = Overlaps(*sparse.overlap(*block_encodings, *columns, len(gallery)))
         block_host, block_excluded = host.of_queries(block), excluded.of_queries(block)
         largest = maxima[block]
 
@@ -77,7 +78,7 @@ def encode(comparison, norms, k1, k2):
 
     Encodings are sparse rows: offsets (N+1,) int64, columns int32, values float64.
     """
-    features, sparse = torch.cat(comparison[:2]), sparse_kernels()
+    features, sparse = torch.cat(comparison[:2]), ranking_kernels(torch.device('cpu'))
     comparison = comparison._replace(query=features, gallery=features)
     neighbours = min(max(k1 + 1, k2), len(features))
     _, items, farthest = nearest(comparison, norms, norms, neighbours, farthest=True)
@@ -90,11 +91,6 @@ def encode(comparison, norms, k1, k2):
     weights /= np.bincount(owners, weights, len(items))[owners]
     encodings = offsets, columns, torch.from_numpy(weights)
     return encodings if k2 == 1 else sparse.mean_rows(*encodings, items[:, :k2].contiguous()), maxima
-
-
-def sparse_kernels():
-    """What works on sparse rows, always on the CPU."""
-    return ranking_kernels(torch.device('cpu'))
 
 
 def rows_between(encodings, first, last):

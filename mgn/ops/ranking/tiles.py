@@ -98,12 +98,7 @@ def on_device(gallery, parts, device):
         used.append(computing.record_event())
 
 
-def in_pinned_memory(tensor):
-    """A copy in page-locked memory, without which copies between main memory and a GPU wait for each other."""
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return pinned.copy_(tensor, non_blocking=True)
-
-
-def downloaded(features):
-    """Features in main memory; page-locked, if they come from a GPU, which takes a thirtieth of the time."""
-    return torch.empty_like(features, device='cpu', pin_memory=True).copy_(features) if features.is_cuda else features
+def in_pinned_memory(tensor, waiting=False):
+    """A copy in page-locked memory, without which copies between main memory and a GPU wait for each other, and take
+    thirty times as long."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=not waiting)
