@@ -101,7 +101,8 @@ void products(Tensor panels, Tensor items, int64_t summed, Tensor dots, std::opt
   mgn::products(static_cast<const float*>(panels.data_ptr()), queries, x, summed,
                 const_cast<float*>(matrix<float>(dots, queries, x.count)), dots.stride(0),
                 norms ? pointer<double>(*norms, x.count) : nullptr,
-                residuals ? pointer<double>(*residuals, x.count) : nullptr, split, int(set), parallel);
+                residuals ? pointer<double>(*residuals, x.count) : nullptr, split, int(set),
+                torch::stable::get_num_threads(), parallel);
 }
 
 mgn::Tile tile_of(const Tensors& tile, bool cosine, int64_t first) {

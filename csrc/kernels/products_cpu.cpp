@@ -23,7 +23,7 @@ struct ProductLoops {
   int high, wide;             // of a panel of queries, of items
   int64_t unit;               // D is filled up to a multiple of it
   int64_t items, dimensions;  // packed at a time: half of a second-level cache
-  int64_t queries;            // that are worth packing items for, once more
+  int64_t queries;            // that are worth packing items for, once more, where threads would idle
   void (*pack_rows)(const float* rows, int64_t count, int64_t stride, int64_t d, float* panel);
   // Given norms, it adds to `lost` what of each row is lost.
   void (*pack_columns)(const float* rows, int64_t count, int64_t stride, int64_t d, float* columns,
@@ -117,11 +117,13 @@ void pack_queries(const Rows& query, float* panels, bool split, int instruction_
 }
 
 void products(const float* panels, int64_t queries, const Rows& items, int64_t summed, float* dots, int64_t stride,
-              double* norms, double* residuals, bool split, int instruction_set, const Parallel& parallel) {
+              double* norms, double* residuals, bool split, int instruction_set, int64_t threads,
+              const Parallel& parallel) {
   const ProductLoops& loops = product_loops(split, instruction_set);
   const int64_t high = loops.high, panel = packed_size(loops, high, items.d);
   const int64_t groups = round_up(items.count, loops.items) / loops.items;
-  const int64_t parts = std::max<int64_t>(1, queries / loops.queries);
+  const int64_t wanted = 2 * threads / std::max<int64_t>(groups, 1);  // so that there is work for all threads
+  const int64_t parts = std::max<int64_t>(1, std::min(wanted, queries / loops.queries));
   const int64_t part = round_up((queries + parts - 1) / parts, high);
   parallel(groups * parts, 1, [&](int64_t first, int64_t end) {
     ItemProducts of_items{loops, items, summed};

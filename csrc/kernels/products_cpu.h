@@ -27,6 +27,7 @@ void pack_queries(const Rows& query, float* panels, bool split, int instruction_
 // ones of items, of both high ones, and of the high ones of queries with the low ones of items, each in two sums, of
 // even and of odd terms, are added to the sum.
 void products(const float* panels, int64_t queries, const Rows& items, int64_t summed, float* dots, int64_t stride,
-              double* norms, double* residuals, bool split, int instruction_set, const Parallel& parallel);
+              double* norms, double* residuals, bool split, int instruction_set, int64_t threads,
+              const Parallel& parallel);
 
 }  // namespace mgn

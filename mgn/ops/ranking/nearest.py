@@ -10,7 +10,7 @@ from mgn.ops.errors import UserError
 from mgn.ops.private import uncompiled
 from mgn.ops.ranking import product, reference
 from mgn.ops.ranking.keys import compared, finite_norms, keys_of_pairs, ranking_kernels
-from mgn.ops.ranking.tiles import ITEMS, blocks_of, denormals, refuse_nan, rows, spans, tile_of
+from mgn.ops.ranking.tiles import PRODUCTS, blocks_of, denormals, refuse_nan, rows, spans, tile_of
 
 STATE = 2 ** 30     # bytes of what is selected for all queries at once; beyond them block after block
 SELECTED = 2 ** 21  # candidates of a block
@@ -219,7 +219,7 @@ def settle_crowded(comparison, search, queries, limits, item_terms, exclude_self
     keys = torch.full((len(query), k), torch.inf, dtype=torch.float64)
     items = torch.full((len(query), k), len(gallery))
     operand = product.operand(rows(query, slice(None)), precision)
-    products = product.products_of(operand, precision, torch.empty(CROWDED * ITEMS, dtype=torch.float32))
+    products = product.products_of(operand, precision, torch.empty(PRODUCTS, dtype=torch.float32))
     for part in spans(len(gallery), tile_of(query, gallery)[0]):
         dots = products(product.operand(rows(gallery, part), precision))[0]
         values = dots * (-sign * item_scale[part]) - sign * item_shift[part]

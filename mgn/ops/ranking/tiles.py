@@ -9,7 +9,7 @@ from mgn.ops.errors import UserError
 
 PRODUCTS = 2 ** 22           # of a tile: 16 MB, which stay in a CPU's cache
 GPU_PRODUCTS = 2 ** 24       # 64 MB: the larger, the faster is the product itself
-ITEMS = 2048                 # of a tile, at most
+ITEMS = 2048                 # of a tile; with few queries up to four times as many
 OPERANDS = 2 ** 23           # elements of a tile's queries and of its items, where converted: 32 MB each, on a GPU 128
 ONCE = 3 * 2 ** 26           # numbers converted once for all tiles, on a GPU: 768 MB
 
@@ -41,7 +41,8 @@ def once(device):
 def tile_of(query, gallery):
     """(items, queries) of a tile."""
     features = max(1, OPERANDS // max(query.shape[1], 1)) * (4 if query.is_cuda else 1)  # that fit if converted
-    items, products = min(ITEMS, features), GPU_PRODUCTS if query.is_cuda else PRODUCTS
+    products = GPU_PRODUCTS if query.is_cuda else PRODUCTS
+    items = min(max(ITEMS, products // max(len(query), 1)), 4 * ITEMS, features)
     # Queries that are converted lie beside the product's panels of them.
     return items, min(features // (2 - is_readable(query)) or 1, products // items)
 
