@@ -1,9 +1,9 @@
 """Evaluation from features and from distances, against a matrix product alone, fast-reid's and torchreid's ranking.
 
-    make peers && python -m benchmarks.ranking [work …] [--device=cuda] [--rounds=5]
+    make peers && python -m benchmarks.ranking [work …] [--device=cuda] [--rounds=5] [--precision=float32]
 
 Works: subspace, large, isotropic, tf32, metrics, distances, matches, file, msmt17; all by default. Sides alternate;
-prints medians and ratios.
+prints medians and ratios. --precision is that of subspace, large and isotropic: float32 is what CPUs without AMX take.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from benchmarks.machine import cpu_model
 from benchmarks.peers import fastreid_evaluate_rank, torch_products, torchreid_evaluate_rank
 from mgn.ops import evaluate_rank, implementation, match_ranks, retrieval_metrics
-from mgn.ops.arguments import all_ids
+from mgn.ops.arguments import PRECISIONS, all_ids
 from mgn.ops.ranking import product
 from mgn.ops.ranking.ranks import identities, sorted_matches
 
@@ -225,14 +225,15 @@ def main():
     parser.add_argument('works', nargs='*')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--precision', default='auto', choices=PRECISIONS)
     parser.add_argument('--peak', help='of one side, in this process: what the work `metrics` starts')
     args = parser.parse_args()
     if args.peak:
         return peak(args.peak)
     works = {
-        'subspace': lambda: against_product(512, args.rounds, args.device),
-        'large': lambda: against_product(4096, max(args.rounds // 2, 1), args.device),
-        'isotropic': lambda: against_product(512, args.rounds, args.device, D, 5.3),
+        'subspace': lambda: against_product(512, args.rounds, args.device, precision=args.precision),
+        'large': lambda: against_product(4096, max(args.rounds // 2, 1), args.device, precision=args.precision),
+        'isotropic': lambda: against_product(512, args.rounds, args.device, D, 5.3, args.precision),
         'tf32': lambda: against_product(4096, max(args.rounds // 2, 1), args.device, precision='tf32'),
         'metrics': lambda: metrics(args.rounds),
         'distances': lambda: distances(args.rounds),

@@ -178,9 +178,11 @@ int64_t count_in_distances(Tensor distances, Tensors matches, Tensors excluded, 
 void select_nearest(Tensor dots, Tensor item_scale, Tensor item_shift, int64_t first, Tensor values, Tensor items,
                     int64_t set) {
   const int64_t queries = dots.size(0), n = dots.size(1), capacity = values.size(1);
-  const mgn::Filter filter = {matrix<float>(dots, queries, n), dots.stride(0), pointer<float>(item_scale, n),
-                              pointer<float>(item_shift, n)};
-  mgn::select_nearest(filter, queries, n, first, capacity, pointer<float>(values, queries * capacity),
+  const bool by_item = n > 1 && dots.stride(1) != 1;
+  const Tensor lines = by_item ? torch::stable::transpose(dots, 0, 1) : dots;
+  const mgn::Filter filter = {matrix<float>(lines, lines.size(0), lines.size(1)), lines.stride(0),
+                              pointer<float>(item_scale, n), pointer<float>(item_shift, n)};
+  mgn::select_nearest(filter, by_item, queries, n, first, capacity, pointer<float>(values, queries * capacity),
                       pointer<int64_t>(items, queries * capacity), checked_set(set), parallel);
 }
 

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kChunk = 2048;         // values at a time
 constexpr int64_t kGrain = 1 << 16;  // values worth a thread
+constexpr int64_t kLine = 16;        // queries that are gathered together from products by item
 
 template <typename T> struct SelectLoops {
   int (*find_below)(const T* values, int n, T limit, int* positions);
@@ -91,20 +92,27 @@ template <typename T> struct Selection {
 
 }  // namespace
 
-void select_nearest(const Filter& filter, int64_t queries, int64_t items, int64_t first, int64_t capacity,
-                    float* values, int64_t* numbers, int instruction_set, const Parallel& parallel) {
+void select_nearest(const Filter& filter, bool by_item, int64_t queries, int64_t items, int64_t first,
+                    int64_t capacity, float* values, int64_t* numbers, int instruction_set,
+                    const Parallel& parallel) {
   const auto& affine = sum_loops(instruction_set).affine;
   parallel(queries, grain_of(kGrain, items), [&](int64_t begin, int64_t end) {
     Selection<float> selection(select_loops<float>(instruction_set), capacity);
     float chunk[kChunk];
+    const int64_t stride = items + kLine;  // not of a power of two, whose rows would push each other out of the cache
+    std::vector<float> rows(by_item ? kLine * stride : 0);
     for (int64_t q = begin; q < end; ++q) {
+      const int64_t row = (q - begin) % kLine, together = std::min(kLine, end - q);
+      for (int64_t j = 0; by_item && row == 0 && j < items; ++j)
+        for (int64_t r = 0; r < together; ++r) rows[r * stride + j] = filter.dots[j * filter.stride + q + r];
+      const float* const dots = by_item ? rows.data() + row * stride : filter.dots + q * filter.stride;
       selection.clear();
       for (int64_t i = q * capacity; i < (q + 1) * capacity; ++i)
         if (numbers[i] >= 0) selection.kept.push_back(Packed<float>::pack(values[i], numbers[i]));
       selection.shrink();
       for (int64_t j = 0; j < items; j += kChunk) {
         const int n = int(std::min<int64_t>(kChunk, items - j));
-        affine(filter.dots + q * filter.stride + j, filter.item_scale + j, filter.item_shift + j, n, chunk);
+        affine(dots + j, filter.item_scale + j, filter.item_shift + j, n, chunk);
         selection.offer(chunk, n, first + j, [] { return -std::numeric_limits<float>::infinity(); });
       }
       selection.shrink();

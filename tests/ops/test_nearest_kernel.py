@@ -99,6 +99,20 @@ def test_the_cpu_selects_the_same():
             check(compiled.select_nearest, tiles_of(widths, 2, levels), capacity)
 
 
+@pytest.mark.parametrize('queries', [1, 15, 16, 50])
+def test_the_cpu_takes_products_by_item(queries):
+    """Transposed, as those of two tiles of one tensor are for the second."""
+    compiled = compiled_kernels(torch.device('cpu'))
+    if compiled is None:
+        pytest.skip('not compiled')
+    for widths in ([1], [5], [1, 300, 40], [2500]):
+        tiles = [(dots.T.contiguous().T, *rest) for dots, *rest in tiles_of(widths, queries, 1)]
+        check(compiled.select_nearest, tiles, 17)
+    with pytest.raises(RuntimeError, match='contiguous along rows'):
+        dots, *rest = tiles_of([9], 5)[0]
+        compiled.select_nearest(dots.repeat(2, 2)[::2, ::2], *rest, torch.zeros(5, 3), torch.zeros(5, 3, dtype=torch.int64))
+
+
 @settings(max_examples=examples(40), deadline=None, suppress_health_check=list(HealthCheck))
 @given(widths=st.lists(st.integers(1, 1100), min_size=1, max_size=4), capacity=st.integers(1, 600),
        levels=st.sampled_from([None, 0, 1, 300]), seed=st.integers(0, 2 ** 32 - 1), order=st.sampled_from(ORDERS))

@@ -164,7 +164,7 @@ def selections(comparison, operands, item_terms, searches):
             dots = products(operands[1](part))[0]
             select(block, part, dots)
             if is_one and part.start > block.start:
-                select(part, block, dots.T.contiguous())
+                select(part, block, dots.T.contiguous() if dots.is_cuda else dots.T)
         yield block, selected.pop(block.start)
 
 
