@@ -144,7 +144,7 @@ def features_and_ids(device, small):
 
 
 def precisions(device):
-    return [precision for precision in PRECISIONS if available(precision, device) == precision]
+    return [precision for precision in PRECISIONS if available(precision, device, 2048) == precision]
 
 
 def in_blocks(query, gallery, use, rows=1024):

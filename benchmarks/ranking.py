@@ -246,7 +246,7 @@ def main():
         name = torch.cuda.get_device_name(args.device)
     print(f'{name}; torch {torch.__version__}; mgn.ops {implementation(args.device)}')
     for work in args.works or works:
-        if work == 'tf32' and product.available('tf32', torch.device(args.device)) != 'tf32':
+        if work == 'tf32' and product.available('tf32', torch.device(args.device), D) != 'tf32':
             print('tf32: this device ranks by float32 products')
             continue
         print(f'{work}: ', end='', flush=True)

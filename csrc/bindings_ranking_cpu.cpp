@@ -93,6 +93,7 @@ void products(Tensor panels, Tensor items, int64_t summed, Tensor dots, std::opt
   STD_TORCH_CHECK(summed > 0 && (!split || summed % 32 == 0), "mgn_cpu: expected a number of terms, of split rows a ",
                   "multiple of 32, but got ", summed);
   STD_TORCH_CHECK(!residuals || (split && norms), "mgn_cpu: residuals are of split rows, and come with norms");
+  STD_TORCH_CHECK(dots.size(0) <= 1 || dots.stride(0) >= x.count, "mgn_cpu: expected rows of dots that do not overlap");
   const int64_t queries = dots.size(0), size = mgn::packed_size(queries, x.d, split, checked_set(set));
   STD_TORCH_CHECK(panels.is_cpu() && panels.is_contiguous() && panels.numel() == (split ? 2 * size : size) &&
                       (split || panels.scalar_type() == ScalarType::Float),

@@ -166,7 +166,8 @@ def ascending_sum(terms):
 def on_tensor_cores(monkeypatch, products=None):
     """Every precision filters on the CPU too: products(q, g) of rounded operands, float32's unless given."""
     take, products_of = products or (lambda q, g: q @ g.T), product.products_of
-    monkeypatch.setattr(product, 'available', lambda precision, device: 'float32' if precision == 'auto' else precision)
+    monkeypatch.setattr(product, 'available',
+                        lambda precision, device, width: 'float32' if precision == 'auto' or not width else precision)
     monkeypatch.setattr(product, 'products_of', lambda query, precision, room: (
         products_of(query, precision, room) if precision == 'float32' else lambda items: (take(query, items), None)))
 

@@ -1,7 +1,7 @@
 // The loops of products by AMX, for products_cpu.cpp: tiles of 16 × 32 bfloat16, on Intel CPUs since 2023.
 //
-// A number is split into high + low, both of bfloat16. Of the four products of halves three are added up; what is left
-// out is less than the roundings of a float32 product, and residuals bound it.
+// A number is split into high + low, both of bfloat16. Of the four products of halves three are added up; residuals
+// bound what is left out.
 #pragma once
 #include <cmath>
 

@@ -23,7 +23,7 @@ struct ProductLoops {
   int high, wide;             // of a panel of queries, of items
   int64_t unit;               // D is filled up to a multiple of it
   int64_t items, dimensions;  // packed at a time: half of a second-level cache
-  int64_t queries;            // that are worth packing items for, once more, where threads would idle
+  int64_t queries;            // at least, of a part, for which items are packed anew so that more threads have work
   void (*pack_rows)(const float* rows, int64_t count, int64_t stride, int64_t d, float* panel);
   // Given norms, it adds to `lost` what of each row is lost.
   void (*pack_columns)(const float* rows, int64_t count, int64_t stride, int64_t d, float* columns,

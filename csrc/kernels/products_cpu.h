@@ -21,11 +21,11 @@ void pack_queries(const Rows& query, float* panels, bool split, int instruction_
 // these sums into sums, one after the other: at most summed + 2 · ⌈D / summed⌉ roundings of any term. If given, `norms`
 // gets the items' canonical norms, on the way.
 //
-// Of split rows, the products of their low halves are left out, (ρ(q) + ρ(g) + ρ(q) · ρ(g)) · ‖q‖ · ‖g‖ at most. If
-// given, `residuals` gets ρ of the items, 0 of norms that are not from 2⁻⁴⁰ to 2⁶⁰. `summed`, a multiple of 32, is then
-// no more than 17 + 3 · summed / 32 roundings: for every 32 terms, products of the low halves of queries with the high
-// ones of items, of both high ones, and of the high ones of queries with the low ones of items, each in two sums, of
-// even and of odd terms, are added to the sum.
+// A split row is high + low + rest, of which rest is lost, and low · low is left out. By Cauchy and Schwarz, and since
+// 2xy ≤ x² + y², this is at most (ρ(q) + ρ(g) + ρ(q) ρ(g)) ‖q‖ ‖g‖ with ρ = ‖rest‖ / ‖row‖ + (‖low‖ / ‖row‖)² / 2. If
+// given, `residuals` gets the items' ρ and a hundredth, for its own roundings; 0 of norms not from 2⁻⁴⁰ to 2⁶⁰. And
+// `summed` is a multiple of 32; so many terms are 17 + 3 · summed / 32 roundings at most: of every 32 terms low · high,
+// high · high and high · low are added to the sum one after the other, each as two sums of 16.
 void products(const float* panels, int64_t queries, const Rows& items, int64_t summed, float* dots, int64_t stride,
               double* norms, double* residuals, bool split, int instruction_set, int64_t threads,
               const Parallel& parallel);

@@ -17,6 +17,11 @@ from mgn.ops.ranking import product, ranks
 MAKERS = [near_ties, problem, extremes]
 
 
+@pytest.fixture(autouse=True)
+def amx_for_small_cases(monkeypatch):
+    monkeypatch.setattr(product, 'NARROW', 1)
+
+
 @pytest.mark.parametrize('metric', METRICS)
 @pytest.mark.parametrize('make', [*MAKERS, clustered])
 def test_tiles_change_nothing(monkeypatch, make, metric):

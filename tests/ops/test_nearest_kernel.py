@@ -110,7 +110,8 @@ def test_the_cpu_takes_products_by_item(queries):
         check(compiled.select_nearest, tiles, 17)
     with pytest.raises(RuntimeError, match='contiguous along rows'):
         dots, *rest = tiles_of([9], 5)[0]
-        compiled.select_nearest(dots.repeat(2, 2)[::2, ::2], *rest, torch.zeros(5, 3), torch.zeros(5, 3, dtype=torch.int64))
+        selected = torch.zeros(5, 3), torch.zeros(5, 3, dtype=torch.int64)
+        compiled.select_nearest(dots.repeat(2, 2)[::2, ::2], *rest, *selected)
 
 
 @settings(max_examples=examples(40), deadline=None, suppress_health_check=list(HealthCheck))

@@ -178,6 +178,8 @@ def test_a_wrong_call_touches_no_memory(kind, items, summed, dots, message):
         KERNELS.products(panels, torch.zeros(items), summed, torch.zeros(dots), norms, residuals, **options)
     with pytest.raises(RuntimeError, match=message):
         call(items, summed, dots)
+    with pytest.raises(RuntimeError, match='rows of dots that do not overlap'):
+        KERNELS.products(panels, torch.zeros(4, 5), 96, torch.zeros(1, 4).expand(7, 4), None, None, **options)
     short = torch.zeros(3, dtype=torch.float64)
     with pytest.raises(RuntimeError, match='elements'):
         call(norms=short)

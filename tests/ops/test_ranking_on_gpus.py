@@ -55,7 +55,7 @@ def fake_gpu(monkeypatch):
                 launches.count += 1
             fakes = SimpleNamespace(canonical_norms=norms, select_nearest=select_nearest)
             monkeypatch.setattr(keys, 'ranking_kernels', lambda device: fakes)
-            monkeypatch.setattr(product, 'available', lambda asked, device: precision)
+            monkeypatch.setattr(product, 'available', lambda asked, device, width: precision if width else 'float32')
             monkeypatch.setattr(product, 'keeps_operands', lambda device: True)
             monkeypatch.setattr(product, 'rounds_sums', lambda device: True)
             yield launches
@@ -233,16 +233,17 @@ def test_auto_is_the_fastest_precision_where_it_is_proven(monkeypatch, capabilit
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
     monkeypatch.setattr(product, 'PROVEN', proven)
     gpu = torch.device('cuda', 0)
-    assert product.available('auto', gpu) == expected
+    assert product.available('auto', gpu, 2048) == expected
     for precision in PRECISIONS:
-        assert product.available(precision, gpu) == (precision if capability >= (8, 0) else 'float32')
+        assert product.available(precision, gpu, 2048) == (precision if capability >= (8, 0) else 'float32')
 
 
 @pytest.mark.parametrize('has_amx', [True, False])
 def test_auto_on_a_cpu_is_what_its_units_are_for(monkeypatch, has_amx):
-    def available(precision, kernels):
+    def available(precision, kernels, width=2048):
         monkeypatch.setattr(product, 'own_kernels', lambda device: kernels)
-        return product.available(precision, torch.device('cpu'))
+        return product.available(precision, torch.device('cpu'), width)
     kernels = SimpleNamespace(multiplies_split=lambda: has_amx)
     assert available('auto', kernels) == ('bfloat16' if has_amx else 'float32') and available('auto', None) == 'float32'
+    assert {available('auto', kernels, width) for width in (0, 1, 127)} == {'float32'}
     assert {available(precision, kernels) for precision in PRECISIONS} == {'float32'}

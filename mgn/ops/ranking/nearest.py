@@ -112,7 +112,7 @@ def nearest(comparison, query_norms, gallery_norms, k, exclude_self=False, farth
                for count, _ in wanted]
     if len(gallery) and len(query) and k:
         width, is_one = query.shape[1], is_one_tensor(comparison)
-        precision = product.available(comparison.precision, query.device) if width else 'float32'
+        precision = product.available(comparison.precision, query.device, width)
         comparison = comparison._replace(precision=precision)
         item_operand, item_residual = product.operands(gallery, gallery_norms, precision)
         operand, residual = (item_operand, item_residual) if is_one else product.operands(query, query_norms, precision)

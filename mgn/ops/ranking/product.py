@@ -17,6 +17,7 @@ SMALLEST, LARGEST = 2.0 ** -40, 2.0 ** 60
 # float64 keys.
 PROVEN, FAST_FLOAT64 = ((9, 0),), ((8, 0), (9, 0), (10, 0))
 SUMMED = {'float32': 128, 'bfloat16': 1024}  # terms that our own products add up at a time
+NARROW = 128  # below it halves save nothing, as rows are filled up, and leave more pairs to their keys
 LOCK = threading.RLock()
 
 
@@ -42,11 +43,11 @@ def exact_float32():
                     setting.fp32_precision = precision
 
 
-def available(precision, device):
-    """The precision that filters on this device. bfloat16: three products of halves, by CPUs that have AMX."""
-    if device.type != 'cuda' or torch.version.hip is not None:
-        kernels = own_kernels(device)
-        return 'bfloat16' if precision == 'auto' and kernels and kernels.multiplies_split() else 'float32'
+def available(precision, device, width):
+    """The precision that filters rows of this width here. bfloat16: three products of halves, by CPUs with AMX."""
+    if device.type != 'cuda' or torch.version.hip is not None or not width:
+        kernels = own_kernels(device) if precision == 'auto' and width >= NARROW else None
+        return 'bfloat16' if kernels and kernels.multiplies_split() else 'float32'
     capability = torch.cuda.get_device_capability(device)
     if precision == 'auto':
         return 'tf32' if capability in PROVEN and capability in FAST_FLOAT64 else 'float32'
@@ -56,8 +57,8 @@ def available(precision, device):
 def relative_error(precision, width, device, query_residual=None, item_residual=None):
     """c such that |products(q, g) − q·g| ≤ c·‖q‖·‖g‖ for rows of `width`, of norms from SMALLEST to LARGEST.
 
-    Sums in any order (Higham, "Accuracy and Stability of Numerical Algorithms", §3.1); tensor cores may truncate. With
-    the residuals that `operands` measured, where it rounds: a tensor, c of each query.
+    Sums in any order (Higham, "Accuracy and Stability of Numerical Algorithms", §3.1); tensor cores may truncate. Where
+    `operands` rounds, what it measured is added, and c is a tensor: of each query.
     """
     # What underflows or is flushed is at most 2⁻¹²⁶ a term, and the product of norms at least 2⁻⁸⁰.
     left_out = width * 2.0 ** -40
@@ -66,9 +67,10 @@ def relative_error(precision, width, device, query_residual=None, item_residual=
     if precision == 'tf32':
         return 1.01 * summing(width, 2.0 ** -22) + left_out
     if own_kernels(device):
-        summed = SUMMED[precision]
-        once = min(width, summed) if precision == 'float32' else 17 + 3 * -(-min(width, summed) // 32)
-        return 1.02 * summing(once + 2 * -(-width // summed), 2.0 ** -24) + left_out
+        summed, split = SUMMED[precision], precision == 'bfloat16'
+        once = 17 + 3 * -(-min(width, summed) // 32) if split else min(width, summed)
+        # The three products of halves have 1 + 2⁻⁶ times the absolute sum.
+        return summing((1 + 0.02 * split) * (once + 2 * -(-width // summed)), 2.0 ** -24) + left_out
     if not keeps_operands(device):  # at worst bfloat16, truncated
         return 1.02 * (summing(width, 2.0 ** -22) + 2 * 2.0 ** -7) + left_out
     emulated = device.type == 'cuda' and 'CUBLAS_EMULATE_SINGLE_PRECISION' in os.environ
@@ -162,7 +164,9 @@ def operand(features, precision):
 
 
 def operands(features, norms, precision):
-    """part → the operand of those rows; and the norm that each row loses, relative to its own: (n,) float64, None if 0.
+    """part → the operand of those rows; and ρ (n,) float64, None if 0: products of two operands differ from those of
+    their rows by (ρ(q) + ρ(g) + ρ(q) ρ(g)) ‖q‖ ‖g‖ at most, ρ being the norm that rounding takes of the row, relative
+    to its own.
 
     What has to be converted is converted once where it fits, else at each use.
     """

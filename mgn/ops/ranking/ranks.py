@@ -45,8 +45,8 @@ def match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery_
         junk_pid: the id of boxes that are neither match nor non-match; None for none. Items of the query's own pid and
             camid are junk too. A query of the junk id has no match.
         precision: of the matrix product: 'auto', 'float32' or 'tf32'. It changes the time, never the ranks. 'auto' is
-            the fastest that is proven on the device: on CPUs with AMX, products of bfloat16 halves. On other CPUs, and
-            where a GPU has no units for tf32, it is float32; 'tf32' is that on every CPU.
+            the fastest that is proven on the device; on CPUs with AMX that is none of these, but products of bfloat16
+            halves. 'tf32' is float32 where there are no units for it, and on every CPU.
     Returns:
         MatchRanks. Memory: 256 MB and 32 bytes per row and match at most, beyond features, ids and result; 3 MB a
         thread; on a GPU 2 GB more for features that are converted or rounded.
@@ -180,7 +180,7 @@ def filtered_tiles(comparison, query_norms, blocks):
     query, gallery, cosine, *_ = comparison
     device, width = query.device, max(query.shape[1], 1)
     items_at_once = tile_of(query, gallery)[0]
-    precision = product.available(comparison.precision, device) if query.shape[1] else 'float32'
+    precision = product.available(comparison.precision, device, query.shape[1] if blocks else 0)
     room = torch.empty(PRODUCTS, dtype=torch.float32)
 
     @functools.lru_cache(maxsize=None if query.numel() <= KEPT else 1)

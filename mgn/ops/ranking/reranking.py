@@ -55,8 +55,7 @@ def k_reciprocal_ranks(query, gallery, query_pids, gallery_pids, query_camids, g
     for block in spans(queries, tile_of(query, gallery)[1]):
         block_encodings = rows_between(encodings, block.start, block.stop)
         overlaps = Overlaps(*sparse.overlap(*block_encodings, *columns, len(gallery)))
-        block_host, block_excluded = host.of_queries(block), excluded.of_queries(block)
-        largest = maxima[block]
+        block_host, block_excluded, largest = host.of_queries(block), excluded.of_queries(block), maxima[block]
 
         def final_distances_of(owners, items):
             squares = squared(keys_of_pairs(block_host, owners, items).numpy(), cosine)
