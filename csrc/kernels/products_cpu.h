@@ -11,7 +11,7 @@ namespace mgn {
 // Whether this CPU has units for products of bfloat16, which split rows take.
 bool multiplies_split();
 
-// Of the panels that pack_queries writes.
+// In float32 elements, of the panels that pack_queries writes.
 int64_t packed_size(int64_t queries, int64_t d, bool split, int instruction_set);
 
 // (count, D) rows → panels, as `products` of the same kind reads them. split: each number as two of bfloat16.
