@@ -100,7 +100,7 @@ struct ItemProducts {
 
 }  // namespace
 
-bool multiplies_split() { return compiled_instruction_set(0) == 0 && amx::runs(); }  // AVX-512, which its loops use, too
+bool multiplies_split() { return compiled_instruction_set(0) == 0 && amx::runs(); }  // its loops use AVX-512, too
 
 int64_t packed_size(int64_t queries, int64_t d, bool split, int instruction_set) {
   return packed_size(product_loops(split, instruction_set), queries, d);
