@@ -74,12 +74,15 @@ template <typename T> const T* matrix(const Tensor& matrix, int64_t rows, int64_
 
 bool multiplies_split() { return mgn::multiplies_split(); }
 
-// What `products` takes: float32, or of split rows bfloat16.
+// Elements of what `products` takes: float32, or of split rows bfloat16.
+int64_t packed_size(int64_t queries, int64_t d, bool split, int64_t set) {
+  STD_TORCH_CHECK(!split || mgn::multiplies_split(), "mgn_cpu: this CPU has no units for products of split rows");
+  return mgn::packed_size(queries, d, split, checked_set(set)) * (split ? 2 : 1);
+}
+
 Tensor pack_queries(Tensor query, bool split, int64_t set) {
   const auto q = rows(query);
-  STD_TORCH_CHECK(!split || mgn::multiplies_split(), "mgn_cpu: this CPU has no units for products of split rows");
-  const int64_t size = mgn::packed_size(q.count, q.d, split, checked_set(set));
-  const Tensor panels = torch::stable::new_empty(query, {split ? 2 * size : size},
+  const Tensor panels = torch::stable::new_empty(query, {packed_size(q.count, q.d, split, set)},
                                                  split ? ScalarType::BFloat16 : ScalarType::Float);
   mgn::pack_queries(q, static_cast<float*>(panels.data_ptr()), split, int(set), parallel);
   return panels;
@@ -89,13 +92,12 @@ void products(Tensor panels, Tensor items, int64_t summed, Tensor dots, std::opt
               std::optional<Tensor> residuals, int64_t set) {
   const auto x = rows(items);
   const bool split = panels.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(!split || mgn::multiplies_split(), "mgn_cpu: this CPU has no units for products of split rows");
   STD_TORCH_CHECK(summed > 0 && (!split || summed % 32 == 0), "mgn_cpu: expected a number of terms, of split rows a ",
                   "multiple of 32, but got ", summed);
   STD_TORCH_CHECK(!residuals || (split && norms), "mgn_cpu: residuals are of split rows, and come with norms");
   STD_TORCH_CHECK(dots.size(0) <= 1 || dots.stride(0) >= x.count, "mgn_cpu: expected rows of dots that do not overlap");
-  const int64_t queries = dots.size(0), size = mgn::packed_size(queries, x.d, split, checked_set(set));
-  STD_TORCH_CHECK(panels.is_cpu() && panels.is_contiguous() && panels.numel() == (split ? 2 * size : size) &&
+  const int64_t queries = dots.size(0), size = packed_size(queries, x.d, split, set);
+  STD_TORCH_CHECK(panels.is_cpu() && panels.is_contiguous() && panels.numel() == size &&
                       (split || panels.scalar_type() == ScalarType::Float),
                   "mgn_cpu: expected what pack_queries made of ", queries, " queries of width ", x.d,
                   ", but its number of elements or type is another");

@@ -90,6 +90,12 @@ template <typename T> struct Selection {
   }
 };
 
+// Queries q, q + 1, … of products by item, as rows of `stride`.
+void gather(const Filter& filter, int64_t q, int64_t count, int64_t items, float* rows, int64_t stride) {
+  for (int64_t j = 0; j < items; ++j)
+    for (int64_t r = 0; r < count; ++r) rows[r * stride + j] = filter.dots[j * filter.stride + q + r];
+}
+
 }  // namespace
 
 void select_nearest(const Filter& filter, bool by_item, int64_t queries, int64_t items, int64_t first,
@@ -102,9 +108,8 @@ void select_nearest(const Filter& filter, bool by_item, int64_t queries, int64_t
     const int64_t stride = items + kLine;  // not of a power of two, whose rows would push each other out of the cache
     std::vector<float> rows(by_item ? kLine * stride : 0);
     for (int64_t q = begin; q < end; ++q) {
-      const int64_t row = (q - begin) % kLine, together = std::min(kLine, end - q);
-      for (int64_t j = 0; by_item && row == 0 && j < items; ++j)
-        for (int64_t r = 0; r < together; ++r) rows[r * stride + j] = filter.dots[j * filter.stride + q + r];
+      const int64_t row = (q - begin) % kLine;
+      if (by_item && row == 0) gather(filter, q, std::min(kLine, end - q), items, rows.data(), stride);
       const float* const dots = by_item ? rows.data() + row * stride : filter.dots + q * filter.stride;
       selection.clear();
       for (int64_t i = q * capacity; i < (q + 1) * capacity; ++i)

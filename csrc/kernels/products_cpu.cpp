@@ -12,7 +12,7 @@
 namespace mgn {
 namespace {
 
-constexpr double kSmallest = 0x1p-40, kLargest = 0x1p60;  // norms of which a filter says anything
+constexpr double kSmallest = 0x1p-40, kLargest = 0x1p60;  // norms of which a filter says anything, as in product.py
 
 // Squared norms, relative to its own, of a row's low halves and of what neither half holds.
 struct Lost {
