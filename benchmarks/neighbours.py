@@ -1,8 +1,9 @@
 """Top-k against torch.topk and faiss, re-ranking against torchreid's, in time and memory.
 
-    make peers && python -m benchmarks.neighbours [work …] [--rounds=5]
+    make peers && python -m benchmarks.neighbours [work …] [--rounds=5] [--precision=float32]
 
 Works: distances, features, market, msmt17; all by default, on the CPU. Sides alternate; prints medians and ratios.
+--precision is of our products: float32 is what CPUs without AMX take.
 """
 
 import argparse
@@ -19,13 +20,14 @@ from benchmarks.peers import torch_products, torchreid_re_ranking
 from benchmarks.ranking import D, alternate, peak_mb, problem
 from mgn.ops import (implementation, k_reciprocal_ranks, match_ranks, match_ranks_from_distance, retrieval_metrics,
                      topk, topk_from_distance)
+from mgn.ops.arguments import PRECISIONS
 from mgn.ops.ranking import product
 
 MARKET = {'queries': 3_368, 'gallery': 15_913, 'identities': 750, 'cameras': 6}
 MSMT17 = {'queries': 11_659, 'gallery': 82_161, 'identities': 3_060, 'cameras': 15}
 
 
-def distances(rounds):
+def distances(rounds, _):
     """k = 30 of a given matrix, against torch.topk."""
     dist = torch.from_numpy(np.random.default_rng(0).random((4096, 82_161), np.float32))
     sides = {'mgn': lambda: topk_from_distance(dist, 30), 'torch.topk': lambda: torch.topk(dist, 30, largest=False)}
@@ -35,7 +37,7 @@ def distances(rounds):
           f'{seconds["torch.topk"] / seconds["mgn"]:.1f}× faster; {dist.nbytes / seconds["mgn"] / 1e9:.1f} GB/s')
 
 
-def features(rounds):
+def features(rounds, precision):
     """k = 30 of MSMT17's gallery for 4,096 queries, against faiss's exact index (by float32 products), and products
     alone."""
     import faiss
@@ -44,7 +46,8 @@ def features(rounds):
     faiss.omp_set_num_threads(torch.get_num_threads())
     index = faiss.IndexFlatIP(D)
     index.add(gallery.numpy())
-    sides = {'mgn': lambda: topk(query, gallery, 30), 'faiss': lambda: index.search(query.numpy(), 30)}
+    sides = {'mgn': lambda: topk(query, gallery, 30, precision=precision),
+             'faiss': lambda: index.search(query.numpy(), 30)}
     (_, ours), (_, theirs) = (side() for side in sides.values())
     agree = (ours.numpy() == theirs).mean()
     assert agree > 0.999, f'other neighbours: {1 - agree:.2%}'
@@ -75,7 +78,7 @@ def products_timed():
         product.products_of = products_of
 
 
-def market(rounds):
+def market(rounds, precision):
     """Re-ranking of Market-1501's size, against one product of all features and torchreid's function."""
     args = problem(**MARKET)
     every = torch.cat(args[:2])
@@ -86,7 +89,7 @@ def market(rounds):
         before = peak_mb(anew=True)
         with products_timed() as seconds:
             start = time.perf_counter()
-            ours = k_reciprocal_ranks(*args)
+            ours = k_reciprocal_ranks(*args, precision=precision)
             total.append(time.perf_counter() - start)
         inside.append(sum(seconds))
         peak = peak_mb() - before
@@ -116,14 +119,14 @@ def market(rounds):
           f'{expected:.1%}')
 
 
-def msmt17(_):
+def msmt17(_, precision):
     """Re-ranking of MSMT17's size, once."""
     args = problem(**MSMT17)
     plain = retrieval_metrics(*match_ranks(*args)[:2])['mAP']
     before = peak_mb(anew=True)
     with products_timed() as seconds:
         start = time.perf_counter()
-        ranks = k_reciprocal_ranks(*args)
+        ranks = k_reciprocal_ranks(*args, precision=precision)
         total = time.perf_counter() - start
     print(f'mgn {total:.1f} s, {sum(seconds):.1f} of them products, {peak_mb() - before:.0f} MB beyond the features; '
           f'mAP {retrieval_metrics(*ranks[:2])["mAP"]:.1%}, plain {plain:.1%}')
@@ -136,12 +139,13 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument('works', nargs='*', choices=[*WORKS, []])
     parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--precision', choices=PRECISIONS, default='auto')
     args = parser.parse_args()
     print(f'{cpu_model()}, {torch.get_num_threads()} threads; torch {torch.__version__}; mgn.ops '
           f'{implementation("cpu")}')
     for work in args.works or WORKS:
         print(f'{work}: ', end='', flush=True)
-        WORKS[work](args.rounds)
+        WORKS[work](args.rounds, args.precision)
 
 
 if __name__ == '__main__':

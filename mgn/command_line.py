@@ -18,7 +18,8 @@ def run(main):
                               'win. Looked for in the working folder, then among the recipes of this package.',
                               module_name=sys.argv[0])  # so that --help shows it
     flags.DEFINE_multi_string('gin_bindings', [], 'Gin binding, e.g. --gin_bindings="data_root=\'datasets\'"; '
-                              'repeatable, later ones win, and all of them win over gin files.',
+                              'repeatable, later ones win, and all of them win over gin files. Common names are in '
+                              'mgn/defaults.gin, all in config.gin of a run.',
                               module_name=sys.argv[0])
     for stream in filter(None, (sys.stdout, sys.stderr)):  # names of files need not be UTF-8
         stream.reconfigure(errors='backslashreplace')
@@ -48,7 +49,7 @@ def carry_out(main, flags, arguments):
     handler.setFormatter(logging.Formatter('%(asctime)s %(levelname).1s %(message)s', '%H:%M:%S'))
     package = logging.getLogger('mgn')
     package.addHandler(handler)
-    package.setLevel(logging.DEBUG if flags.verbosity > 0 else logging.INFO)  # absl's -v
+    package.setLevel(logging.INFO)
     package.propagate = False  # absl prints the root logger's messages too
     logging.root.setLevel(logging.WARNING)  # of other libraries: the ONNX exporter tells its steps by the dozen
     try:

@@ -125,7 +125,7 @@ def evaluate(model, dataset, extractor, features_dir=None, kept=None, cross_came
         query_expansion: gallery items averaged into each query (`mgn.ops.query_expansion.expand_queries`), 0 to 4096.
             alpha: exponent of their weights.
         rerank: re-rank the features, of expanded queries if there are any, by `mgn.ops.k_reciprocal_ranks` with k1, k2
-            and lambda_value. As published, neighbours are the whole gallery, also what a query's ranks leave out.
+            and lambda_value. As published, neighbours come from the whole gallery, junk too.
     Returns:
         dict with mgn.ops.metrics.METRICS (fractions), what they were measured on, the seconds of both stages, the share
         of pairs of query and gallery that float64 keys settled (`redecided`): all of plain ranking. 'query_expansion'

@@ -91,8 +91,7 @@ def extra(*names):
     try:
         return [importlib.import_module(name) for name in names][-1]
     except ImportError as error:
-        raise UserError(f"ONNX files need the extra `export`, but {error.name} is missing; pip install 'mgn[export]'"
-                        ) from None
+        raise UserError(f'ONNX needs {error.name}, which is missing; pip install onnx onnxscript onnxruntime') from None
 
 
 def write_onnx(program, images, path, metadata):

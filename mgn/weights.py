@@ -1,6 +1,6 @@
 """Weights that other projects have saved, in this project's names and options. Reading them runs no code of a file.
 
-Known are, beside checkpoints of this project:
+Besides checkpoints of this project, it reads:
 - fast-reid's MGN in two layouts: A, of its versions 0.1 (the released market_mgn_R50-ibn.pth and its like), and B, of
   1.0 and later. Facts from its code at the tags v0.1, v0.1.1, v1.0.0, v1.3.0 and from PyPI `fastreid` 1.4.0.
 - backbones in torchvision's names, plain or with IBN (IBN-Net's resnet50_ibn_a-….pth and its like).

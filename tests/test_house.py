@@ -12,7 +12,7 @@ MODULES = {'.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('
            for path in sorted((ROOT / 'mgn').rglob('*.py'))}
 KERNELS = sorted(path for path in (ROOT / 'csrc').rglob('*') if path.suffix in ('.h', '.cuh', '.cpp', '.cu'))
 FLOORS = ('mgn.ops', 'mgn.runs', 'mgn.data')  # each imports from itself and from those before it
-BINARIES = ('mgn.train', 'mgn.eval', 'mgn.extract', 'mgn.report')
+BINARIES = ('mgn.train', 'mgn.eval', 'mgn.extract', 'mgn.search', 'mgn.report', 'mgn.export', 'mgn.convert')
 
 
 def imports(module):

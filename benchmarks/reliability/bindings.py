@@ -161,4 +161,4 @@ def possible(name, value, default):
 
 ROWS = {'bindings': Row('each parameter × a table of wrong values', len(shuffled()), binding, prepare,
                         seconds=60, memory=4 * 2 ** 30, limit=3 * 3600,
-                        mended='texts that counted as true; about 40 of Python\'s own messages')}
+                        fixed='texts that counted as true; about 40 of Python\'s own messages')}

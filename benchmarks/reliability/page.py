@@ -40,7 +40,7 @@ def page(rows, results):
              f'**Open failures: {found:,}**, [listed below](#open). **Rows that have not run to their end: {left}.**']
     for title, of_part in rows.items():
         lines += ['', f'## {title}', '', PARTS[title], '', '| what | `--rows=` | cases | open | seconds | found and '
-                  'mended |', '|---|---|--:|--:|--:|---|']
+                  'fixed |', '|---|---|--:|--:|--:|---|']
         lines += [line(name, row, results.get(name)) for name, row in of_part.items()]
     machines = sorted({f'{result["machine"]}, torch {result["torch"]}, {result["date"]}'
                        for result in results.values() if result})
@@ -53,10 +53,10 @@ def page(rows, results):
 
 def line(name, row, result):
     if not result:
-        return f'| {row.title} | {name} | 0 of {row.cases * row.counts:,} | not run | | {row.mended} |'
+        return f'| {row.title} | {name} | 0 of {row.cases * row.counts:,} | not run | | {row.fixed} |'
     of = '' if result['done'] >= row.cases else f' of {row.cases * row.counts:,}'
     return (f'| {row.title} | {name} | {result["done"] * row.counts:,}{of} | {result["found"]:,} | '
-            f'{result["seconds"]:,.0f} | {row.mended} |')
+            f'{result["seconds"]:,.0f} | {row.fixed} |')
 
 
 def failures(name, row, result):

@@ -282,9 +282,9 @@ def dies(folder, victim, call):
 
 ROWS = {
     'kills': Row('SIGKILL, most within the writing of a file', 20, killed, seconds=1800, counts=KILLS, limit=3 * 3600,
-                 mended='an older checkpoint left behind'),
+                 fixed='an older checkpoint left behind'),
     'signals': Row('SIGINT and SIGTERM, once and twice, in each phase of each binary', 2 * len(SIGNALS), signalled,
-                   prepare, seconds=120, mended='tracebacks; signals unheard in long calls and within imports; '
+                   prepare, seconds=120, fixed='tracebacks; signals unheard in long calls and within imports; '
                    'temporary files left by SIGTERM'),
     'full disk': Row('a full disk', 300, full, prepare, seconds=120),
     'workers': Row('data-loading workers that die or are slow', 100, worker_dies, prepare, seconds=180),

@@ -27,7 +27,7 @@ def expand_queries(query, gallery, k, alpha=3.0):
             zeros has similarity 0 to all.
         k: gallery items averaged into a query, from 1 to 4096; all of them where the gallery has fewer. Ties go by
             gallery index.
-        alpha: from 0; the larger, the less do distant items count.
+        alpha: 0 or more; the larger it is, the less distant items count.
     Returns:
         (Q, D) float32 on the same device, without gradient; a row is zero where its sum is. The same input gives the
         same bits.

@@ -1,7 +1,7 @@
 """The processes of one run, started by torchrun: their numbers and what they send each other.
 
-They form a gloo group, whose messages (features, sums) go through main memory; gradients use `group_of`
-their device. In a run of one process every function here returns at once.
+They form a gloo group, whose messages (features, sums) go through main memory; gradients go through the group that
+`group_of` gives for their device. In a run of one process every function here returns at once.
 """
 
 import contextlib

@@ -184,11 +184,12 @@ def operands(features, norms, precision):
         elif precision == 'tf32':
             lost = rows(features, part) - rounded
             lost /= norms[part].clamp(SMALLEST, LARGEST).float()[:, None]  # first, so that squares do not underflow
-            lost = torch.linalg.vector_norm(lost, dim=1).double()
-            residual[part] = torch.where(in_range(norms[part]), 1.001 * lost, 0)  # of others the terms say nothing
+            residual[part] = 1.001 * torch.linalg.vector_norm(lost, dim=1).double()
         if features.numel() <= fitting:
             whole = rounded.new_empty(features.shape) if whole is None else whole
             whole[part] = rounded
+    if residual is not None:
+        residual.masked_fill_(~in_range(norms), 0)  # of those the terms say nothing
     return made if whole is None else whole.__getitem__, residual
 
 
