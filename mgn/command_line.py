@@ -9,7 +9,7 @@ import sys
 
 def run(main):
     """Runs a binary's main(gin_files, bindings). A UserError ends it with its message alone, printed by one process."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # ignored e.g. in the background of a script
             signal.signal(number, end)
     from absl import app, flags
@@ -51,6 +51,7 @@ def carry_out(main, flags, arguments):
     package.addHandler(handler)
     package.setLevel(logging.INFO)
     package.propagate = False  # absl prints the root logger's messages too
+    logging.raiseExceptions = False  # a line that cannot be written, as its reader has gone, is left out
     logging.root.setLevel(logging.WARNING)  # of other libraries: the ONNX exporter tells its steps by the dozen
     try:
         processes.join()

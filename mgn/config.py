@@ -214,6 +214,9 @@ def gin_errors_explained():
 def explained(error):
     """gin's message with the nearest valid name."""
     message = str(error)
+    if isinstance(error, UnicodeDecodeError):
+        return (f'A gin file is UTF-8 text, and one is not ({message}); give a gin file to --gin_file, and weights to '
+                f'--gin_bindings="weights=\'…\'"')
     if isinstance(error, RecursionError):
         return 'A gin file includes itself, or a value is nested too deeply; remove that include or value'
     if not isinstance(error, ValueError):

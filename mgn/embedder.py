@@ -46,10 +46,11 @@ class Embedder:
         self.device = find_device(device)
         extractor = Extractor(self.device, self.input_size, self.batch_size, 0, flip_test, precision)
         defaults = {name: parameter.default for name, parameter in inspect.signature(MGN).parameters.items()}
-        with torch.random.fork_rng(devices=()):  # the caller's random numbers stay, and their gin has no say
+        # The caller's random numbers stay, and neither their default device nor their gin has a say.
+        with torch.random.fork_rng(devices=()), torch.device('cpu'):
             model = MGN(**{**defaults, **options, 'num_classes': 0, 'fresh': False})
         checkpoint.load_model(model, content['model'], path, without='.classifier.')
-        model.to(self.device, memory_format=torch.channels_last).eval()
+        model.to(self.device, torch.float32, memory_format=torch.channels_last).eval()
         self.dim, self.forward = model.feature_dim, functools.partial(extractor.forward, model)
 
     @torch.no_grad()
@@ -68,7 +69,7 @@ class Embedder:
         if not isinstance(images, (list, tuple, torch.Tensor, np.ndarray)):
             raise UserError(f'embed takes a list of images or a tensor of them, not {shown(images)}; put it '
                             f'into a list')
-        parts = [torch.empty(0, self.dim)]
+        parts = [torch.empty(0, self.dim, dtype=torch.float32, device='cpu')]
         for first in range(0, len(images), self.batch_size):
             batch = [self.as_tensor(image, bgr) for image in images[first:first + self.batch_size]]
             parts.append(self.forward(to_batch(batch, self.input_size)))

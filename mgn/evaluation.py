@@ -49,10 +49,10 @@ def evaluate_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset:
 
 
 def publish(new, results, output_dir):
-    """Prints the table of the new results and writes all of them, in process 0."""
+    """Writes all results and prints the table of the new ones, in process 0."""
     if processes.number() == 0:
+        write_results(results, output_dir or os.getcwd())  # first: who reads what is printed may have gone
         print(table(new), flush=True)
-        write_results(results, output_dir or os.getcwd())
 
 
 @gin.configurable(denylist=['checkpoint'])

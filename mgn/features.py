@@ -51,7 +51,7 @@ class Extractor:
         unreadable: a dict that takes what cannot be read, {path: reason}, which is left out; None: that is a UserError.
         Features that are not finite are a UserError that names their images.
         """
-        return torch.cat([torch.empty(0, model.feature_dim), *self.batches(model, samples, unreadable)])
+        return torch.cat([torch.empty(0, model.feature_dim, device='cpu'), *self.batches(model, samples, unreadable)])
 
     def gathered(self, model, samples):
         """The same in process 0, of which each process makes a part; None in the others."""

@@ -3,12 +3,15 @@
 Both take uint8 (B, 3, H, W) RGB images of the input size, any B, and give L2-normalised float32 features (B, D).
 """
 
+import hashlib
 import importlib
 import json
 import os
+import re
 import tempfile
 import timeit
 import warnings
+from pathlib import Path
 from typing import Literal
 
 import gin
@@ -100,20 +103,31 @@ def write_onnx(program, images, path, metadata):
         made = torch.onnx.export(program, (images,), dynamo=True, opset_version=OPSET, input_names=['images'],
                                  output_names=['features'], external_data=False, verbose=False)
     made.model.ir_version = IR_VERSION
-    made.model.metadata_props['mgn'] = metadata
+    made.model.metadata_props.update(mgn=metadata, sha256='0' * 64)
     made.save(path, external_data=False)
+    unsealed = Path(path).read_bytes()
+    Path(path).write_bytes(sealed(unsealed, hashlib.sha256(unsealed).hexdigest()))
+
+
+def sealed(content, digest='0' * 64):
+    """The bytes of an ONNX file, with `digest` as its property sha256: a hash of them with zeros there."""
+    return re.sub(rb'sha256\x12@[0-9a-f]{64}', b'sha256\x12@' + digest.encode(), content)
 
 
 def read_onnx(path):
     """(uint8 images → features, metadata) of a file of write_onnx. UserError where it is something else."""
     runtime = extra('onnxruntime')
     try:
-        session = runtime.InferenceSession(path, providers=['CPUExecutionProvider'])
-        metadata = json.loads(session.get_modelmeta().custom_metadata_map['mgn'])
+        content = Path(path).expanduser().read_bytes()
+        session = runtime.InferenceSession(content, providers=['CPUExecutionProvider'])
+        properties = session.get_modelmeta().custom_metadata_map
+        metadata = json.loads(properties['mgn'])
         taken, given = session.get_inputs()[0], session.get_outputs()[0]
         if [taken.name, taken.type, *taken.shape[1:], *given.shape[1:]] != [
                 'images', 'tensor(uint8)', 3, *metadata['input_size'], metadata['D']]:
             raise ValueError('its network is not the one of its metadata')
+        if properties['sha256'] != hashlib.sha256(sealed(content)).hexdigest():
+            raise ValueError('it is damaged: its bytes are not those of its checksum')
     except Exception as error:  # foreign bytes can raise nearly anything
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]
         raise UserError(f'{path} is no ONNX file of mgn.export ({reason:.200}). Give another file.') from None

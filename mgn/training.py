@@ -179,6 +179,8 @@ class Training:
                     self.measure()
             if state.step >= self.total_steps:
                 break
+            if self.saved_step is None:  # else what is logged from here on could not be resumed
+                self.save()
             began = time.perf_counter()
             batch = next(loader)
             meter.waited += time.perf_counter() - began

@@ -196,6 +196,7 @@ MISTAKES = [
     ('mgn.train', ['--gin_bindings=P ='], 'A gin binding looks like P = 16, and this is none: '),
     ('mgn.train', ['--gin_bindings=P = (3'], 'A gin binding looks like P = 16, and this is none: '),
     ('mgn.train', ['--gin_file=nowhere.gin'], 'nowhere.gin.*Searched'),
+    ('mgn.eval', ['--gin_file=/bin/ls'], r'A gin file is UTF-8 text, and one is not .*; give .*weights=\'…\'"'),
     ('mgn.train', ['--gin_file=my.gin', "--gin_bindings=data_root = 'nowhere'"],
      'looked for.*nowhere/bounding_box_train'),
     ('mgn.train', ['--gin_file=my.gin', '--gin_bindings=P = 5'], 'at least P=5 identities, found 4'),

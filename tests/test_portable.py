@@ -1,5 +1,6 @@
 """Exported files: the features of `embed` by onnxruntime and by PyTorch, metadata, and what is refused."""
 
+import hashlib
 import json
 import logging
 import math
@@ -104,9 +105,20 @@ def write_means(path, **metadata):
         [helper.make_tensor_value_info('features', onnx.TensorProto.FLOAT, ['batch', 3])])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', portable.OPSET)])
     model.ir_version = portable.IR_VERSION
-    helper.set_model_props(model, {'mgn': json.dumps({'D': 3, 'input_size': [6, 4], **metadata})})
-    onnx.save(model, path)
+    helper.set_model_props(model, {'mgn': json.dumps({'D': 3, 'input_size': [6, 4], **metadata}), 'sha256': '0' * 64})
+    unsealed = model.SerializeToString()
+    path.write_bytes(portable.sealed(unsealed, hashlib.sha256(unsealed).hexdigest()))
     return str(path)
+
+
+@pytest.mark.parametrize('place', [0.1, 0.5, 0.8])
+def test_a_file_with_a_changed_bit_is_refused(tmp_path, place):
+    path = write_means(tmp_path / 'a.onnx')
+    content = bytearray((tmp_path / 'a.onnx').read_bytes())
+    content[int(place * len(content))] ^= 1
+    (tmp_path / 'a.onnx').write_bytes(content)
+    with pytest.raises(UserError, match='a.onnx is no ONNX file of mgn.export'):
+        mgn.load(path)
 
 
 @pytest.mark.parametrize('change', [{'D': 'x'}, {'D': 4}, {'D': None}, {'input_size': 5}, {'input_size': [4, 6]}])

@@ -85,6 +85,15 @@ def test_a_data_set_that_is_missing_is_told_before_any_feature_is_made(evaluate_
         evaluate_on([others[0][0], tmp_path / 'nowhere'])
 
 
+def test_results_are_written_although_nobody_reads_the_table(evaluate_on, monkeypatch):
+    def gone(*_, **__):
+        raise BrokenPipeError
+    monkeypatch.setattr('builtins.print', gone)
+    with pytest.raises(BrokenPipeError):
+        evaluate_on([])
+    assert written()['dataset'] == 'market1501'
+
+
 LACK = {'of torch on a GPU': 'raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")',
         'of torch on a CPU': 'torch.empty(10 ** 15)', 'of NumPy': 'numpy.empty(10 ** 15)',
         'of Python': 'bytearray(10 ** 17)', 'of the system': 'raise OSError(12, "Cannot allocate memory")'}
@@ -107,6 +116,14 @@ def test_other_libraries_tell_warnings_alone():
                        '    logging.getLogger("mgn").info("ours")\ncommand_line.run(main)')
     assert done.returncode == 0 and 'a fault' in done.stderr and 'a step' not in done.stderr
     assert 'ours' in done.stdout
+
+
+def test_log_lines_that_cannot_be_written_are_left_out_and_the_work_goes_on():
+    done = run_program('import logging, os, sys\nfrom mgn import command_line\ndef main(files, bindings):\n'
+                       '    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)\n'
+                       '    [logging.getLogger("mgn").info("a line") for _ in range(3)]\n'
+                       '    os.write(2, b"done")\n    os._exit(0)\ncommand_line.run(main)')
+    assert (done.returncode, done.stderr) == (0, 'done')
 
 
 def test_lack_of_memory_in_an_evaluation_of_training_leaves_the_checkpoint_to_resume_from(market, tmp_path,

@@ -1,11 +1,13 @@
 """What goes wrong in training: losses or weights that are not finite, images that cannot be read."""
 
 import json
+import os
 from contextlib import contextmanager
 
 import pytest
 import torch
 from conftest import read_image, write_market
+from outcomes import assert_same, outcome
 from thin import thin, train  # noqa: F401 (a fixture)
 
 from mgn import training
@@ -134,6 +136,33 @@ def test_a_run_that_fails_later_keeps_what_it_has(market, tmp_path, monkeypatch)
         patch.setattr(training, 'train_step', failing)
         train(market, tmp_path)
     assert checkpoint.load(str(tmp_path / 'last.pth'))['step'] == 2
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_may_be_corrected(market, tmp_path, monkeypatch):
+    options = 'train.evaluate_first = False', 'train.log_every = 1'
+    train(market, tmp_path / 'untouched', *options)
+    calls, real = [], training.train_step
+
+    def failing(*args):
+        if calls:
+            raise UserError('An error of the second step.')
+        calls.append(0)
+        return real(*args)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match='of the second step'):
+        patch.setattr(training, 'train_step', failing)
+        train(market, tmp_path / 'run', *options)
+    assert checkpoint.load(str(tmp_path / 'run' / 'last.pth'))['step'] == 0
+    train(market, tmp_path / 'run', *options)
+    assert_same(outcome(tmp_path / 'run'), outcome(tmp_path / 'untouched'))
+
+
+def test_the_last_good_checkpoint_is_named_where_an_older_one_was_resumed(market, tmp_path, monkeypatch):
+    train(market, tmp_path, 'train.keep_last = 2')
+    os.truncate(tmp_path / 'last.pth', 100)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match='last.pth, of step 6'):
+        patch.setattr(training, 'train_step', lambda model, *_: {'loss': model.trunk[0].weight.data.fill_(torch.inf)})
+        train(market, tmp_path, 'train.keep_last = 2')
+    assert checkpoint.load(str(tmp_path / 'last.pth'))['step'] == 6
 
 
 def test_options_of_extraction_out_of_range_are_refused_although_no_evaluation_is_near(market, tmp_path):

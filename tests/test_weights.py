@@ -227,6 +227,20 @@ def test_load_leaves_random_state_and_takes_no_binding_of_the_callers_gin(files)
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize('change, default', [(torch.set_default_dtype, torch.float64),
+                                             (torch.set_default_device, 'meta')])
+def test_features_are_float32_on_the_cpu_whatever_the_callers_defaults(files, change, default):
+    images = [np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)]
+    want, before = mgn.load(files['B'][0], device='cpu').embed(images), {torch.set_default_dtype: torch.float32}
+    change(default)
+    try:
+        embedder = mgn.load(files['B'][0], device='cpu')
+        got, none = embedder.embed(images), embedder.embed([])
+    finally:
+        change(before.get(change))
+    assert torch.equal(got, want) and got.dtype == none.dtype == torch.float32 and none.device.type == 'cpu'
+
+
 class Code:
     def __init__(self, path):
         self.path = str(path)

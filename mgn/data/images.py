@@ -64,9 +64,10 @@ class Decoder:
         try:
             # A named pipe is opened at once, too, and read as an empty file.
             with open(path, 'rb', opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
-                if os.fstat(file.fileno()).st_size > LARGEST_FILE:
+                size = os.fstat(file.fileno()).st_size  # 0 of a device, which may have no end
+                if size > LARGEST_FILE:
                     raise ValueError(f'a file of more than {LARGEST_FILE} bytes; replace it by a smaller image')
-                content = file.read()
+                content = file.read(size)
             return torch.from_numpy(self.pixels(content)).permute(2, 0, 1)
         except Image.DecompressionBombError:
             reason = self.too_large()
@@ -114,7 +115,7 @@ def to_batch(images, size):
 
     The interpolation is bicubic and antialiased. Images of one size are resized together: one by one they take longer.
     """
-    batch = torch.empty(len(images), *size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    batch = torch.empty(len(images), *size, 3, dtype=torch.uint8, device='cpu').permute(0, 3, 1, 2)
     for shape in {image.shape for image in images}:
         places = [i for i, image in enumerate(images) if image.shape == shape]
         group = torch.stack([images[i].permute(1, 2, 0) for i in places]).permute(0, 3, 1, 2)

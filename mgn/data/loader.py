@@ -38,8 +38,9 @@ def load_batches(dataset, items, workers, device):
 
 
 def leave_signals(_):
-    """Workers ignore the SIGINT that a terminal sends to every process: the main process ends them itself."""
+    """Workers ignore what a terminal or a scheduler sends to every process: the main process ends them itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def count_unreadable(unreadable, new, images):

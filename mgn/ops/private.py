@@ -1,5 +1,6 @@
 """The names of torch that are not public, each with its purpose. tests/ops/test_private.py fails when one changes."""
 
+import contextlib
 import functools
 import sys
 
@@ -23,9 +24,14 @@ def sum_of_differences(weight, x, y, divisor):
 
 
 def uncompiled(function):
-    """torch.compiler.disable, without its import of the compiler (seconds) before someone else has imported it."""
+    """torch.compiler.disable, without its import of the compiler (seconds) before someone else has imported it.
+
+    Within the function new tensors are on the CPU unless it says otherwise, whatever torch.set_default_device has made
+    the default.
+    """
     @functools.wraps(function)
     def run(*args, **options):
         compiler_is_loaded = 'torch._dynamo' in sys.modules
-        return (torch.compiler.disable(function) if compiler_is_loaded else function)(*args, **options)
+        with contextlib.nullcontext() if torch.get_default_device().type == 'cpu' else torch.device('cpu'):
+            return (torch.compiler.disable(function) if compiler_is_loaded else function)(*args, **options)
     return run

@@ -56,6 +56,6 @@ def read_records(path):
 
 def progress(total, initial=0, unit='step', what=''):
     """A tqdm bar on a terminal; elsewhere one that shows nothing (`disable` is true), as plain lines are logged."""
-    on_terminal = sys.stdout.isatty() and os.get_terminal_size(sys.stdout.fileno()).columns > 0
+    on_terminal = sys.stdout and sys.stdout.isatty() and os.get_terminal_size(sys.stdout.fileno()).columns > 0
     return tqdm(total=total, initial=initial, unit=unit, desc=what, dynamic_ncols=True, file=sys.stdout,
                 disable=processes.number() > 0 or not on_terminal)

@@ -204,7 +204,9 @@ def test_what_is_no_readable_image_is_named(tmp_path, damage, name):
     assert '\n' not in str(error.value) and '0x' not in str(error.value)
 
 
-def test_a_named_pipe_is_no_image_and_nobody_waits_for_it(tmp_path):
+def test_a_named_pipe_and_a_device_are_no_images_and_nobody_waits_for_their_end(tmp_path):
     os.mkfifo(tmp_path / 'pipe.jpg')
-    with pytest.raises(FileError, match='pipe.jpg: this is no image'):
-        Decoder()(str(tmp_path / 'pipe.jpg'))
+    os.symlink('/dev/zero', tmp_path / 'device.jpg')
+    for name in ('pipe.jpg', 'device.jpg'):
+        with pytest.raises(FileError, match=f'{name}: this is no image'):
+            Decoder()(str(tmp_path / name))

@@ -9,6 +9,8 @@ from forks import run_program
 from mining import random_features
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mgn.ops import (expand_queries, k_reciprocal_ranks, match_ranks, match_ranks_from_distance, pairwise_distance,
+                     topk, topk_from_distance)
 from mgn.ops import private
 from mgn.ops.arguments import as_tensor
 
@@ -96,3 +98,23 @@ def test_read_only_arrays_are_taken_as_they_lie_and_the_callers_warnings_stay_to
     assert tensor.data_ptr() == array.ctypes.data + 8 and tensor.tolist() == array[:, 1:].tolist()
     del array
     assert tensor.tolist() == [[1, 2, 3], [5, 6, 7], [9, 10, 11]]  # its memory is held
+
+
+def test_ranks_and_neighbours_are_the_same_whatever_the_default_device():
+    query, gallery = random_features(20, 40), random_features(90, 40, seed=1)
+    pids = torch.arange(20), torch.arange(90) % 20
+    ids = *pids, *(torch.full_like(each, camid) for camid, each in enumerate(pids))
+
+    def results():
+        dist = pairwise_distance(query, gallery)
+        ranks = (*match_ranks(query, gallery, *ids), *match_ranks_from_distance(dist, *ids),
+                 *k_reciprocal_ranks(query, gallery, *ids))
+        return [*topk(query, gallery, 3), *topk_from_distance(dist, 3), expand_queries(query, gallery, 2),
+                *(torch.from_numpy(part) for part in ranks if not isinstance(part, int))]
+    expected = results()
+    torch.set_default_device('meta')
+    try:
+        got = results()
+    finally:
+        torch.set_default_device(None)
+    assert all(map(torch.equal, got, expected))

@@ -21,3 +21,9 @@ def test_a_terminal_without_a_size_gets_plain_lines(monkeypatch, columns, shown)
             assert bar.disable != shown
         monkeypatch.undo()
     os.close(terminal)
+
+
+def test_a_closed_stdout_is_no_terminal(monkeypatch):
+    monkeypatch.setattr('sys.stdout', None)
+    with log.progress(3) as bar:
+        assert bar.disable
