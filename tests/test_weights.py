@@ -134,9 +134,15 @@ def test_a_model_that_a_checkpoint_will_replace_does_not_read_the_file(tmp_path)
 
 
 def saved(tmp_path, change, layout='A'):
-    """The path of a file of a small state dict in fast-reid's names, changed by `change`, which takes and edits it."""
-    model = MGN(3, 'resnet50', pretrained=False, embedding_dim=2, **LAYOUTS[layout])
-    state = state_of(model, layout[0])
+    """The path of a file of a state dict in fast-reid's names, changed by `change`, which takes and edits it.
+
+    All weights lie in the memory of the largest, so the file is small.
+    """
+    with torch.device('meta'):
+        state = state_of(MGN(3, 'resnet50', pretrained=False, embedding_dim=2, **LAYOUTS[layout]), layout[0])
+    memory = torch.ones(max(value.numel() for value in state.values()))
+    state = {key: memory[:value.numel()].view(value.shape) if value.is_meta and value.is_floating_point()
+             else torch.zeros_like(value, device='cpu') if value.is_meta else value for key, value in state.items()}
     content = change(state)
     torch.save({'model': state} if content is None else content, tmp_path / 'w.pth')
     return str(tmp_path / 'w.pth')
