@@ -1,6 +1,6 @@
 """Gin files and bindings, read strictly: a binding that reaches nothing or does not fit is an error. For binaries only.
 
-Order: defaults.gin, the configuration saved in a checkpoint (mgn.eval, mgn.extract), every --gin_file, every
+Order: defaults.gin, the configuration saved in a checkpoint (not for mgn.train), every --gin_file, every
 --gin_bindings; later ones win. Gin files are code of their author, as they may import modules. The configuration in a
 checkpoint is data: bindings alone, of what this process knows already.
 """
@@ -31,7 +31,8 @@ RECIPES = PACKAGE if os.path.isdir(os.path.join(PACKAGE, 'gin')) else os.path.di
 gin.add_config_file_search_path(RECIPES)
 SHARED = ('dataset', 'input_size')  # training and evaluation have to agree on them
 MACRO = 'gin.macro'
-NOT_SAVED = {'output_dir', 'features_dir', 'weights', 'query', 'gallery', 'compare', 'runs', 'report'}  # nor read
+# A checkpoint binds none of these.
+OF_A_COMMAND = {'output_dir', 'features_dir', 'weights', 'query', 'gallery', 'compare', 'runs', 'report'}
 TRAINING = ('train', 'mgn_losses', 'circle_softmax', 'make_optimizer', 'Adam', 'AdamW', 'SGD',
             'multi_step', 'cosine', 'Augmentation')
 _saved_scopes = set()  # of the checkpoint at hand: flags may have rebound what uses them
@@ -104,7 +105,7 @@ def bind_saved(text):
                 scope, selector, name = '/'.join(filter(None, (scope, selector))), MACRO, 'value'
             if selector in TRAINING or selector != MACRO and selector.split('.')[-1] not in configurables():
                 aside.add(selector)
-            elif not {name, scope} & NOT_SAVED:
+            elif not {name, scope} & OF_A_COMMAND:
                 values[scope, selector, name] = value, line
         elif not isinstance(statement, gin.config_parser.BlockDeclaration) and (
                 getattr(statement, 'module', None) not in sys.modules):
@@ -143,7 +144,7 @@ def check_names(config):
 @gin.config.register_finalize_hook
 def absolute_paths(config):
     """Makes output_dir, features_dir and weights absolute. data_root stays as given, as a checkpoint keeps it."""
-    paths = {(name, MACRO, 'value'): config[name, MACRO]['value'] for name in NOT_SAVED}
+    paths = {(name, MACRO, 'value'): config[name, MACRO]['value'] for name in OF_A_COMMAND}
     return {key: os.path.abspath(os.path.expanduser(path)) for key, path in paths.items() if path and type(path) is str}
 
 
@@ -215,8 +216,7 @@ def explained(error):
     """gin's message with the nearest valid name."""
     message = str(error)
     if isinstance(error, UnicodeDecodeError):
-        return (f'A gin file is UTF-8 text, and one is not ({message}); give a gin file to --gin_file, and weights to '
-                f'--gin_bindings="weights=\'…\'"')
+        return f'A gin file is UTF-8 text, and one is not ({message}); give --gin_bindings="weights=\'…\'" for weights'
     if isinstance(error, RecursionError):
         return 'A gin file includes itself, or a value is nested too deeply; remove that include or value'
     if not isinstance(error, ValueError):

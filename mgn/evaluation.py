@@ -13,7 +13,7 @@ import torch
 
 from mgn.data.datasets import Dataset
 from mgn.feature_files import read_features, write_features
-from mgn.features import check_alike, load_for_features
+from mgn.features import check_same_data, load_for_features
 from mgn.ops import expand_queries, k_reciprocal_ranks, match_ranks, retrieval_metrics
 from mgn.ops.arguments import LARGEST_K
 from mgn.ops.errors import UserError
@@ -135,7 +135,7 @@ def evaluate(model, dataset, extractor, features_dir=None, kept=None, cross_came
         UserError: unreadable images, features of something else, or no query with a match.
     """
     ids, kept = identities(dataset, cross_camera), {} if kept is None else kept
-    check_alike(dataset, ('query', 'gallery'), model)
+    check_same_data(dataset, ('query', 'gallery'), model)
     start = time.perf_counter()
     query, gallery = kept.get('features') or features_of(model, dataset, extractor, features_dir)
     if processes.number() > 0:

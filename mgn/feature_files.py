@@ -13,7 +13,7 @@ from typing import Literal
 import gin
 import numpy as np
 
-from mgn.features import check_alike, hash_of, hash_of_weights, image_lists
+from mgn.features import check_same_data, hash_of, hash_of_weights, image_lists
 from mgn.ops.errors import FileError, MissingFile, UserError
 from mgn.runs import processes
 from mgn.runs.files import write_text, writing
@@ -42,7 +42,7 @@ def write_features(model, dataset, extractor, features_dir,
     manifest = os.path.join(features_dir, MANIFEST)
     if processes.share(os.path.exists(manifest)):
         raise UserError(f'The features_dir holds features already: {manifest}; remove it or bind another features_dir')
-    check_alike(dataset, PARTS, model)
+    check_same_data(dataset, PARTS, model)
     with writing(features_dir, 'Free disk space or bind another features_dir.'):
         os.makedirs(features_dir, exist_ok=True)
         for part in PARTS:

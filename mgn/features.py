@@ -110,7 +110,7 @@ def evaluation_mode(model):
             module.training = True
 
 
-def check_alike(dataset, parts, model=None):
+def check_same_data(dataset, parts, model=None):
     """UserError in all processes where their images or weights differ, as copies on several machines may."""
     if processes.count() > 1:
         images = [hash_of(image_lists(dataset, part).values()) for part in parts]

@@ -85,8 +85,7 @@ def make_losses(losses, num_classes, branches, embedding_dim):
         losses: a function, or a subclass of torch.nn.Module, for losses with parameters. The class is called with
             the other three arguments by name.
     """
-    kind = inspect.unwrap(losses)  # gin wraps a class that is referred to with a scope
-    if inspect.isclass(kind):
+    if inspect.isclass(inspect.unwrap(losses)):  # gin wraps a class that is referred to with a scope
         return losses(num_classes=num_classes, branches=branches, embedding_dim=embedding_dim)
     module = nn.Module()
     module.forward = losses

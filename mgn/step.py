@@ -25,10 +25,8 @@ def train_step(model, optimizer, augmentation, batch, device, precision, clip_gr
         output = model(images)
     if precision != 'float32':
         output = MGNOutput(tuple(x.float() for x in output.logits), output.embeddings.float(), output.features)
-    candidates = ()
-    if group:
-        candidates = (processes.gather_with_gradient(output.embeddings, 1, group),
-                      processes.gather_with_gradient(labels, 0, group))
+    candidates = (processes.gather_with_gradient(output.embeddings, 1, group),
+                  processes.gather_with_gradient(labels, 0, group)) if group else ()
     terms = losses(output, labels, *candidates)
     loss = sum(terms.values())
     optimizer.zero_grad()
@@ -56,7 +54,9 @@ def distributed(module, device, group):
     """The module to call in training: one that averages gradients over the processes, if there are several."""
     if processes.count() == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
         return module
+    for buffer in module.buffers():  # older DistributedDataParallels begin with equal parameters alone
+        torch.distributed.broadcast(buffer, 0, group)
     options = inspect.signature(DistributedDataParallel).parameters
-    buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in options else 'broadcast_buffers'  # up to torch 2.14
+    buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in options else 'broadcast_buffers'
     return DistributedDataParallel(module, device_ids=[device] if device.type == 'cuda' else None, process_group=group,
                                    gradient_as_bucket_view=True, **{buffers: False})

@@ -7,7 +7,7 @@ def main(gin_files, bindings):
     from mgn import config, training  # and torch, which --help need not wait for
 
     config.load(gin_files, bindings)
-    training.train(default_output_dir=config.default_output_dir(gin_files))
+    training.Training(config.default_output_dir(gin_files)).run()
 
 
 if __name__ == '__main__':

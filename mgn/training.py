@@ -18,7 +18,7 @@ from mgn.data.sampler import IdentitySampler
 from mgn.data.loader import count_unreadable, load_batches
 from mgn.devices import Precision, find_device, resolve_precision
 from mgn.evaluation import evaluate
-from mgn.features import Extractor, Size, check_alike
+from mgn.features import Extractor, Size, check_same_data
 from mgn.losses import make_losses, mgn_losses
 from mgn.model import MGN
 from mgn.ops import METRICS, implementation
@@ -37,8 +37,11 @@ from mgn.step import distributed, set_lr, train_step
 Steps = Annotated[int, 1, 2 ** 31 - 1]
 
 
-def train(default_output_dir):
-    """Trains MGN on dataset.train, evaluates it on dataset.query and dataset.gallery; returns the model.
+@gin.configurable('train', denylist=['default_output_dir'])
+@dataclass
+class Training:
+    """A training run, whose options gin binds as train.<name>: `run` trains MGN on dataset.train, evaluates it on
+    dataset.query and dataset.gallery, and returns it.
 
     Resumes from output_dir/last.pth if there is one, or from the newest older checkpoint that is intact. Every random
     draw depends on (seed, step, position) alone, so on a CPU a run of one process that was interrupted and resumed ends
@@ -51,13 +54,6 @@ def train(default_output_dir):
     are each process's own. Running statistics are averaged over the processes where a checkpoint is written or the
     model is evaluated.
     """
-    return Training(default_output_dir).run()
-
-
-@gin.configurable('train', denylist=['default_output_dir'])
-@dataclass
-class Training:
-    """A training run. Its options are bound by gin as train.<name>."""
 
     default_output_dir: str
     dataset: Dataset = gin.REQUIRED
@@ -126,7 +122,7 @@ class Training:
         processes.check_same('precision', self.precision,
                              "Bind train.precision to one that all machines are fast at, e.g. 'float32'.")
         check_split(self.P, self.mining)
-        check_alike(self.dataset, ('train',))
+        check_same_data(self.dataset, ('train',))
 
     def make_batches(self):
         samples = self.dataset.train
@@ -148,8 +144,7 @@ class Training:
         group = processes.group_of(self.device)
         self.frozen = [module_named(model, name) for name in self.freeze]
         self.mining_group = group if self.mining == 'all' else None
-        self.network = distributed(model, self.device, group)
-        self.network_losses = distributed(losses, self.device, group)
+        self.network, self.network_losses = (distributed(module, self.device, group) for module in (model, losses))
         optimizer = make_optimizer(torch.nn.ModuleList([model, losses]))
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == 'float16')
         self.state = checkpoints.State(model, losses, optimizer, scaler, Meter(), self.num_classes)
@@ -161,7 +156,7 @@ class Training:
                 raise UserError(f'{path} is of step {content["step"]}, beyond total_steps = {self.total_steps}. '
                                 f'Bind more total_steps, or another output_dir.')
             self.state.restore(content, path)
-            check_alike(self.dataset, (), model)  # machines that see other folders would train other networks
+            check_same_data(self.dataset, (), model)  # machines that see other folders would train other networks
             self.saved_step = self.state.step if os.path.basename(path) == 'last.pth' else None
         self.state.check_finite(self.last_good())
         if self.compile:

@@ -53,6 +53,6 @@ def train(data_root, output_dir, *bindings):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more of them only wait for each other in a network this small
     try:
-        return training.train(default_output_dir=str(output_dir))
+        return training.Training(str(output_dir)).run()
     finally:
         torch.set_num_threads(threads)

@@ -17,7 +17,7 @@ from mgn import training
 from mgn.runs import checkpoint, processes
 from mgn.data.augmentation import Augmentation
 from mgn.data.datasets import Dataset, Sample, market_layout, train_labels
-from mgn.features import check_alike
+from mgn.features import check_same_data
 from mgn.data.images import TrainBatches
 from mgn.runs.interruption import Interruption
 from mgn.losses import make_losses, mgn_losses
@@ -113,6 +113,15 @@ def check_losses_with_parameters_begin_equal_in_all_processes(folder):
     assert not torch.equal(before[0], before[1])
     training.distributed(losses, CPU, processes.group_of(CPU))
     assert torch.equal(losses.centres, before[0])
+
+
+def check_running_statistics_begin_as_those_of_process_0_whatever_torch_sends(folder):
+    module = nn.BatchNorm1d(3)
+    module.running_mean.fill_(dist.get_rank() + 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mgn.step.DistributedDataParallel', lambda module, **_: module)
+        training.distributed(module, CPU, processes.group_of(CPU))
+    assert module.running_mean.tolist() == [1, 1, 1]
 
 
 def check_a_run_whose_losses_have_parameters_resumes_with_them(folder):
@@ -244,9 +253,9 @@ def check_copies_that_differ_are_refused_in_all(folder):
     rank, N = dist.get_rank(), dist.get_world_size()
     query, gallery = [Sample(str(folder / 'a.jpg'), 1, 1)], [Sample(str(folder / 'b.jpg'), 1, 2)]
     dataset = Dataset('own', str(folder), [], query, gallery)
-    check_alike(dataset, ('query', 'gallery'))
+    check_same_data(dataset, ('query', 'gallery'))
     other = dataset._replace(gallery=[Sample(str(folder / 'b.jpg'), 2, 2)]) if rank == N - 1 else dataset
-    check_alike(other, ('query',))
+    check_same_data(other, ('query',))
     with pytest.raises(ValueError, match=f'All {N} processes need the same images of own, but it differs between '
                                          f'process 0 and {N - 1}. (?i:give all machines)'):
-        check_alike(other, ('query', 'gallery'))
+        check_same_data(other, ('query', 'gallery'))

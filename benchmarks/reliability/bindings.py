@@ -65,7 +65,7 @@ def prepare(folder):
         for line in (folder / 'msmt' / 'list_train.txt').read_text().splitlines():
             write_image(folder / 'msmt' / part / line.split()[0], 0)
     config.load([], [*THIN, f"data_root = '{folder}/data'"])
-    training.train(str(folder / 'run'))
+    training.Training(str(folder / 'run')).run()
 
 
 class Enough(BaseException):
@@ -107,7 +107,7 @@ def used(given, run, steps):
     """Trains, evaluates and extracts with the bindings, in a folder of its own."""
     with contextlib.suppress(Enough):
         config.load([], [*THIN, *given])
-        training.train(str(run))
+        training.Training(str(run)).run()
     steps.clear()
     weights = f"weights = '{run.parent}/run/best.pth'"
     evaluation.evaluate_checkpoint(config.load_checkpoint([], [weights, f"output_dir = '{run}'", *given]))

@@ -90,28 +90,21 @@ class Augmentation:
         Batched tensor operations, which never wait for a GPU. Channels-last images are faster. Of a box to erase, what
         lies outside of the image is ignored.
         """
-        (flip, top, left, erase), padding = draws, self.padding
         count, _, height, width = images.shape
-        pixels = images.permute(0, 2, 3, 1)
-        both = torch.stack((pixels, pixels.flip(2))).flatten(3)            # (2, B, H, 3W), as it is and mirrored
-        padded = F.pad(both, (3 * padding, 3 * padding, padding, padding))
-        mirror_stride, batch_stride, row_stride, _ = padded.stride()
-        windows = padded.as_strided(                                       # every crop is a view: no pixel is copied
-            (2, count, 2 * padding + 1, 2 * padding + 1, height, 3 * width),
-            (mirror_stride, batch_stride, row_stride, 3, row_stride, 1))
-        crops = windows[flip.long(), torch.arange(count, device=images.device), top, left]  # (B, H, 3W)
-        normalised = normalise(crops.view(count, height, width, 3).permute(0, 3, 1, 2))
-        return erase_boxes(normalised, erase)
+        pad, numbers = self.padding, functools.partial(torch.arange, device=images.device)
+        padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, pad, pad, pad, pad))            # (B, H + 2p, W + 2p, 3)
+        rows, columns = draws.top[:, None] + numbers(height), draws.left[:, None] + numbers(width)
+        columns = torch.where(draws.flip[:, None], width + 2 * pad - 1 - columns, columns)  # mirrored, then cropped
+        crops = padded[numbers(count)[:, None, None], rows[:, :, None], columns[:, None]]  # (B, H, W, 3)
+        return erase_boxes(normalise(crops.permute(0, 3, 1, 2)), draws.erase)
 
 
 def erase_boxes(images, boxes):
     """Fills one box of each of (B, 3, H, W) normalised, channels-last images, in place; boxes: as `Draws.erase`."""
     top, left, bottom, right = boxes.T[:, :, None]
     rows, columns = (torch.arange(n, device=images.device) for n in images.shape[2:])
-    erased_rows, erased_columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
-    erased = erased_rows[:, :, None] & erased_columns.repeat_interleave(3, dim=1)[:, None, :]  # (B, H, 3W)
-    images.permute(0, 2, 3, 1).flatten(2).masked_fill_(erased, ERASING_FILL)
-    return images
+    inside = ((rows >= top) & (rows < bottom))[:, :, None] & ((columns >= left) & (columns < right))[:, None]
+    return images.masked_fill_(inside[:, None], ERASING_FILL)
 
 
 def normalise(images):

@@ -64,8 +64,7 @@ class Decoder:
         try:
             # A named pipe is opened at once, too, and read as an empty file.
             with open(path, 'rb', opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
-                size = os.fstat(file.fileno()).st_size  # 0 of a device, which may have no end
-                if size > LARGEST_FILE:
+                if (size := os.fstat(file.fileno()).st_size) > LARGEST_FILE:  # 0 of a device, which may have no end
                     raise ValueError(f'a file of more than {LARGEST_FILE} bytes; replace it by a smaller image')
                 content = file.read(size)
             return torch.from_numpy(self.pixels(content)).permute(2, 0, 1)

@@ -171,6 +171,5 @@ def as_ids(ids, length, name, remedy=NUMBER_THEM):
 
 
 def as_junk_pid(junk_pid):
-    if junk_pid is None:
-        return None
-    return integer(junk_pid, 'junk_pid', -2 ** 63, 2 ** 63 - 1, 'None makes no id special')
+    allowed = -2 ** 63, 2 ** 63 - 1, 'None makes no id special'
+    return None if junk_pid is None else integer(junk_pid, 'junk_pid', *allowed)

@@ -203,7 +203,10 @@ def odd_rows(dtype):
     return x.to(dtype), y.to(dtype)
 
 
-@pytest.mark.parametrize('kind, order', [('plain', 'forward'), ('plain', 'reverse'), ('plain', '1'), *KINDS[-2:]])
+OF_DISTANCES = [('plain', 'forward'), ('plain', 'reverse'), ('plain', '1'), ('address', 'forward'), LONG_RACES]
+
+
+@pytest.mark.parametrize('kind, order', OF_DISTANCES)
 def test_distances(kernels, kind, order):
     with kernels(kind, order, 'pairwise_distance') as process:
         for (n, m, width), dtype, metric in DISTANCES[::1 if kind == 'plain' else 5]:
@@ -233,7 +236,7 @@ def check_gradients(process, x, y, metric):
 GRADIENTS = list(itertools.product([(1, 70, 33), (9, 64, 257), (17, 5, 256)], TYPES, METRICS))
 
 
-@pytest.mark.parametrize('kind, order', [('plain', 'forward'), ('plain', 'reverse'), *KINDS[-2:]])
+@pytest.mark.parametrize('kind, order', OF_DISTANCES)
 def test_gradients_of_distances(kernels, kind, order):
     with kernels(kind, order, 'pairwise_distance') as process:
         for (n, m, width), dtype, metric in GRADIENTS[::1 if kind == 'plain' else 4]:

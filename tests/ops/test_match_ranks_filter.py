@@ -28,7 +28,7 @@ def test_tiles_change_nothing(monkeypatch, make, metric):
     args = make(7, 60, 33)
     expected = match_ranks(*args, metric=metric)
     for tile in ((1, 1), (7, 3), (64, 5), (1000, 2)):
-        monkeypatch.setattr(ranks, 'tile_of', lambda query, gallery: tile)
+        monkeypatch.setattr(ranks, 'tile_of', lambda query: tile)
         assert same(match_ranks(*args, metric=metric), expected)
 
 

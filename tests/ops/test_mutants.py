@@ -51,7 +51,7 @@ def rank(process):
     problems = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(keys, 'kernels', lambda device: ranking_kernels(process))
-        patch.setattr(ranks, 'tile_of', lambda query, gallery: (2300, 4))
+        patch.setattr(ranks, 'tile_of', lambda query: (2300, 4))
         for metric in METRICS:
             check_ranks(*problem(5, 40, 17), metric=metric, junk_pid=1)
             check_ranks(*near_ties(3, 60, 33), metric=metric)

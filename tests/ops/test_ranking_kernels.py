@@ -28,7 +28,7 @@ def emulated(kernels, monkeypatch):
     def emulated(kind='plain', order='forward', items=300, queries=7):
         with kernels(kind, order, 'ranking') as process, monkeypatch.context() as patch:
             patch.setattr(keys, 'kernels', lambda device: ranking_kernels(process))
-            patch.setattr(ranks, 'tile_of', lambda query, gallery: (items, queries))
+            patch.setattr(ranks, 'tile_of', lambda query: (items, queries))
             yield process
     return emulated
 

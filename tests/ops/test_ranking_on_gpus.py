@@ -74,7 +74,7 @@ def test_a_tile_of_msmt17_takes_four_launches_and_waits_for_nothing(fake_gpu, pr
         query, gallery = (torch.empty(n, 2048, device='cuda', dtype=dtype) for n in (11_659, 82_161))
         query_norms = torch.empty(11_659, dtype=torch.float64, device='cuda')
         comparison = Comparison(query, gallery, metric == 'cosine', precision)
-        blocks = tiles.spans(len(query), tiles.tile_of(query, gallery)[1])
+        blocks = tiles.spans(len(query), tiles.tile_of(query)[1])
         with product.exact_float32(), pytest.raises(DataDependentOutputException):  # at the end: were all finite?
             for block, part, tile, terms in ranks.filtered_tiles(comparison, query_norms, blocks):
                 assert terms.dots.shape == (block.stop - block.start, part.stop - part.start)
@@ -210,7 +210,7 @@ def test_a_part_of_the_gallery_is_copied_while_the_one_before_is_computed_with(s
 
 
 def test_re_ranking_counts_a_tile_while_the_next_is_computed_and_copied(stubs, monkeypatch):
-    monkeypatch.setattr(ranks, 'tile_of', lambda query, gallery: (100, 1000))
+    monkeypatch.setattr(ranks, 'tile_of', lambda query: (100, 1000))
     monkeypatch.setattr(ranks, 'in_pinned_memory', torch.clone)
     query, gallery, *ids = clustered(9, 300)
     features = tuple(map(torch.from_numpy, (query, gallery)))

@@ -139,7 +139,7 @@ def selections(comparison, operands, item_terms, searches):
     """Yields each block of queries with (values, items) for each search: its `capacity` smallest −sign · similarity."""
     query, gallery, _, precision = comparison
     capacity = sum(search.capacity for search in searches)
-    items_at_once, queries_at_once = tile_of(query, gallery)
+    items_at_once, queries_at_once = tile_of(query)
     queries_at_once = min(queries_at_once, max(SELECTED // capacity, 1))
     is_one = is_one_tensor(comparison) and len(query) * capacity * 12 <= STATE
     if is_one:
@@ -220,7 +220,7 @@ def settle_crowded(comparison, search, queries, limits, item_terms, exclude_self
     items = torch.full((len(query), k), len(gallery))
     operand = product.operand(rows(query, slice(None)), precision)
     products = product.products_of(operand, precision, torch.empty(PRODUCTS, dtype=torch.float32))
-    for part in spans(len(gallery), tile_of(query, gallery)[0]):
+    for part in spans(len(gallery), tile_of(query)[0]):
         dots = products(product.operand(rows(gallery, part), precision))[0]
         values = dots * (-sign * item_scale[part]) - sign * item_shift[part]
         is_candidate = (~(values > bound[:, None])).cpu()

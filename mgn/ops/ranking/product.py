@@ -114,25 +114,22 @@ def summing(width, unit):
     return width * unit / (1 - width * unit) if width * unit < 0.5 else float('inf')
 
 
-def probe(query, items):
-    with exact_float32():
-        return by_torch(query, items)
-
-
 def by_torch(query, items):
     return torch.mm(query, items.T)
 
 
 @functools.cache
+@exact_float32()
 def keeps_operands(device):
     """Whether products keep all 24 bits of an operand: environment variables, unlike torch, can make them drop some."""
     size = probe_size(device)
     fine = torch.diag(torch.full((size,), 1 + 2.0 ** -23, dtype=torch.float32, device=device))
     one = torch.eye(size, dtype=torch.float32, device=device)
-    return all(torch.equal(probe(*pair), fine) for pair in ((fine, one), (one, fine)))
+    return all(torch.equal(by_torch(*pair), fine) for pair in ((fine, one), (one, fine)))
 
 
 @functools.cache
+@exact_float32()
 def rounds_sums(device):
     """Whether products round their sums to nearest: tensor cores truncate, also where they emulate float32.
 
@@ -142,7 +139,7 @@ def rounds_sums(device):
     row, one = torch.arange(size, device=device), torch.ones(size, size, dtype=torch.float32, device=device)
     terms = torch.eye(size, dtype=torch.float32, device=device)
     terms[row, (row + 1 + row % 97) % size] = 1.5 * 2.0 ** -24  # in the same step of a tensor core, or in a later one
-    return all((probe(*pair) == 1 + 2.0 ** -23).all() for pair in ((terms, one), (one, terms)))
+    return all((by_torch(*pair) == 1 + 2.0 ** -23).all() for pair in ((terms, one), (one, terms)))
 
 
 def probe_size(device):

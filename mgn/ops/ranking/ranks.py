@@ -162,7 +162,7 @@ def nonmatches_between(comparison, query_norms, matches, excluded, reranking=(),
     count = kernels.count_reranked if reranking else kernels.count_nonmatches
     steps = torch.zeros_like(matches.items)
     redecided = torch.zeros(1, dtype=torch.int64, device=steps.device)
-    offsets, blocks = matches.offsets.cpu(), spans(len(query_norms), tile_of(*comparison[:2])[1])
+    offsets, blocks = matches.offsets.cpu(), spans(len(query_norms), tile_of(comparison.query)[1])
     blocks = [block for block in blocks if offsets[block.start] < offsets[block.stop]]
     tiles = filtered_tiles(comparison, query_norms, blocks)
     with product.exact_float32():
@@ -179,7 +179,7 @@ def filtered_tiles(comparison, query_norms, blocks):
     """
     query, gallery, cosine, *_ = comparison
     device, width = query.device, max(query.shape[1], 1)
-    items_at_once = tile_of(query, gallery)[0]
+    items_at_once = tile_of(query)[0]
     precision = product.available(comparison.precision, device, query.shape[1] if blocks else 0)
     room = torch.empty(PRODUCTS, dtype=torch.float32)
 

@@ -52,7 +52,7 @@ def k_reciprocal_ranks(query, gallery, query_pids, gallery_pids, query_camids, g
     host, sparse = comparison._replace(query=here[0], gallery=here[1]), ranking_kernels(torch.device('cpu'))
     columns = sparse.transpose(*rows_between(encodings, queries, len(norms)), len(norms))
     excluded, offsets, ranks, redecided = identities(ids, as_junk_pid(junk_pid)), [np.zeros(1, np.int64)], [], 0
-    for block in spans(queries, tile_of(query, gallery)[1]):
+    for block in spans(queries, tile_of(query)[1]):
         block_encodings = rows_between(encodings, block.start, block.stop)
         overlaps = Overlaps(*sparse.overlap(*block_encodings, *columns, len(gallery)))
         block_host, block_excluded, largest = host.of_queries(block), excluded.of_queries(block), maxima[block]

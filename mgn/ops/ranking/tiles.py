@@ -38,7 +38,7 @@ def once(device):
     return ONCE if device.type == 'cuda' else OPERANDS
 
 
-def tile_of(query, gallery):
+def tile_of(query):
     """(items, queries) of a tile."""
     features = max(1, OPERANDS // max(query.shape[1], 1)) * (4 if query.is_cuda else 1)  # that fit if converted
     products = GPU_PRODUCTS if query.is_cuda else PRODUCTS
