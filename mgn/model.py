@@ -84,7 +84,7 @@ class MGN(nn.Module):
         self.branches = nn.ModuleList(
             nn.Sequential(*copy.deepcopy(resnet.layer3[1:]), *with_stride(copy.deepcopy(resnet.layer4), stride))
             for stride in last_strides)
-        self.pools = nn.ModuleList(POOLINGS[pooling](n) for n in parts)
+        self.pools = nn.ModuleList(GeMPool(n) if pooling == 'gem' else POOLINGS[pooling]() for n in parts)
         # The trunk's map has n rows or more from a height of 16·(n − 1) + 1 on, 2 more without padding; IBN needs two.
         rows = max(1 + backbone.endswith('_ibn'), *((n - 1) * stride + 1 for n, stride in zip(parts, last_strides)))
         self.least_size = tuple(side + 2 * (first_pooling == 'ceil') for side in (16 * (rows - 1) + 1, 1))
@@ -179,13 +179,7 @@ def stripes_of(feature_map, n):
 
 
 class MaxPool(nn.Module):
-    """(B, C, H, W) → the maxima of n horizontal stripes, (B, C) each. If n does not divide H, stripes share rows.
-
-    parts: the n that it will be asked for, beside 1.
-    """
-
-    def __init__(self, parts):
-        super().__init__()
+    """(B, C, H, W) → the maxima of n horizontal stripes, (B, C) each. If n does not divide H, stripes share rows."""
 
     def forward(self, feature_map, n):
         if torch.compiler.is_exporting():  # ONNX has no adaptive pooling
@@ -193,16 +187,16 @@ class MaxPool(nn.Module):
         return F.adaptive_max_pool2d(feature_map, (n, 1)).squeeze(3).unbind(2)
 
 
-class AvgPool(MaxPool):
+class AvgPool(nn.Module):
     def forward(self, feature_map, n):
         return F.adaptive_avg_pool2d(feature_map, (n, 1)).squeeze(3).unbind(2)
 
 
-class GeMPool(MaxPool):
-    """(mean xᵖ)^(1/p), p of the whole map in front, then of each stripe."""
+class GeMPool(nn.Module):
+    """(mean xᵖ)^(1/p), p of the whole map in front, then of each of `parts` stripes."""
 
     def __init__(self, parts):
-        super().__init__(parts)
+        super().__init__()
         self.p = nn.Parameter(torch.full((parts + 1 if parts > 1 else 1,), 3.0))
 
     def forward(self, feature_map, n):
@@ -210,7 +204,7 @@ class GeMPool(MaxPool):
             stripes_of(feature_map.clamp(min=1e-6), n), self.p[1:] if n > 1 else self.p))
 
 
-POOLINGS = {'max': MaxPool, 'avg': AvgPool, 'gem': GeMPool}
+POOLINGS = {'max': MaxPool, 'avg': AvgPool}
 
 
 def with_stride(layer4, stride):

@@ -44,7 +44,6 @@ def check_steps(total_steps, bindings):
     for name, steps in bindings.items():
         if list(steps) != sorted(steps) or any(step < 0 for step in steps):
             raise UserError(f'{name} must be steps from 0 on in ascending order, found {steps}. Bind others.')
-        for step in steps:
-            if step > total_steps:
-                raise UserError(f'{name} has step {step}, but training ends at total_steps = {total_steps}. '
-                                f'Bind a {name} that fits, or more total_steps.')
+        if beyond := steps[bisect_right(steps, total_steps):]:
+            raise UserError(f'{name} has step {beyond[0]}, but training ends at total_steps = {total_steps}. '
+                            f'Bind a {name} that fits, or more total_steps.')

@@ -177,7 +177,12 @@ class Training:
             if self.saved_step is None:  # else what is logged from here on could not be resumed
                 self.save()
             began = time.perf_counter()
-            batch = next(loader)
+            try:
+                batch = next(loader)
+            except UserError:  # a signal to all processes may have ended a worker
+                if interruption.noted and processes.count() == 1:
+                    self.leave(interruption)
+                raise
             meter.waited += time.perf_counter() - began
             self.step(batch)
             record = self.report() if self.is_due(self.log_every) else None

@@ -30,17 +30,15 @@ def load_batches(dataset, items, workers, device):
         raise UserError(str(error).rsplit(f'\n{UserError.__module__}.UserError: ', 1)[-1]) from None
     except (RuntimeError, ConnectionError, EOFError) as error:
         message = (str(error).splitlines() or [repr(error)])[0]
-        of_torch = not isinstance(error, RuntimeError) or re.match('DataLoader worker|Pin memory thread', message)
-        if not workers or not of_torch:
+        if not workers or isinstance(error, RuntimeError) and not re.match('DataLoader worker|Pin memory', message):
             raise
         raise UserError(f'A data-loading worker died: {message}. Look for lack of memory and for a file that crashes '
                         f'its decoder, which workers = 0 shows. A run goes on by the same command.') from error
 
 
 def leave_signals(_):
-    """Workers ignore what a terminal or a scheduler sends to every process: the main process ends them itself."""
+    """Workers ignore the SIGINT that a terminal sends to every process: the main process ends them itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def count_unreadable(unreadable, new, images):

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import time
 
 import pytest
 import torch
@@ -77,23 +76,6 @@ def test_a_worker_process_that_dies_in_an_evaluation_ends_it_in_a_sentence(marke
     monkeypatch.setattr(features, 'normalise', normalise)
     with pytest.raises(UserError, match='A data-loading worker died'):
         train(market, tmp_path / 'run', 'workers = 1', 'total_steps = 1', 'Extractor.batch_size = 1')
-
-
-def test_a_signal_to_the_whole_group_ends_no_worker(monkeypatch):
-    class Slow:
-        def __getitem__(self, i):
-            time.sleep(0.2)
-            return i
-    batches = load_batches(Slow(), range(4), 1, torch.device('cpu'))
-    assert next(batches) == 0
-    workers = multiprocessing.active_children()
-    for worker in workers:
-        os.kill(worker.pid, signal.SIGTERM)
-    assert list(batches) == [1, 2, 3] and workers
-    batches.close()
-    for worker in workers:
-        worker.join(5)
-        assert worker.exitcode == 0
 
 
 @pytest.mark.parametrize('error, workers, dead', [

@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT end a run after its step, with a checkpoint; resumed, it is bit-identical to one left alone."""
 
 import json
+import multiprocessing
 import os
 import signal
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from outcomes import assert_same, outcome
 from thin import thin, train  # noqa: F401 (a fixture)
 
 from mgn import training
+from mgn.ops.errors import UserError
 from mgn.runs import checkpoint, interruption
 
 pytestmark = pytest.mark.usefixtures('thin')
@@ -73,6 +75,25 @@ def test_wherever_a_signal_comes_the_run_goes_on_bit_for_bit(market, tmp_path, m
     assert left.value.code == 75
     train(market, tmp_path)
     assert_same(outcome(tmp_path), outcome(uninterrupted()))
+
+
+def test_a_signal_that_ends_a_worker_too_leaves_a_checkpoint(market, tmp_path, monkeypatch, uninterrupted):
+    real = training.load_batches
+
+    def batches(*args):
+        for number, batch in enumerate(real(*args)):
+            if number == 3:  # as while the main process waits for this batch
+                for process in (multiprocessing.active_children()[0].pid, os.getpid()):
+                    os.kill(process, signal.SIGTERM)
+                raise UserError('A data-loading worker died')
+            yield batch
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+        patch.setattr(training, 'load_batches', batches)
+        train(market, tmp_path, 'workers = 1')
+    assert left.value.code == interruption.STATUS
+    assert checkpoint.load(str(tmp_path / 'last.pth'))['step'] == 3
+    train(market, tmp_path, 'workers = 1')
+    assert_same(outcome(tmp_path), outcome(uninterrupted('workers = 1')))
 
 
 def test_a_run_that_ends_in_its_first_evaluation_starts_anew(market, tmp_path, monkeypatch, uninterrupted):
