@@ -38,7 +38,7 @@ class Row(NamedTuple):
     memory: int = 0                  # bytes that a case may take beyond what its process holds; 0: any
     counts: int = 1                  # what one case counts for in the table, e.g. kills
     limit: float = 3600              # seconds for the row; what is left over runs with the next call
-    fixed: str = ''                 # what these cases found in the past, and was fixed
+    fixed: str = ''                  # what these cases found in the past, and was fixed
 
 
 def random_of(name, number):
