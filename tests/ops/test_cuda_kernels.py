@@ -203,7 +203,8 @@ def odd_rows(dtype):
     return x.to(dtype), y.to(dtype)
 
 
-OF_DISTANCES = [('plain', 'forward'), ('plain', 'reverse'), ('plain', '1'), ('address', 'forward'), LONG_RACES]
+OF_DISTANCES = [('plain', 'forward'), ('plain', 'reverse'), ('plain', '1'), ('address', 'forward'),
+                pytest.param('thread', '1', marks=pytest.mark.long)]
 
 
 @pytest.mark.parametrize('kind, order', OF_DISTANCES)
