@@ -96,13 +96,14 @@ def write_onnx(program, images, path, metadata):
                                  output_names=['features'], external_data=False, verbose=False)
     made.model.ir_version = IR_VERSION
     made.model.metadata_props.update(mgn=metadata, sha256='0' * 64)
-    unsealed = made.model_proto.SerializeToString()
-    Path(path).write_bytes(sealed(unsealed, hashlib.sha256(unsealed).hexdigest()))
+    Path(path).write_bytes(sealed(made.model_proto.SerializeToString()))
 
 
-def sealed(content, digest='0' * 64):
-    """The bytes of an ONNX file, with `digest` as its property sha256: a hash of them with zeros there."""
-    return re.sub(rb'sha256\x12@[0-9a-f]{64}', b'sha256\x12@' + digest.encode(), content)
+def sealed(content):
+    """The bytes of an ONNX file with the right property sha256: their hash with zeros in its place."""
+    place = rb'(?<=sha256\x12@)[0-9a-f]{64}'
+    digest = hashlib.sha256(re.sub(place, b'0' * 64, content)).hexdigest()
+    return re.sub(place, digest.encode(), content)
 
 
 def read_onnx(path):
@@ -111,13 +112,12 @@ def read_onnx(path):
     try:
         content = Path(path).expanduser().read_bytes()
         session = runtime.InferenceSession(content, providers=['CPUExecutionProvider'])
-        properties = session.get_modelmeta().custom_metadata_map
-        metadata = json.loads(properties['mgn'])
+        metadata = json.loads(session.get_modelmeta().custom_metadata_map['mgn'])
         taken, given = session.get_inputs()[0], session.get_outputs()[0]
         if [taken.name, taken.type, *taken.shape[1:], *given.shape[1:]] != [
                 'images', 'tensor(uint8)', 3, *metadata['input_size'], metadata['D']]:
             raise ValueError('its network is not the one of its metadata')
-        if properties['sha256'] != hashlib.sha256(sealed(content)).hexdigest():
+        if b'sha256\x12@' not in content or content != sealed(content):
             raise ValueError('it is damaged: its bytes are not those of its checksum')
     except Exception as error:  # foreign bytes can raise nearly anything
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]

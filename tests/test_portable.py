@@ -1,6 +1,5 @@
 """Exported files: the features of `embed` by onnxruntime and by PyTorch, metadata, and what is refused."""
 
-import hashlib
 import json
 import logging
 import math
@@ -106,9 +105,15 @@ def write_means(path, **metadata):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', portable.OPSET)])
     model.ir_version = portable.IR_VERSION
     helper.set_model_props(model, {'mgn': json.dumps({'D': 3, 'input_size': [6, 4], **metadata}), 'sha256': '0' * 64})
-    unsealed = model.SerializeToString()
-    path.write_bytes(portable.sealed(unsealed, hashlib.sha256(unsealed).hexdigest()))
+    path.write_bytes(portable.sealed(model.SerializeToString()))
     return str(path)
+
+
+def test_a_file_without_a_checksum_is_refused(tmp_path):
+    path = write_means(tmp_path / 'a.onnx')
+    (tmp_path / 'a.onnx').write_bytes((tmp_path / 'a.onnx').read_bytes().replace(b'sha256', b'sha257'))
+    with pytest.raises(UserError, match='a.onnx is no ONNX file of mgn.export .*checksum'):
+        mgn.load(path)
 
 
 @pytest.mark.parametrize('place', [0.1, 0.5, 0.8])
