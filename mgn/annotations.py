@@ -26,10 +26,12 @@ def check(value, annotation, name):
 
 
 def check_all(values, configurable, where=''):
-    """UserError where one of {parameter: value} does not fit; `where` is written before the parameter's name."""
-    for name, annotation in of_parameters(configurable).items():
-        if name in values:
-            check(values[name], annotation, f'{where}{name}')
+    """UserError where one of {parameter: value} is none or does not fit; `where` is written before its name."""
+    expected = of_parameters(configurable)
+    for name, value in values.items():
+        if name not in expected:
+            raise UserError(f'{where}{name} is unknown; another version of this project may know it')
+        check(value, expected[name], f'{where}{name}')
 
 
 def fits(value, annotation):

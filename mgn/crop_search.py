@@ -67,12 +67,15 @@ def search(checkpoint, weights: str | None = gin.REQUIRED, query: str | None = g
 
 
 def images_in(place):
-    """Paths of the image `place`, or of all in that folder and those in it, sorted; links to folders are left out."""
+    """Paths of the image `place`, or of all in that folder and those in it, sorted.
+
+    Hidden ones and links to folders are left out.
+    """
     if os.path.isfile(place):
         return [place]
     walk = os.walk(place, onerror=lambda error: logger.warning('a folder is left out: %s', error))
     paths = [os.path.join(folder, name) for folder, _, names in walk for name in names
-             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith('.')]
+             if name.lower().endswith(IMAGE_SUFFIXES) and '/.' not in os.path.join('/', folder[len(place):], name)]
     if not paths:
         raise MissingFile(f'There is no image in {place} ({", ".join(IMAGE_SUFFIXES)}); correct the path')
     return sorted(paths)
@@ -133,7 +136,8 @@ def read_part(path, made, width, present):
     except Exception as error:  # damaged bytes of a zip file can raise nearly anything
         if isinstance(error, MemoryError):
             raise
-        raise UserError(f'{path} is damaged: {error}; remove it, and its features are made again') from error
+        reason = str(error).split('. ')[0]  # NumPy goes on with how to run the code in it
+        raise UserError(f'{path} is damaged: {reason}; remove it, and its features are made again') from error
     if str(found) != made:
         raise UserError(f'{path} holds features of other weights or settings; bind another features_dir, or remove '
                         f'{os.path.dirname(path)}')

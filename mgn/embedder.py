@@ -39,7 +39,7 @@ class Embedder:
     def open_weights(self, path, device, precision, flip_test):
         content = weights.load_checkpoint(path)
         values = weights.saved_values(content['config'], path)
-        options = {name: values[f'MGN.{name}'] for name in annotations.of_parameters(MGN) if f'MGN.{name}' in values}
+        options = weights.options_in(values)
         self.input_size = values.get('input_size', (384, 128))
         annotations.check_all(options, MGN, f'{path}: MGN.')
         annotations.check_all({'input_size': self.input_size}, Extractor, f'{path}: ')
@@ -49,8 +49,8 @@ class Embedder:
         # The caller's random numbers stay, and neither their default device nor their gin has a say.
         with torch.random.fork_rng(devices=()), torch.device('cpu'):
             model = MGN(**{**defaults, **options, 'num_classes': 0, 'fresh': False})
-        checkpoint.load_model(model, content['model'], path, without='.classifier.')
         model.to(self.device, torch.float32, memory_format=torch.channels_last).eval()
+        checkpoint.load_model(model, content['model'], path, without='.classifier.')
         self.dim, self.forward = model.feature_dim, functools.partial(extractor.forward, model)
 
     @torch.no_grad()
@@ -66,7 +66,7 @@ class Embedder:
         Raises:
             UserError: another kind of image, or one that cannot be read.
         """
-        if not isinstance(images, (list, tuple, torch.Tensor, np.ndarray)):
+        if not isinstance(images, (list, tuple, torch.Tensor, np.ndarray)) or getattr(images, 'ndim', 4) == 0:
             raise UserError(f'embed takes a list of images or a tensor of them, not {shown(images)}; put it '
                             f'into a list')
         parts = [torch.empty(0, self.dim, dtype=torch.float32, device='cpu')]
@@ -77,12 +77,12 @@ class Embedder:
 
     def as_tensor(self, image, bgr):
         """(3, h, w) uint8, RGB."""
-        if isinstance(image, (str, bytes)) or hasattr(image, '__fspath__'):
+        if isinstance(image, str) or hasattr(image, '__fspath__'):
             return self.decode(image)
-        if isinstance(image, Image.Image):
+        if isinstance(image, Image.Image) and image.mode not in ('I', 'F'):  # these do not say which number is white
             try:
                 image, bgr = rgb_array(image), False
-            except (OSError, ValueError) as error:  # Pillow reads the file now, or has closed it
+            except Exception as error:  # Pillow reads the file now, or has closed it; see Decoder
                 raise UserError(f'A PIL image cannot be read: {error}; give another') from error
         if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
             image = torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -18,7 +18,7 @@ from mgn.data.sampler import IdentitySampler
 from mgn.data.loader import count_unreadable, load_batches
 from mgn.devices import Precision, find_device, resolve_precision
 from mgn.evaluation import evaluate
-from mgn.features import Extractor, Size, check_same_data
+from mgn.features import Extractor, Size, check_same_data, hash_of, image_lists
 from mgn.losses import make_losses, mgn_losses
 from mgn.model import MGN
 from mgn.ops import METRICS, implementation
@@ -147,7 +147,8 @@ class Training:
         self.network, self.network_losses = (distributed(module, self.device, group) for module in (model, losses))
         optimizer = make_optimizer(torch.nn.ModuleList([model, losses]))
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == 'float16')
-        self.state = checkpoints.State(model, losses, optimizer, scaler, Meter(), self.num_classes)
+        self.state = checkpoints.State(model, losses, optimizer, scaler, Meter(), self.num_classes,
+                                       hash_of(image_lists(self.dataset, 'train').values()))
         self.saved_step = None  # of last.pth, if it is intact
         self.best = best_so_far(self.output_dir) if saved and self.first else -1.0
         if saved:

@@ -77,21 +77,30 @@ def read(path):
     if not checkpoint.is_own(content):
         return from_elsewhere(content, path)
     content = checkpoint.checked(content, path)
-    options = {name.removeprefix('MGN.'): value for name, value in saved_values(content['config'], path).items()
-               if name.startswith('MGN.')}
+    options = options_in(saved_values(content['config'], path))
     return Weights(path, 'a checkpoint of mgn.train', content['model'], options, {}, [])
+
+
+def options_in(values):
+    """The options of MGN among saved_values."""
+    return {name.removeprefix('MGN.'): value for name, value in values.items() if name.startswith('MGN.')}
 
 
 def saved_values(config, path):
     """What the configuration of a checkpoint binds, {'MGN.backbone': 'resnet50', 'input_size': (384, 128), …}."""
     values = {}
+
+    def plain(value):  # with the values of macros in their place
+        if isinstance(value, (tuple, list)):
+            return tuple(map(plain, value))
+        return plain(values.get(repr(value)[1:])) if repr(value).startswith('%') else value
     try:
         for statement in gin.config_parser.ConfigParser(config, gin.config.ParserDelegate(skip_unknown=True)):
             if isinstance(statement, gin.config_parser.BindingStatement):
                 values['.'.join(filter(None, (statement.selector, statement.arg_name)))] = statement.value
+        return {name: plain(value) for name, value in values.items()}
     except (ValueError, SyntaxError, TypeError, RecursionError, tokenize.TokenError) as error:
         raise UserError(f'The configuration in {path} cannot be read: {error}. Give another checkpoint.') from None
-    return {name: values.get(str(value)[1:]) if str(value).startswith('%') else value for name, value in values.items()}
 
 
 def load_backbone(resnet, weights, name):

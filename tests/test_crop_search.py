@@ -107,6 +107,15 @@ def test_an_unreadable_image_whose_name_begins_like_a_readable_one_shifts_no_fea
     assert rows[0] == {'path': str(crops / '4.png'), 'similarity': 1.0} and len(rows) == 11
 
 
+def test_hidden_files_and_folders_are_left_out_but_the_gallery_may_lie_in_one(content, crops, capsys):
+    write_image(crops / '.thumbnails/9.png', 0, (30, 20))
+    write_image(crops / '.9.png', 0, (30, 20))
+    os.rename(crops, crops.parent / '.crops')
+    for gallery in (crops.parent / '.crops', f'{crops.parent}/.crops/'):
+        rows = found(content, capsys, query=str(crops.parent / '.crops/0.png'), gallery=str(gallery), k=99)
+        assert len(rows[0]['nearest']) == 11
+
+
 def test_broken_links_and_pipes_are_named_and_left_out(content, crops, capsys, caplog):
     os.symlink('nowhere.png', crops / 'broken.png')
     os.symlink('loop.png', crops / 'loop.png')

@@ -154,6 +154,17 @@ def test_resuming_under_another_configuration_says_what_changed_and_obeys_it(mar
     assert (biases['initial_lr'], biases['weight_decay']) == (1.0, 0)
 
 
+def test_other_images_of_as_many_identities_are_named(market, copy, tmp_path, caplog):
+    shutil.copytree(market, tmp_path / 'market')
+    train(tmp_path / 'market', copy)
+    assert 'differ from those of the checkpoint' not in caplog.text  # the same, elsewhere
+    folder = next(tmp_path.glob('market/**/bounding_box_train'))
+    image = min(path.name for path in folder.iterdir())
+    (folder / image).rename(folder / f'{image[:4]}_c9_{image[8:]}')
+    train(tmp_path / 'market', copy)
+    assert 'the images to train on, or their pids or camids, differ from those of the checkpoint' in caplog.text
+
+
 def test_a_longer_run_goes_on_from_a_finished_one(market, copy):
     train(market, copy, 'total_steps = 9')
     assert checkpoint.load(str(copy / 'last.pth'))['step'] == 9

@@ -1,5 +1,6 @@
 """Weights of other projects: what is recognised, converted, chosen and refused; evaluation, training and mgn.load."""
 
+import io
 import logging
 import re
 from collections import OrderedDict
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import smooth_pixels
 from fastreid_layouts import state_of
 from PIL import Image
 from test_model import images, shake
@@ -234,6 +236,7 @@ def test_load_leaves_random_state_and_takes_no_binding_of_the_callers_gin(files)
 
 
 @pytest.mark.parametrize('change, default', [(torch.set_default_dtype, torch.float64),
+                                             (torch.set_default_dtype, torch.bfloat16),
                                              (torch.set_default_device, 'meta')])
 def test_features_are_float32_on_the_cpu_whatever_the_callers_defaults(files, change, default):
     images = [np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)]
@@ -299,7 +302,7 @@ def test_images_of_every_kind_give_the_features_of_extraction(small, market):
 
 
 @pytest.mark.parametrize('image', [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), torch.zeros(3, 4, 4), 5, None,
-                                   np.zeros((0, 4, 3), np.uint8), torch.zeros(1, 4, 4, dtype=torch.uint8)])
+                                   b'JPEG', np.zeros((0, 4, 3), np.uint8), torch.zeros(1, 4, 4, dtype=torch.uint8)])
 def test_what_is_no_image_is_refused(small, image):
     with pytest.raises(UserError, match='Images must be a .* uint8 tensor, or a list of paths'):
         mgn.load(small[0], device='cpu').embed([image])
@@ -326,19 +329,35 @@ def test_other_batch_sizes_are_refused(small, batch_size):
 
 def test_what_is_no_list_is_refused(small):
     embedder = mgn.load(small[0], device='cpu')
-    for images in (iter([]), 'a.jpg', Image.new('RGB', (4, 4)), None, {}):
+    for images in (iter([]), 'a.jpg', Image.new('RGB', (4, 4)), None, {}, torch.tensor(3), np.array('a.jpg')):
         with pytest.raises(UserError, match='takes a list of images or a tensor of them, not .*; put it into a list'):
             embedder.embed(images)
 
 
 def test_a_pil_image_of_a_damaged_file_or_of_no_pixel_is_refused(small, tmp_path):
-    Image.new('RGB', (90, 90)).save(tmp_path / 'a.png')
-    (tmp_path / 'a.png').write_bytes((tmp_path / 'a.png').read_bytes()[:80])
-    embedder = mgn.load(small[0], device='cpu')
-    with pytest.raises(UserError, match='A PIL image cannot be read: .*truncated'):
-        embedder.embed([Image.open(tmp_path / 'a.png')])
+    Image.fromarray(smooth_pixels(90, 90)).save(tmp_path / 'a.png')
+    whole, embedder = (tmp_path / 'a.png').read_bytes(), mgn.load(small[0], device='cpu')
+    flipped = bytearray(whole)
+    flipped[whole.index(b'IDAT') + 60] ^= 0x55
+    for damaged in whole[:200], bytes(flipped):  # Pillow forgets the second one's error once it has raised it
+        with pytest.raises(UserError, match='A PIL image cannot be read: .*(truncated|broken)'):
+            embedder.embed([Image.open(io.BytesIO(damaged))])
     with pytest.raises(UserError, match='Images must be'):
         embedder.embed([Image.new('RGB', (0, 4))])
+
+
+@pytest.mark.parametrize('mode', ['I', 'F'])
+def test_a_pil_image_that_does_not_say_which_number_is_white_is_refused(small, mode):
+    with pytest.raises(UserError, match=f'Images must be .*, but one is .*mode={mode}'):
+        mgn.load(small[0], device='cpu').embed([Image.new('L', (4, 4), 200).convert(mode)])
+
+
+def test_an_error_of_any_class_of_pillow_is_a_sentence(small, monkeypatch):
+    def load(image):
+        raise SyntaxError('Failed to decode frame 0')
+    monkeypatch.setattr(Image.Image, 'load', load)
+    with pytest.raises(UserError, match='A PIL image cannot be read: Failed to decode frame 0; give another'):
+        mgn.load(small[0], device='cpu').embed([Image.new('RGB', (4, 4))])
 
 
 @pytest.mark.parametrize('options', [dict(batch_size=0), dict(flip_test='no')])
@@ -354,10 +373,21 @@ def test_a_crafted_configuration_of_a_checkpoint_is_refused_by_load(tmp_path):
     assert mgn.load(str(tmp_path / 'fine.pth'), 'cpu').embed(images(1).byte()).shape == (1, 2048)
     for text, message in (('MGN.parts = "abc"', 'MGN.parts must be values in parentheses'),
                           ('MGN.bnneck = 3', 'True or False'), ('MGN.parts = (1', 'cannot be read'),
-                          ('input_size = 3', 'input_size must be values in parentheses')):
+                          ('input_size = 3', 'input_size must be values in parentheses'),
+                          ('MGN.parts = (1, %two)\ntwo = %two', 'cannot be read: maximum recursion'),
+                          ('MGN.squares = 3', 'MGN.squares is unknown; another version of this project')):
         checkpoint.save(str(tmp_path / 'bad.pth'), {**content, 'config': text})
         with pytest.raises(UserError, match=message):
             mgn.load(str(tmp_path / 'bad.pth'), 'cpu')
+
+
+def test_a_configuration_may_bind_macros_in_tuples_and_of_macros(tmp_path):
+    text = ("MGN.backbone = %name\nname = %other\nother = 'resnet18'\n"
+            "MGN.parts = (1, %two)\nMGN.last_strides = (2, 1)\ntwo = 2\ninput_size = (64, 32)")
+    model, path = MGN(0, 'resnet18', False, (1, 2), (2, 1)), str(tmp_path / 'best.pth')
+    checkpoint.save(path, {'config': text, 'num_classes': 0, 'step': 0, 'model': model.state_dict()})
+    assert mgn.load(path, 'cpu').dim == 4 * 256 and weights.read(path).options['parts'] == (1, 2)
+    assert weights.saved_values("file = '%name'", path) == {'file': '%name'}  # a string
 
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit')

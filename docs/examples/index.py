@@ -13,7 +13,7 @@ import faiss
 import mgn
 
 model = mgn.load(sys.argv[1])
-gallery, query = (sorted(path for path in Path(folder).rglob('*.*') if path.suffix in ('.jpg', '.png'))
+gallery, query = (sorted(path for path in Path(folder).rglob('*.*') if path.suffix.lower() in ('.jpg', '.jpeg', '.png'))
                   for folder in sys.argv[2:])
 
 index = faiss.IndexFlatIP(model.dim)          # features are normalised: products are cosines

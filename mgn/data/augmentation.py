@@ -76,8 +76,8 @@ class Augmentation:
 
     def erasing_box(self, rng, height, width):
         for _ in range(100):  # a box that does not fit is drawn again, as in the published code
-            area = height * width * rng.uniform(*self.erasing_area)
-            aspect = rng.uniform(*self.erasing_aspect)
+            area = height * width * rng.uniform(*sorted(self.erasing_area))
+            aspect = rng.uniform(*sorted(self.erasing_aspect))
             h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if h < height and w < width:
                 top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)

@@ -150,7 +150,7 @@ def csv_table(root: str, file: str = 'dataset.csv') -> Dataset:
 
 
 @gin.configurable
-def joined(datasets: tuple[Dataset, ...] = gin.REQUIRED) -> Dataset:
+def joined(datasets: tuple[Dataset, ...] = ()) -> Dataset:
     """Several data sets to train on at once: their identities and cameras are all different. Tests on the first."""
     if not datasets:
         raise UserError('joined.datasets is empty; bind e.g. joined.datasets = (@market1501(), @msmt17())')

@@ -89,7 +89,6 @@ class Decoder:
             frames = getattr(image, 'n_frames', 1)
             if frames > 1 and image.format != 'MPO':  # the further images of a photograph are not wanted
                 raise ValueError(f'an animation of {frames} images; replace it by one image')
-            image.load()
             return rgb_array(image)
 
     def fits(self, width, height):
@@ -102,6 +101,7 @@ class Decoder:
 
 def rgb_array(image):
     """A PIL image → (h, w, 3) uint8, upright as its EXIF data say, without transparency."""
+    image.load()  # raises, where the file is damaged, what the next line would suppress
     with contextlib.suppress(Exception):  # damaged EXIF data turn nothing, as in fast-reid
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith('I'):  # 16 bits of grey, which Pillow's conversion would clip at 255

@@ -48,7 +48,7 @@ class Damaged(UserError):
 class State:
     """A run behind `step` steps. To add a field: declare it here, write it in `content`, read it in `restore`.
 
-    losses: a module, whose parameters are trained like the model's.
+    losses: a module, whose parameters are trained like the model's. images: a hash of the images to train on.
     """
     model: torch.nn.Module
     losses: torch.nn.Module
@@ -56,12 +56,13 @@ class State:
     scaler: torch.amp.GradScaler
     meter: Any
     num_classes: int
+    images: str = ''
     step: int = 0
 
     def content(self):
         """What last.pth holds."""
-        return {'config': configuration(), 'num_classes': self.num_classes, 'step': self.step,
-                'model': self.model.state_dict(), 'losses': self.losses.state_dict(),
+        return {'config': configuration(), 'num_classes': self.num_classes, 'images': self.images,
+                'step': self.step, 'model': self.model.state_dict(), 'losses': self.losses.state_dict(),
                 'optimizer': self.optimizer.state_dict(), 'optimizer_class': type(self.optimizer).__name__,
                 'scaler': self.scaler.state_dict(), 'meter': self.meter.state()}
 
@@ -82,6 +83,8 @@ class State:
             raise UserError(f'{path} holds weights alone, but training resumes only from the whole state of a run. '
                             f'Move the file, or bind another output_dir.')
         logger.info('resuming from %s, step %d', path, content['step'])
+        if content.get('images', self.images) != self.images:
+            logger.warning('the images to train on, or their pids or camids, differ from those of the checkpoint')
         lines = difflib.unified_diff(content['config'].splitlines(), configuration().splitlines(), n=0, lineterm='')
         changes = [line for line in lines if line[:1] in '+-' and line[:3] not in ('+++', '---')]
         if changes:
@@ -263,4 +266,5 @@ def misfit(value, expected):
     plain = value.layout == torch.strided and value.device.type == 'cpu'
     known = value.dtype in {*FLOAT_TYPES, *INTEGER_TYPES, torch.bool}
     if not plain or not known or value.is_floating_point() != expected.is_floating_point():
-        return f'has type {value.dtype}, {value.layout} on {value.device} instead of {expected.dtype}'
+        wanted = expected.dtype if known else torch.float32
+        return f'has type {value.dtype}, {value.layout} on {value.device} instead of {wanted}'

@@ -238,6 +238,12 @@ def test_boxes_stay_inside_tiny_images(size):
     assert (bottom <= size[0]).all() and (right <= size[1]).all()
 
 
+def test_a_range_whose_ends_are_exchanged_is_the_same_range():
+    draws = [all_draws(steps=1, erasing_probability=1.0, erasing_area=area, erasing_aspect=aspect).erase
+             for area, aspect in (((0.02, 0.4), (0.3, 3.0)), ((0.4, 0.02), (3.0, 0.3)))]
+    assert torch.equal(*draws) and draws[0].any()
+
+
 def test_a_box_that_can_never_fit_erases_nothing():
     draws = all_draws(steps=1, size=(8, 8), erasing_probability=1.0, erasing_area=(1.0, 1.0), erasing_aspect=(1.0, 1.0))
     assert not draws.erase.any()

@@ -419,4 +419,4 @@ def test_joined_sets_keep_identities_and_cameras_apart_and_test_on_the_first(tmp
     assert [(s.pid, s.camid) for s in both.train[6:9]] == [(5, 4), (5, 5), (5, 6)]  # behind 3 and 2, from 1 on
     assert len({s.pid for s in both.train}) == 10 and len({s.camid for s in both.train}) == 7
     with pytest.raises(ValueError, match='joined.datasets is empty'):
-        datasets.joined(())
+        datasets.joined()

@@ -260,6 +260,12 @@ def test_a_classifier_of_another_size_is_refused_where_the_whole_model_is_wanted
         checkpoint.load_model(model(3), model(classes).state_dict(), 'best.pth')
 
 
+def test_types_that_are_no_weights_are_named_beside_one_that_is():
+    value = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    assert checkpoint.misfit(value, value) == (
+        'has type torch.float8_e4m3fn, torch.strided on cpu instead of torch.float32')
+
+
 @pytest.mark.parametrize('classes', [0, 7])
 def test_where_features_are_wanted_classifiers_are_dropped(classes):
     source, target = model(classes).state_dict(), model(0)
