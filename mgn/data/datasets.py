@@ -13,7 +13,7 @@ from typing import Annotated, Literal, NamedTuple
 import gin
 import numpy as np
 
-from mgn.data import pedestrians as drawn_pedestrians
+from mgn.data.pedestrians import FOLDERS, GALLERY, QUERY, TRAIN, write_pedestrians
 from mgn.ops.errors import FileError, MissingFile, UserError
 from mgn.runs.files import writing
 from mgn.runs.log import logger
@@ -171,11 +171,8 @@ def pedestrians(root: str, seed: Seed = 0, draw: bool = True) -> Dataset:
     """
     if draw:
         with writing(root, 'Free disk space or bind data_root to another folder.'):
-            drawn_pedestrians.write_pedestrians(os.path.expanduser(root), seed)
+            write_pedestrians(os.path.expanduser(root), seed)
     return read_market_layout('pedestrians', root)
-
-
-TRAIN, QUERY, GALLERY = MARKET_FOLDERS = ('bounding_box_train', 'query', 'bounding_box_test')
 
 
 def find_folder(root, aliases, to_train, to_evaluate):
@@ -201,7 +198,7 @@ def read_market_layout(name, root, aliases=('',), published=None, camera_require
     """The data set in the first root/alias that has Market-1501's folders. published: sizes, as COUNTED, or None."""
     folder, not_to_train = find_folder(root, aliases, (TRAIN,), (QUERY, GALLERY))
     parts = [[] if part == TRAIN and not_to_train else read_market_folder(os.path.join(folder, part), camera_required)
-             for part in MARKET_FOLDERS]
+             for part in FOLDERS]
     without_camera = [sample.path for part in parts for sample in part if sample.camid is None]
     if without_camera and len(without_camera) < sum(map(len, parts)):
         raise UserError(f'Either all file names of {folder} contain a camera or none, but {without_camera[0]} has none '
