@@ -164,15 +164,12 @@ def save(path, content, keep_as=None):
             raise
 
 
-def load(path, mmap=False):
-    """The content of a checkpoint of this project, tensors on the CPU.
-
-    mmap: tensors stay in the file until they are read. Raises as `read` and `checked` do.
-    """
-    return checked(read(path, mmap), path)
+def load(path):
+    """The content of a checkpoint of this project, tensors on the CPU. Raises as `read` and `checked` do."""
+    return checked(read(path), path)
 
 
-def read(path, mmap=False):
+def read(path):
     """What torch.save has written to a file, in whatever project, tensors on the CPU. Checksums are verified.
 
     Raises MissingFile, Damaged, UserError where there is more in it than data, or OSError where it cannot be read.
@@ -188,8 +185,7 @@ def read(path, mmap=False):
             raise Damaged(f'{path} is damaged: {damaged} in it has another checksum than was written. Give another '
                           f'file.')
     with errors_explained(UserError, f'{path} cannot be loaded as weights'), torch.serialization.safe_globals(NUMBERS):
-        return plain(torch.load(path, map_location='cpu', weights_only=True, mmap=mmap and not legacy),
-                     os.path.getsize(path))
+        return plain(torch.load(path, map_location='cpu', weights_only=True), os.path.getsize(path))
 
 
 def plain(value, size):

@@ -108,7 +108,7 @@ def best_so_far(output_dir):
     """The mAP of best.pth, or -1 if there is none; a damaged one is renamed to best.pth.damaged."""
     path, mAP = os.path.join(output_dir, 'best.pth'), None
     try:
-        mAP = checkpoints.load(path, mmap=True).get('mAP')
+        mAP = checkpoints.load(path).get('mAP')
     except FileNotFoundError:
         pass
     except checkpoints.Damaged as error:
