@@ -129,6 +129,9 @@ def _gradient(x, y, dist, grad, metric):
         number = DISTANCES.index(metric)
         compiled.pairwise_distance_gradient.default(x.contiguous(), y.contiguous(), dist, grad, number, result)
         return result
+    # ∂‖x − y‖ = (x − y) / ‖x − y‖; of its square (x − y) / ½, of half its square (x − y) / 1.
+    if dist is None:
+        dist = grad.new_tensor(0.5 if metric == 'sqeuclidean' else 1).expand(grad.shape)
     rows = max(1, min(1024, math.isqrt(2**24 // max(x.shape[1], 1))))  # rows × rows × D elements at a time at most
     for i in range(0, x.shape[0], rows):
         x_block = x[i:i + rows].to(dtype)
@@ -138,11 +141,7 @@ def _gradient(x, y, dist, grad, metric):
             y_block = y[j:j + rows].to(dtype)
             y_block = unit(y_block)[0] if metric == 'cosine' else y_block.contiguous()
             weight = grad[i:i + rows, j:j + rows].to(dtype).contiguous()
-            # ∂‖x − y‖ = (x − y) / ‖x − y‖; of its square (x − y) / ½, of half its square (x − y) / 1.
-            if dist is None:
-                divisor = torch.full_like(weight, 0.5 if metric == 'sqeuclidean' else 1)
-            else:
-                divisor = dist[i:i + rows, j:j + rows].to(dtype).contiguous()
+            divisor = dist[i:i + rows, j:j + rows].to(dtype).contiguous()
             if dtype == torch.float64:
                 pull += sum_of_differences(weight, x_block, y_block, divisor)
             else:
