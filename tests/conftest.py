@@ -82,13 +82,20 @@ def heard():
 
 
 @pytest.fixture
-def clean_gin_and_one_thread():
-    """No binding outlives the test, which runs on one thread: two processes of tests share the cores."""
+def clean_gin():
+    """The test begins without bindings, and none outlives it."""
+    gin.clear_config()
+    yield
+    gin.clear_config()
+
+
+@pytest.fixture
+def clean_gin_and_one_thread(clean_gin):
+    """The same, and the test runs on one thread: two processes of tests share the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    gin.clear_config()
 
 
 @pytest.fixture(scope='session')

@@ -17,12 +17,7 @@ from mgn.ops.errors import FileError, UserError
 
 PROJECT = Path(mgn.__file__).parent.parent
 RECIPES = sorted(path.name for path in (PROJECT / 'gin').glob('*.gin'))
-
-
-@pytest.fixture(autouse=True)
-def bindings_end_with_the_test():
-    yield
-    gin.clear_config()
+pytestmark = pytest.mark.usefixtures('clean_gin')
 
 
 def value(name):

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import gin
 import pytest
 import torch
 
@@ -10,13 +9,7 @@ from mgn import config, optim
 from mgn.model import MGN
 
 RECIPES = Path(__file__).parents[1] / 'gin'
-
-
-@pytest.fixture(autouse=True)
-def clean_gin():
-    gin.clear_config()
-    yield
-    gin.clear_config()
+pytestmark = pytest.mark.usefixtures('clean_gin')
 
 
 @pytest.fixture(scope='module')

@@ -10,13 +10,7 @@ from thin import thin, train  # noqa: F401 (a fixture)
 from mgn import config, schedules
 
 RECIPES = Path(__file__).parents[1] / 'gin'
-
-
-@pytest.fixture(autouse=True)
-def clean_gin():
-    gin.clear_config()
-    yield
-    gin.clear_config()
+pytestmark = pytest.mark.usefixtures('clean_gin')
 
 
 @pytest.mark.parametrize('recipe, total, warmup, milestones', [
