@@ -31,17 +31,9 @@ def reciprocal(items, half):
 
 def mean_rows(offsets, columns, values, items):
     """Means of the rows that items (N, k2) name."""
-    dense, rows, means = np.zeros(len(offsets) - 1), [], []
-    for near in items.numpy():
-        touched = []
-        for row in near:
-            row_columns, row_values = row_of(offsets, columns, values, row)
-            dense[row_columns] += row_values
-            touched.append(row_columns)
-        rows.append(np.unique(np.concatenate(touched)))
-        means.append(dense[rows[-1]] / len(near))
-        dense[rows[-1]] = 0
-    return *joined(rows), flat(means, np.float64)
+    near = ((row_of(offsets, columns, values, row) for row in rows) for rows in items.numpy())
+    starts, touched, sums = sums_of(near, len(offsets) - 1)
+    return starts, touched, sums / items.shape[1]
 
 
 def transpose(offsets, columns, values, width):
@@ -53,17 +45,26 @@ def transpose(offsets, columns, values, width):
 
 def overlap(offsets, columns, values, column_offsets, column_rows, column_values, items):
     """Jaccard distances of each row to those of `items` others, given as columns, that it overlaps; sparse rows."""
-    dense, rows, jaccard = np.zeros(items), [], []
-    for row in range(len(offsets) - 1):
-        touched = [np.empty(0, np.int32)]
+    def minima(row):
         for column, value in zip(*row_of(offsets, columns, values, row)):
             others, other_values = row_of(column_offsets, column_rows, column_values, column)
-            dense[others] += np.minimum(value, other_values)
-            touched.append(others)
-        rows.append(np.unique(np.concatenate(touched)))
-        jaccard.append(1 - dense[rows[-1]] / (2 - dense[rows[-1]]))
-        dense[rows[-1]] = 0
-    return *joined(rows), flat(jaccard, np.float64)
+            yield others, np.minimum(value, other_values)
+    offsets, others, shared = sums_of(map(minima, range(len(offsets) - 1)), items)
+    return offsets, others, 1 - shared / (2 - shared)
+
+
+def sums_of(rows, width):
+    """Sparse rows of `width` columns, each the sum of several (columns, values)."""
+    dense, columns, sums = np.zeros(width), [], []
+    for terms in rows:
+        touched = [np.empty(0, np.int32)]
+        for term_columns, term_values in terms:
+            dense[term_columns] += term_values
+            touched.append(term_columns)
+        columns.append(np.unique(np.concatenate(touched)))
+        sums.append(dense[columns[-1]])
+        dense[columns[-1]] = 0
+    return *joined(columns), flat(sums, np.float64)
 
 
 def row_of(offsets, columns, values, row):
