@@ -147,10 +147,10 @@ class Ids(NamedTuple):
         return self._replace(query_pids=self.query_pids[block], query_camids=self.query_camids[block])
 
 
-def all_ids(queries, items, query_pids, gallery_pids, query_camids, gallery_camids, device='cpu'):
-    ids = (as_ids(query_pids, queries, 'query_pids'), as_ids(gallery_pids, items, 'gallery_pids'),
-           as_ids(query_camids, queries, 'query_camids'), as_ids(gallery_camids, items, 'gallery_camids'))
-    return Ids(*(torch.from_numpy(array).contiguous().to(device) for array in ids))
+def all_ids(queries, items, *ids, device='cpu'):
+    """ids: as the fields of Ids, of a number of queries and of items."""
+    arrays = map(as_ids, ids, (queries, items) * 2, Ids._fields)
+    return Ids(*(torch.from_numpy(array).contiguous().to(device) for array in arrays))
 
 
 def as_ids(ids, length, name, remedy=NUMBER_THEM):

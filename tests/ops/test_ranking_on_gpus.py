@@ -120,8 +120,8 @@ def test_the_keys_of_all_matches_take_one_launch_where_the_features_lie(fake_gpu
         monkeypatch.setattr(torch.Tensor, 'item', lambda x: 0)
         query, gallery = (torch.empty(n, 64, device='cuda') for n in (11_659, 82_161))
         monkeypatch.setattr(torch.Tensor, 'sub_', lambda x, other: x)  # its sizes are made up
-        monkeypatch.setattr(ranks, 'all_ids', lambda *args: Ids(
-            *(torch.empty(n, dtype=torch.int64, device=args[-1]) for n in (11_659, 82_161, 11_659, 82_161))))
+        monkeypatch.setattr(ranks, 'all_ids', lambda *_, device: Ids(
+            *(torch.empty(n, dtype=torch.int64, device=device) for n in (11_659, 82_161, 11_659, 82_161))))
         ranks.match_ranks(query, gallery, None, None, None, None, metric=metric)
     assert called[0] == 290_000 and set(called[1:]) == {'tile'} and len(launches.waits) <= 4
 

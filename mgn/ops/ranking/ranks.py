@@ -56,7 +56,7 @@ def match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery_
     """
     comparison = compared(query, gallery, metric, precision, streamed=True)
     ids = all_ids(len(query), len(gallery), query_pids, gallery_pids, query_camids, gallery_camids,
-                  comparison.query.device)
+                  device=comparison.query.device)
     query_norms = finite_norms(comparison.query, 'query')
     excluded = identities(ids, as_junk_pid(junk_pid))
     matches = sorted_matches(excluded, ids, functools.partial(keys_in_order, comparison))
