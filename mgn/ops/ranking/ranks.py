@@ -1,6 +1,7 @@
 """Ranks of every query's true matches: the non-matches before each are counted, never sorted."""
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -216,12 +217,9 @@ def in_main_memory(tiles, query, gallery):
             norms, terms = map(in_pinned_memory, tile[2:]), FilterTerms(*map(in_pinned_memory, terms))
             tile = Tile(rows(query, block), rows(gallery, part), *norms)
             yield computing.record_event(), (block, part, tile, terms)
-    before = next(copies := copied(), None)
-    while before:
-        after = next(copies, None)
-        before[0].synchronize()
-        yield before[1]
-        before = after
+    for (copy, tile), _ in itertools.pairwise(itertools.chain(copied(), [None])):  # the next copy has begun
+        copy.synchronize()
+        yield tile
 
 
 def finite_pieces(comparison, pieces, with_norms):
