@@ -201,8 +201,7 @@ class Training:
         """Trains on one batch."""
         state = self.state
         count_unreadable(self.unreadable, batch.unreadable, len(self.dataset.train))
-        factor = self.schedule(state.step, self.total_steps)
-        self.lr = set_lr(state.optimizer, factor)
+        self.lr = set_lr(state.optimizer, self.schedule(state.step, self.total_steps))
         frozen = self.frozen if state.step < self.freeze_steps else ()
         for module in self.frozen if state.step <= self.freeze_steps else ():
             module.train(not frozen)
