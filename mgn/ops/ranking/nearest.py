@@ -105,11 +105,10 @@ def nearest(comparison, query_norms, gallery_norms, k, exclude_self=False, farth
     The largest key is asked for by `farthest`, else None.
     """
     query, gallery, cosine, *_ = comparison
-    wanted = [(k, 1), (1, -1)] if farthest else [(k, 1)]
     searches = [Search(count, sign, min(count + exclude_self + max(16, count // 2), len(gallery)))
-                for count, sign in wanted]
-    results = [(torch.empty(len(query), count, dtype=torch.float64), torch.empty(len(query), count, dtype=torch.int64))
-               for count, _ in wanted]
+                for count, sign in [(k, 1), (1, -1)][:1 + farthest]]
+    results = [[torch.empty(len(query), search.count, dtype=dtype) for dtype in (torch.float64, torch.int64)]
+               for search in searches]
     if len(gallery) and len(query) and k:
         width, is_one = query.shape[1], is_one_tensor(comparison)
         precision = product.available(comparison.precision, query.device, width)
@@ -185,10 +184,8 @@ def settle(comparison, search, block, candidates, error, exclude_self):
     kth = values.gather(1, (unknown + k - 1).clamp(max=capacity - 1)[:, None])[:, 0].double()
     kth[unknown + k > capacity] = torch.inf
     bound = kth + 2 * error
-    if capacity == len(comparison.gallery):
-        crowded = bound.isinf()
-    else:
-        crowded = ~(values[:, -1 - exclude_self] > bound)  # the last may be the query itself
+    # Unless all were selected; the last may be the query itself.
+    crowded = bound.isinf() if capacity == len(comparison.gallery) else ~(values[:, -1 - exclude_self] > bound)
     crowded |= error.isinf()
     is_candidate = (values <= bound[:, None]) & (items >= 0)
     is_candidate = is_candidate[:, :max(int(is_candidate.sum(1).max()), k)]
