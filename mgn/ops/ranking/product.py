@@ -28,10 +28,8 @@ def exact_float32():
     The settings are the whole process's, so one thread at a time; another that changes them meanwhile undoes it.
     """
     settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    with LOCK, contextlib.ExitStack() as stack:
+    with LOCK, torch.autocast('cpu', enabled=False), torch.autocast('cuda', enabled=False):
         before = [setting.fp32_precision for setting in settings]
-        for device in ('cpu', 'cuda'):
-            stack.enter_context(torch.autocast(device, enabled=False))
         try:
             for setting in settings:
                 setting.fp32_precision = 'ieee'
