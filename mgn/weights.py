@@ -205,9 +205,8 @@ def our_name(key, third):
     first, _, rest = key.partition('.')
     if first == 'backbone':
         return f'trunk.{rest}'
-    if first in HEADS[:3]:
-        if place := re.fullmatch(r'([01])\.(\d{1,2})\.(.+)', rest):
-            return f'branches.{HEADS.index(first)}.{int(place[2]) + third * int(place[1])}.{place[3]}'
+    if first in HEADS[:3] and (place := re.fullmatch(r'([01])\.(\d{1,2})\.(.+)', rest)):
+        return f'branches.{HEADS.index(first)}.{int(place[2]) + third * int(place[1])}.{place[3]}'
     for h, head in enumerate(HEADS):
         for theirs, ours in IN_HEADS.items():
             if key == head + theirs or theirs.endswith('.') and key.startswith(head + theirs):
