@@ -153,12 +153,15 @@ def to_first(rows):
         return rows
     lengths = gather(len(rows))
     if number() > 0:
-        dist.send(rows.contiguous(), 0)
+        if len(rows):
+            dist.send(rows.contiguous(), 0)
         return None
     whole = torch.empty(sum(lengths), *rows.shape[1:], dtype=rows.dtype)
-    whole[:len(rows)] = rows
-    for process, block in enumerate(whole.split(lengths)[1:], 1):
-        dist.recv(block, process)
+    for process, block in enumerate(whole.split(lengths)):
+        if process == 0:
+            block.copy_(rows)
+        elif len(block):
+            dist.recv(block, process)
     return whole
 
 
