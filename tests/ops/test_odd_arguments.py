@@ -125,6 +125,14 @@ def spread(tensor):
     return wider[..., 1]
 
 
+def field(tensor):
+    """Of records: its strides are no multiples of a number's size."""
+    array = tensor.numpy()
+    records = np.zeros(array.shape, [('flag', np.int8), ('number', array.dtype)])
+    records['number'] = array
+    return records['number']
+
+
 def inference(tensor):
     with torch.inference_mode():
         return tensor.clone()
@@ -133,6 +141,7 @@ def inference(tensor):
 SAME = {  # forms of one and the same tensor, which may be refused but give no other result
     'array': lambda t: t.numpy(), 'list': lambda t: t.tolist(), 'tuple': lambda t: tuple(t.tolist()),
     'list of tensors': list, 'big-endian': big_endian, 'read-only': read_only, 'spread': spread,
+    'field': field,
     'backwards': lambda t: np.ascontiguousarray(t.numpy()[::-1])[::-1],
     'column order': lambda t: np.asfortranarray(t.numpy()), 'objects': lambda t: t.numpy().astype(object),
     'texts': lambda t: t.numpy().astype(str),

@@ -74,6 +74,17 @@ def test_blocks_of_queries_change_nothing(monkeypatch, device):
         assert torch.equal(expand_queries(query, gallery, 7), whole)
 
 
+def test_another_default_type_of_torch_changes_nothing(device):
+    query, gallery = tensors(device, *problem(5, 12, 7)[:2])
+    expected = expand_queries(query, gallery, 4)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = expand_queries(query, gallery, 4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype == torch.float32 and torch.equal(got, expected)
+
+
 def test_the_inputs_stay_as_they_were_and_the_result_has_no_gradient(device):
     query, gallery = (features.requires_grad_() for features in tensors(device, *problem(4, 6, 3)[:2]))
     before = query.clone(), gallery.clone()

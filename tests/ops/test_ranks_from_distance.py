@@ -101,7 +101,8 @@ def test_ids_spread_over_all_of_int64(ranking):
     ends = np.iinfo(np.int64)
     pids = np.array([ends.min, 5, ends.max, -7, 5, ends.max - 3 * 2 ** 16, ends.min + 3, 5 + 2 ** 16])
     args = distances(8, 8)[0], pids, pids, np.ones(8, int), np.zeros(8, int)
-    assert ranks_of(*args) == naive_ranks(*args)
+    for junk_pid in (-1, ends.min, ends.max):
+        assert ranks_of(*args, junk_pid=junk_pid) == naive_ranks(*args, junk_pid=junk_pid)
 
 
 def test_many_ties_of_many_matches(ranking):
