@@ -7,6 +7,7 @@ import torch
 
 from mgn import config, optim
 from mgn.model import MGN
+from mgn.ops.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / 'gin'
 pytestmark = pytest.mark.usefixtures('clean_gin')
@@ -30,6 +31,13 @@ def test_parameters_with_bias_in_their_name_and_no_others_are_in_the_bias_group(
     assert names_in(weights, model) == {name for name in trainable if 'bias' not in name}
     assert {'trunk.1.bias', 'heads.7.norm.bias'} <= names_in(biases, model)  # of batch normalisation, too
     assert len(weights['params']) + len(biases['params']) == len(trainable)
+
+
+def test_bias_counts_wherever_it_stands_in_a_name():
+    config.load([], [])
+    model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.zeros(1)) for name in ('biases', 'a_bias_b', 'bia')})
+    weights, biases = optim.make_optimizer(model).param_groups
+    assert names_in(weights, model) == {'bia'} and names_in(biases, model) == {'biases', 'a_bias_b'}
 
 
 def test_the_frozen_bias_of_every_neck_is_in_no_group(model):
@@ -89,3 +97,11 @@ def test_one_step_moves_weights_and_biases_by_the_rule():
     optimizer.step()
     torch.testing.assert_close(layer.weight.detach(), weight - 0.5 * (1 + 0.25 * weight))
     torch.testing.assert_close(layer.bias.detach(), bias - 2 * 0.5)
+
+
+@pytest.mark.parametrize('bindings, reason', [(['lr = -0.5'], 'Invalid learning rate'),
+                                              (['Adam.fused = True', 'Adam.foreach = True'], 'cannot be `True`')])
+def test_what_the_optimizer_refuses_is_a_sentence(model, bindings, reason):
+    config.load([], bindings)
+    with pytest.raises(UserError, match=f'The optimizer refuses its bindings: .*{reason}.*; bind others'):
+        optim.make_optimizer(model)

@@ -75,6 +75,12 @@ def test_an_identity_gives_other_images_when_it_is_visited_again():
     assert len(batches) == 50
 
 
+def test_every_place_of_every_step_draws_for_itself():
+    _, _, sampler = make([1000] * 6, 1, 3, 2)
+    draws = [tuple(index % 1000 for index in group) for step in range(4) for group in groups(sampler.batch(step), 2)]
+    assert len(set(draws)) == 12
+
+
 def test_a_batch_is_a_pure_function_of_seed_and_step():
     one, other = (make([3, 1, 5, 4, 2, 7, 4], 3, 3, 4, seed=5)[2] for _ in range(2))
     expected = [one.batch(step) for step in range(20)]
