@@ -84,6 +84,14 @@ def test_each_term_may_have_a_weight_of_its_own():
         mgn_losses(output, labels, triplet_weight=(1.0,))
 
 
+def test_cross_entropy_takes_the_logits_of_the_softmax_asked_for():
+    embeddings, labels = random_anchors((2,), 12, 6, torch.float64)
+    cosines = tuple(random_anchors((), 12, 4, torch.float64, seed=seed)[0].tanh() for seed in range(3))
+    losses = mgn_losses(MGNOutput(cosines, embeddings, torch.empty(12, 0)), labels, softmax=circle_softmax)
+    expected = sum(naive_cross_entropy(circle_softmax(head, labels, 64.0, 0.35), labels, 0.1) for head in cosines)
+    assert losses['cross_entropy'].item() == pytest.approx(0.25 * expected, rel=1e-10)
+
+
 @pytest.mark.parametrize('scale, margin', [(64.0, 0.35), (16.0, 0.25)])
 def test_circle_softmax_equals_its_formula_and_its_gradient_treats_weights_as_constants(scale, margin):
     generator = torch.Generator().manual_seed(0)

@@ -90,6 +90,18 @@ def test_images_of_any_memory_layout_are_taken_and_left_as_they_were():
     assert torch.equal(images, random_images(5, 12, 20, seed=4))
 
 
+def test_the_draws_of_a_part_are_those_of_the_whole_batch():
+    whole, part = (Augmentation().draw(3, 5, count, (24, 12), first) for count, first in ((12, 0), (4, 6)))
+    assert all(torch.equal(of_part, of_whole[6:10]) for of_part, of_whole in zip(part, whole))
+
+
+def test_unless_bound_half_of_the_images_are_flipped_half_erased_and_crops_move_by_10():
+    draws = all_draws()
+    assert draws.top.min() == draws.left.min() == 0 and draws.top.max() == draws.left.max() == 20
+    for share in (draws.flip, draws.erase.any(1)):
+        assert 0.45 < share.double().mean() < 0.55  # 4 standard deviations
+
+
 def test_an_empty_batch_stays_empty():
     none = torch.empty(0, dtype=torch.int64)
     draws = Draws(none.bool(), none, none, none.reshape(0, 4))

@@ -195,10 +195,12 @@ def test_auto_augment_depends_on_seed_step_and_position_alone(tmp_path):
     for step in (5, 3, 0):
         assert same_batch(always[step], batches[step])
     assert torch.equal(torch.get_rng_state(), state)
-    other_seed = make_train_batches(samples, seed=1)
-    other_seed.augmentation, other_seed.sampler = always.augmentation, plain.sampler
     changed = [not torch.equal(a, b) for step in range(6) for a, b in zip(batches[step].images, plain[step].images)]
     assert np.mean(changed) > 0.7  # some policies leave an image as it is
+    image = torch.from_numpy(smooth_pixels(24, 12)).permute(2, 0, 1)
+    for seed, step, position in np.eye(3, dtype=int).tolist():
+        results = [always.augmentation.auto_augment(image, seed * n, step * n, position * n) for n in range(8)]
+        assert len({result.numpy().tobytes() for result in results}) > 4
     for workers in (1, 2):
         loader = iter(torch.utils.data.DataLoader(always, None, sampler=range(2, 6), num_workers=workers))
         assert all(same_batch(got, batches[step]) for step, got in zip(range(2, 6), loader))
