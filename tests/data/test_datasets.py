@@ -67,7 +67,8 @@ def test_market_drops_junk_and_keeps_distractors(tmp_path):
 
 
 def test_files_that_are_no_images_are_passed_over(tmp_path):
-    write_names(tmp_path, ['0002_c1s1_1.jpg', 'Thumbs.db', 'readme.txt'], ['0001_c2s1_1.jpg'], ['0001_c1s1_1.jpg'])
+    train = ['0002_c1s1_1.jpg', 'Thumbs.db', '._0002_c1s1_1.jpg']  # the last is what macOS keeps beside the first
+    write_names(tmp_path, train, ['0001_c2s1_1.jpg'], ['0001_c1s1_1.jpg'])
     assert names(datasets.market1501(str(tmp_path)).train) == ['0002_c1s1_1.jpg']
 
 

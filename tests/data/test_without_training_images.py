@@ -39,6 +39,15 @@ def test_a_folder_that_has_training_images_is_preferred(tmp_path):
     assert datasets.market1501(str(tmp_path)).root == f'{tmp_path}/Market-1501-v15.09.15'
 
 
+def test_every_one_of_joined_data_sets_needs_them(tmp_path):
+    for name, train_names in (('with', ONE_EACH[0]), ('without', [])):
+        write_names(tmp_path / name, train_names, *ONE_EACH[1:])
+    both = tuple(datasets.market_layout(str(tmp_path / name)) for name in ('with', 'without'))
+    for parts in (both, both[::-1]):
+        with pytest.raises(MissingFile, match=f'{tmp_path}/without/bounding_box_train .missing.'):
+            datasets.joined(parts)
+
+
 @pytest.mark.parametrize('missing', ['list_train.txt', 'list_val.txt', 'train'])
 def test_msmt17_without_a_list_or_images_to_train_on_is_read(tmp_path, missing, caplog):
     write_msmt(tmp_path)
