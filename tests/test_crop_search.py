@@ -86,6 +86,46 @@ def test_only_new_and_changed_images_are_made_vanished_ones_not_found(content, c
     assert {row['path']: row['similarity'] for row in rows} == pytest.approx(cosines, abs=2e-6)
 
 
+def touch(path):
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+
+
+def grow(path):
+    """By a byte behind the end of the image, and with the time that it had."""
+    before = path.stat().st_mtime_ns
+    path.write_bytes(path.read_bytes() + b' ')
+    os.utime(path, ns=(0, before))
+
+
+@pytest.mark.parametrize('change', [touch, grow])
+def test_a_new_time_or_size_alone_makes_an_image_a_changed_one(content, crops, capsys, caplog, change):
+    found(content, capsys, query=str(crops / '0.png'), gallery=str(crops))
+    change(crops / '4.png')
+    with caplog.at_level(logging.INFO):
+        found(content, capsys, query=str(crops / '0.png'), gallery=str(crops))
+    assert 'features of 10 images are kept, 1 are to be made' in caplog.text
+
+
+def test_new_parts_overwrite_none_where_an_earlier_one_was_removed(content, crops, capsys, caplog, monkeypatch):
+    listdir, folder = os.listdir, crops.parent / 'crops.features'
+    monkeypatch.setattr(crop_search, 'IMAGES_OF_A_PART', 4)
+    monkeypatch.setattr(os, 'listdir', lambda path: sorted(listdir(path), reverse=True))  # in whatever order
+    found(content, capsys, query=str(crops / '0.png'), gallery=str(crops))
+    os.remove(folder / '00000001.npz')
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            found(content, capsys, query=str(crops / '0.png'), gallery=str(crops))
+    assert sorted(os.listdir(folder)) == [f'0000000{number}.npz' for number in (2, 3, 4)]
+    assert 'features of 11 images are kept, 0 are to be made' in caplog.text
+
+
+def test_hidden_files_are_passed_over(content, crops, capsys, caplog):
+    (crops / '._0.png').write_text('what macOS keeps beside an image')
+    with caplog.at_level(logging.WARNING):
+        assert len(found(content, capsys, query=str(crops), gallery=str(crops), k=99)) == 11
+    assert not caplog.text
+
+
 def test_unreadable_crops_are_named_and_left_out_each_time(content, crops, capsys, caplog):
     (crops / '00.jpg').write_text('no image')
     for _ in range(2):
