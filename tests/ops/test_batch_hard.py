@@ -56,6 +56,14 @@ def test_ties_go_to_the_lowest_index(implementation, device, own):
     assert got.pos_idx.tolist() == expected[2].tolist() and got.neg_idx.tolist() == expected[3].tolist()
 
 
+@pytest.mark.parametrize('scale', [1e25, 1e-25])
+def test_ties_of_distances_whose_squares_float32_does_not_hold_go_to_the_lowest_index(implementation, device, scale):
+    anchors = random_features(1, 60, 3, seed=3, device=device).round().clamp(-1, 1) * scale
+    labels = random_labels(60, 5, device=device)
+    got, expected = batch_hard(anchors, labels), naive(anchors, labels)
+    assert got.pos_idx.tolist() == expected[2].tolist() and got.neg_idx.tolist() == expected[3].tolist()
+
+
 def test_one_image_per_identity_has_itself_as_its_positive(implementation, device):
     anchors = random_features(5, 3, device=device)
     got = batch_hard(anchors, torch.arange(5, device=device))
@@ -182,6 +190,13 @@ def test_gradient_is_0_at_distance_0(implementation, device, dtype, margin):
     loss.sum().backward()
     assert loss.tolist() == pytest.approx([math.log(2) if margin is None else margin] * 2)
     assert (anchors.grad == 0).all()
+
+
+def test_gradient_is_0_where_the_hinge_just_closes(implementation, device):
+    anchors = torch.tensor([[0.0], [1.0], [-1.0]], device=device, requires_grad=True)
+    loss = batch_hard_triplet_loss(anchors, torch.tensor([0, 0, 1], device=device), margin=0.0)  # the first's pairs tie
+    loss.backward()
+    assert loss == 0 and (anchors.grad == 0).all()
 
 
 def test_gradients_of_the_smallest_distances_are_unit_vectors(implementation, device):

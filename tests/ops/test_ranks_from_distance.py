@@ -2,6 +2,7 @@
 definition."""
 
 import importlib.util
+import itertools
 
 import numpy as np
 import pytest
@@ -113,12 +114,12 @@ def test_many_ties_of_many_matches(ranking):
 
 @pytest.mark.parametrize('pid', [9, 1, -1])  # a non-match, an own one, junk
 def test_a_nan_is_an_error_that_names_its_place(ranking, pid):
-    for dtype in (np.float16, np.float32, np.float64):
+    for dtype, column in itertools.product((np.float16, np.float32, np.float64), (2060, 2099)):  # the last, too
         dist, query_pids, gallery_pids, *camids = distances(7, 2100, dtype)
-        query_pids[3], gallery_pids[2060], dist[3, 2060] = 1, pid, np.nan
-        with pytest.raises(ValueError, match='row 3, column 2060 is NaN'):
+        query_pids[3], gallery_pids[column], dist[3, column] = 1, pid, np.nan
+        with pytest.raises(ValueError, match=f'row 3, column {column} is NaN'):
             match_ranks_from_distance(dist, query_pids, gallery_pids, *camids)
-        with pytest.raises(ValueError, match='row 3, column 2060 is NaN'):  # and where nothing is to be ranked
+        with pytest.raises(ValueError, match=f'row 3, column {column} is NaN'):  # and where nothing is to be ranked
             match_ranks_from_distance(dist, query_pids + 100, gallery_pids, *camids)
 
 
