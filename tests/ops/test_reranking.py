@@ -86,6 +86,13 @@ def test_ranks_equal_the_published_formula_on_anything(implementation, data):
           junk_pid=data.draw(st.sampled_from([-1, 0, None])))
 
 
+@pytest.mark.parametrize('lambda_value', [1e-10, 1e-12, 1e-14, 1e-15, 1e-310])
+@pytest.mark.parametrize('metric', METRICS)
+def test_distances_that_a_small_lambda_rounds_to_one_number_tie(implementation, metric, lambda_value):
+    query, gallery, *ids = problem(4, 120, 9, pids=4)
+    check(query, gallery, *ids, k1=5, k2=2, lambda_value=lambda_value, metric=metric)
+
+
 @pytest.mark.parametrize('lambda_value', [0, 0.3, 1])
 @pytest.mark.parametrize('metric', METRICS)
 def test_identical_features_everywhere(implementation, metric, lambda_value):
