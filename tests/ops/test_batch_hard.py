@@ -192,6 +192,12 @@ def test_gradient_is_0_at_distance_0(implementation, device, dtype, margin):
     assert (anchors.grad == 0).all()
 
 
+def test_the_margin_is_three_tenths_unless_given(implementation, device):
+    anchors, labels = random_features(2, 12, 5, device=device), random_labels(12, 4, device=device)
+    assert torch.equal(batch_hard_triplet_loss(anchors, labels), batch_hard_triplet_loss(anchors, labels, 0.3))
+    assert not torch.equal(batch_hard_triplet_loss(anchors, labels), batch_hard_triplet_loss(anchors, labels, 0.31))
+
+
 def test_gradient_is_0_where_the_hinge_just_closes(implementation, device):
     anchors = torch.tensor([[0.0], [1.0], [-1.0]], device=device, requires_grad=True)
     loss = batch_hard_triplet_loss(anchors, torch.tensor([0, 0, 1], device=device), margin=0.0)  # the first's pairs tie

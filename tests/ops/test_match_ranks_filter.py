@@ -224,6 +224,23 @@ def test_denormal_features_count_even_while_torch_flushes_them(ranking, metric):
         assert got == expected
 
 
+def test_torch_multiplies_in_exact_float32_whatever_it_was_told(monkeypatch):
+    asked = []
+
+    def products(query, items):
+        asked.append((torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision,
+                      torch.is_autocast_enabled('cpu'), torch.is_autocast_enabled('cuda')))
+        return query @ items.T
+    by_torch(monkeypatch, products)
+    torch.backends.fp32_precision = 'tf32'
+    try:
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            match_ranks(*problem(3, 40, 5))
+    finally:
+        torch.backends.fp32_precision = 'none'
+    assert asked and set(asked) == {('ieee', 'ieee', False, False)}
+
+
 def test_what_was_inherited_is_inherited_again():
     torch.backends.fp32_precision = 'tf32'
     try:

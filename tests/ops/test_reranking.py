@@ -66,7 +66,7 @@ def test_ranks_are_those_of_the_published_formula(implementation, metric, k1, k2
 @pytest.mark.parametrize('lambda_value', [0, 0.3, 1])
 @pytest.mark.parametrize('metric', METRICS)
 def test_ties_near_ties_and_extremes(implementation, metric, lambda_value, make):
-    for k1, k2 in ((5, 3), (20, 6)):
+    for k1, k2 in ((5, 3), (20, 6), (5, 1)):
         check(*make(4, 50, 17), k1=k1, k2=k2, lambda_value=lambda_value, metric=metric)
 
 
@@ -84,6 +84,13 @@ def test_ranks_equal_the_published_formula_on_anything(implementation, data):
     check(query, gallery, *ids, k1=data.draw(st.integers(1, 8)), k2=data.draw(st.integers(1, 8)),
           lambda_value=data.draw(st.sampled_from([0, 1e-12, 0.1, 0.3, 1])), metric=data.draw(st.sampled_from(METRICS)),
           junk_pid=data.draw(st.sampled_from([-1, 0, None])))
+
+
+def test_pairs_that_went_by_key_are_counted_over_all_blocks_of_queries(monkeypatch):
+    args = near_ties(5, 200, 17)
+    expected = k_reciprocal_ranks(*args).redecided
+    monkeypatch.setattr(reranking, 'tile_of', lambda query: (2048, 1))
+    assert k_reciprocal_ranks(*args).redecided == expected > 100
 
 
 @pytest.mark.parametrize('lambda_value', [1e-10, 1e-12, 1e-14, 1e-15, 1e-310])

@@ -281,6 +281,15 @@ def test_features_that_are_never_negative_and_many_of_them_orthogonal(implementa
     assert far.tolist() == [max(naive(features[i:i + 1], features, 200)[1][0]) for i in range(200)]
 
 
+def test_products_may_err_in_both_ways_as_much_as_they_are_said_to(monkeypatch):
+    """The nearest appears farther by the whole error, and the next nearer."""
+    angles = np.array([0.1, 0.12, 2.0], np.float32)
+    gallery = np.stack((np.cos(angles), np.sin(angles)), 1)
+    by_torch(monkeypatch, lambda q, g: q @ g.T + torch.tensor([-0.0099, 0.0099, 0]))
+    monkeypatch.setattr(product, 'relative_error', lambda *args: 0.01)
+    assert topk(np.eye(1, 2, dtype=np.float32), gallery, 1).indices.tolist() == [[0]]
+
+
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
 def test_another_default_type_of_torch_changes_nothing(implementation, dtype):
     query, gallery, *_ = near_ties(5, 80, 33)
