@@ -46,7 +46,7 @@ def lines(folder):
 def test_a_function_of_ones_own_is_bound_by_reference(market, tmp_path):
     train(market, tmp_path, 'train.losses = @cross_entropy_alone')
     reports = [line for line in lines(tmp_path) if 'loss' in line]
-    assert all(line['loss'] == line['cross_entropy'] and 'triplet' not in line for line in reports)
+    assert reports and all(line['loss'] == line['cross_entropy'] and 'triplet' not in line for line in reports)
     assert checkpoint.load(str(tmp_path / 'last.pth'))['losses'] == {}
 
 
