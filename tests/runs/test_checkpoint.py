@@ -252,6 +252,10 @@ def test_ten_keys_are_listed_and_the_others_counted():
     assert str(raised.value).count('is unexpected') == 10
     assert '\n  … 3 more …\n' in str(raised.value) and 'layer12 is' in str(raised.value)
     assert str(raised.value).endswith('\nBind another output_dir.')
+    del source['layer10'], source['layer11'], source['layer12']
+    with pytest.raises(UserError) as raised:
+        checkpoint.load_model(nn.Module(), source, 'my.pth')
+    assert str(raised.value).count('is unexpected') == 10 and '…' not in str(raised.value)
 
 
 @pytest.mark.parametrize('classes', [0, 7])
