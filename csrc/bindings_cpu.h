@@ -14,7 +14,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 inline void parallel(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& work) {
-  torch::stable::parallel_for(0, count, grain, work);
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    const mgn::Denormals denormals;
+    work(begin, end);
+  });
 }
 
 inline int checked_set(int64_t set) {

@@ -178,9 +178,16 @@ int64_t count_in_distances(Tensor distances, Tensors matches, Tensors excluded, 
   });
 }
 
+// Items are kept as 32 bits beside their values.
+void check_numbers(int64_t items) {
+  STD_TORCH_CHECK(items >> 32 == 0, "Neighbours must be among fewer than 2^32 items, not ", items,
+                  "; search parts of them one after the other");
+}
+
 void select_nearest(Tensor dots, Tensor item_scale, Tensor item_shift, int64_t first, Tensor values, Tensor items,
                     int64_t set) {
   const int64_t queries = dots.size(0), n = dots.size(1), capacity = values.size(1);
+  check_numbers(first + n);
   const bool by_item = n > 1 && dots.stride(1) != 1;
   const Tensor lines = by_item ? torch::stable::transpose(dots, 0, 1) : dots;
   const mgn::Filter filter = {matrix<float>(lines, lines.size(0), lines.size(1)), lines.stride(0),
@@ -192,6 +199,7 @@ void select_nearest(Tensor dots, Tensor item_scale, Tensor item_shift, int64_t f
 int64_t nearest_in_distances(Tensor distances, Tensor values, Tensor items, int64_t set) {
   const int64_t queries = distances.size(0), n = distances.size(1), k = values.size(1);
   STD_TORCH_CHECK(k <= n, "mgn_cpu: ", k, " neighbours cannot be chosen from ", n, " columns");
+  check_numbers(n);
   return with_type(distances, [&](auto element) {
     using T = decltype(element);
     return mgn::nearest_in_distances(matrix<T>(distances, queries, n), queries, n, distances.stride(0), k,

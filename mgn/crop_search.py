@@ -136,8 +136,8 @@ def read_part(path, made, width, present):
     except Exception as error:  # damaged bytes of a zip file can raise nearly anything
         if isinstance(error, MemoryError):
             raise
-        reason = str(error).split('. ')[0]  # NumPy goes on with how to run the code in it
-        raise UserError(f'{path} is damaged: {reason}; remove it, and its features are made again') from error
+        # NumPy's error, shown in part, goes on with how to run the code in a file.
+        raise UserError(f'{path} is damaged: {error!s:.40}; remove it, and its features are made again') from error
     if str(found) != made:
         raise UserError(f'{path} holds features of other weights or settings; bind another features_dir, or remove '
                         f'{os.path.dirname(path)}')

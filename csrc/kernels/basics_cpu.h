@@ -35,6 +35,26 @@ const char* instruction_set_name(int index);
 // The place of the index-th of them in OF_EACH_INSTRUCTION_SET.
 int compiled_instruction_set(int index);
 
+// Denormals are numbers while it lives, on this thread: flushed to zero they would change sums.
+class Denormals {
+#if defined(__x86_64__)
+  unsigned saved = _mm_getcsr();
+
+ public:
+  Denormals() { _mm_setcsr(saved & ~0x8040u); }
+  ~Denormals() { _mm_setcsr(saved); }
+#elif defined(__aarch64__)
+  uint64_t saved;
+
+ public:
+  Denormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved));
+    asm volatile("msr fpcr, %0" : : "r"(saved & ~(uint64_t(1) << 24)));
+  }
+  ~Denormals() { asm volatile("msr fpcr, %0" : : "r"(saved)); }
+#endif
+};
+
 template <typename Mask> inline __attribute__((always_inline)) bool all_set(const Mask& mask) {
   uint64_t words[sizeof(Mask) / 8], all = ~uint64_t(0);
   std::memcpy(words, &mask, sizeof mask);

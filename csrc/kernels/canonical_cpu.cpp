@@ -24,7 +24,6 @@ const SumLoops& sum_loops(int instruction_set) {
 }
 
 void canonical_norms(const Rows& rows, int64_t begin, int64_t end, const SumLoops& loops, double* norms) {
-  const Denormals denormals;
   for (int64_t i = begin; i < end; i += 2) {
     const int count = i + 1 < end ? 2 : 1;
     const float* const both[] = {rows[i], rows[i + count - 1]};
@@ -44,7 +43,6 @@ void canonical_keys(const Rows& query, const Rows& gallery, const int64_t* queri
                     bool cosine, double* keys, int instruction_set, const Parallel& parallel) {
   const SumLoops& loops = sum_loops(instruction_set);
   parallel(pairs, std::max<int64_t>(2, grain_of(kGrain, query.d)), [&](int64_t begin, int64_t end) {
-    const Denormals denormals;
     Keys keys_of{loops, cosine, query.d};
     for (int64_t p = begin; p < end;) {
       if (p == begin || queries[p] != queries[p - 1]) {

@@ -43,24 +43,4 @@ struct Keys {
   }
 };
 
-// Denormals are numbers while it lives, on this thread: flushed to zero they would change sums.
-class Denormals {
-#if defined(__x86_64__)
-  unsigned saved = _mm_getcsr();
-
- public:
-  Denormals() { _mm_setcsr(saved & ~0x8040u); }
-  ~Denormals() { _mm_setcsr(saved); }
-#elif defined(__aarch64__)
-  uint64_t saved;
-
- public:
-  Denormals() {
-    asm volatile("mrs %0, fpcr" : "=r"(saved));
-    asm volatile("msr fpcr, %0" : : "r"(saved & ~(uint64_t(1) << 24)));
-  }
-  ~Denormals() { asm volatile("msr fpcr, %0" : : "r"(saved)); }
-#endif
-};
-
 }  // namespace mgn

@@ -134,7 +134,6 @@ int64_t nearest_in_distances(const T* distances, int64_t rows, int64_t columns, 
                              int64_t* numbers, int instruction_set, const Parallel& parallel) {
   std::atomic<int64_t> nan_row = -1;
   parallel(rows, grain_of(kGrain, columns), [&](int64_t begin, int64_t end) {
-    const Denormals denormals;
     Selection<T> selection(select_loops<T>(instruction_set), k);
     for (int64_t row = begin; row < end; ++row) {
       selection.clear();

@@ -285,7 +285,6 @@ int64_t count_nonmatches(const Tile& tile, const Filter& filter, const Matches& 
   const SumLoops& sums = sum_loops(instruction_set);
   std::atomic<int64_t> by_key = 0;
   parallel(tile.query.count, 1, [&](int64_t begin, int64_t end) {
-    const Denormals denormals;
     TileCounting counting{tile, filter, matches, excluded, reranked, sums,
                           Counting<float>(count_loops<float>(instruction_set)), {sums, tile.cosine, tile.query.d}};
     for (int64_t q = begin; q < end; ++q) {
@@ -304,7 +303,6 @@ int64_t count_in_distances(const T* distances, int64_t queries, int64_t items, i
   const CountLoops<T>& loops = count_loops<T>(instruction_set);
   std::atomic<int64_t> nan_query = -1;
   parallel(queries, grain_of(kGrain, items), [&](int64_t begin, int64_t end) {
-    const Denormals denormals;
     Counting<T> counting(loops);
     for (int64_t q = begin; q < end; ++q) {
       const int64_t offset = matches.offsets[q], m = matches.offsets[q + 1] - offset;

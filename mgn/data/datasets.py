@@ -159,8 +159,7 @@ def joined(datasets: tuple[Dataset, ...] = ()) -> Dataset:
         check_trainable(dataset)
         train += [sample._replace(pid=pids + sample.pid, camid=camids + sample.camid) for sample in dataset.train]
         pids, camids = (1 + max(getattr(sample, name) for sample in train) for name in ('pid', 'camid'))
-    first = datasets[0]
-    return report(first._replace(name='+'.join(dataset.name for dataset in datasets), train=train), None)
+    return report(datasets[0]._replace(name='+'.join(dataset.name for dataset in datasets), train=train), None)
 
 
 @gin.configurable

@@ -46,7 +46,7 @@ def real(value, name, low, high, remedy):
         number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
     except OverflowError:
         number = math.inf
-    if not (low <= number <= high and math.isfinite(number)):
+    if not (low <= number <= high and -math.inf < number < math.inf):  # isfinite is not traced
         limits = f' from {low} to {high}' if high < math.inf else f' from {low}' if low > -math.inf else ''
         raise UserError(f'{name} must be a finite number{limits}, not {shown(value)}; {remedy}')
     return number
@@ -120,6 +120,8 @@ def as_tensor(array, name):
             raise UserError(f'{name} must have values, but tensors on the device meta have none; move with .to()')
         return array.detach().resolve_neg()
     try:
+        if np.ma.is_masked(array):
+            raise ValueError('it has masked entries; fill them with .filled(…)')
         array = np.asarray(array)
     except Exception as error:  # rows of several lengths, tensors that no array can show
         raise UserError(f'{name} must be an array or a tensor, not {shown(array)} ({error}); make it one') from None

@@ -65,8 +65,6 @@ def retrieval_metrics(offsets, ranks):
         UserError: no query has a match; what cannot be ranks.
     """
     matches = true_matches(offsets, ranks)
-    if len(matches.starts) == 0:
-        raise UserError('At least one query must have a true match in the gallery, but none has; check pids and camids')
     return {name: float(np.mean(formula(matches))) for name, formula in FORMULAS.items()}
 
 
@@ -93,9 +91,6 @@ def evaluate_rank(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=50, use_
     max_rank = integer(max_rank, 'max_rank', 1, 2 ** 63 - 1, 'it is the length of the CMC curve')
     offsets, ranks, _ = match_ranks_from_distance(distmat, q_pids, g_pids, q_camids, g_camids, junk_pid=None)
     matches = true_matches(offsets, ranks)
-    if len(matches.starts) == 0:
-        raise UserError('At least one query must have its identity in the gallery, seen by another camera, but none '
-                        'has; check pids and camids')
     length = min(max_rank, np.shape(distmat)[1])
     # What is beyond is left out.
     hits = np.bincount(np.minimum(first_rank(matches) - 1, length), minlength=length + 1)[:length]
@@ -105,10 +100,12 @@ def evaluate_rank(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=50, use_
 
 def true_matches(offsets, ranks):
     offsets, ranks = as_ids(offsets, 'Q + 1', 'offsets', AS_RANKED), as_ids(ranks, 'M', 'ranks', AS_RANKED)
-    counts, ascends = np.diff(offsets), np.diff(ranks, prepend=0) > 0
-    if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(ranks) or (counts < 0).any():
+    counts, ascends = np.diff(offsets), ranks > np.roll(ranks, 1)
+    if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(ranks) or (offsets[1:] < offsets[:-1]).any():
         raise UserError(f'offsets must ascend from 0 to the number of ranks, {len(ranks)}, not {offsets}; {AS_RANKED}')
     starts, counts = offsets[:-1][counts > 0], counts[counts > 0]
+    if len(starts) == 0:
+        raise UserError('At least one query must have a true match in the gallery, but none has; check pids and camids')
     ascends[starts] = ranks[starts] > 0
     if not ascends.all():
         raise UserError(f'ranks must ascend from 1 within each query, but ranks[{ascends.argmin()}] does not; '

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from mgn.ops.arguments import as_features, real
 from mgn.ops.ranking.nearest import topk
 from mgn.ops.private import uncompiled
+from mgn.ops.ranking.reference import exact
 from mgn.ops.ranking.tiles import spans
 
 BLOCK = 2 ** 20  # numbers of a block of queries: 8 MB
@@ -50,4 +51,4 @@ def expand_queries(query, gallery, k, alpha=3.0):
 
 
 def normalised(rows):
-    return F.normalize(rows.double(), eps=1e-100)  # of float32 nothing but zeros is as short
+    return F.normalize(exact(rows), eps=1e-100)  # of float32 nothing but zeros is as short

@@ -158,10 +158,8 @@ def to_first(rows):
         return None
     whole = torch.empty(sum(lengths), *rows.shape[1:], dtype=rows.dtype)
     for process, block in enumerate(whole.split(lengths)):
-        if process == 0:
-            block.copy_(rows)
-        elif len(block):
-            dist.recv(block, process)
+        if len(block):
+            dist.recv(block, process) if process else block.copy_(rows)
     return whole
 
 

@@ -133,6 +133,14 @@ def test_autocast_mines_half_features_in_float32(device, dtype):
     assert layer.weight.grad.isfinite().all() and layer.weight.grad.any()
 
 
+def test_torch_compile_takes_a_margin_that_changes(device):
+    anchors, labels = torch.randn(6, 4, device=device), torch.arange(6, device=device) % 3
+    compiled = torch.compile(lambda margin: batch_hard_triplet_loss(anchors, labels, margin), backend='eager',
+                             fullgraph=True)
+    for margin in (0.3, 0.5, 0.7):
+        assert torch.equal(compiled(margin), batch_hard_triplet_loss(anchors, labels, margin))
+
+
 def test_torch_compile_takes_the_loss_in_one_graph(device):
     anchors, labels = random_features(2, 20, 8, device=device).requires_grad_(), random_labels(20, device=device)
 

@@ -109,6 +109,13 @@ def test_no_query_with_a_match_is_an_error(ranks):
         metrics(ranks)
 
 
+@pytest.mark.parametrize('offsets, ranks', [([0, 2], [5, -2 ** 63]), ([0, 2], [2 ** 63 - 1, -2 ** 63]),
+                                            ([0, 2 ** 63 - 1, -2, 2], [1, 2])])
+def test_differences_that_leave_64_bits_are_refused(offsets, ranks):
+    with pytest.raises(ValueError, match='must ascend from'):
+        retrieval_metrics(offsets, ranks)
+
+
 def test_values_are_plain_floats_by_the_documented_names():
     result = metrics([[2]])
     assert METRICS == ('rank1', 'rank5', 'rank10', 'mAP', 'mAP_trapezoid', 'mINP') and tuple(result) == METRICS

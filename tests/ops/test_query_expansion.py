@@ -132,3 +132,15 @@ def test_features_that_do_not_fit_are_an_error(device):
         expand_queries(query, gallery[:, :3], 2)
     with pytest.raises(ValueError, match='query features must .* float32 or half precision, not .*float64'):
         expand_queries(query.double(), gallery, 2)
+
+
+def test_denormals_are_values_whatever_torch_is_told():
+    query, gallery = torch.full((1, 4), 1e-40), torch.eye(4)[:2]
+    query[0, 1] *= -1
+    expected = expand_queries(query, gallery, 1)
+    torch.set_flush_denormal(True)
+    try:
+        got = expand_queries(query, gallery, 1)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(got, expected) and (got != 0).all()

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from forks import run_program
 from hypothesis import HealthCheck, given, settings, strategies as st
 from mining import examples
 from rankings import problem
@@ -96,6 +97,25 @@ def test_denormal_distances_are_values_while_torch_flushes_them(ranking, dtype, 
     finally:
         torch.set_flush_denormal(False)
     assert got == expected and still
+
+
+def test_denormal_distances_are_values_on_every_thread():
+    done = run_program("""
+import numpy as np, torch
+from mgn.ops import match_ranks_from_distance, pairwise_distance
+torch.set_num_threads(2)
+torch.set_flush_denormal(True)
+torch.ones(10 ** 6).add_(1)  # starts the second thread, which flushes from now on
+bits = np.random.default_rng(0).integers(1, 2 ** 22, (300, 4000)).astype(np.int32)
+ids = np.arange(300) % 3, np.arange(4000) % 3, np.zeros(300, int), np.ones(4000, int)
+of_half = (bits >> 16 | 1).astype(np.int16)
+for dist, values in (bits.view(np.float32), bits), (torch.from_numpy(of_half).view(torch.bfloat16), of_half):
+    expected = match_ranks_from_distance(values.astype(float), *ids)[1]
+    assert (match_ranks_from_distance(dist, *ids)[1] == expected).all()
+x = torch.from_numpy(bits[:, :64]).view(torch.float32)
+assert pairwise_distance(x, x[:1] * 0)[:, 0].count_nonzero() == 300
+""", env={'OMP_NUM_THREADS': '2'})
+    assert done.returncode == 0, done.stderr
 
 
 def test_ids_spread_over_all_of_int64(ranking):

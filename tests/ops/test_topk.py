@@ -5,6 +5,7 @@ stable sort."""
 import numpy as np
 import pytest
 import torch
+from forks import run_program
 from hypothesis import HealthCheck, given, settings, strategies as st
 from implementations import IMPLEMENTATIONS, run_as
 from memory import only_linux, printed
@@ -12,7 +13,7 @@ from mining import examples
 from rankings import METRICS, by_torch, extremes, naive_keys, near_ties, on_tensor_cores, problem
 
 from mgn.ops import topk, topk_from_distance
-from mgn.ops.arguments import PRECISIONS
+from mgn.ops.arguments import PRECISIONS, as_ids
 from mgn.ops.ranking import nearest, product, reference
 from mgn.ops.ranking.keys import Comparison, finite_norms
 
@@ -346,6 +347,21 @@ def test_what_is_no_matrix_of_distances_is_refused(dist, message):
         topk_from_distance(dist, 2)
 
 
+def test_what_a_numpy_mask_hides_is_no_value(implementation):
+    for masked in np.ma.masked_array([[0, 5, 6.0]], [[1, 0, 0]]), np.ma.masked_array([0, 5], [1, 0]):
+        with pytest.raises(ValueError, match='it has masked entries; fill them with .filled|integer type, not masked'):
+            topk_from_distance(masked, 1) if masked.ndim == 2 else as_ids(masked, 2, 'query_pids')
+    assert topk_from_distance(np.ma.masked_array([[7, 5, 6.0]]), 1).indices.tolist() == [[1]]
+
+
+def test_more_items_than_32_bits_count_are_refused():
+    many, one = torch.zeros(1, 1).expand(1, 2 ** 32), (torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match=r'fewer than 2\^32 items, not 4294967296; search parts of them'):
+        torch.ops.mgn_cpu.nearest_in_distances(many, *one)
+    with pytest.raises(RuntimeError, match=r'fewer than 2\^32 items, not 4294967296'):
+        torch.ops.mgn_cpu.select_nearest(torch.zeros(1, 1), torch.ones(1), torch.zeros(1), 2 ** 32 - 1, *one)
+
+
 def test_denormals_are_values_whatever_torch_is_told(implementation):
     dist = torch.tensor([[3e-40, 1e-40, 0, 2e-40]])
     torch.set_flush_denormal(True)
@@ -391,3 +407,26 @@ print(high_water() - before, 2 ** 28 + 48 * (Q + G) + 46 * entries + 2 ** 30 * o
 def test_memory_stays_within_its_bound(case):
     peak, bound = printed(MEMORY, *case)
     assert 0 < peak <= bound
+
+
+def test_a_process_forked_while_a_thread_ranks_can_rank():
+    done = run_program("""
+import os, threading, torch
+from mgn.ops import topk
+torch.set_num_threads(1)
+x, stop = torch.randn(200, 128), threading.Event()
+def rank():
+    while not stop.is_set():
+        topk(x, x, 3)
+thread = threading.Thread(target=rank)
+thread.start()
+for _ in range(8):
+    child = os.fork()
+    if child == 0:
+        topk(x, x, 3)
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+stop.set()
+thread.join()
+""", env={'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ from mgn.ops.private import uncompiled
 from mgn.ops.ranking import product
 from mgn.ops.ranking.counting import Excluded, FilterTerms, Matches, Tile
 from mgn.ops.ranking.keys import compared, finite_norms, keys_in_order, ranking_kernels, refuse_not_finite
+from mgn.ops.ranking.reference import exact
 from mgn.ops.ranking.tiles import (OPERANDS, PRODUCTS, blocks_of, denormals, in_pinned_memory, is_readable, on_device,
                                    once, refuse_nan, rows, spans, tile_of)
 
@@ -84,12 +85,14 @@ def match_ranks_from_distance(dist, query_pids, gallery_pids, query_camids, gall
     ids = all_ids(*dist.shape, query_pids, gallery_pids, query_camids, gallery_camids)
     dist = dist.cpu()
     excluded = identities(ids, as_junk_pid(junk_pid))
-    matches = sorted_matches(excluded, ids, lambda queries, items: dist[queries, items].double())
+    matches = sorted_matches(excluded, ids, lambda queries, items: exact(dist[queries, items]))
     steps = torch.zeros_like(matches.items)
     for block, distances in blocks_of(dist):
-        kernels, given = ranking_kernels(dist.device), (matches.of_queries(block), excluded.of_queries(block))
-        refuse_nan(kernels.count_in_distances(distances, *given, steps), distances, block)
-    return MatchRanks(matches.offsets.numpy(), as_ranks(steps, matches.offsets), 0)
+        refuse_nan(ranking_kernels(dist.device).count_in_distances(
+            distances, matches.of_queries(block), excluded.of_queries(block), steps), distances, block)
+    offsets = matches.offsets
+    del matches  # as_ranks takes as much memory
+    return MatchRanks(offsets.numpy(), as_ranks(steps, offsets), 0)
 
 
 def identities(ids, junk_pid):
@@ -142,7 +145,8 @@ def matches_by_item(excluded, ids, block):
 
 def in_order(keys, queries):
     """The order of matches by (query, key), others as they are. Sorts integers, which takes a third of the time."""
-    bits = (keys + 0.0).view(torch.int64)  # −0 becomes 0
+    bits = keys.view(torch.int64)
+    bits = bits.masked_fill(bits == -2 ** 63, 0)  # −0 becomes 0
     by_key = (bits ^ (bits >> 63 & 2 ** 63 - 1)).sort(stable=True).indices
     return by_key.index_select(0, queries.index_select(0, by_key).int().sort(stable=True).indices)
 
