@@ -5,7 +5,6 @@ stable sort."""
 import numpy as np
 import pytest
 import torch
-from forks import run_program
 from hypothesis import HealthCheck, given, settings, strategies as st
 from implementations import IMPLEMENTATIONS, run_as
 from memory import only_linux, printed
@@ -407,26 +406,3 @@ print(high_water() - before, 2 ** 28 + 48 * (Q + G) + 46 * entries + 2 ** 30 * o
 def test_memory_stays_within_its_bound(case):
     peak, bound = printed(MEMORY, *case)
     assert 0 < peak <= bound
-
-
-def test_a_process_forked_while_a_thread_ranks_can_rank():
-    done = run_program("""
-import os, threading, torch
-from mgn.ops import topk
-torch.set_num_threads(1)
-x, stop = torch.randn(200, 128), threading.Event()
-def rank():
-    while not stop.is_set():
-        topk(x, x, 3)
-thread = threading.Thread(target=rank)
-thread.start()
-for _ in range(8):
-    child = os.fork()
-    if child == 0:
-        topk(x, x, 3)
-        os._exit(7)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-stop.set()
-thread.join()
-""", env={'OMP_NUM_THREADS': '1'})
-    assert done.returncode == 0, done.stderr

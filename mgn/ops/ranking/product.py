@@ -19,8 +19,6 @@ PROVEN, FAST_FLOAT64 = ((9, 0),), ((8, 0), (9, 0), (10, 0))
 SUMMED = {'float32': 128, 'bfloat16': 1024}  # terms that our own products add up at a time
 NARROW = 128  # below it halves save nothing, as rows are filled up, and leave more pairs to their keys
 LOCK = threading.RLock()
-# In a forked child it would stay with a thread that the child does not have.
-os.register_at_fork(after_in_child=lambda: globals().update(LOCK=threading.RLock()))
 
 
 @contextlib.contextmanager
