@@ -17,7 +17,7 @@ BINS, SAMPLED, ITEMS = 100, 1000, 4096    # of similarities from −1 to 1; quer
 
 def by_query(ranks):
     """AP and first rank of every query: (Q,) each, NaN and 0 where it has no match."""
-    matches, matched = true_matches(ranks.offsets, ranks.ranks), np.diff(ranks.offsets) > 0
+    matches, matched = true_matches(ranks.offsets, ranks.ranks, True), np.diff(ranks.offsets) > 0
     ap, first = np.full(len(matched), np.nan), np.zeros(len(matched), np.int64)
     ap[matched], first[matched] = average_precision(matches), first_rank(matches)
     return ap, first

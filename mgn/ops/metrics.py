@@ -98,13 +98,13 @@ def evaluate_rank(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=50, use_
     return tuple(measure.astype(np.float32) for measure in measures)
 
 
-def true_matches(offsets, ranks):
+def true_matches(offsets, ranks, may_be_none=False):
     offsets, ranks = as_ids(offsets, 'Q + 1', 'offsets', AS_RANKED), as_ids(ranks, 'M', 'ranks', AS_RANKED)
     counts, ascends = np.diff(offsets), ranks > np.roll(ranks, 1)
     if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(ranks) or (offsets[1:] < offsets[:-1]).any():
         raise UserError(f'offsets must ascend from 0 to the number of ranks, {len(ranks)}, not {offsets}; {AS_RANKED}')
     starts, counts = offsets[:-1][counts > 0], counts[counts > 0]
-    if len(starts) == 0:
+    if len(starts) == 0 and not may_be_none:
         raise UserError('At least one query must have a true match in the gallery, but none has; check pids and camids')
     ascends[starts] = ranks[starts] > 0
     if not ascends.all():
