@@ -26,7 +26,7 @@ def check(value, annotation, name):
 
 
 def check_all(values, configurable, where=''):
-    """UserError where one of {parameter: value} is none or does not fit; `where` is written before its name."""
+    """UserError where one of {parameter: value} does not fit or is no parameter's; `where` stands before its name."""
     expected = of_parameters(configurable)
     for name, value in values.items():
         if name not in expected:

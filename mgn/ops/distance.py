@@ -21,9 +21,9 @@ def pairwise_distance(x, y, metric='euclidean'):
     x² + y² − 2xy, and no matrix product. On CUDA the error is that for D up to 3072 (4096 for the Euclidean ones), on
     the CPU up to 16384. Identical rows are at distance 0. Distances are right wherever their type can hold
     them, even where their squares overflow or underflow; the cosine of float64 rows where their norms are from 1e-300
-    to 1e308. Differentiable once in x and y, in reverse mode, with gradient
-    0 at distance 0 and, for the cosine, of zero vectors. Memory beyond operands and result does not grow with N and M
-    on the CPU, and is 16 (N + M) bytes for the cosine on CUDA.
+    to 1e308. Differentiable once in x and y, in reverse mode, with gradient 0 at distance 0 and, for the cosine, of
+    zero vectors. Memory beyond operands and result does not grow with N and M on the CPU, and is 16 (N + M) bytes for
+    the cosine on CUDA.
 
     Args:
         x: (N, D) float16, bfloat16, float32 or float64; half precision is computed in float32.
