@@ -205,7 +205,7 @@ def check_running_statistics_become_the_mean_and_equal_ones_stay(folder):
     norm = nn.BatchNorm1d(3)
     norm.running_mean.copy_(torch.tensor([0.1, rank, 1e30]))
     norm.num_batches_tracked.fill_(9)
-    checkpoint.State(norm, nn.ReLU(), None, None, Meter(), 0).join()
+    checkpoint.State(norm, nn.ReLU(), None, None, Meter(), 0, '').join()
     assert torch.equal(norm.running_mean, torch.tensor([0.1, (N - 1) / 2, 1e30]))
     assert torch.equal(norm.running_var, torch.ones(3)) and norm.num_batches_tracked == 9
 

@@ -56,7 +56,7 @@ class State:
     scaler: torch.amp.GradScaler
     meter: Any
     num_classes: int
-    images: str = ''
+    images: str
     step: int = 0
 
     def content(self):
