@@ -172,7 +172,8 @@ def from_fastreid(state, path):
     if unknown or third not in DEPTHS:
         refuse(path, unknown or [f'{third} blocks of b1.0, where ResNet-50 has 5 and ResNet-101 has 22'])
     for key, expected in zip(('pixel_mean', 'pixel_std'), (MEAN, STD)):
-        if key in left_out and [round(x, 3) for x in state[key].flatten().tolist()] != [*expected]:
+        if key in left_out and not torch.equal(*(tensor.flatten().double().round(decimals=3) for tensor in (
+                state[key], state[key].new_tensor(expected)))):  # as halves, too
             raise UserError(f'{path} normalises images by {key} = {state[key].flatten().tolist()!s:.99}, but this '
                             f'project by {expected}. Give other weights.')
     key_of = {name: key for key, name in names.items()}

@@ -55,6 +55,16 @@ def files(tmp_path_factory):
     return result
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_a_file_of_halves_is_taken_with_its_rounded_means(files, tmp_path, dtype):
+    state = {name: value.to(dtype) if value.is_floating_point() else value
+             for name, value in torch.load(files['B'][0], weights_only=False)['model'].items()}
+    torch.save(state, tmp_path / 'halves.pth')
+    batch = torch.randint(0, 256, (2, 3, 384, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    got, want = (mgn.load(path, device='cpu').embed(batch) for path in (tmp_path / 'halves.pth', files['B'][0]))
+    assert (got * want).sum(1).min() > 0.99
+
+
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_a_file_of_fast_reid_becomes_a_checkpoint_with_the_options_that_it_needs(files, layout, caplog):
     path, model = files[layout]

@@ -131,7 +131,7 @@ def csv_table(root: str, file: str = 'dataset.csv') -> Dataset:
     path = os.path.join(root, file)
     with reading(path), open(path, encoding='utf-8-sig', errors='surrogateescape', newline='') as lines:
         table = csv.DictReader(lines, restval='')
-        if not {'path', 'pid', 'camid', 'split'} <= {*(table.fieldnames or ())}:
+        if any((table.fieldnames or ()).count(name) != 1 for name in ('path', 'pid', 'camid', 'split')):
             raise UserError(f'{path} should begin with the line path,pid,camid,split, but begins with the columns '
                             f'{table.fieldnames}; add that line')
         for row in table:

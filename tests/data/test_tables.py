@@ -41,6 +41,9 @@ def test_a_table_without_its_first_line_or_at_all_is_refused_and_one_without_tra
     (tmp_path / 'dataset.csv').write_text('a.jpg,7,1,query\n')
     with pytest.raises(UserError, match=r"should begin with the line path,pid,camid,split, but .*\['a.jpg', '7'"):
         datasets.csv_table(str(tmp_path))
+    (tmp_path / 'dataset.csv').write_text('path,pid,camid,split,pid\na.jpg,7,1,query,8\n')
+    with pytest.raises(UserError, match="with the columns .*'split', 'pid'"):  # which of the two is meant?
+        datasets.csv_table(str(tmp_path))
     dataset = datasets.csv_table(write_table(tmp_path, 'query,7,1,a.jpg,', 'gallery,7,2,b.jpg,'))
     with pytest.raises(FileError, match='lists no image to train on'):
         datasets.check_trainable(dataset)
