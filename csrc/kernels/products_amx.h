@@ -140,7 +140,7 @@ TARGET void add_products(const float* rows, const float* columns, int64_t count,
   for (int r = 0; r < kSide; ++r) out[2 * r] += sum[r][0], out[2 * r + 1] += sum[r][1];
 }
 
-constexpr ProductLoops kProductLoops{kSide, kSide, kSide, 128, 2048, 256, pack_rows, pack_columns, add_products};
+constexpr ProductLoops kProductLoops{kSide, kSide, kSide, 128, 2048, 0, 256, pack_rows, pack_columns, add_products};
 #undef TARGET
 #else
 inline bool runs() { return false; }

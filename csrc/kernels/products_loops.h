@@ -86,6 +86,6 @@ inline void pack_rows(const float* rows, int64_t count, int64_t stride, int64_t 
   pack_panel(rows, count, stride, d, kHigh, panel);
 }
 
-constexpr ProductLoops kProductLoops{kHigh, kWide, 1, 64, 4096, 512, pack_rows, pack_columns, add_products};
+constexpr ProductLoops kProductLoops{kHigh, kWide, 1, 64, 4096, 2, 512, pack_rows, pack_columns, add_products};
 
 }  // namespace mgn::SET
