@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from mgn.ops.arguments import as_features, real
 from mgn.ops.ranking.nearest import topk
 from mgn.ops.private import uncompiled
-from mgn.ops.ranking.reference import exact
-from mgn.ops.ranking.tiles import spans
+from mgn.ops.ranking.tiles import exact, spans
 
 BLOCK = 2 ** 20  # numbers of a block of queries: 8 MB
 

@@ -12,9 +12,8 @@ from mgn.ops.private import uncompiled
 from mgn.ops.ranking import product
 from mgn.ops.ranking.counting import Excluded, FilterTerms, Matches, Tile
 from mgn.ops.ranking.keys import compared, finite_norms, keys_in_order, ranking_kernels, refuse_not_finite
-from mgn.ops.ranking.reference import exact
-from mgn.ops.ranking.tiles import (OPERANDS, PRODUCTS, blocks_of, denormals, in_pinned_memory, is_readable, on_device,
-                                   once, refuse_nan, rows, spans, tile_of)
+from mgn.ops.ranking.tiles import (OPERANDS, PRODUCTS, blocks_of, denormals, exact, in_pinned_memory, is_readable,
+                                   on_device, once, refuse_nan, rows, spans, tile_of)
 
 PAIRS = 2 ** 19  # of one identity looked at together
 KEPT = 3 * 2 ** 23  # elements of queries whose operands are kept for all tiles: 96 MB, twice that if converted

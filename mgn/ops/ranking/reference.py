@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from mgn.ops.ranking.sparse_rows import mean_rows, overlap, reciprocal, transpose  # noqa: F401, kernels as well
+from mgn.ops.ranking.tiles import exact
 
 TILE = 2 ** 22  # elements of float64 copies at a time
 
@@ -17,19 +18,6 @@ def canonical_sum(products):
     for half in (8, 4, 2, 1):
         sums = sums[:, :half] + sums[:, half:2 * half]
     return sums[:, 0]
-
-
-def exact(features):
-    """Floating point → float64 of the same values; torch.set_flush_denormal would make denormals 0 on the way."""
-    if features.dtype == torch.float64:
-        return features
-    bits = (features := features.float()).contiguous().view(torch.int32)
-    denormal = (bits & 0x7fffffff < 0x800000) & (bits & 0x7fffffff > 0)
-    values = features.double()
-    if denormal.any():
-        fraction = (bits & 0x7fffff).double() * 2.0 ** -149
-        values = torch.where(denormal, torch.where(bits < 0, -fraction, fraction), values)
-    return values
 
 
 def canonical_norm(values):

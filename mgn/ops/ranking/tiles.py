@@ -65,6 +65,19 @@ def refuse_nan(row, distances, block):
                         'look for what made it')
 
 
+def exact(features):
+    """Floating point → float64 of the same values; torch.set_flush_denormal would make denormals 0 on the way."""
+    if features.dtype == torch.float64:
+        return features
+    bits = (features := features.float()).contiguous().view(torch.int32)
+    denormal = (bits & 0x7fffffff < 0x800000) & (bits & 0x7fffffff > 0)
+    values = features.double()
+    if denormal.any():
+        fraction = (bits & 0x7fffff).double() * 2.0 ** -149
+        values = torch.where(denormal, torch.where(bits < 0, -fraction, fraction), values)
+    return values
+
+
 @contextlib.contextmanager
 def denormals():
     """Denormals are numbers on this thread, whatever torch.set_flush_denormal has made of them."""
