@@ -151,15 +151,15 @@ def absolute_paths(config):
 @gin.config.register_finalize_hook
 def check_values(config):
     """Rejects values that do not fit the annotation of their parameter."""
+    macros = {name: parameters['value'] for (name, selector), parameters in config.items() if selector == MACRO}
     for (_, selector), parameters in config.items():
         if not selector.startswith(('mgn.', 'torch.optim.')):
             continue  # a user's own: its annotations may mean anything
         expected = annotations.of_parameters(gin.get_configurable(selector))
         for name, value in parameters.items():
-            bound = value.config_key[0] if is_macro(value) else f'{selector.split(".")[-1]}.{name}'
-            value = without_macros(value, config)
+            bound = repr(value)[1:] if repr(value)[0] == '%' else f'{selector.split(".")[-1]}.{name}'
             if name in expected:
-                annotations.check(value, expected[name], bound)
+                annotations.check(weights.without_macros(value, macros), expected[name], bound)
 
 
 @gin.config.register_finalize_hook
@@ -169,21 +169,6 @@ def check_softmax(config):
     if 'circle_softmax' in str(softmax) and config.get(('', 'mgn.model.MGN'), {}).get('classifier') != 'cosine':
         raise UserError(f'mgn_losses.softmax = {softmax} needs the cosines of a classifier; bind '
                         f"MGN.classifier = 'cosine'")
-
-
-def without_macros(value, config, inside=()):
-    """The value with the values of macros in their place."""
-    if isinstance(value, (tuple, list)):
-        return tuple(without_macros(item, config, inside) for item in value)
-    if not is_macro(value):
-        return value
-    if value.config_key in inside:
-        raise UserError(f'The macro {value} is bound to itself; bind {str(value)[1:]} to a value')
-    return without_macros(config[value.config_key]['value'], config, (*inside, value.config_key))
-
-
-def is_macro(value):
-    return isinstance(value, gin.config.ConfigurableReference) and value.config_key[1] == MACRO
 
 
 @functools.cache
@@ -218,7 +203,7 @@ def explained(error):
     if isinstance(error, UnicodeDecodeError):
         return f'A gin file is UTF-8 text, and one is not ({message}); give --gin_bindings="weights=\'…\'" for weights'
     if isinstance(error, RecursionError):
-        return 'A gin file includes itself, or a value is nested too deeply; remove that include or value'
+        return 'A gin file includes itself, a macro is bound to itself, or a value is nested too deeply; correct it'
     if not isinstance(error, ValueError):
         return f'A gin binding looks like P = 16, and this is none: {re.sub(" on line .*: <ast.*?>", "", message)}'
     if macro := re.match(r"No bindings specified for '(.*?)/gin.macro'", message):

@@ -89,18 +89,20 @@ def options_in(values):
 def saved_values(config, path):
     """What the configuration of a checkpoint binds, {'MGN.backbone': 'resnet50', 'input_size': (384, 128), …}."""
     values = {}
-
-    def plain(value):  # with the values of macros in their place
-        if isinstance(value, (tuple, list)):
-            return tuple(map(plain, value))
-        return plain(values.get(repr(value)[1:])) if repr(value).startswith('%') else value
     try:
         for statement in gin.config_parser.ConfigParser(config, gin.config.ParserDelegate(skip_unknown=True)):
             if isinstance(statement, gin.config_parser.BindingStatement):
                 values['.'.join(filter(None, (statement.selector, statement.arg_name)))] = statement.value
-        return {name: plain(value) for name, value in values.items()}
+        return {name: without_macros(value, values) for name, value in values.items()}
     except (ValueError, SyntaxError, TypeError, RecursionError, tokenize.TokenError) as error:
         raise UserError(f'The configuration in {path} cannot be read: {error}. Give another checkpoint.') from None
+
+
+def without_macros(value, macros):
+    """The value with those of macros, {name: value}, in their place; RecursionError where one is bound to itself."""
+    if isinstance(value, (tuple, list)):
+        return tuple(without_macros(item, macros) for item in value)
+    return without_macros(macros.get(repr(value)[1:]), macros) if repr(value)[0] == '%' else value
 
 
 def load_backbone(resnet, weights, name):
