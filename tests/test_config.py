@@ -169,7 +169,7 @@ def test_what_training_and_evaluation_share_is_bound_as_a_macro(binding):
 
 @pytest.mark.parametrize('binding', ['P', 'P =', 'P = (3', '= 3', 'dataset = @', 'include nowhere'])
 def test_what_is_no_binding_is_an_error(binding):
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match='^A gin binding looks like P = 16, and this is none: '):
         config.load([], [binding])
 
 
@@ -400,10 +400,13 @@ def test_annotations_of_a_users_own_are_not_looked_into():
                      'train.schedule = @own_of_many_kinds'])
 
 
-@pytest.mark.parametrize('binding', ['train.schedule = @gin.singleton', 'dataset = @gin.singleton()',
-                                     'dataset = @gin.constant()', 'evaluate.alpha = {[1]: 1}'])
-def test_gins_own_configurables_and_odd_literals_are_sentences(binding):
-    with pytest.raises(UserError):
+@pytest.mark.parametrize('binding, message', [
+    ('train.schedule = @gin.singleton', 'train.schedule must be a reference without parentheses .*, found @gin.singl'),
+    ('dataset = @gin.singleton()', r'dataset must be a reference with parentheses .*, found @gin.singleton\(\)'),
+    ('dataset = @gin.constant()', 'A gin binding looks like P = 16, and this is none: .*constant'),
+    ('evaluate.alpha = {[1]: 1}', 'A gin binding looks like P = 16, and this is none: .*unhashable')])
+def test_gins_own_configurables_and_odd_literals_are_sentences(binding, message):
+    with pytest.raises(UserError, match=f'(?s)^{message}'):
         config.load([], [binding])
 
 
