@@ -72,8 +72,6 @@ template <typename T> const T* matrix(const Tensor& matrix, int64_t rows, int64_
   return static_cast<const T*>(matrix.data_ptr());
 }
 
-bool multiplies_split() { return mgn::multiplies_split(); }
-
 // Elements of what `products` takes: float32, or of split rows bfloat16.
 int64_t packed_size(int64_t queries, int64_t d, bool split, int64_t set) {
   STD_TORCH_CHECK(!split || mgn::multiplies_split(), "mgn_cpu: this CPU has no units for products of split rows");
@@ -187,6 +185,7 @@ void check_numbers(int64_t items) {
 void select_nearest(Tensor dots, Tensor item_scale, Tensor item_shift, int64_t first, Tensor values, Tensor items,
                     int64_t set) {
   const int64_t queries = dots.size(0), n = dots.size(1), capacity = values.size(1);
+  STD_TORCH_CHECK(capacity > 0, "mgn_cpu: expected room for values, but there is none");
   check_numbers(first + n);
   const bool by_item = n > 1 && dots.stride(1) != 1;
   const Tensor lines = by_item ? torch::stable::transpose(dots, 0, 1) : dots;
@@ -330,5 +329,5 @@ STABLE_TORCH_LIBRARY_IMPL(mgn_cpu, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mgn_cpu, CompositeExplicitAutograd, m) {
-  m.impl("multiplies_split", TORCH_BOX(&multiplies_split));
+  m.impl("multiplies_split", TORCH_BOX(&mgn::multiplies_split));
 }

@@ -69,14 +69,16 @@ def carry_out(main, flags, arguments):
     except Exception as error:
         if not processes.first_to_fail():
             sys.exit(1)
-        message = error.message if isinstance(error, UserError) else processes.lost(error) or lacking_memory(error)
+        message = error.message if isinstance(error, UserError) else processes.lost(error) or of_the_system(error)
         if message is None:
             raise
         sys.exit(f'error: {message}')
 
 
-def lacking_memory(error):
-    """The message for an error that the system, NumPy or torch raises for lack of memory; None for other errors."""
+def of_the_system(error):
+    """The message for lack of memory, or for a file that the system does not let us use; None for other errors."""
     if isinstance(error, MemoryError) or re.search("out of memory|an('|no)t allocate memory", str(error)):
         return (f'Memory ran out ({(str(error) or "none is free").splitlines()[0]}). Free some, or bind a smaller P '
                 f'for training, a smaller Extractor.batch_size for evaluation.')
+    if isinstance(error, OSError) and error.filename:
+        return f'{error.filename} cannot be used: {error.strerror}. Allow it, or give another path.'

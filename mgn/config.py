@@ -143,7 +143,7 @@ def check_names(config):
 
 @gin.config.register_finalize_hook
 def absolute_paths(config):
-    """Makes output_dir, features_dir and weights absolute. data_root stays as given, as a checkpoint keeps it."""
+    """Makes the paths of a command (OF_A_COMMAND) absolute. data_root stays as given, as a checkpoint keeps it."""
     paths = {(name, MACRO, 'value'): config[name, MACRO]['value'] for name in OF_A_COMMAND}
     return {key: os.path.abspath(os.path.expanduser(path)) for key, path in paths.items() if path and type(path) is str}
 

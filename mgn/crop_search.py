@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mgn.data.datasets import IMAGE_SUFFIXES, Sample
-from mgn.feature_files import MANIFEST, kept_gallery, made_of
+from mgn.feature_files import file_of, kept_gallery, made_of
 from mgn.features import load_for_features
 from mgn.ops import topk
 from mgn.ops.arguments import LARGEST_K
@@ -48,7 +48,7 @@ def search(checkpoint, weights: str | None = gin.REQUIRED, query: str | None = g
     if os.path.isfile(gallery):
         raise UserError(f'gallery must be a folder, but {gallery} is a file; bind the folder that it is in')
     queries, place = images_in(query), gallery
-    if os.path.exists(os.path.join(gallery, MANIFEST)):
+    if os.path.exists(file_of(gallery, 'gallery', 'features')):
         paths, features = kept_gallery(gallery, model, extractor)
         place = ''  # paths are relative to the data set's folder, which an extraction does not name
     else:
@@ -133,9 +133,9 @@ def read_part(path, made, width, present):
         if (features.shape, stamps.shape, paths.shape) != ((paths.size, width), (paths.size, 2), (paths.size,)) or (
                 features.dtype != np.float32):
             found = '{}'
+    except MemoryError:
+        raise
     except Exception as error:  # damaged bytes of a zip file can raise nearly anything
-        if isinstance(error, MemoryError):
-            raise
         # NumPy's error, shown in part, goes on with how to run the code in a file.
         raise UserError(f'{path} is damaged: {error!s:.40}; remove it, and its features are made again') from error
     if str(found) != made:

@@ -169,8 +169,11 @@ def identities(dataset, cross_camera):
     parts = dataset.query, dataset.gallery
     pids = [[sample.pid for sample in part] for part in parts]
     if not cross_camera:
-        numbers = {}
-        return *pids, *([numbers.setdefault(os.path.basename(s.path), len(numbers)) for s in part] for part in parts)
+        names = [[os.path.basename(sample.path) for sample in part] for part in parts]
+        logger.info('%d file names are in query and gallery: these are taken for the same image, and left out for it',
+                    len({*names[0]} & {*names[1]}))
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(names[0] + names[1]))}
+        return *pids, *([numbers[name] for name in part] for part in names)
     cameras_of, cameras = {}, {sample.camid for part in parts for sample in part}
     for sample in dataset.gallery:
         cameras_of.setdefault(sample.pid, set()).add(sample.camid)

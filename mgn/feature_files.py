@@ -84,8 +84,8 @@ def read_features(features_dir, model, dataset, extractor):
 
 def check_features(features_dir, model, extractor, dataset=None):
     """Raises what read_features raises. dataset: None where images do not matter."""
-    found, expected = read_manifest(features_dir), made_of(model, extractor)
     try:
+        found, expected = read_manifest(features_dir), made_of(model, extractor)
         for part, name in itertools.product(PARTS, NAMES):
             path = file_of(features_dir, part, name)
             if file_hash(path) != found['sha256'][part][name]:
@@ -94,6 +94,8 @@ def check_features(features_dir, model, extractor, dataset=None):
             expected.update({f'{part} {name}': array for name, array in image_lists(dataset, part).items()})
             found.update({f'{part} {name}': np.load(file_of(features_dir, part, name)) for name in NAMES[:3]})
         differing = [name for name, value in expected.items() if not np.array_equal(value, found[name])]
+    except UserError:
+        raise
     except PermissionError as error:
         raise FileError(f'The features in {features_dir} cannot be read: {error}; allow it') from error
     except (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError) as error:
@@ -120,7 +122,7 @@ def read_manifest(features_dir):
         with open(path) as file:
             content = json.load(file)
         written, is_whole = content.get('format'), content.pop('sha256 of the above', None) == text_hash(content)
-    except (ValueError, AttributeError, OSError, RecursionError):  # no JSON, no dictionary
+    except (ValueError, AttributeError, RecursionError):  # no JSON, no dictionary
         written, is_whole = FORMAT, False
     if written != FORMAT:
         raise UserError(f'The features in {features_dir} have the format {written!r:.60}, and this version reads '

@@ -27,6 +27,7 @@ from mgn.ops.errors import FileError, UserError
 from mgn.ops.metrics import METRICS
 from mgn.ranked_lists import by_cameras, by_query, choose, most_changed, ranked_lists, similarities
 from mgn.results import stages
+from mgn.runs import processes
 from mgn.runs.files import replacing
 from mgn.runs.log import logger, progress, read_records
 
@@ -80,7 +81,9 @@ def report(checkpoint, model, extractor, dataset, results, kept, notices, output
 def compared(path, extractor, dataset, ids, notices):
     """Features by another network of the same images, and their ranks; None, and a notice, where it cannot be used."""
     try:
-        other, paths = Embedder(path, str(extractor.device)), [s.path for s in dataset.query + dataset.gallery]
+        device = extractor.device.type if processes.count() > 1 else str(extractor.device)
+        other = Embedder(path, 'cpu' if path.endswith('.onnx') else device, extractor.precision, extractor.flip_test)
+        paths = [sample.path for sample in dataset.query + dataset.gallery]
         batches = [paths[i:i + other.batch_size] for i in range(0, len(paths), other.batch_size)]
         logger.info('report: features of %d images by %s', len(paths), path)
         with progress(len(batches), unit='batch', what='features') as bar:

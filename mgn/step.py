@@ -32,8 +32,8 @@ def train_step(model, optimizer, augmentation, batch, device, precision, clip_gr
     optimizer.zero_grad()
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     scaler.scale(loss).backward()
-    for parameter in (parameter for module in frozen for parameter in module.parameters()):
-        parameter.grad = None  # the optimizer passes over it, its own state included
+    for module in frozen:
+        module.zero_grad()  # to None: the optimizer passes over it, its own state included
     if clip_gradient_norm is not None:
         scaler.unscale_(optimizer)
         clipped = [p for module in (model, losses) if isinstance(module, torch.nn.Module) for p in module.parameters()]

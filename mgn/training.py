@@ -143,6 +143,9 @@ class Training:
             module.to(self.device, memory_format=torch.channels_last).train()
         group = processes.group_of(self.device)
         self.frozen = [module_named(model, name) for name in self.freeze]
+        learning = {*model.parameters(), *losses.parameters()}.difference(*(m.parameters() for m in self.frozen))
+        if self.freeze_steps and not learning:
+            raise UserError(f'train.freeze = {self.freeze} leaves nothing that learns; bind fewer names')
         self.mining_group = group if self.mining == 'all' else None
         self.network, self.network_losses = (distributed(module, self.device, group) for module in (model, losses))
         optimizer = make_optimizer(torch.nn.ModuleList([model, losses]))
@@ -203,7 +206,7 @@ class Training:
         count_unreadable(self.unreadable, batch.unreadable, len(self.dataset.train))
         self.lr = set_lr(state.optimizer, self.schedule(state.step, self.total_steps))
         frozen = self.frozen if state.step < self.freeze_steps else ()
-        for module in self.frozen if state.step <= self.freeze_steps else ():
+        for module in self.frozen:
             module.train(not frozen)
         try:
             losses = train_step(self.network, state.optimizer, self.augmentation, batch, self.device, self.precision,

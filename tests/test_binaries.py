@@ -1,5 +1,6 @@
 """python -m mgn.train and python -m mgn.eval as a user runs them: one run, its evaluation, a kill, and mistakes."""
 
+import errno
 import fcntl
 import json
 import os
@@ -17,6 +18,7 @@ import torch
 from conftest import write_market
 
 import mgn
+from mgn.command_line import of_the_system
 from mgn.ops.metrics import METRICS
 
 PROJECT = Path(mgn.__file__).parent.parent
@@ -283,6 +285,12 @@ def test_a_bug_keeps_its_traceback(mistaken):
     assert code == 1 and 'error: ' not in err.replace('ValueError: ', '')
     message = r'Traceback \(most.*in forward\n.*ValueError: the tensors of a new idea do not fit'
     assert re.search(message, err, re.DOTALL)
+
+
+def test_a_file_that_the_system_keeps_from_us_is_named():
+    error = PermissionError(errno.EACCES, 'Permission denied', 'runs/last.pth')
+    assert of_the_system(error) == 'runs/last.pth cannot be used: Permission denied. Allow it, or give another path.'
+    assert of_the_system(OSError(errno.ENOSPC, 'No space left on device')) is None  # of what, it does not say
 
 
 PAPER = """

@@ -212,6 +212,11 @@ def test_the_gallery_of_an_extraction_is_searched_without_its_images(content, ma
         found(content, capsys, query=query, gallery=str(tmp_path / 'kept'))
 
 
+def test_a_folder_of_crops_may_hold_a_manifest_of_something_else(content, crops, capsys):
+    (crops / 'manifest.json').write_text('{"name": "crops"}')
+    assert len(found(content, capsys, query=str(crops / '0.png'), gallery=str(crops), k=99)[0]['nearest']) == 11
+
+
 @pytest.mark.parametrize('options, message', [
     (dict(query=None), 'A query is needed; give'), (dict(gallery=None), 'A gallery is needed'),
     (dict(query='nowhere'), 'no image in nowhere'), (dict(gallery='nowhere'), 'no image in nowhere'),

@@ -21,8 +21,9 @@ from test_binaries import RECIPE, environment, metrics
 from together import torchrun
 
 import mgn
+from mgn.ops.errors import UserError
 from mgn.ops.metrics import METRICS
-from mgn.runs import checkpoint
+from mgn.runs import checkpoint, processes
 
 PROJECT = Path(mgn.__file__).parent.parent
 # mgn.train over a thin ResNet. KILL = 'number:call' or 'number:call:signal' sends that process a signal at that call of
@@ -182,6 +183,17 @@ MISTAKES = [
     (['P = 4'], 'P = 4, the identities of a batch, is no multiple of the 3 processes'),
     (["device = 'cuda:0'"], "3 processes need the device 'cuda' or 'cpu', found 'cuda:0'"),
 ]
+
+
+@pytest.mark.parametrize('variables, says', [
+    ({}, 'RANK'), ({'RANK': '1', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': 'none'}, 'invalid literal')])
+def test_a_process_that_no_torchrun_has_started_is_told_so(monkeypatch, variables, says):
+    for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {'WORLD_SIZE': '2', **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f'The 2 processes of WORLD_SIZE did not find each other; .*{says}.*Start all'):
+        processes.join()
 
 
 @pytest.mark.long

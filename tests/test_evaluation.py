@@ -226,7 +226,7 @@ def no_camera(path):
 
 
 @pytest.mark.parametrize('rename', [one_camera, no_camera])
-def test_without_cameras_only_the_querys_own_file_is_left_out(model, tmp_path, rename):
+def test_without_cameras_only_the_querys_own_file_is_left_out(model, tmp_path, rename, caplog):
     root = write_market(tmp_path / 'data', suffix='.png')
     for path in list((root / 'query').iterdir()):
         shutil.copy(path, root / 'bounding_box_test' / path.name)
@@ -235,7 +235,9 @@ def test_without_cameras_only_the_querys_own_file_is_left_out(model, tmp_path, r
             path.rename(rename(path))
     with pytest.raises(ValueError, match='several cameras, found camera . alone; bind evaluate.cross_camera = False'):
         evaluate(model, market_layout(str(root)), extractor())
-    got = evaluate(model, market_layout(str(root)), extractor(), cross_camera=False)
+    with caplog.at_level(logging.INFO):
+        got = evaluate(model, market_layout(str(root)), extractor(), cross_camera=False)
+    assert f'{got["queries"]} file names are in query and gallery' in caplog.text
     for path in list(root.glob('*/*')):  # the naive pipeline wants a camera in every name
         if '_c' not in path.name:
             path.rename(path.with_name(path.name.replace('_', '_c1s1_', 1)))

@@ -17,7 +17,7 @@ from mgn.data.datasets import market_layout
 from mgn.feature_files import NAMES, PARTS, read_features, write_features
 from mgn.features import Extractor
 from mgn.model import MGN
-from mgn.ops.errors import UserError
+from mgn.ops.errors import FileError, UserError
 
 FILES = [f'{part}_{name}.npy' for part in PARTS for name in NAMES]
 FEATURES = 'gallery_features.npy'
@@ -60,6 +60,18 @@ def exchanged(folder):
     (folder / 'query_camids.npy').rename(folder / 'x')
     (folder / 'query_pids.npy').rename(folder / 'query_camids.npy')
     (folder / 'x').rename(folder / 'query_pids.npy')
+
+
+def test_files_that_may_not_be_read_are_no_damaged_ones(written, monkeypatch):
+    read = open
+    for name in ('manifest.json', FEATURES):
+        def refuse(path, *rest, name=name):
+            if str(path).endswith(name):
+                raise PermissionError(13, 'Permission denied', path)
+            return read(path, *rest)
+        monkeypatch.setattr(feature_files, 'open', refuse, raising=False)
+        with pytest.raises(FileError, match=f'cannot be read: .*Permission denied.*{name}.*; allow it'):
+            written[1]()
 
 
 def length_changed(folder):

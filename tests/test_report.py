@@ -203,6 +203,12 @@ def test_another_network_is_compared_and_one_that_cannot_be_read_is_named(root, 
     assert page['lists']
 
 
+@pytest.mark.parametrize('setting', ['flip_test = True', "feature_precision = 'bfloat16'"])
+def test_a_network_compared_with_itself_by_other_settings_is_the_same(root, weights, setting):
+    page = made(weights, root, root / 'out', f"compare = '{weights}'", setting)
+    assert page['compare']['ap'] == page['queries']['ap'] and page['compare']['lists'] == []
+
+
 def test_images_that_vanished_are_named_and_the_rest_is_made(root, weights):
     os.remove(root / 'q/3_0.png')
     (root / 'g/2_1_0.png').write_text('no image')

@@ -19,6 +19,7 @@ from mgn.devices import find_device
 from mgn.data.images import TrainBatch
 from mgn.runs.meter import Meter
 from mgn.model import MGN, MGNOutput
+from mgn.ops.errors import UserError
 from mgn.ops.metrics import METRICS
 from mgn.runs.log import RunLog, read_records
 
@@ -344,3 +345,10 @@ def test_a_frozen_module_that_is_not_there_is_an_error(market, tmp_path):
     with pytest.raises(ValueError, match="the module 'backbone', .* have; bind some of trunk, branches"):
         train(market, tmp_path, "train.freeze = ('backbone',)")
     assert not (tmp_path / 'last.pth').exists()
+
+
+def test_freezing_everything_is_an_error_unless_it_lasts_no_step(market, tmp_path):
+    everything = "train.freeze = ('trunk', 'branches', 'heads')"
+    with pytest.raises(UserError, match='leaves nothing that learns; bind fewer names'):
+        train(market, tmp_path, everything, 'train.freeze_steps = 1')
+    train(market, tmp_path, everything, 'train.freeze_steps = 0', 'total_steps = 1')

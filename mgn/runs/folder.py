@@ -20,28 +20,28 @@ def locked(output_dir):
     """Makes the folder if necessary and locks it; UserError where another run has it, also on another machine.
 
     The lock belongs to the process and ends with it; the file alone means nothing, but has to stay in its place.
-    Temporary files that a killed run left are removed.
+    Temporary files, such as a killed run leaves, are removed.
     """
     path = os.path.join(output_dir, LOCK)
     with writing(path, 'Bind another output_dir.'):
         os.makedirs(output_dir, exist_ok=True)
-        file = open(path, 'a+')
+        file = open(path, 'ab+', buffering=0)
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # worker processes do not inherit this kind of lock
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            raise UserError(f'Another run is training in output_dir {output_dir}: {file.read() or "another process"}. '
-                            f'Wait for it, end it, or bind another output_dir.') from None
+            raise UserError(f'Another run is training in output_dir {output_dir}: '
+                            f'{os.fsdecode(file.read()) or "another process"}. Wait for it, end it, or bind another '
+                            f'output_dir.') from None
         except OSError as error:
             logger.warning('%s cannot be locked (%s): let no other run write there', output_dir, error)
         with writing(path, 'Free disk space or bind another output_dir.'):
             file.truncate(0)
-            file.write(f'process {os.getpid()} on {socket.gethostname()}')
-            file.flush()
-        for name in os.listdir(output_dir):
-            if re.search(r'\.\d+\.tmp$', name):
-                os.remove(os.path.join(output_dir, name))
+            file.write(f'process {os.getpid()} on {socket.gethostname()}'.encode())
+        for entry in os.scandir(output_dir):
+            if re.search(r'\.\d+\.tmp$', entry.name) and entry.is_file():
+                os.remove(entry)
         yield
 
 
@@ -108,9 +108,7 @@ def best_so_far(output_dir):
     """The mAP of best.pth, or -1 if there is none; a damaged one is renamed to best.pth.damaged."""
     path, mAP = os.path.join(output_dir, 'best.pth'), None
     try:
-        mAP = checkpoints.load(path).get('mAP')
-    except FileNotFoundError:
-        pass
+        mAP = checkpoints.load(path).get('mAP') if os.path.isfile(path) else None
     except checkpoints.Damaged as error:
         set_aside(path, error)
     return mAP if mAP is not None and math.isfinite(mAP) else -1.0

@@ -27,18 +27,18 @@ def join():
     Raises UserError where the processes do not find each other.
     """
     global _store
-    if int(os.environ.get('WORLD_SIZE', 1)) == 1:
+    if os.environ.get('WORLD_SIZE', '1') == '1':
         return
-    store, rank, processes = next(dist.rendezvous('env://', timeout=MEETING))
-    while isinstance(store, dist.PrefixStore):  # its prefix is a count of restarts that differs between machines
-        store = store.underlying_store
     try:
+        store, rank, processes = next(dist.rendezvous('env://', timeout=MEETING))
+        while isinstance(store, dist.PrefixStore):  # its prefix is a count of restarts that differs between machines
+            store = store.underlying_store
         _store = dist.PrefixStore(f'mgn {agree_on_name(store, rank, processes)}', store)
         dist.init_process_group('gloo', store=_store, rank=rank, world_size=processes, timeout=PATIENCE)
-    except RuntimeError as error:
-        raise UserError(f'The {processes} processes did not find each other; process {rank} says: '
-                        f'{str(error).splitlines()[0]}. torchrun names the one that ended. Start all of them again.'
-                        ) from error
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f'The {os.environ["WORLD_SIZE"]} processes of WORLD_SIZE did not find each other; process '
+                        f'{os.environ.get("RANK")} says: {str(error).splitlines()[0]}. torchrun names the one that '
+                        f'ended. Start all of them again by torchrun, or unset WORLD_SIZE for one.') from error
 
 
 def agree_on_name(store, rank, processes):

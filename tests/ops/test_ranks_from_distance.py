@@ -13,6 +13,7 @@ from mining import examples
 from rankings import problem
 
 from mgn.ops import evaluate_rank, match_ranks, match_ranks_from_distance, retrieval_metrics
+from mgn.ops.native import kernels
 
 
 def naive_ranks(dist, query_pids, gallery_pids, query_camids, gallery_camids, junk_pid=-1):
@@ -232,3 +233,14 @@ def test_numbers_equal_torchreids():
         expected_cmc, expected_map = torchreid_evaluate_rank()(dist, *ids)
         np.testing.assert_allclose(cmc, expected_cmc, rtol=2e-6)
         assert precision.mean() == pytest.approx(expected_map, rel=1e-6)
+
+
+def test_junk_that_does_not_ascend_leads_to_no_foreign_memory():
+    """A wrong call of the private kernel, which mgn.ops never makes."""
+    if (compiled := kernels(torch.device('cpu'))) is None:
+        pytest.skip('not compiled')
+    matches = torch.tensor([0, 1]), torch.zeros(1, dtype=torch.float64), torch.tensor([0])
+    order, end, junk = torch.arange(3000), torch.tensor([1]), torch.tensor([2500, 2600, 2700, -50_000_000])
+    steps = torch.zeros(1, dtype=torch.int64)
+    row = compiled.count_in_distances(torch.ones(1, 3000), matches, (order, end - 1, end, junk), steps)
+    assert row == -1 and steps.item() == 0

@@ -1,6 +1,7 @@
 """One run at a time writes in a folder, and temporary files of a killed one are removed."""
 
 import os
+import resource
 import signal
 import socket
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 from thin import thin, train  # noqa: F401 (a fixture)
 
+from mgn.ops.errors import FileError
 from mgn.runs import folder as runfolder
 from mgn.runs.folder import locked
 
@@ -98,6 +100,21 @@ def test_what_a_killed_run_was_writing_is_removed_and_nothing_else(tmp_path):
         (tmp_path / name).write_text('')
     with locked(str(tmp_path)):
         assert sorted(os.listdir(tmp_path)) == sorted(['last.pth', 'notes.tmp', 'run.lock', 'x.123.tmp.txt'])
+    (tmp_path / 'last.pth.123.tmp').mkdir()
+    with locked(str(tmp_path)):
+        assert (tmp_path / 'last.pth.123.tmp').is_dir()
+
+
+def test_a_disk_that_is_full_before_a_run_begins_is_a_clear_error(tmp_path):
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(FileError, match='run.lock could not be written: .*Free disk space'):
+            with locked(str(tmp_path)):
+                pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
