@@ -152,6 +152,18 @@ def test_hidden_files_and_folders_are_left_out_but_both_folders_may_lie_in_one(c
     assert not caplog.text
 
 
+def test_a_folder_that_may_not_be_read_is_named_and_left_out(content, crops, capsys, caplog, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith('deep'):
+            raise PermissionError(13, 'Permission denied', path)
+        return scandir(path)
+    monkeypatch.setattr(os, 'scandir', refuse)
+    assert len(found(content, capsys, query=str(crops / '0.png'), gallery=str(crops), k=99)[0]['nearest']) == 6
+    assert 'a folder is left out: ' in caplog.text and f"{crops / 'deep'}" in caplog.text
+
+
 def test_broken_links_and_pipes_are_named_and_left_out(content, crops, capsys, caplog):
     os.symlink('nowhere.png', crops / 'broken.png')
     os.symlink('loop.png', crops / 'loop.png')

@@ -17,6 +17,7 @@ import torch
 from conftest import write_market
 from forks import run_program
 from outcomes import assert_same
+from reports import data_of
 from test_binaries import RECIPE, environment, metrics
 from together import torchrun
 
@@ -263,7 +264,10 @@ def test_features_are_extracted_by_several_processes_and_evaluated_by_any_number
 @pytest.mark.long
 def test_several_processes_evaluate_images_with_query_expansion_and_re_ranking(weights, tmp_path):
     _, alone = evaluate(tmp_path / 'alone', weights, *MORE)
-    run, several = evaluate(tmp_path / 'several', weights, *MORE, processes=3)
+    run, several = evaluate(tmp_path / 'several', weights, *MORE, 'evaluate_checkpoint.report = True',
+                            f"compare = '{weights}'", processes=3)
+    page = data_of(tmp_path / 'several' / 'report.html')
+    assert page['notices'] == [] and page['compare']['ap'] == page['queries']['ap']
     assert len(re.findall('rank10', run.stdout)) == 1
     assert several['processes'] == 3
     same_figures(alone, several)

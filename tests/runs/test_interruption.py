@@ -4,7 +4,8 @@ import json
 import multiprocessing
 import os
 import signal
-from contextlib import contextmanager
+import threading
+from contextlib import contextmanager, nullcontext
 
 import pytest
 from forks import ROOT, run_program
@@ -140,6 +141,41 @@ def test_signals_that_are_ignored_stay_ignored():
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize('under_torchrun, after, ended', [(False, 0.1, False), (False, 1.0, True), (True, 1.0, False),
+                                                          (True, 3.0, True)])
+def test_a_signal_soon_after_the_first_is_the_same_one_sent_on(monkeypatch, under_torchrun, after, ended):
+    def end(status):
+        raise InterruptedError(status)
+    monkeypatch.setattr(os, '_exit', end)
+    monkeypatch.delenv('TORCHELASTIC_RUN_ID', raising=False)
+    if under_torchrun:
+        monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'run')
+    with interruption.Interruption() as interrupted:
+        interrupted.handle(signal.SIGTERM, None)
+        interrupted.since -= after
+        with pytest.raises(InterruptedError, match='143') if ended else nullcontext():
+            interrupted.handle(signal.SIGTERM, None)
+
+
+def test_a_worker_that_inherits_the_handler_notes_nothing():
+    with interruption.Interruption() as interrupted:
+        interrupted.process += 1
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupted.noted is None
+
+
+def test_outside_the_main_thread_signals_are_left_to_the_program():
+    before, found = signal.getsignal(signal.SIGTERM), []
+
+    def run():
+        with interruption.Interruption():
+            found.append(signal.getsignal(signal.SIGTERM))
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [before]
 
 
 # A step that takes long: the first signal waits for its end, the second does not.
