@@ -7,8 +7,11 @@ import signal
 import sys
 
 
-def run(main):
-    """Runs a binary's main(gin_files, bindings). A UserError ends it with its message alone, printed by one process."""
+def run(main, several=False):
+    """Runs a binary's main(gin_files, bindings). A UserError ends it with its message alone, printed by one process.
+
+    several: whether torchrun may start it as several processes.
+    """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # ignored e.g. in the background of a script
             signal.signal(number, end)
@@ -24,7 +27,7 @@ def run(main):
     for stream in filter(None, (sys.stdout, sys.stderr)):  # names of files need not be UTF-8
         stream.reconfigure(errors='backslashreplace')
     try:
-        app.run(lambda arguments: carry_out(main, flags.FLAGS, arguments[1:]))
+        app.run(lambda arguments: carry_out(main, several, flags.FLAGS, arguments[1:]))
     except BrokenPipeError:  # who reads our output, such as head, wants no more
         os._exit(141)  # as after SIGPIPE
 
@@ -38,7 +41,7 @@ def end(number, frame):
     sys.exit(128 + number)
 
 
-def carry_out(main, flags, arguments):
+def carry_out(main, several, flags, arguments):
     """The binary's work; what it raises becomes the way that it ends."""
     from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -57,6 +60,8 @@ def carry_out(main, flags, arguments):
         processes.join()
         if processes.number() > 0:
             package.setLevel(logging.CRITICAL)  # process 0 logs for all
+        if processes.count() > 1 and not several:
+            raise UserError('This command is one process; start it without torchrun')
         if arguments:
             raise UserError(f'Only flags are understood, found {arguments}; '
                             f'give --gin_file=FILE or --gin_bindings="name=value"')

@@ -62,8 +62,6 @@ def report_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset: D
 
     Images that cannot be read are left out, and features_dir is where it does not fit; the page then says so.
     """
-    if processes.count() > 1:
-        raise UserError('mgn.report is one process; start it without torchrun, or mgn.eval with report = True')
     model, extractor = load_for_features(checkpoint, weights, device)
     kept, unreadable, notices = {}, {}, []
     if features_dir:

@@ -13,4 +13,4 @@ def main(gin_files, bindings):
 
 
 if __name__ == '__main__':
-    command_line.run(main)
+    command_line.run(main, several=True)

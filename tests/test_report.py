@@ -274,12 +274,6 @@ def test_without_cameras_only_the_file_itself_is_junk(root, weights):
     assert page['cameras']['mAP'] == [page['queries']['ap']]
 
 
-def test_the_binary_is_one_process(monkeypatch):
-    monkeypatch.setattr(evaluation.processes, 'count', lambda: 2)
-    with pytest.raises(UserError, match='start it without torchrun'):
-        evaluation.report_checkpoint(None, 'best.pth', None)
-
-
 @only_linux
 def test_memory_stays_far_below_a_matrix_of_all_pairs():
     """2,000 queries and 15,000 items: all pairs are 240 MB in float64."""

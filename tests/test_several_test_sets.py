@@ -108,6 +108,16 @@ def test_lack_of_memory_ends_a_binary_by_a_sentence(lack):
                         r'Extractor.batch_size for evaluation\.\n', done.stderr)
 
 
+@pytest.mark.parametrize('several', [False, True])
+def test_a_command_of_one_process_ends_under_torchrun(several):
+    done = run_program(f'from mgn import command_line\nfrom mgn.runs import processes\n'
+                       f'processes.join = processes.leave = lambda: None\nprocesses.count = lambda: 2\n'
+                       f'processes.number = lambda: 0\n'
+                       f'command_line.run(lambda files, bindings: print("ran"), several={several})')
+    assert done.returncode == (not several) and done.stdout == 'ran\n' * several
+    assert done.stderr == ('' if several else 'error: This command is one process; start it without torchrun\n')
+
+
 def test_other_libraries_tell_warnings_alone():
     """onnxscript tells dozens of steps of an export to the root logger, which absl prints."""
     done = run_program('import logging\nfrom mgn import command_line\ndef main(files, bindings):\n'
