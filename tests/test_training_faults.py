@@ -89,6 +89,17 @@ def test_all_losses_that_went_bad_at_the_first_bad_step_are_named():
         meter.check('there is no checkpoint yet')
 
 
+def test_a_loss_may_have_other_terms_from_some_step_on():
+    meter, one, two = Meter(), {'loss': torch.tensor(1.0)}, {'loss': torch.tensor(3.0), 'late': torch.tensor(2.0)}
+    for step, losses in enumerate((one, two, two)):
+        meter.add(losses, step)
+    assert meter.read('') == {'loss': 3, 'late': 2}
+    meter.add({'loss': torch.tensor(torch.nan)}, 3)
+    meter.add(two, 4)
+    with pytest.raises(UserError, match='NaN or infinity in .* at step 3'):
+        meter.check('')
+
+
 @pytest.mark.parametrize('at_step, last_good', [(0, 0), (3, 2), (6, 6)])
 def test_weights_that_are_not_finite_are_never_saved(market, tmp_path, monkeypatch, at_step, last_good):
     calls, real = [], training.train_step

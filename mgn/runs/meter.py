@@ -18,12 +18,12 @@ class Meter:
 
     def add(self, losses, step):
         values = torch.stack(list(losses.values()))
-        if self.names != list(losses):  # the first step, or the first one with other losses than a resumed run had
+        if self.names != list(losses):  # the first step, or the first one with other losses
             self.names, self.sums, self.count = list(losses), torch.zeros_like(values), 0
+            self.bad_steps = self.bad_steps.min()
         self.sums, self.bad_steps = self.sums.to(values.device) + values, self.bad_steps.to(values.device)
         self.bad_steps = torch.where((self.bad_steps == NEVER) & ~values.isfinite(), step, self.bad_steps)
-        self.count += 1
-        self.timed_steps += 1
+        self.count, self.timed_steps = self.count + 1, self.timed_steps + 1
 
     def join(self):
         """Replaces the sums by their means over all processes, and each bad step by the first one of any process."""
