@@ -185,7 +185,7 @@ void check_numbers(int64_t items) {
 void select_nearest(Tensor dots, Tensor item_scale, Tensor item_shift, int64_t first, Tensor values, Tensor items,
                     int64_t set) {
   const int64_t queries = dots.size(0), n = dots.size(1), capacity = values.size(1);
-  STD_TORCH_CHECK(capacity > 0, "mgn_cpu: expected room for values, but there is none");
+  STD_TORCH_CHECK(capacity > 0, "mgn_cpu: expected room for at least 1 value, found 0");
   check_numbers(first + n);
   const bool by_item = n > 1 && dots.stride(1) != 1;
   const Tensor lines = by_item ? torch::stable::transpose(dots, 0, 1) : dots;

@@ -61,7 +61,7 @@ def carry_out(main, several, flags, arguments):
         if processes.number() > 0:
             package.setLevel(logging.CRITICAL)  # process 0 logs for all
         if processes.count() > 1 and not several:
-            raise UserError('This command is one process; start it without torchrun')
+            raise UserError(f'This command is one process, found {processes.count()}; start it without torchrun')
         if arguments:
             raise UserError(f'Only flags are understood, found {arguments}; '
                             f'give --gin_file=FILE or --gin_bindings="name=value"')
@@ -81,9 +81,9 @@ def carry_out(main, several, flags, arguments):
 
 
 def of_the_system(error):
-    """The message for lack of memory, or for a file that the system does not let us use; None for other errors."""
+    """The message for lack of memory, or for a file that may not be read or written; None for other errors."""
     if isinstance(error, MemoryError) or re.search("out of memory|an('|no)t allocate memory", str(error)):
         return (f'Memory ran out ({(str(error) or "none is free").splitlines()[0]}). Free some, or bind a smaller P '
                 f'for training, a smaller Extractor.batch_size for evaluation.')
-    if isinstance(error, OSError) and error.filename:
+    if isinstance(error, PermissionError) and error.filename:
         return f'{error.filename} cannot be used: {error.strerror}. Allow it, or give another path.'

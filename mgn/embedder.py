@@ -57,8 +57,8 @@ class Embedder:
     def embed(self, images, bgr=False):
         """The features of n images: (n, D) float32 on the CPU, L2-normalised, so their products are cosines.
 
-        Images are resized and normalised as in evaluation: features are those of mgn.extract with the flip_test and
-        precision that mgn.load was given, whatever the checkpoint binds.
+        Images are resized and normalised as in evaluation: features are those of mgn.extract under mgn.load's
+        flip_test and precision. What the checkpoint binds for these does not count.
 
         Args:
             images: an (n, 3, H, W) uint8 tensor, or a list of images of any sizes, each a path, a PIL image or an

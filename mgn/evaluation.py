@@ -119,7 +119,7 @@ def evaluate(model, dataset, extractor, features_dir=None, kept=None, cross_came
             images, and those of the gallery, which may be larger than memory, tile by tile.
         kept: a dict that 'features' (of query and gallery), 'ids' and 'ranks' are kept in. Features in it are taken.
         cross_camera: a true match comes from another camera. False is for data of one camera or of none: then only the
-            query's own file, known by its name, is left out.
+            query's own file, known by its name without folders, is left out.
         query_expansion: gallery items averaged into each query (`mgn.ops.query_expansion.expand_queries`), 0 to 4096.
             alpha: exponent of their weights.
         rerank: re-rank the features, of expanded queries if there are any, by `mgn.ops.k_reciprocal_ranks` with k1, k2
@@ -168,8 +168,9 @@ def identities(dataset, cross_camera):
     pids = [[sample.pid for sample in part] for part in parts]
     if not cross_camera:
         names = [[os.path.basename(sample.path) for sample in part] for part in parts]
-        logger.info('%d file names are in query and gallery: these are taken for the same image, and left out for it',
-                    len({*names[0]} & {*names[1]}))
+        queries = {*zip(pids[0], names[0])}
+        logger.info('%d gallery images have the name and the pid of a query, and are left out for it as the same image',
+                    sum(image in queries for image in zip(pids[1], names[1])))
         numbers = {name: number for number, name in enumerate(dict.fromkeys(names[0] + names[1]))}
         return *pids, *([numbers[name] for name in part] for part in names)
     cameras_of, cameras = {}, {sample.camid for part in parts for sample in part}

@@ -14,7 +14,7 @@ import gin
 import numpy as np
 
 from mgn.features import check_same_data, hash_of, hash_of_weights, image_lists
-from mgn.ops.errors import FileError, MissingFile, UserError
+from mgn.ops.errors import MissingFile, UserError
 from mgn.runs import processes
 from mgn.runs.files import write_text, writing
 from mgn.runs.log import logger
@@ -84,8 +84,8 @@ def read_features(features_dir, model, dataset, extractor):
 
 def check_features(features_dir, model, extractor, dataset=None):
     """Raises what read_features raises. dataset: None where images do not matter."""
+    found, expected = read_manifest(features_dir), made_of(model, extractor)
     try:
-        found, expected = read_manifest(features_dir), made_of(model, extractor)
         for part, name in itertools.product(PARTS, NAMES):
             path = file_of(features_dir, part, name)
             if file_hash(path) != found['sha256'][part][name]:
@@ -94,11 +94,7 @@ def check_features(features_dir, model, extractor, dataset=None):
             expected.update({f'{part} {name}': array for name, array in image_lists(dataset, part).items()})
             found.update({f'{part} {name}': np.load(file_of(features_dir, part, name)) for name in NAMES[:3]})
         differing = [name for name, value in expected.items() if not np.array_equal(value, found[name])]
-    except UserError:
-        raise
-    except PermissionError as error:
-        raise FileError(f'The features in {features_dir} cannot be read: {error}; allow it') from error
-    except (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, FileNotFoundError, EOFError) as error:
         raise UserError(f'The features in {features_dir} are damaged: {error}; extract them again') from error
     if differing:
         raise UserError(f'The features in {features_dir} are of other weights, settings or images; what differs is '

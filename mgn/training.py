@@ -206,7 +206,7 @@ class Training:
         count_unreadable(self.unreadable, batch.unreadable, len(self.dataset.train))
         self.lr = set_lr(state.optimizer, self.schedule(state.step, self.total_steps))
         frozen = self.frozen if state.step < self.freeze_steps else ()
-        for module in self.frozen:
+        for module in self.frozen if state.step <= self.freeze_steps else ():
             module.train(not frozen)
         try:
             losses = train_step(self.network, state.optimizer, self.augmentation, batch, self.device, self.precision,

@@ -102,7 +102,8 @@ def without_macros(value, macros):
     """The value with those of macros, {name: value}, in their place; RecursionError where one is bound to itself."""
     if isinstance(value, (tuple, list)):
         return tuple(without_macros(item, macros) for item in value)
-    return without_macros(macros.get(repr(value)[1:]), macros) if repr(value)[0] == '%' else value
+    name = repr(value)[1:] if repr(value)[0] == '%' else None  # %name: of a macro, or one of gin's constants
+    return without_macros(macros[name], macros) if name in macros else value
 
 
 def load_backbone(resnet, weights, name):

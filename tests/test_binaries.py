@@ -287,10 +287,10 @@ def test_a_bug_keeps_its_traceback(mistaken):
     assert re.search(message, err, re.DOTALL)
 
 
-def test_a_file_that_the_system_keeps_from_us_is_named():
+def test_a_file_that_may_not_be_read_is_named():
     error = PermissionError(errno.EACCES, 'Permission denied', 'runs/last.pth')
     assert of_the_system(error) == 'runs/last.pth cannot be used: Permission denied. Allow it, or give another path.'
-    assert of_the_system(OSError(errno.ENOSPC, 'No space left on device')) is None  # of what, it does not say
+    assert of_the_system(FileNotFoundError(errno.ENOENT, 'No such file', 'a')) is None  # whose fault, it cannot say
 
 
 PAPER = """

@@ -115,7 +115,8 @@ def test_a_command_of_one_process_ends_under_torchrun(several):
                        f'processes.number = lambda: 0\n'
                        f'command_line.run(lambda files, bindings: print("ran"), several={several})')
     assert done.returncode == (not several) and done.stdout == 'ran\n' * several
-    assert done.stderr == ('' if several else 'error: This command is one process; start it without torchrun\n')
+    refusal = 'error: This command is one process, found 2; start it without torchrun\n'
+    assert done.stderr == ('' if several else refusal)
 
 
 def test_other_libraries_tell_warnings_alone():

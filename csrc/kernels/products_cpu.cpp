@@ -23,7 +23,7 @@ struct ProductLoops {
   int high, wide;             // of a panel of queries, of items
   int64_t unit;               // D is filled up to a multiple of it
   int64_t items, dimensions;  // packed at a time: half of a second-level cache
-  int64_t ahead;              // of the items to come, fetched during each of add_products
+  int64_t ahead;              // items of the next block of which each of add_products fetches a part; 0: none
   int64_t queries;            // at least, of a part, for which items are packed anew so that more threads have work
   void (*pack_rows)(const float* rows, int64_t count, int64_t stride, int64_t d, float* panel);
   // Given norms, it adds to `lost` what of each row is lost.
@@ -81,7 +81,8 @@ struct ItemProducts {
     }
   }
 
-  // Some dimensions of `ahead` items, from number i of those that will be packed next, into the second-level cache.
+  // Fetches some dimensions of `ahead` items, from number i of the next block, into the second-level cache. In vain
+  // where others are packed next: further dimensions of these items, or these again for a part of the queries.
   void fetch_ahead(int64_t i, int64_t from, int64_t width) const {
     for (int64_t n = i; n < std::min({i + loops.ahead, loops.items, items.count - first - loops.items}); ++n)
       for (int64_t k = 0; k < width; k += 16) __builtin_prefetch(items[first + loops.items + n] + from + k, 0, 2);

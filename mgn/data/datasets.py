@@ -133,7 +133,7 @@ def csv_table(root: str, file: str = 'dataset.csv') -> Dataset:
         table = csv.DictReader(lines, restval='')
         if any((table.fieldnames or ()).count(name) != 1 for name in ('path', 'pid', 'camid', 'split')):
             raise UserError(f'{path} should begin with the line path,pid,camid,split, but begins with the columns '
-                            f'{table.fieldnames}; add that line')
+                            f'{table.fieldnames}; begin with each of these columns, once')
         for row in table:
             numbers = [re.fullmatch(rf'\s*({NUMBER}|-1)\s*', row[name]) for name in ('pid', 'camid')]
             if None in numbers or numbers[1][1] == '-1' or not row['path'] or row['split'] not in parts:

@@ -20,7 +20,7 @@ def locked(output_dir):
     """Makes the folder if necessary and locks it; UserError where another run has it, also on another machine.
 
     The lock belongs to the process and ends with it; the file alone means nothing, but has to stay in its place.
-    Temporary files, such as a killed run leaves, are removed.
+    Temporary files that a killed run left are removed.
     """
     path = os.path.join(output_dir, LOCK)
     with writing(path, 'Bind another output_dir.'):
@@ -39,7 +39,7 @@ def locked(output_dir):
         with writing(path, 'Free disk space or bind another output_dir.'):
             file.truncate(0)
             file.write(f'process {os.getpid()} on {socket.gethostname()}'.encode())
-        for entry in os.scandir(output_dir):
+        for entry in [*os.scandir(output_dir)]:
             if re.search(r'\.\d+\.tmp$', entry.name) and entry.is_file():
                 os.remove(entry)
         yield

@@ -19,8 +19,9 @@ class Meter:
     def add(self, losses, step):
         values = torch.stack(list(losses.values()))
         if self.names != list(losses):  # the first step, or the first one with other losses
+            bad, never = dict(zip(self.names, self.bad_steps.flatten())), self.bad_steps.new_tensor(NEVER)
+            self.bad_steps = torch.stack([bad.get(name, never) for name in losses])  # 'loss' tells of a term that ends
             self.names, self.sums, self.count = list(losses), torch.zeros_like(values), 0
-            self.bad_steps = self.bad_steps.min()
         self.sums, self.bad_steps = self.sums.to(values.device) + values, self.bad_steps.to(values.device)
         self.bad_steps = torch.where((self.bad_steps == NEVER) & ~values.isfinite(), step, self.bad_steps)
         self.count, self.timed_steps = self.count + 1, self.timed_steps + 1

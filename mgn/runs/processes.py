@@ -36,9 +36,9 @@ def join():
         _store = dist.PrefixStore(f'mgn {agree_on_name(store, rank, processes)}', store)
         dist.init_process_group('gloo', store=_store, rank=rank, world_size=processes, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f'The {os.environ["WORLD_SIZE"]} processes of WORLD_SIZE did not find each other; process '
-                        f'{os.environ.get("RANK")} says: {str(error).splitlines()[0]}. torchrun names the one that '
-                        f'ended. Start all of them again by torchrun, or unset WORLD_SIZE for one.') from error
+        raise UserError(f'The processes of WORLD_SIZE = {os.environ["WORLD_SIZE"]} did not find each other; process '
+                        f'{os.environ.get("RANK", "without RANK")} says: {str(error).splitlines()[0]}. torchrun names '
+                        f'the one that ended. Start all of them by torchrun, or unset WORLD_SIZE for one.') from error
 
 
 def agree_on_name(store, rank, processes):

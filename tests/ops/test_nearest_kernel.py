@@ -112,7 +112,7 @@ def test_the_cpu_takes_products_by_item(queries):
         dots, *rest = tiles_of([9], 5)[0]
         selected = torch.zeros(5, 3), torch.zeros(5, 3, dtype=torch.int64)
         compiled.select_nearest(dots.repeat(2, 2)[::2, ::2], *rest, *selected)
-    with pytest.raises(RuntimeError, match='expected room for values'):
+    with pytest.raises(RuntimeError, match='expected room for at least 1 value'):
         compiled.select_nearest(*tiles_of([9], 5)[0], torch.zeros(5, 0), torch.zeros(5, 0, dtype=torch.int64))
 
 

@@ -143,7 +143,7 @@ def test_signals_that_are_ignored_stay_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize('under_torchrun, after, ended', [(False, 0.1, False), (False, 1.0, True), (True, 1.0, False),
+@pytest.mark.parametrize('under_torchrun, after, ended', [(False, 0.0, False), (False, 1.0, True), (True, 1.0, False),
                                                           (True, 3.0, True)])
 def test_a_signal_soon_after_the_first_is_the_same_one_sent_on(monkeypatch, under_torchrun, after, ended):
     def end(status):
