@@ -94,7 +94,9 @@ def check_features(features_dir, model, extractor, dataset=None):
             expected.update({f'{part} {name}': array for name, array in image_lists(dataset, part).items()})
             found.update({f'{part} {name}': np.load(file_of(features_dir, part, name)) for name in NAMES[:3]})
         differing = [name for name, value in expected.items() if not np.array_equal(value, found[name])]
-    except (ValueError, LookupError, TypeError, AttributeError, FileNotFoundError, EOFError) as error:
+    except PermissionError:  # no damage; a binary says which file it is
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError) as error:
         raise UserError(f'The features in {features_dir} are damaged: {error}; extract them again') from error
     if differing:
         raise UserError(f'The features in {features_dir} are of other weights, settings or images; what differs is '

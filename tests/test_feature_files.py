@@ -90,7 +90,8 @@ def lost_pages(folder):
     (lambda folder: (folder / FEATURES).write_bytes(b''), FEATURES), (exchanged, 'query_pids.npy'),
     (lambda folder: shutil.copy(folder / 'query_features.npy', folder / FEATURES), FEATURES),
     (lambda folder: (folder / 'query_pids.npy').write_bytes(b''), 'query_pids.npy'),
-    (lambda folder: (folder / 'gallery_pids.npy').unlink(), 'gallery_pids.npy')])
+    (lambda folder: (folder / 'gallery_pids.npy').unlink(), 'gallery_pids.npy'),
+    (lambda folder: ((folder / FEATURES).unlink(), (folder / FEATURES).mkdir()), FEATURES)])
 def test_a_file_that_is_not_as_it_was_written_is_named(written, damage, file):
     folder, read = written
     read()

@@ -30,10 +30,9 @@ def locked(output_dir):
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # worker processes do not inherit this kind of lock
         except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise UserError(f'Another run is training in output_dir {output_dir}: '
-                            f'{os.fsdecode(file.read()) or "another process"}. Wait for it, end it, or bind another '
-                            f'output_dir.') from None
+            holder = os.fsdecode(os.pread(file.fileno(), 999, 0)) or 'another process'
+            raise UserError(f'Another run is training in output_dir {output_dir}: {holder}. Wait for it, end it, or '
+                            f'bind another output_dir.') from None
         except OSError as error:
             logger.warning('%s cannot be locked (%s): let no other run write there', output_dir, error)
         with writing(path, 'Free disk space or bind another output_dir.'):
