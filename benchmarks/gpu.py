@@ -54,8 +54,8 @@ FILES = {
                'tests/ops/test_batch_hard_input.py'],
     'distances': ['tests/ops/test_pairwise_distance.py', 'tests/ops/test_pairwise_distance_cuda.py'],
     'ranking': ['tests/ops/test_match_ranks.py', 'tests/ops/test_match_ranks_cuda.py',
-                'tests/ops/test_neighbours_cuda.py', 'tests/ops/test_topk.py', 'tests/ops/test_reranking.py',
-                'tests/ops/test_query_expansion.py'],
+                'tests/ops/test_neighbours_cuda.py', 'tests/ops/test_topk.py', 'tests/ops/test_topk_from_distance.py',
+                'tests/ops/test_reranking.py', 'tests/ops/test_query_expansion.py'],
     'training': ['tests/test_training_cuda.py', 'tests/data/test_augmentation.py'],
 }
 TOOLS = ('memcheck', 'racecheck', 'initcheck', 'synccheck')
