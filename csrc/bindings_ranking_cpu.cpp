@@ -5,41 +5,11 @@
 #include <vector>
 
 #include "bindings_cpu.h"
-#include "kernels/canonical_cpu.h"
 #include "kernels/nearest_cpu.h"
-#include "kernels/products_cpu.h"
 #include "kernels/ranking_cpu.h"
 #include "kernels/reranking_cpu.h"
 
 namespace {
-
-mgn::Rows rows(const Tensor& features) {
-  STD_TORCH_CHECK(
-      features.is_cpu() && features.dim() == 2 && features.scalar_type() == ScalarType::Float &&
-          (features.size(1) <= 1 || features.stride(1) == 1),
-      "mgn_cpu: expected features (n, D) of float32 on the CPU, contiguous along D; call mgn.ops, which prepares them");
-  return {static_cast<const float*>(features.data_ptr()), features.size(0), features.size(1), features.stride(0)};
-}
-
-void canonical_norms(Tensor features, Tensor norms, int64_t set) {
-  const auto x = rows(features);
-  mgn::canonical_norms(x, pointer<double>(norms, x.count), checked_set(set), parallel);
-}
-
-const int64_t* ids(const Tensor& tensor, int64_t count, int64_t below) {
-  const int64_t* values = pointer<int64_t>(tensor, count);
-  STD_TORCH_CHECK(std::all_of(values, values + count, [&](int64_t i) { return 0 <= i && i < below; }),
-                  "mgn_cpu: expected indices from 0 to ", below - 1, ", but some lie outside");
-  return values;
-}
-
-void canonical_keys(Tensor query, Tensor gallery, Tensor queries, Tensor items, bool cosine, Tensor keys, int64_t set) {
-  const auto q = rows(query), g = rows(gallery);
-  const int64_t pairs = keys.numel();
-  STD_TORCH_CHECK(q.d == g.d, "mgn_cpu: query and gallery must have the same width D, but have ", q.d, " and ", g.d);
-  mgn::canonical_keys(q, g, ids(queries, pairs, q.count), ids(items, pairs, g.count), pairs, cosine,
-                      pointer<double>(keys, pairs), checked_set(set), parallel);
-}
 
 using Tensors = std::vector<Tensor>;
 
@@ -62,48 +32,6 @@ mgn::Excluded excluded_of(const Tensors& excluded, int64_t queries) {
   const int64_t n = order.numel();
   return {pointer<int64_t>(order, n), ids(excluded[1], queries, n + 1), ids(excluded[2], queries, n + 1),
           pointer<int64_t>(junk, junk.numel()), junk.numel()};
-}
-
-template <typename T> const T* matrix(const Tensor& matrix, int64_t rows, int64_t columns) {
-  STD_TORCH_CHECK(matrix.is_cpu() && matrix.dim() == 2 && matrix.size(0) == rows && matrix.size(1) == columns &&
-                      matrix.scalar_type() == kType<T> && (columns <= 1 || matrix.stride(1) == 1),
-                  "mgn_cpu: expected a CPU matrix of shape (", rows, ", ", columns,
-                  ") of the right type, contiguous along rows");
-  return static_cast<const T*>(matrix.data_ptr());
-}
-
-// Elements of what `products` takes: float32, or of split rows bfloat16.
-int64_t packed_size(int64_t queries, int64_t d, bool split, int64_t set) {
-  STD_TORCH_CHECK(!split || mgn::multiplies_split(), "mgn_cpu: this CPU has no units for products of split rows");
-  return mgn::packed_size(queries, d, split, checked_set(set)) * (split ? 2 : 1);
-}
-
-Tensor pack_queries(Tensor query, bool split, int64_t set) {
-  const auto q = rows(query);
-  const Tensor panels = torch::stable::new_empty(query, {packed_size(q.count, q.d, split, set)},
-                                                 split ? ScalarType::BFloat16 : ScalarType::Float);
-  mgn::pack_queries(q, static_cast<float*>(panels.data_ptr()), split, int(set), parallel);
-  return panels;
-}
-
-void products(Tensor panels, Tensor items, int64_t summed, Tensor dots, std::optional<Tensor> norms,
-              std::optional<Tensor> residuals, int64_t set) {
-  const auto x = rows(items);
-  const bool split = panels.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(summed > 0 && (!split || summed % 32 == 0), "mgn_cpu: expected a number of terms, of split rows a ",
-                  "multiple of 32, but got ", summed);
-  STD_TORCH_CHECK(!residuals || (split && norms), "mgn_cpu: residuals are of split rows, and come with norms");
-  STD_TORCH_CHECK(dots.size(0) <= 1 || dots.stride(0) >= x.count, "mgn_cpu: expected rows of dots that do not overlap");
-  const int64_t queries = dots.size(0), size = packed_size(queries, x.d, split, set);
-  STD_TORCH_CHECK(panels.is_cpu() && panels.is_contiguous() && panels.numel() == size &&
-                      (split || panels.scalar_type() == ScalarType::Float),
-                  "mgn_cpu: expected what pack_queries made of ", queries, " queries of width ", x.d,
-                  ", but its number of elements or type is another");
-  mgn::products(static_cast<const float*>(panels.data_ptr()), queries, x, summed,
-                const_cast<float*>(matrix<float>(dots, queries, x.count)), dots.stride(0),
-                norms ? pointer<double>(*norms, x.count) : nullptr,
-                residuals ? pointer<double>(*residuals, x.count) : nullptr, split, int(set),
-                torch::stable::get_num_threads(), parallel);
 }
 
 mgn::Tile tile_of(const Tensors& tile, bool cosine, int64_t first) {
@@ -281,15 +209,6 @@ ThreeTensors overlap(Tensor offsets, Tensor in_columns, Tensor values, Tensor co
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mgn_cpu, m) {
-  m.def("canonical_norms(Tensor features, Tensor(a!) norms, int instruction_set=0) -> ()");
-  m.def(
-      "canonical_keys(Tensor query, Tensor gallery, Tensor queries, Tensor items, bool cosine, Tensor(a!) keys, "
-      "int instruction_set=0) -> ()");
-  m.def("multiplies_split() -> bool");
-  m.def("pack_queries(Tensor query, bool split, int instruction_set=0) -> Tensor");
-  m.def(
-      "products(Tensor panels, Tensor items, int summed, Tensor(a!) dots, Tensor(b!)? norms, Tensor(c!)? residuals, "
-      "int instruction_set=0) -> ()");
   m.def(
       "count_nonmatches(Tensor[] tile, bool cosine, int first, Tensor[] filter_terms, Tensor[] matches, "
       "Tensor[] excluded, Tensor(a!) steps, Tensor(b!) redecided, int instruction_set=0) -> ()");
@@ -313,10 +232,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mgn_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mgn_cpu, CPU, m) {
-  m.impl("canonical_norms", TORCH_BOX(&canonical_norms));
-  m.impl("canonical_keys", TORCH_BOX(&canonical_keys));
-  m.impl("pack_queries", TORCH_BOX(&pack_queries));
-  m.impl("products", TORCH_BOX(&products));
   m.impl("count_nonmatches", TORCH_BOX(&count_nonmatches));
   m.impl("count_reranked", TORCH_BOX(&count_reranked));
   m.impl("count_in_distances", TORCH_BOX(&count_in_distances));
@@ -326,8 +241,4 @@ STABLE_TORCH_LIBRARY_IMPL(mgn_cpu, CPU, m) {
   m.impl("mean_rows", TORCH_BOX(&mean_rows));
   m.impl("transpose", TORCH_BOX(&transpose));
   m.impl("overlap", TORCH_BOX(&overlap));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(mgn_cpu, CompositeExplicitAutograd, m) {
-  m.impl("multiplies_split", TORCH_BOX(&mgn::multiplies_split));
 }

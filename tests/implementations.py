@@ -9,8 +9,21 @@ import torch
 from mgn.ops import native
 
 COMPILED = torch.ops.mgn_cpu.instruction_sets().split() if native.missing('_C') is None else []
-SPLITS = bool(COMPILED) and torch.ops.mgn_cpu.multiplies_split()  # whether this CPU has AMX
-IMPLEMENTATIONS = ['compiled', 'reference', *COMPILED[not SPLITS:]]  # 'compiled' is the first of those, with AMX
+FASTEST = torch.ops.mgn_cpu.fastest_product() if COMPILED else 'float32'
+IMPLEMENTATIONS = ['compiled', 'reference', *COMPILED[FASTEST == 'float32':]]  # 'compiled': the first set, and FASTEST
+
+
+def multiplies(precision, number):
+    """Whether this CPU has products of the precision with the instruction set of that number."""
+    try:
+        torch.ops.mgn_cpu.pack_queries(torch.zeros(1, 1), precision, instruction_set=number)
+    except RuntimeError:
+        return False
+    return True
+
+
+PRODUCTS = [(precision, number) for precision in ('float32', 'bfloat16', 'int16') for number in range(len(COMPILED))
+            if multiplies(precision, number)]
 
 
 class OneInstructionSet:
@@ -20,8 +33,8 @@ class OneInstructionSet:
         self.number = number
 
     def __getattr__(self, name):
-        if name == 'multiplies_split':
-            return lambda: False
+        if name == 'fastest_product':
+            return lambda: 'float32'
         operation = getattr(torch.ops.mgn_cpu, name)
         if all(argument.name != 'instruction_set' for argument in operation.default._schema.arguments):
             return operation
@@ -36,7 +49,7 @@ def run_as(name, module, monkeypatch, device):
         monkeypatch.setattr(f'mgn.ops.{module}.kernels', lambda device: None)
     elif name == 'compiled':
         assert native.kernels(torch.device(device)) is not None, native.implementation(device)
-        monkeypatch.setattr('mgn.ops.ranking.product.NARROW', 1)  # AMX, which is for wide rows, for small cases too
+        monkeypatch.setattr('mgn.ops.ranking.product.NARROW', 1)  # AMX and VNNI, which are for wide rows
     elif device != 'cpu':
         pytest.skip(f'{name} is of the CPU')
     else:

@@ -20,7 +20,7 @@ namespace mgn::amx {
 #if defined(MGN_AMX)
 #define TARGET __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,fma,avx512bf16,amx-tile,amx-bf16")))
 
-using avx512::exchange, avx512::Line;
+using avx512::Line, avx512::transpose;
 
 constexpr int kSide = 32;  // of the sums: 2 × 2 tiles; also how many terms of a row are split together
 constexpr int64_t kTile = 1024, kStep = 4 * kTile;  // bytes; the high and low halves of kSide × kSide numbers
@@ -87,9 +87,8 @@ TARGET void pack_columns(const float* rows, int64_t count, int64_t stride, int64
         }
       }
       for (int half = 0; half < 2; ++half) {
-        Line* const lines = halves[half];
-        exchange<1>(lines), exchange<2>(lines), exchange<4>(lines), exchange<8>(lines);
-        std::memcpy(step + 2 * half * kTile + c * sizeof(Line), lines, kTile);
+        transpose(halves[half]);
+        std::memcpy(step + 2 * half * kTile + c * sizeof(Line), halves[half], kTile);
       }
     }
   for (int64_t i = 0; norms && i < count; ++i)
@@ -140,10 +139,12 @@ TARGET void add_products(const float* rows, const float* columns, int64_t count,
   for (int r = 0; r < kSide; ++r) out[2 * r] += sum[r][0], out[2 * r + 1] += sum[r][1];
 }
 
-constexpr ProductLoops kProductLoops{kSide, kSide, kSide, 128, 2048, 0, 256, pack_rows, pack_columns, add_products};
+constexpr ProductLoops kProductLoops = {
+    .runs = runs, .high = kSide, .wide = kSide, .unit = kSide, .size = kSide, .items = 128, .dimensions = 2048,
+    .ahead = 0, .queries = 256, .pack_rows = pack_rows, .pack_columns = pack_columns,
+    .add_products = add_products};
 #undef TARGET
 #else
-inline bool runs() { return false; }
 constexpr ProductLoops kProductLoops{};
 #endif
 

@@ -20,8 +20,9 @@ struct Lost {
 };
 
 struct ProductLoops {
+  bool (*runs)();             // whether this CPU has what they take; null where they were not compiled
   int high, wide;             // of a panel of queries, of items
-  int64_t unit;               // D is filled up to a multiple of it
+  int64_t unit, size;         // D is filled up to a multiple of `unit` terms, each of which take `size` floats
   int64_t items, dimensions;  // packed at a time: half of a second-level cache
   int64_t ahead;              // items of the next block of which each of add_products fetches a part; 0: none
   int64_t queries;            // at least, of a part, for which items are packed anew so that more threads have work
@@ -30,6 +31,8 @@ struct ProductLoops {
   void (*pack_columns)(const float* rows, int64_t count, int64_t stride, int64_t d, float* columns,
                        const double* norms, Lost* lost);
   void (*add_products)(const float* rows, const float* columns, int64_t count, float* sums);
+
+  int64_t floats(int64_t terms) const { return round_up(terms, unit) / unit * size; }  // that hold them, of a row
 };
 
 }  // namespace
@@ -37,18 +40,24 @@ struct ProductLoops {
 
 #define LOOPS "products_loops.h"
 #include "each_instruction_set_cpu.h"
+#undef LOOPS
+#define LOOPS "products_int16_loops.h"
+#include "each_instruction_set_cpu.h"
 #include "products_amx.h"
 
 namespace mgn {
 namespace {
 
-const ProductLoops& product_loops(bool split, int instruction_set) {
-  static constexpr const ProductLoops* kAll[] = {OF_EACH_INSTRUCTION_SET(kProductLoops)};
-  return split ? amx::kProductLoops : *kAll[compiled_instruction_set(instruction_set)];
+const ProductLoops& product_loops(Precision precision, int instruction_set) {
+  static constexpr const ProductLoops* kFloat32[] = {OF_EACH_INSTRUCTION_SET(kProductLoops)};
+  static constexpr const ProductLoops* kInt16[] = {OF_EACH_INSTRUCTION_SET(kInt16Loops)};
+  const int set = compiled_instruction_set(instruction_set);
+  if (precision == Precision::bfloat16) return amx::kProductLoops;
+  return *(precision == Precision::int16 ? kInt16 : kFloat32)[set];
 }
 
 int64_t packed_size(const ProductLoops& loops, int64_t rows, int64_t d) {
-  return round_up(rows, loops.high) * round_up(d, loops.unit);
+  return round_up(rows, loops.high) * loops.floats(d);
 }
 
 // The products of some panels of queries with some items, which are packed here. One per thread.
@@ -56,8 +65,7 @@ struct ItemProducts {
   const ProductLoops& loops;
   const Rows& items;
   const int64_t summed, groups = loops.items / loops.wide;
-  Packed<float> columns =
-      room_for_panels<float>(loops.items, round_up(std::min(items.d, loops.dimensions), loops.unit));
+  Packed<float> columns = room_for_panels<float>(loops.items, loops.floats(std::min(items.d, loops.dimensions)));
   Packed<float> sums = room_for_panels<float>(groups, loops.high * loops.wide);
   std::vector<Lost> lost = std::vector<Lost>(loops.items);
   int64_t first = -1, begin = -1, count = 0, dimensions = 0;  // of what is packed
@@ -70,7 +78,8 @@ struct ItemProducts {
     dimensions = round_up(packed, loops.unit);
     for (int64_t j = 0; j < count; j += loops.wide)
       loops.pack_columns(items[first + j] + begin, std::min<int64_t>(loops.wide, count - j), items.stride, packed,
-                         columns.get() + j * dimensions, norms ? norms + first + j : nullptr, lost.data() + j);
+                         columns.get() + j * loops.floats(dimensions), norms ? norms + first + j : nullptr,
+                         lost.data() + j);
   }
 
   void write_residuals(const double* norms, double* residuals) {
@@ -97,7 +106,8 @@ struct ItemProducts {
     for (int64_t k = 0; k < dimensions; k += summed)
       for (int64_t j = 0; j < count; j += loops.wide) {
         fetch_ahead(loops.ahead * (left * groups + j / loops.wide), begin + k, std::min(summed, dimensions - k));
-        loops.add_products(panel + (begin + k) * loops.high, columns.get() + j * dimensions + k * loops.wide,
+        loops.add_products(panel + loops.floats(begin + k) * loops.high,
+                           columns.get() + j * loops.floats(dimensions) + loops.floats(k) * loops.wide,
                            std::min(summed, dimensions - k), sums.get() + j * loops.high);
       }
     for (int64_t r = 0; r < rows; ++r)
@@ -112,14 +122,22 @@ struct ItemProducts {
 
 }  // namespace
 
-bool multiplies_split() { return compiled_instruction_set(0) == 0 && amx::runs(); }  // its loops use AVX-512, too
-
-int64_t packed_size(int64_t queries, int64_t d, bool split, int instruction_set) {
-  return packed_size(product_loops(split, instruction_set), queries, d);
+bool multiplies(Precision precision, int instruction_set) {
+  const auto runs = product_loops(precision, instruction_set).runs;
+  return runs && runs() && (precision != Precision::bfloat16 || compiled_instruction_set(instruction_set) == 0);
 }
 
-void pack_queries(const Rows& query, float* panels, bool split, int instruction_set, const Parallel& parallel) {
-  const ProductLoops& loops = product_loops(split, instruction_set);
+int64_t terms_together(Precision precision, int instruction_set) {
+  return product_loops(precision, instruction_set).unit;
+}
+
+int64_t packed_size(int64_t queries, int64_t d, Precision precision, int instruction_set) {
+  return packed_size(product_loops(precision, instruction_set), queries, d);
+}
+
+void pack_queries(const Rows& query, float* panels, Precision precision, int instruction_set,
+                  const Parallel& parallel) {
+  const ProductLoops& loops = product_loops(precision, instruction_set);
   const int64_t high = loops.high, panel = packed_size(loops, high, query.d);
   parallel(round_up(query.count, high) / high, grain_of(1 << 16, panel), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
@@ -129,9 +147,9 @@ void pack_queries(const Rows& query, float* panels, bool split, int instruction_
 }
 
 void products(const float* panels, int64_t queries, const Rows& items, int64_t summed, float* dots, int64_t stride,
-              double* norms, double* residuals, bool split, int instruction_set, int64_t threads,
+              double* norms, double* residuals, Precision precision, int instruction_set, int64_t threads,
               const Parallel& parallel) {
-  const ProductLoops& loops = product_loops(split, instruction_set);
+  const ProductLoops& loops = product_loops(precision, instruction_set);
   const int64_t high = loops.high, panel = packed_size(loops, high, items.d);
   const int64_t groups = round_up(items.count, loops.items) / loops.items;
   const int64_t wanted = 2 * threads / std::max<int64_t>(groups, 1);  // so that there is work for all threads

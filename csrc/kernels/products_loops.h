@@ -54,6 +54,17 @@ template <int step> TARGET inline void exchange(Line* lines) {
   }
 }
 
+// A square of lines.
+TARGET inline void transpose(Line* lines) {
+  exchange<1>(lines), exchange<2>(lines);
+#if VECTOR_BYTES >= 32
+  exchange<4>(lines);
+#endif
+#if VECTOR_BYTES == 64
+  exchange<8>(lines);
+#endif
+}
+
 // (count ≤ kWide, d) rows → columns (d, kWide); 0 beyond the last.
 TARGET void pack_columns(const float* rows, int64_t count, int64_t stride, int64_t d, float* columns, const double*,
                          Lost*) {
@@ -70,13 +81,7 @@ TARGET void pack_columns(const float* rows, int64_t count, int64_t stride, int64
         else
           __builtin_memcpy(&lines[i], rows + (c + i) * stride + k, width * sizeof(float));
       }
-      exchange<1>(lines), exchange<2>(lines);
-#if VECTOR_BYTES >= 32
-      exchange<4>(lines);
-#endif
-#if VECTOR_BYTES == 64
-      exchange<8>(lines);
-#endif
+      transpose(lines);
       for (int64_t i = 0; i < width; ++i) *reinterpret_cast<Line*>(columns + (k + i) * kWide + c) = lines[i];
     }
 }
@@ -86,6 +91,9 @@ inline void pack_rows(const float* rows, int64_t count, int64_t stride, int64_t 
   pack_panel(rows, count, stride, d, kHigh, panel);
 }
 
-constexpr ProductLoops kProductLoops{kHigh, kWide, 1, 64, 4096, 2, 512, pack_rows, pack_columns, add_products};
+constexpr ProductLoops kProductLoops = {
+    .runs = [] { return true; }, .high = kHigh, .wide = kWide, .unit = 1, .size = 1, .items = 64, .dimensions = 4096,
+    .ahead = 2, .queries = 512, .pack_rows = pack_rows, .pack_columns = pack_columns,
+    .add_products = add_products};
 
 }  // namespace mgn::SET

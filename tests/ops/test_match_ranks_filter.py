@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from implementations import SPLITS
+from implementations import PRODUCTS
 from memory import only_linux, printed
 from rankings import (METRICS, by_torch, clustered, extremes, naive_ranks, near_ties, on_tensor_cores, problem,
                       ranks_of, same)
@@ -52,7 +52,7 @@ def test_threads_change_nothing(make, metric):
 def test_precision_changes_nothing_but_what_goes_by_key(ranking, monkeypatch, make, metric):
     """Float32 products of the rounded operands err no more than tensor cores."""
     args = make(12, 900) if make is clustered else make(11, 300, 33)
-    expected = match_ranks(*args, metric=metric)
+    expected = match_ranks(*args, metric=metric, precision='float32')
     on_tensor_cores(monkeypatch)
     got = match_ranks(*args, metric=metric, precision='tf32')
     assert same(got, expected)
@@ -84,7 +84,7 @@ def test_what_operands_lose_is_measured_row_by_row(monkeypatch, kept):
     assert (residual[known] >= lost[known]).all() and (residual[known] <= 1.002 * lost[known]).all()
 
 
-@pytest.mark.parametrize('precision', ['float32', 'tf32', *['bfloat16'] * SPLITS])
+@pytest.mark.parametrize('precision', ['tf32', *(precision for precision, number in PRODUCTS if number == 0)])
 @pytest.mark.parametrize('width', [1, 7, 256, 2048])
 def test_products_err_less_than_they_are_said_to(monkeypatch, precision, width):
     if precision == 'tf32':
@@ -92,7 +92,9 @@ def test_products_err_less_than_they_are_said_to(monkeypatch, precision, width):
     rng = np.random.default_rng(width)
     for make in (lambda n: rng.standard_normal((n, width)), lambda n: rng.random((n, width)),
                  lambda n: rng.standard_normal((n, width)) ** 9):
-        assert (error_of(*(torch.from_numpy(make(n).astype(np.float32)) for n in (40, 300)), precision) <= 1).all()
+        features = (torch.from_numpy(make(n).astype(np.float32)) for n in (40, 300))
+        known = (rows[product.in_range(rows.double().norm(dim=1))] for rows in features)
+        assert (error_of(*known, precision) <= 1).all()
 
 
 def error_of(q, g, precision):
@@ -270,7 +272,7 @@ def coarse(q, g):
     *((truncating(*unit), True, False, 2.0 ** -16) for unit in TENSOR_CORES)])
 def test_products_that_drop_bits_or_truncate_are_found_out(monkeypatch, forgetful, gemm, keeps, rounds, error):
     args, device = clustered(12, 300), torch.device('cpu')
-    expected = match_ranks(*args)
+    expected = match_ranks(*args, precision='float32')
     forgetful()
     by_torch(monkeypatch, gemm)
     monkeypatch.setattr(product, 'probe_size', lambda device: 128)
@@ -285,7 +287,7 @@ def test_what_the_matrix_product_leaves_open_is_counted(ranking):
     gallery = np.array([[1, 1, 1, 1], [2, 2, 2, 2], [1, 1, 1, 0], [3, 3, 3, 3], [1, -1, 1, -1]], np.float32)
     args = (query, gallery, [1], [1, 2, 2, 2, 2], [0], [1] * 5)
     assert match_ranks(*args).redecided == 2  # parallel to the match; the other two are decided by the product
-    assert match_ranks(*problem(20, 129, 33)).redecided == 0
+    assert match_ranks(*problem(20, 129, 33)).redecided < 10
 
 
 @pytest.mark.parametrize('metric', METRICS)

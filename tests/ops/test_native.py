@@ -45,7 +45,8 @@ def run(*command, **options):
 def test_the_cpu_module_is_compiled_here():
     need('c++', 'which the CPU module needs')
     assert native.missing('_C') is None
-    assert implementation('cpu') in [f'compiled for {s}' for s in ('avx512 and AMX', 'avx512', 'avx2', 'baseline')]
+    units = [f'{s}{unit}' for s in ('avx512', 'avx2', 'baseline') for unit in (' and AMX', ' and VNNI', '')]
+    assert implementation('cpu') in [f'compiled for {s}' for s in units]
 
 
 def test_the_cuda_module_is_compiled_wherever_nvcc_fits_and_loads_without_a_gpu():

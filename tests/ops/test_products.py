@@ -4,24 +4,25 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from implementations import COMPILED, SPLITS
+from implementations import COMPILED, PRODUCTS
 from mining import examples, random_features
 
 from mgn.ops.ranking import product
 
 KERNELS = torch.ops.mgn_cpu
-SETS = [pytest.param(number, id=name) for number, name in enumerate(COMPILED)]
-KINDS = [*SETS, *[pytest.param('split', id='split')] * SPLITS]
-only_amx = pytest.mark.skipif(not SPLITS, reason='this CPU has no AMX')
+KINDS = [pytest.param(kind, id=f'{kind[0]}-{COMPILED[kind[1]]}') for kind in PRODUCTS]  # (precision, set's number)
+OF = {precision: [kind for kind in KINDS if kind.values[0][0] == precision]
+      for precision in ('float32', 'bfloat16', 'int16')}
+HALVES = ('bfloat16', 0)
+only_amx = pytest.mark.skipif(not OF['bfloat16'], reason='this CPU has no AMX')
 
 
 def products(query, items, kind, summed=None, norms=None, residuals=None):
-    """kind: an instruction set's number, or 'split'."""
-    split = kind == 'split'
-    options = {'instruction_set': 0 if split else kind}
-    summed = summed or product.SUMMED['bfloat16' if split else 'float32']
+    precision, options = kind[0], {'instruction_set': kind[1]}
+    summed = summed or product.SUMMED[precision]
     dots = torch.full((len(query), len(items) + 3), torch.nan)[:, :len(items)]  # rows with room between them
-    KERNELS.products(KERNELS.pack_queries(query, split, **options), items, summed, dots, norms, residuals, **options)
+    KERNELS.products(KERNELS.pack_queries(query, precision, **options), items, summed, dots, norms, residuals,
+                     **options)
     return dots
 
 
@@ -67,16 +68,16 @@ def few_bits(rng, *shape):
                                                              rng.integers(-12, 1, shape))))
 
 
-@pytest.mark.parametrize('set', SETS)
+@pytest.mark.parametrize('kind', OF['float32'])
 @settings(max_examples=examples(60), deadline=None)
 @given(data=st.data())
-def test_the_order_of_the_sums(set, data):
+def test_the_order_of_the_sums(kind, data):
     queries, items = (data.draw(st.sampled_from([0, 1, 5, 12, 13, 31, 64, 65, 100])) for _ in range(2))
     width, summed = data.draw(st.sampled_from([0, 1, 7, 16, 33, 200])), data.draw(st.sampled_from([1, 16, 50, 128]))
     gaps = data.draw(st.integers(0, 3))
     rng = np.random.default_rng(data.draw(st.integers(0, 2 ** 32)))
     query, gallery = (few_bits(rng, rows, width + gaps) for rows in (queries, items))
-    got = products(query[:, :width], gallery[:, gaps:], set, summed)
+    got = products(query[:, :width], gallery[:, gaps:], kind, summed)
     assert np.array_equal(got, in_order(query[:, :width].numpy(), gallery[:, gaps:].numpy(), summed))
 
 
@@ -88,7 +89,7 @@ def test_the_order_of_the_sums_of_split_rows(data):
     width = data.draw(st.sampled_from([0, 1, 31, 32, 33, 100, 2048 + 40]))
     summed, gaps = data.draw(st.sampled_from([32, 1024])), data.draw(st.integers(0, 3))
     query, gallery = (random_features(n, width + gaps, seed=data.draw(st.integers(0, 99))) for n in (queries, items))
-    got = products(query[:, :width], gallery[:, gaps:], 'split', summed)
+    got = products(query[:, :width], gallery[:, gaps:], HALVES, summed)
     assert np.array_equal(got, in_order_of_amx(query[:, :width], gallery[:, gaps:], summed))
 
 
@@ -100,7 +101,7 @@ def test_residuals_are_what_halves_lose(width, power):
     rows[7] = 0
     norms = rows.double().norm(dim=1)
     residuals, found = torch.full((2, 200), torch.nan, dtype=torch.float64)
-    products(random_features(3, width), rows, 'split', norms=found, residuals=residuals)
+    products(random_features(3, width), rows, HALVES, norms=found, residuals=residuals)
     known = product.in_range(norms)
     high, low = (torch.from_numpy(half).flatten(1)[:, :width].double() for half in halves(rows))
     lost = (rows - high - low).norm(dim=1) / norms + (low.norm(dim=1) / norms) ** 2 / 2
@@ -110,16 +111,67 @@ def test_residuals_are_what_halves_lose(width, power):
         assert torch.equal(product.operands(x, norms[:len(x)], 'bfloat16')[1], residuals[:len(x)])
 
 
+def whole_steps(rows, kind):
+    """(n, D) → steps (n, ⌈D / 64⌉) and how many each term is (n, ⌈D / 64⌉, 64), in the order of pairs; NumPy."""
+    panels = KERNELS.pack_queries(rows, *kind).numpy()
+    high = len(KERNELS.pack_queries(torch.zeros(1, 64), *kind)) // 66
+    panels = panels.reshape(-(-len(rows) // high), -(-rows.shape[1] // 64), 66 * high)
+    steps = panels[..., :2 * high].copy().view(np.float32).astype(float).swapaxes(1, 2)
+    counts = panels[..., 2 * high:].reshape(*panels.shape[:2], 32, high, 2).transpose(0, 3, 1, 4, 2)  # first, second
+    lanes = {12: 16, 6: 8}[high]  # a pair's second term comes a register after its first
+    counts = counts.reshape(*counts.shape[:4], -1, lanes).swapaxes(3, 4).reshape(*counts.shape[:3], 64)
+    return [array.reshape(-1, *array.shape[2:])[:len(rows)] for array in (steps, counts.astype(float))]
+
+
+def awkward(rows, width):
+    """Rows of every kind that steps have to fit: spread, equal terms, half steps, one large term, tiny ones, zeros."""
+    x = random_features(rows, width)
+    x[1::7] = 1.0
+    x[2::7] = (x[2::7] * 2000).round() + 0.5
+    x[3::7] = x[3::7].pow(9)
+    x[4::7, ::64] = 3e4
+    x[5::7] *= torch.where(torch.arange(width) < 64, 1e-30, 1.0)
+    x[6::7] *= 0
+    return x * 2.0 ** torch.linspace(-38, 40, rows)[:, None]
+
+
+@pytest.mark.parametrize('kind', OF['int16'])
+@pytest.mark.parametrize('width', [1, 33, 64, 200, 2048, 5000])
+def test_int16_rounds_to_whole_steps_whose_sums_are_exact(kind, width):
+    rows = awkward(100, width)
+    steps, counts = whole_steps(rows, kind)
+    blocks = torch.nn.functional.pad(rows, (0, -width % 64)).double().reshape(100, -1, 64).numpy()
+    norms = np.linalg.norm(blocks, axis=2)
+    wanted, kept = np.maximum(norms / 46300, np.abs(blocks).max(2) / 32766), steps >= 2.0 ** -70
+    assert (steps <= 1.00001 * wanted)[kept].all() and kept.mean() > 0.7 and (wanted[~kept] < 2.0 ** -69).all()
+    assert (np.abs(counts) <= 32767).all() and (np.linalg.norm(counts, axis=2) ** 2 < 2 ** 31 - 1).all()
+    error = np.abs(blocks - steps[..., None] * counts)
+    assert (error <= (0.503 * steps + ~kept * norms)[..., None]).all()
+    found, residuals = torch.full((2, 100), torch.nan, dtype=torch.float64)
+    got = products(rows, rows, kind, norms=found, residuals=residuals)
+    terms = steps[:, None] * steps * np.einsum('qbk,gbk->qgb', counts, counts)
+    roundings = (5 + width / 32) * 2.0 ** -24
+    assert (np.abs(got.numpy() - terms.sum(2)) <= roundings * np.abs(terms).sum(2) + 2.0 ** -120).all()
+    known = product.in_range(found).numpy()
+    lost, residuals = np.linalg.norm(error, axis=(1, 2))[known] / found.numpy()[known], residuals.numpy()
+    assert known.any() and (~known).any() and (residuals[~known] == 0).all()
+    assert (residuals[known] >= lost).all() and (residuals[known] <= 1.02 * lost + 1e-9).all()
+    assert np.median(lost) < 6e-5 and lost.max() < 2e-4
+    for x in (rows, rows.T.contiguous().T, rows[:0]):  # alone, readable as they lie or not
+        if kind[1] == 0:
+            assert torch.equal(product.operands(x, found[:len(x)], 'int16')[1], torch.from_numpy(residuals[:len(x)]))
+
+
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('queries, items, width', [(1, 300, 129), (700, 65, 40), (1100, 10, 5), (5, 70, 4096 + 300),
                                                    (13, 40, 2 * 4096)])
 def test_a_pair_has_the_same_bits_in_every_tile_and_by_any_threads(kind, queries, items, width):
     query, gallery = random_features(queries, width), random_features(items, width, seed=1)
     whole, threads = products(query, gallery, kind), torch.get_num_threads()
-    precision = 'bfloat16' if kind == 'split' else 'float32'
-    residuals = (product.operands(x, x.double().norm(dim=1), precision)[1] for x in (query, gallery))
+    precision = kind[0]
+    residuals = [product.operands(x, x.double().norm(dim=1), precision)[1] for x in (query, gallery)]
     bound = product.relative_error(precision, width, torch.device('cpu'), *residuals)
-    bound = bound[:, None] if kind == 'split' else bound
+    bound = bound if residuals[0] is None else bound[:, None]
     error = (whole.double() - query.double() @ gallery.double().T).abs()
     assert (error <= bound * query.norm(dim=1)[:, None].double() * gallery.norm(dim=1).double()).all()
     try:
@@ -168,25 +220,29 @@ def test_its_error_is_a_fraction_of_that_of_sums_in_any_order(monkeypatch):
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('items, summed, dots, message', [
-    ((4, 5), 0, (7, 4), 'a number of terms'), ((4, 50), 96, (7, 4), 'elements'), ((4, 5), 96, (70, 4), 'elements'),
-    ((4, 5), 96, (7, 5), 'matrix of shape'), ((4,), 96, (7, 4), 'features')])
+    ((4, 5), 0, (7, 4), 'a number of terms'), ((4, 500), 64, (7, 4), 'elements'), ((4, 5), 64, (70, 4), 'elements'),
+    ((4, 5), 64, (7, 5), 'matrix of shape'), ((4,), 64, (7, 4), 'features')])
 def test_a_wrong_call_touches_no_memory(kind, items, summed, dots, message):
-    options = {'instruction_set': 0 if kind == 'split' else kind}
-    panels = KERNELS.pack_queries(torch.zeros(7, 5), kind == 'split', **options)
+    precision, options = kind[0], {'instruction_set': kind[1]}
+    panels = KERNELS.pack_queries(torch.zeros(7, 5), precision, **options)
 
-    def call(items=(4, 5), summed=96, dots=(7, 4), norms=None, residuals=None):
+    def call(items=(4, 5), summed=64, dots=(7, 4), norms=None, residuals=None):
         KERNELS.products(panels, torch.zeros(items), summed, torch.zeros(dots), norms, residuals, **options)
     with pytest.raises(RuntimeError, match=message):
         call(items, summed, dots)
     with pytest.raises(RuntimeError, match='rows of dots that do not overlap'):
-        KERNELS.products(panels, torch.zeros(4, 5), 96, torch.zeros(1, 4).expand(7, 4), None, None, **options)
+        KERNELS.products(panels, torch.zeros(4, 5), 64, torch.zeros(1, 4).expand(7, 4), None, None, **options)
     short = torch.zeros(3, dtype=torch.float64)
     with pytest.raises(RuntimeError, match='elements'):
         call(norms=short)
-    with pytest.raises(RuntimeError, match='residuals are of split rows'):
+    with pytest.raises(RuntimeError, match='residuals are of bfloat16 and int16'):
         call(residuals=short)
-    if kind == 'split':
+    with pytest.raises(RuntimeError, match='expected panels of float32, or of'):
+        KERNELS.products(panels.double(), torch.zeros(4, 5), 64, torch.zeros(7, 4), None, None, **options)
+    with pytest.raises(RuntimeError, match='expected panels of float32, or of'):
+        KERNELS.pack_queries(torch.zeros(7, 5), 'float16', **options)
+    if precision != 'float32':
         with pytest.raises(RuntimeError, match='elements'):
             call(norms=torch.zeros(4, dtype=torch.float64), residuals=short)
-        with pytest.raises(RuntimeError, match='multiple of 32'):
-            call(summed=100)
+        with pytest.raises(RuntimeError, match='multiple of (32|64), but got 80'):
+            call(summed=80)

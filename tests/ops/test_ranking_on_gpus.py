@@ -238,12 +238,12 @@ def test_auto_is_the_fastest_precision_where_it_is_proven(monkeypatch, capabilit
         assert product.available(precision, gpu, 2048) == (precision if capability >= (8, 0) else 'float32')
 
 
-@pytest.mark.parametrize('has_amx', [True, False])
-def test_auto_on_a_cpu_is_what_its_units_are_for(monkeypatch, has_amx):
+@pytest.mark.parametrize('fastest', ['bfloat16', 'int16', 'float32'])
+def test_auto_on_a_cpu_is_what_its_units_are_for(monkeypatch, fastest):
     def available(precision, kernels, width=2048):
         monkeypatch.setattr(product, 'own_kernels', lambda device: kernels)
         return product.available(precision, torch.device('cpu'), width)
-    kernels = SimpleNamespace(multiplies_split=lambda: has_amx)
-    assert available('auto', kernels) == ('bfloat16' if has_amx else 'float32') and available('auto', None) == 'float32'
+    kernels = SimpleNamespace(fastest_product=lambda: fastest)
+    assert available('auto', kernels) == fastest and available('auto', None) == 'float32'
     assert {available('auto', kernels, width) for width in (0, 1, 127)} == {'float32'}
     assert {available(precision, kernels) for precision in PRECISIONS} == {'float32'}

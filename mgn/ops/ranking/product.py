@@ -16,8 +16,8 @@ SMALLEST, LARGEST = 2.0 ** -40, 2.0 ** 60
 # half the rate of float32. Where both hold, precision 'auto' is tf32: a faster product that leaves more pairs to their
 # float64 keys.
 PROVEN, FAST_FLOAT64 = ((9, 0),), ((8, 0), (9, 0), (10, 0))
-SUMMED = {'float32': 128, 'bfloat16': 1024}  # terms that our own products add up at a time
-NARROW = 128  # below it halves save nothing, as rows are filled up, and leave more pairs to their keys
+SUMMED = {'float32': 128, 'bfloat16': 1024, 'int16': 2048}  # terms that our own products add up at a time
+NARROW = 128  # below it other precisions save nothing, as rows are filled up, and leave more pairs to their keys
 LOCK = threading.RLock()
 
 
@@ -42,10 +42,13 @@ def exact_float32():
 
 
 def available(precision, device, width):
-    """The precision that filters rows of this width here. bfloat16: three products of halves, by CPUs with AMX."""
+    """The precision that filters rows of this width here.
+
+    bfloat16: three products of halves, by CPUs with AMX. int16: whole multiples of a step, by CPUs with VNNI.
+    """
     if device.type != 'cuda' or torch.version.hip is not None or not width:
         kernels = own_kernels(device) if precision == 'auto' and width >= NARROW else None
-        return 'bfloat16' if kernels and kernels.multiplies_split() else 'float32'
+        return kernels.fastest_product() if kernels else 'float32'
     capability = torch.cuda.get_device_capability(device)
     if precision == 'auto':
         return 'tf32' if capability in PROVEN and capability in FAST_FLOAT64 else 'float32'
@@ -65,10 +68,10 @@ def relative_error(precision, width, device, query_residual=None, item_residual=
     if precision == 'tf32':
         return 1.01 * summing(width, 2.0 ** -22) + left_out
     if own_kernels(device):
-        summed, split = SUMMED[precision], precision == 'bfloat16'
-        once = 17 + 3 * -(-min(width, summed) // 32) if split else min(width, summed)
-        # The three products of halves have 1 + 2⁻⁶ times the absolute sum.
-        return summing((1 + 0.02 * split) * (once + 2 * -(-width // summed)), 2.0 ** -24) + left_out
+        terms, sums = min(width, SUMMED[precision]), -(-width // SUMMED[precision])
+        once = {'float32': terms, 'bfloat16': 17 + 3 * -(-terms // 32), 'int16': 5 + width // 32}[precision]
+        # The terms' absolute sum is larger where they are rounded: 1 + 2⁻⁶ times that of the rows, of three products.
+        return summing(1.02 * (once + 2 * sums), 2.0 ** -24) + left_out
     if not keeps_operands(device):  # at worst bfloat16, truncated
         return 1.02 * (summing(width, 2.0 ** -22) + 2 * 2.0 ** -7) + left_out
     emulated = device.type == 'cuda' and 'CUBLAS_EMULATE_SINGLE_PRECISION' in os.environ
@@ -152,10 +155,8 @@ def own_kernels(device):
 
 def operand(features, precision):
     """(n, D) float32 → what `products` takes, rounded so that nothing else rounds it."""
-    if precision != 'tf32':
-        return features
     # To nearest, ties away from zero, in the 13 bits that float32 has more than tf32.
-    return (features.view(torch.int32) + 0x1000 & ~0x1fff).view(torch.float32)
+    return (features.view(torch.int32) + 0x1000 & ~0x1fff).view(torch.float32) if precision == 'tf32' else features
 
 
 def operands(features, norms, precision):
@@ -174,7 +175,7 @@ def operands(features, norms, precision):
     fitting, whole = 0 if is_ready else once(features.device), None
     for part in spans(len(features), max(OPERANDS, fitting // 8) // max(features.shape[1], 1)):
         rounded = made(part)
-        if precision == 'bfloat16':
+        if precision in ('bfloat16', 'int16'):
             residual[part] = products_of(rounded[:0], precision, rounded.new_empty(0))(rounded, norms[part])[1]
         elif precision == 'tf32':
             lost = rows(features, part) - rounded
@@ -192,13 +193,13 @@ def products_of(query, precision, room):
     """A function of items (n, D) → (q, n) float32, within relative_error of the products of what was made operands.
 
     Given norms (n,) to write to, it also computes those of the items, and returns with the products their residuals,
-    for bfloat16, else None. The result may lie in `room`, a tensor of the CPU: memory that is used again is in the
-    cache.
+    for bfloat16 and int16, else None. The result may lie in `room`, a tensor of the CPU: memory that is used again is
+    in the cache.
     """
     if precision == 'tf32':
         torch.backends.cuda.matmul.fp32_precision = 'tf32'
     kernels = own_kernels(query.device) if precision != 'tf32' else None
-    panels = kernels and kernels.pack_queries(query, precision == 'bfloat16')
+    panels = kernels and kernels.pack_queries(query, precision)
 
     def products(items, norms=None):
         if kernels:
