@@ -182,7 +182,10 @@ struct TileCounting {
   }
 
   void decide_open() {
-    for (int64_t j = 0; j < tile.gallery.count; ++j) {
+    for (int64_t j = open_from(0), following; j < tile.gallery.count; j = following) {
+      following = open_from(j + 1);
+      for (int64_t k = 0; following < tile.gallery.count && k < tile.gallery.d; k += 16)  // it comes meanwhile
+        __builtin_prefetch(tile.gallery[following] + k, 0, 2);
       keys_of.set(tile.gallery[j], tile.gallery_norms[j]);
       for (int64_t next = last_open[j]; next >= 0;) {
         const Open* pairs[2];
@@ -206,6 +209,12 @@ struct TileCounting {
   }
 
  private:
+  // The first item from j on that is open.
+  int64_t open_from(int64_t j) const {
+    while (j < tile.gallery.count && last_open[j] < 0) ++j;
+    return j;
+  }
+
   // Between which similarities a pair that ties with a match may lie.
   void set_levels() {
     const double scale = filter.level_scale[q], shift = filter.level_shift[q];

@@ -19,7 +19,7 @@ MAKERS = [near_ties, problem, extremes]
 
 @pytest.fixture(autouse=True)
 def amx_for_small_cases(monkeypatch):
-    monkeypatch.setattr(product, 'NARROW', 1)
+    monkeypatch.setattr(product, 'NARROW', {})
 
 
 @pytest.mark.parametrize('metric', METRICS)

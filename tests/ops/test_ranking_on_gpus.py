@@ -246,4 +246,5 @@ def test_auto_on_a_cpu_is_what_its_units_are_for(monkeypatch, fastest):
     kernels = SimpleNamespace(fastest_product=lambda: fastest)
     assert available('auto', kernels) == fastest and available('auto', None) == 'float32'
     assert {available('auto', kernels, width) for width in (0, 1, 127)} == {'float32'}
+    assert available('auto', kernels, 128) == ('float32' if fastest == 'int16' else fastest)
     assert {available(precision, kernels) for precision in PRECISIONS} == {'float32'}

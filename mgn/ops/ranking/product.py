@@ -17,7 +17,7 @@ SMALLEST, LARGEST = 2.0 ** -40, 2.0 ** 60
 # float64 keys.
 PROVEN, FAST_FLOAT64 = ((9, 0),), ((8, 0), (9, 0), (10, 0))
 SUMMED = {'float32': 128, 'bfloat16': 1024, 'int16': 2048}  # terms that our own products add up at a time
-NARROW = 128  # below it other precisions save nothing, as rows are filled up, and leave more pairs to their keys
+NARROW = {'bfloat16': 128, 'int16': 192}  # dimensions below which keys take as long as the product saves
 LOCK = threading.RLock()
 
 
@@ -47,8 +47,9 @@ def available(precision, device, width):
     bfloat16: three products of halves, by CPUs with AMX. int16: whole multiples of a step, by CPUs with VNNI.
     """
     if device.type != 'cuda' or torch.version.hip is not None or not width:
-        kernels = own_kernels(device) if precision == 'auto' and width >= NARROW else None
-        return kernels.fastest_product() if kernels else 'float32'
+        kernels = own_kernels(device) if precision == 'auto' else None
+        fastest = kernels.fastest_product() if kernels else 'float32'
+        return fastest if width >= NARROW.get(fastest, 1) else 'float32'
     capability = torch.cuda.get_device_capability(device)
     if precision == 'auto':
         return 'tf32' if capability in PROVEN and capability in FAST_FLOAT64 else 'float32'

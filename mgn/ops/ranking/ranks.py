@@ -46,8 +46,9 @@ def match_ranks(query, gallery, query_pids, gallery_pids, query_camids, gallery_
         junk_pid: the id of boxes that are neither match nor non-match; None for none. Items of the query's own pid and
             camid are junk too. A query of the junk id has no match.
         precision: of the matrix product: 'auto', 'float32' or 'tf32'. It changes the time, never the ranks. 'auto' is
-            'tf32' on GPUs where that is proven to be faster; on CPUs, from 128 dimensions on, bfloat16 halves with AMX,
-            int16 with VNNI; else 'float32'. 'tf32' is float32 where there are no units for it, and on every CPU.
+            'tf32' on GPUs where that is proven to be faster; on CPUs bfloat16 halves with AMX, from 128 dimensions on,
+            or int16 with VNNI, from 192 on; else 'float32'. 'tf32' is float32 where there are no units for it, and on
+            every CPU.
     Returns:
         MatchRanks. Memory: 256 MB and 32 bytes per row and match at most, beyond features, ids and result; 3 MB a
         thread; on a GPU 2 GB more for features that are converted or rounded.
