@@ -57,17 +57,6 @@ template <typename T> const CountLoops<T>& count_loops(int instruction_set) {
   return *kAll[compiled_instruction_set(instruction_set)];
 }
 
-// Calls visit(item) for every excluded item of first … end.
-template <typename Visit>
-void for_excluded(const Excluded& excluded, int64_t q, int64_t first, int64_t end, const Visit& visit) {
-  const auto all = [&](const int64_t* from, const int64_t* to) {
-    for (const int64_t* item = std::lower_bound(from, to, first); item < to && *item < end; ++item)
-      if (*item >= first) visit(*item);  // of a list that does not ascend, the search says nothing
-  };
-  all(excluded.order + excluded.begin[q], excluded.order + excluded.end[q]);
-  all(excluded.junk, excluded.junk + excluded.junk_count);
-}
-
 // Counts along one row of similarities, from chunk to chunk.
 template <typename T> struct Counting {
   const CountLoops<T>& loops;

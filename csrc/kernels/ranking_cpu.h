@@ -17,4 +17,15 @@ template <typename T>
 int64_t count_in_distances(const T* distances, int64_t queries, int64_t items, int64_t stride, const Matches& matches,
                            const Excluded& excluded, int instruction_set, const Parallel& parallel);
 
+// For the kernels that count: calls visit(item) for every excluded item of first … end.
+template <typename Visit>
+void for_excluded(const Excluded& excluded, int64_t q, int64_t first, int64_t end, const Visit& visit) {
+  const auto all = [&](const int64_t* from, const int64_t* to) {
+    for (const int64_t* item = std::lower_bound(from, to, first); item < to && *item < end; ++item)
+      if (*item >= first) visit(*item);  // of a list that does not ascend, the search says nothing
+  };
+  all(excluded.order + excluded.begin[q], excluded.order + excluded.end[q]);
+  all(excluded.junk, excluded.junk + excluded.junk_count);
+}
+
 }  // namespace mgn
