@@ -81,6 +81,12 @@ def heard():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture(autouse=True)
+def few_are_many(monkeypatch):
+    """Small cases take the products that neighbours of many queries take."""
+    monkeypatch.setattr('mgn.ops.ranking.nearest.FEW', 0)
+
+
 @pytest.fixture
 def clean_gin():
     """The test begins without bindings, and none outlives it."""

@@ -55,6 +55,16 @@ def test_ties_near_ties_and_extremes(implementation, metric, k, make):
     check(gallery, gallery, k, metric, exclude_self=True)
 
 
+def test_few_queries_are_compared_by_float32(monkeypatch):
+    """What the gallery's rounding takes, few products do not save."""
+    monkeypatch.setattr(nearest, 'FEW', 4)
+    asked = []
+    monkeypatch.setattr(product, 'available', lambda precision, device, width: asked.append(width) or 'float32')
+    for queries in (4, 5):
+        check(problem(queries, 20, 7)[0], problem(1, 20, 7)[1], 3)
+    assert asked == [0, 7]
+
+
 @settings(**FIXTURES, max_examples=examples(200))
 @given(st.data())
 def test_neighbours_equal_the_naive_loop_on_anything(implementation, data):

@@ -14,7 +14,8 @@ from mgn.ops.ranking.tiles import PRODUCTS, blocks_of, denormals, refuse_nan, ro
 
 STATE = 2 ** 30     # bytes of what is selected for all queries at once; beyond them block after block
 SELECTED = 2 ** 21  # candidates of a block
-CROWDED = 256       # queries at a time whose candidates do not fit
+# Queries at a time whose candidates do not fit; queries for which rounding the gallery takes more than its product saves.
+CROWDED, FEW = 256, 160
 
 
 class Nearest(NamedTuple):
@@ -111,7 +112,7 @@ def nearest(comparison, query_norms, gallery_norms, k, exclude_self=False, farth
                for search in searches]
     if len(gallery) and len(query) and k:
         width, is_one = query.shape[1], is_one_tensor(comparison)
-        precision = product.available(comparison.precision, query.device, width)
+        precision = product.available(comparison.precision, query.device, width if len(query) > FEW else 0)
         comparison = comparison._replace(precision=precision)
         item_operand, item_residual = product.operands(gallery, gallery_norms, precision)
         operand, residual = (item_operand, item_residual) if is_one else product.operands(query, query_norms, precision)
