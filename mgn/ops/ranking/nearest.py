@@ -14,7 +14,7 @@ from mgn.ops.ranking.tiles import PRODUCTS, blocks_of, denormals, refuse_nan, ro
 
 STATE = 2 ** 30     # bytes of what is selected for all queries at once; beyond them block after block
 SELECTED = 2 ** 21  # candidates of a block
-# Queries at a time whose candidates do not fit; queries for which rounding the gallery takes more than its product saves.
+# Queries at a time whose candidates do not fit; so few that rounding the gallery takes longer than products save.
 CROWDED, FEW = 256, 160
 
 
