@@ -10,7 +10,6 @@
 #if defined(__x86_64__) && defined(__linux__) && \
     (__has_include(<amxbf16intrin.h>) || __has_include(<amxintrin.h>))  // of GCC, of clang
 #define MGN_AMX
-#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif

@@ -6,6 +6,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "canonical_cpu.h"
 #include "panels_cpu.h"
 

@@ -17,12 +17,16 @@ namespace mgn::SET {
 constexpr int kTerms = 64, kPairs = kTerms / 2, kPieces = kPairs / kLine;  // of one step; lines that hold the pairs
 constexpr int kStepSize = kPairs + 1;                                      // of a row, in floats, with the step
 constexpr float kMostNorm = 46300, kMost = 32766;                          // of the terms, in steps
+static_assert((kMostNorm + 5) * (kMostNorm + 5) < 0x1p31f, "rounding adds up to √kTerms / 2 to a norm");
 typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t Integers __attribute__((vector_size(VECTOR_BYTES), may_alias));
 #if VECTOR_BYTES == 64
 inline bool has_vnni() { return __builtin_cpu_supports("avx512vnni"); }
 #else
-inline bool has_vnni() { return __builtin_cpu_supports("avxvnni"); }
+inline bool has_vnni() {  // clang has no name for it before version 19
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
+}
 #endif
 
 TARGET inline Line line_at(const float* place) {
