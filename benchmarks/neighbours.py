@@ -3,7 +3,7 @@
     make peers && python -m benchmarks.neighbours [work …] [--rounds=5] [--precision=float32]
 
 Works: distances, features, market, msmt17; all by default, on the CPU. Sides alternate; prints medians and ratios.
---precision is of our products: float32 is what CPUs without AMX and VNNI take.
+--precision is of our products: float32 is what CPUs with neither AMX nor VNNI take.
 """
 
 import argparse

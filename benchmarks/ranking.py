@@ -3,7 +3,8 @@
     make peers && python -m benchmarks.ranking [work …] [--device=cuda] [--rounds=5] [--precision=float32]
 
 Works: subspace, large, isotropic, tf32, metrics, distances, matches, file, msmt17; all by default. Sides alternate;
-prints medians and ratios. --precision is that of subspace, large and isotropic: CPUs without AMX and VNNI take float32.
+prints medians and ratios. --precision is that of subspace, large and isotropic; CPUs with neither AMX nor VNNI take
+float32.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-// The module mgn._C, continued: keys of pairs, and the matrix products that decide between most of them.
+// The module mgn._C, continued: norms and keys of pairs, and the matrix products that decide most pairs.
 #include <array>
 #include <optional>
 #include <string>
@@ -30,18 +30,23 @@ mgn::Precision precision_of(const std::array<T, 3>& all, const Value& value, int
   const auto place = std::find(all.begin(), all.end(), value);
   const auto precision = mgn::Precision(place - all.begin());
   STD_TORCH_CHECK(place != all.end() && mgn::multiplies(precision, checked_set(set)),
-                  "mgn_cpu: expected panels of float32, or of bfloat16 or int16 where this CPU multiplies them");
+                  "mgn_cpu: expected float32, or bfloat16 or int16 where this CPU and instruction set multiply them");
   return precision;
 }
 
-// The fastest of them on this CPU.
-std::string fastest_product() {
+bool multiplies(std::string named, int64_t set) {
+  const auto place = std::find(kPrecisions.begin(), kPrecisions.end(), named);
+  return place != kPrecisions.end() && mgn::multiplies(mgn::Precision(place - kPrecisions.begin()), checked_set(set));
+}
+
+// The precision of the fastest product on this CPU.
+std::string fastest_precision() {
   for (const auto precision : {mgn::Precision::bfloat16, mgn::Precision::int16})
     if (mgn::multiplies(precision, 0)) return kPrecisions[int(precision)];
   return "float32";
 }
 
-// Elements of what `products` takes, of the type of panels.
+// Of the panels, in elements of their type: a float has room for two of bfloat16 or int16.
 int64_t packed_size(int64_t queries, int64_t d, mgn::Precision precision, int64_t set) {
   return mgn::packed_size(queries, d, precision, int(set)) * (precision == mgn::Precision::float32 ? 1 : 2);
 }
@@ -60,8 +65,8 @@ void products(Tensor panels, Tensor items, int64_t summed, Tensor dots, std::opt
   const auto x = rows(items);
   const auto precision = precision_of(kPanels, panels.scalar_type(), set);
   const int64_t together = mgn::terms_together(precision, int(set));
-  STD_TORCH_CHECK(summed > 0 && summed % together == 0, "mgn_cpu: expected a number of terms, a multiple of ", together,
-                  ", but got ", summed);
+  STD_TORCH_CHECK(summed > 0 && summed % together == 0, "mgn_cpu: expected a number of terms, a positive multiple of ",
+                  together, ", but got ", summed);
   STD_TORCH_CHECK(!residuals || (precision != mgn::Precision::float32 && norms),
                   "mgn_cpu: residuals are of bfloat16 and int16, and come with norms");
   STD_TORCH_CHECK(dots.size(0) <= 1 || dots.stride(0) >= x.count, "mgn_cpu: expected rows of dots that do not overlap");
@@ -83,7 +88,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mgn_cpu, m) {
   m.def(
       "canonical_keys(Tensor query, Tensor gallery, Tensor queries, Tensor items, bool cosine, Tensor(a!) keys, "
       "int instruction_set=0) -> ()");
-  m.def("fastest_product() -> str");
+  m.def("fastest_precision() -> str");
+  m.def("multiplies(str precision, int instruction_set=0) -> bool");
   m.def("pack_queries(Tensor query, str precision, int instruction_set=0) -> Tensor");
   m.def(
       "products(Tensor panels, Tensor items, int summed, Tensor(a!) dots, Tensor(b!)? norms, Tensor(c!)? residuals, "
@@ -98,5 +104,6 @@ STABLE_TORCH_LIBRARY_IMPL(mgn_cpu, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mgn_cpu, CompositeExplicitAutograd, m) {
-  m.impl("fastest_product", TORCH_BOX(&fastest_product));
+  m.impl("fastest_precision", TORCH_BOX(&fastest_precision));
+  m.impl("multiplies", TORCH_BOX(&multiplies));
 }

@@ -83,7 +83,7 @@ def heard():
 
 @pytest.fixture(autouse=True)
 def few_are_many(monkeypatch):
-    """Small cases take the products that neighbours of many queries take."""
+    """Neighbours of few queries are sought by the products that many queries take."""
     monkeypatch.setattr('mgn.ops.ranking.nearest.FEW', 0)
 
 

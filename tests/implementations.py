@@ -1,5 +1,5 @@
-"""Each way to run the operations of mgn.ops: compiled for the best instruction set here, as reference, compiled for
-every other set."""
+"""Each way to run the operations of mgn.ops: as compiled and run here, as reference, and for each instruction set by
+float32 products."""
 
 import functools
 
@@ -9,21 +9,12 @@ import torch
 from mgn.ops import native
 
 COMPILED = torch.ops.mgn_cpu.instruction_sets().split() if native.missing('_C') is None else []
-FASTEST = torch.ops.mgn_cpu.fastest_product() if COMPILED else 'float32'
+FASTEST = torch.ops.mgn_cpu.fastest_precision() if COMPILED else 'float32'
 IMPLEMENTATIONS = ['compiled', 'reference', *COMPILED[FASTEST == 'float32':]]  # 'compiled': the first set, and FASTEST
 
 
-def multiplies(precision, number):
-    """Whether this CPU has products of the precision with the instruction set of that number."""
-    try:
-        torch.ops.mgn_cpu.pack_queries(torch.zeros(1, 1), precision, instruction_set=number)
-    except RuntimeError:
-        return False
-    return True
-
-
 PRODUCTS = [(precision, number) for precision in ('float32', 'bfloat16', 'int16') for number in range(len(COMPILED))
-            if multiplies(precision, number)]
+            if torch.ops.mgn_cpu.multiplies(precision, instruction_set=number)]  # precision, instruction set
 
 
 class OneInstructionSet:
@@ -33,7 +24,7 @@ class OneInstructionSet:
         self.number = number
 
     def __getattr__(self, name):
-        if name == 'fastest_product':
+        if name == 'fastest_precision':
             return lambda: 'float32'
         operation = getattr(torch.ops.mgn_cpu, name)
         if all(argument.name != 'instruction_set' for argument in operation.default._schema.arguments):

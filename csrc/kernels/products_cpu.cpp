@@ -1,4 +1,4 @@
-// Float32 products on the CPU: register tiles of queries × items over packed panels, in the manner of Goto and van de
+// Matrix products on the CPU: register tiles of queries × items over packed panels, in the manner of Goto and van de
 // Geijn ("Anatomy of high-performance matrix multiplication", ACM TOMS 2008).
 #include "products_cpu.h"
 
@@ -18,7 +18,7 @@ namespace {
 
 constexpr double kSmallest = 0x1p-40, kLargest = 0x1p60;  // norms of which a filter says anything, as in product.py
 
-// Squared norms, relative to its own, of a row's low halves and of what neither half holds.
+// Squared norms, relative to its own, of a row's low halves and of what neither half, or no whole step, holds.
 struct Lost {
   double low = 0, rest = 0;
 };
@@ -26,7 +26,7 @@ struct Lost {
 struct ProductLoops {
   bool (*runs)();             // whether this CPU has what they take; null where they were not compiled
   int high, wide;             // of a panel of queries, of items
-  int64_t unit, size;         // D is filled up to a multiple of `unit` terms, each of which take `size` floats
+  int64_t unit, unit_floats;  // D is filled up to a multiple of `unit` terms, which take `unit_floats` floats
   int64_t items, dimensions;  // packed at a time: half of a second-level cache
   int64_t ahead;              // items of the next block of which each of add_products fetches a part; 0: none
   int64_t queries;            // at least, of a part, for which items are packed anew so that more threads have work
@@ -36,7 +36,7 @@ struct ProductLoops {
                        const double* norms, Lost* lost);
   void (*add_products)(const float* rows, const float* columns, int64_t count, float* sums);
 
-  int64_t floats(int64_t terms) const { return round_up(terms, unit) / unit * size; }  // that hold them, of a row
+  int64_t floats(int64_t terms) const { return round_up(terms, unit) / unit * unit_floats; }  // of one row
 };
 
 }  // namespace
@@ -127,8 +127,10 @@ struct ItemProducts {
 }  // namespace
 
 bool multiplies(Precision precision, int instruction_set) {
+  if (precision == Precision::bfloat16 && compiled_instruction_set(instruction_set) != 0)
+    return false;  // its loops use AVX-512, too
   const auto runs = product_loops(precision, instruction_set).runs;
-  return runs && runs() && (precision != Precision::bfloat16 || compiled_instruction_set(instruction_set) == 0);
+  return runs && runs();
 }
 
 int64_t terms_together(Precision precision, int instruction_set) {

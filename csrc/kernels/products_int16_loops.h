@@ -1,8 +1,10 @@
-// The inner loops of products of int16, by the instructions called VNNI, which add up two products at once. Included
-// once per instruction set by each_instruction_set_cpu.h: no guard.
+// The inner loops of products of int16, by VNNI: an instruction multiplies two pairs and adds both products to an
+// int32. Included once per instruction set by each_instruction_set_cpu.h, after products_loops.h, whose lines and
+// register tile they use: no guard.
 //
-// Of every 64 terms of a row its panel holds a step and, in pairs, how many of it each term is, rounded. Their norm is
-// at most 46,304, so that sums of their products with those of another row are below 2³¹: exact.
+// For every 64 terms of a row a panel holds a step and how many steps each term is, a whole number. The norm of these
+// numbers is at most 46,304. So by Cauchy and Schwarz every sum of their products with those of another row is below
+// 2³¹: exact.
 namespace mgn::SET {
 
 #if VECTOR_BYTES == 64
@@ -15,15 +17,16 @@ namespace mgn::SET {
 
 #if defined(VNNI)
 constexpr int kTerms = 64, kPairs = kTerms / 2, kPieces = kPairs / kLine;  // of one step; lines that hold the pairs
-constexpr int kStepSize = kPairs + 1;                                      // of a row, in floats, with the step
+constexpr int kBlockFloats = kPairs + 1;                                   // that hold a step and its pairs
 constexpr float kMostNorm = 46300, kMost = 32766;                          // of the terms, in steps
-static_assert((kMostNorm + 5) * (kMostNorm + 5) < 0x1p31f, "rounding adds up to √kTerms / 2 to a norm");
+static_assert((kMostNorm + 5) * (kMostNorm + 5) < 0x1p31f && kTerms == 64, "rounding adds up to 4, float32 a little");
+static_assert(kHigh <= kLine, "steps_of takes up to kLine rows");
 typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t Integers __attribute__((vector_size(VECTOR_BYTES), may_alias));
 #if VECTOR_BYTES == 64
 inline bool has_vnni() { return __builtin_cpu_supports("avx512vnni"); }
 #else
-inline bool has_vnni() {  // clang has no name for it before version 19
+inline bool has_vnni() {  // for which __builtin_cpu_supports has no name in clang before version 19
   unsigned a, b, c, d;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
 }
@@ -44,7 +47,8 @@ inline const float* padded(const float* terms, int64_t width, float* room) {
 
 TARGET inline Line larger(const Line& x, const Line& y) { return x > y ? x : y; }
 
-// The steps of up to kLine rows: lane by lane, NaN where a term is.
+// The steps of up to kLine rows, one a lane; NaN if a term is, by the sum of squares: std::max keeps its first
+// argument.
 TARGET inline Line steps_of(const float* rows, int64_t count, int64_t stride, int64_t width) {
   Line squares[kLine] = {}, largest[kLine] = {}, steps;
   for (int64_t r = 0; r < count; ++r) {
@@ -63,15 +67,16 @@ TARGET inline Line steps_of(const float* rows, int64_t count, int64_t stride, in
   return steps;
 }
 
-// kPieces lines of pairs, `apart` from each other, of whole steps. Adds to `lost` the squares of what is lost of the
-// terms, each taken `scale` times before.
+// Writes kPieces lines of pairs, `apart` lines from each other. Of 2 · kLine terms, number j (in the low 16 bits) is
+// paired with number kLine + j. Adds to `lost` the squares of what rounding takes of scale · terms, so that with a
+// scale of 1 / ‖row‖ they do not underflow.
 TARGET inline void round_to_steps(const float* row, int64_t width, float step, Line* pairs, int apart, float scale,
                                   Line& lost) {
   alignas(Line) float room[kTerms];
   const float* const terms = padded(row, width, room);
-  // Of smaller terms, whose squares underflow, nothing is kept.
+  // Where the squares of all terms come near underflow, nothing is kept: all is lost, and measured.
   const float inverse = step >= 0x1p-70f ? 1 / step : 0;
-  constexpr float kWhole = 0x1.8p23f;  // the last bits of this and a small number are a whole one
+  constexpr float kWhole = 0x1.8p23f;  // added to it, a number is rounded to a whole one, in its last bits
 #pragma GCC unroll 16
   for (int i = 0; i < kPieces; ++i) {
     Line halves[2];
@@ -87,7 +92,7 @@ TARGET inline void round_to_steps(const float* row, int64_t width, float step, L
 
 // (count ≤ kHigh, d) rows → panel: for each kTerms terms the steps, then pairs (kPairs, kHigh).
 TARGET void pack_rows_of_pairs(const float* rows, int64_t count, int64_t stride, int64_t d, float* panel) {
-  for (int64_t k = 0; k < d; k += kTerms, panel += kStepSize * kHigh) {
+  for (int64_t k = 0; k < d; k += kTerms, panel += kBlockFloats * kHigh) {
     const Line steps = steps_of(rows + k, count, stride, d - k);
     for (int r = 0; r < kHigh; ++r) {
       Line pairs[kPieces] = {}, lost = {};
@@ -102,7 +107,7 @@ TARGET void pack_rows_of_pairs(const float* rows, int64_t count, int64_t stride,
 TARGET void pack_columns_of_pairs(const float* rows, int64_t count, int64_t stride, int64_t d, float* columns,
                                   const double* norms, Lost* lost) {
   Line rests[kWide] = {};
-  for (int64_t k = 0; k < d; k += kTerms, columns += kStepSize * kWide)
+  for (int64_t k = 0; k < d; k += kTerms, columns += kBlockFloats * kWide)
     for (int c = 0; c < kWide; c += kLine) {
       const float* const first = rows + c * stride + k;
       const int64_t here = std::clamp<int64_t>(count - c, 0, kLine);
@@ -124,7 +129,7 @@ TARGET void pack_columns_of_pairs(const float* rows, int64_t count, int64_t stri
 
 // sums (kHigh, kWide) += for each kTerms terms the exact sum of their products, times both steps.
 VNNI void add_products_of_pairs(const float* rows, const float* columns, int64_t count, float* sums) {
-  for (; count > 0; count -= kTerms, rows += kStepSize * kHigh, columns += kStepSize * kWide) {
+  for (; count > 0; count -= kTerms, rows += kBlockFloats * kHigh, columns += kBlockFloats * kWide) {
     Integers sum[kHigh][2] = {};
     const auto* const lines = reinterpret_cast<const Integers*>(columns);
     for (int k = 1; k <= kPairs; ++k) {
@@ -152,9 +157,9 @@ VNNI void add_products_of_pairs(const float* rows, const float* columns, int64_t
 }
 
 constexpr ProductLoops kInt16Loops = {
-    .runs = has_vnni, .high = kHigh, .wide = kWide, .unit = kTerms, .size = kStepSize, .items = 128, .dimensions = 4096,
-    .ahead = 1, .queries = 512, .pack_rows = pack_rows_of_pairs, .pack_columns = pack_columns_of_pairs,
-    .add_products = add_products_of_pairs};
+    .runs = has_vnni, .high = kHigh, .wide = kWide, .unit = kTerms, .unit_floats = kBlockFloats, .items = 128,
+    .dimensions = 4096, .ahead = 1, .queries = 512, .pack_rows = pack_rows_of_pairs,
+    .pack_columns = pack_columns_of_pairs, .add_products = add_products_of_pairs};
 #undef VNNI
 #undef ADD_PAIRS
 #else

@@ -54,7 +54,7 @@ template <int step> TARGET inline void exchange(Line* lines) {
   }
 }
 
-// A square of lines.
+// Transposes kLine lines in place.
 TARGET inline void transpose(Line* lines) {
   exchange<1>(lines), exchange<2>(lines);
 #if VECTOR_BYTES >= 32
@@ -92,8 +92,8 @@ inline void pack_rows(const float* rows, int64_t count, int64_t stride, int64_t 
 }
 
 constexpr ProductLoops kProductLoops = {
-    .runs = [] { return true; }, .high = kHigh, .wide = kWide, .unit = 1, .size = 1, .items = 64, .dimensions = 4096,
-    .ahead = 2, .queries = 512, .pack_rows = pack_rows, .pack_columns = pack_columns,
+    .runs = [] { return true; }, .high = kHigh, .wide = kWide, .unit = 1, .unit_floats = 1, .items = 64,
+    .dimensions = 4096, .ahead = 2, .queries = 512, .pack_rows = pack_rows, .pack_columns = pack_columns,
     .add_products = add_products};
 
 }  // namespace mgn::SET

@@ -171,9 +171,9 @@ struct TileCounting {
   }
 
   void decide_open() {
-    for (int64_t j = open_from(0), following; j < tile.gallery.count; j = following) {
-      following = open_from(j + 1);
-      for (int64_t k = 0; following < tile.gallery.count && k < tile.gallery.d; k += 16)  // it comes meanwhile
+    for (int64_t j = first_open(0), following; j < tile.gallery.count; j = following) {
+      following = first_open(j + 1);
+      for (int64_t k = 0; following < tile.gallery.count && k < tile.gallery.d; k += 16)  // fetched meanwhile
         __builtin_prefetch(tile.gallery[following] + k, 0, 2);
       keys_of.set(tile.gallery[j], tile.gallery_norms[j]);
       for (int64_t next = last_open[j]; next >= 0;) {
@@ -199,7 +199,7 @@ struct TileCounting {
 
  private:
   // The first item from j on that is open.
-  int64_t open_from(int64_t j) const {
+  int64_t first_open(int64_t j) const {
     while (j < tile.gallery.count && last_open[j] < 0) ++j;
     return j;
   }

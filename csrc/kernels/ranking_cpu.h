@@ -17,7 +17,7 @@ template <typename T>
 int64_t count_in_distances(const T* distances, int64_t queries, int64_t items, int64_t stride, const Matches& matches,
                            const Excluded& excluded, int instruction_set, const Parallel& parallel);
 
-// For the kernels that count: calls visit(item) for every excluded item of first … end.
+// For both of them: calls visit(item) for every excluded item of first … end.
 template <typename Visit>
 void for_excluded(const Excluded& excluded, int64_t q, int64_t first, int64_t end, const Visit& visit) {
   const auto all = [&](const int64_t* from, const int64_t* to) {

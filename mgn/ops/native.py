@@ -83,6 +83,6 @@ def implementation(device):
         return f'reference: {reason}'
     if device.type == 'cpu':
         cpu = torch.ops.mgn_cpu
-        units = {'bfloat16': ' and AMX', 'int16': ' and VNNI'}.get(cpu.fastest_product(), '')
+        units = {'bfloat16': ' and AMX', 'int16': ' and VNNI'}.get(cpu.fastest_precision(), '')
         return f'compiled for {cpu.instruction_sets().split()[0]}{units}'
     return f'compiled for {torch.ops.mgn_cuda.build()}'

@@ -243,7 +243,7 @@ def test_auto_on_a_cpu_is_what_its_units_are_for(monkeypatch, fastest):
     def available(precision, kernels, width=2048):
         monkeypatch.setattr(product, 'own_kernels', lambda device: kernels)
         return product.available(precision, torch.device('cpu'), width)
-    kernels = SimpleNamespace(fastest_product=lambda: fastest)
+    kernels = SimpleNamespace(fastest_precision=lambda: fastest)
     assert available('auto', kernels) == fastest and available('auto', None) == 'float32'
     assert {available('auto', kernels, width) for width in (0, 1, 127)} == {'float32'}
     assert available('auto', kernels, 128) == ('float32' if fastest == 'int16' else fastest)

@@ -56,7 +56,7 @@ def test_ties_near_ties_and_extremes(implementation, metric, k, make):
 
 
 def test_few_queries_are_compared_by_float32(monkeypatch):
-    """What the gallery's rounding takes, few products do not save."""
+    """Rounding the gallery takes longer than a faster product of few queries saves."""
     monkeypatch.setattr(nearest, 'FEW', 4)
     asked = []
     monkeypatch.setattr(product, 'available', lambda precision, device, width: asked.append(width) or 'float32')

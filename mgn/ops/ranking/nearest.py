@@ -14,7 +14,8 @@ from mgn.ops.ranking.tiles import PRODUCTS, blocks_of, denormals, refuse_nan, ro
 
 STATE = 2 ** 30     # bytes of what is selected for all queries at once; beyond them block after block
 SELECTED = 2 ** 21  # candidates of a block
-# Queries at a time whose candidates do not fit; so few that rounding the gallery takes longer than products save.
+# Queries at a time whose candidates do not fit. Queries up to which, on a CPU, float32 products are the fastest:
+# rounding the gallery takes longer than others save.
 CROWDED, FEW = 256, 160
 
 
@@ -35,7 +36,7 @@ def topk(query, gallery, k, metric='cosine', precision='auto', exclude_self=Fals
     Args:
         query: (Q, D), gallery: (G, D), float32 or half, NumPy arrays or tensors of one device.
         k: from 1 to 4096.
-        metric: 'cosine' or 'euclidean'. precision: as of match_ranks; it changes the time alone.
+        metric: 'cosine' or 'euclidean'. precision: as of match_ranks, but on a CPU float32 for up to 160 queries.
         exclude_self: query and gallery are the same tensor, and no item is its own neighbour.
     Returns:
         Nearest, of min(k, G) columns (G − 1 with exclude_self). Distances carry no gradient. Memory: 256 MB, 48 bytes
@@ -112,7 +113,8 @@ def nearest(comparison, query_norms, gallery_norms, k, exclude_self=False, farth
                for search in searches]
     if len(gallery) and len(query) and k:
         width, is_one = query.shape[1], is_one_tensor(comparison)
-        precision = product.available(comparison.precision, query.device, width if len(query) > FEW else 0)
+        # Of width 0 all is float32.
+        precision = product.available(comparison.precision, query.device, width * (query.is_cuda or len(query) > FEW))
         comparison = comparison._replace(precision=precision)
         item_operand, item_residual = product.operands(gallery, gallery_norms, precision)
         operand, residual = (item_operand, item_residual) if is_one else product.operands(query, query_norms, precision)

@@ -16,7 +16,8 @@ SMALLEST, LARGEST = 2.0 ** -40, 2.0 ** 60
 # half the rate of float32. Where both hold, precision 'auto' is tf32: a faster product that leaves more pairs to their
 # float64 keys.
 PROVEN, FAST_FLOAT64 = ((9, 0),), ((8, 0), (9, 0), (10, 0))
-SUMMED = {'float32': 128, 'bfloat16': 1024, 'int16': 2048}  # terms that our own products add up at a time
+# Terms that our own products add up at a time; of int16, which adds exactly, how many go through the cache together.
+SUMMED = {'float32': 128, 'bfloat16': 1024, 'int16': 2048}
 NARROW = {'bfloat16': 128, 'int16': 192}  # dimensions below which keys take as long as the product saves
 LOCK = threading.RLock()
 
@@ -48,7 +49,7 @@ def available(precision, device, width):
     """
     if device.type != 'cuda' or torch.version.hip is not None or not width:
         kernels = own_kernels(device) if precision == 'auto' else None
-        fastest = kernels.fastest_product() if kernels else 'float32'
+        fastest = kernels.fastest_precision() if kernels else 'float32'
         return fastest if width >= NARROW.get(fastest, 1) else 'float32'
     capability = torch.cuda.get_device_capability(device)
     if precision == 'auto':
@@ -70,9 +71,9 @@ def relative_error(precision, width, device, query_residual=None, item_residual=
         return 1.01 * summing(width, 2.0 ** -22) + left_out
     if own_kernels(device):
         terms, sums = min(width, SUMMED[precision]), -(-width // SUMMED[precision])
-        once = {'float32': terms, 'bfloat16': 17 + 3 * -(-terms // 32), 'int16': 5 + width // 32}[precision]
-        # The terms' absolute sum is larger where they are rounded: 1 + 2⁻⁶ times that of the rows, of three products.
-        return summing(1.02 * (once + 2 * sums), 2.0 ** -24) + left_out
+        roundings = {'float32': terms, 'bfloat16': 17 + 3 * -(-terms // 32), 'int16': 5 + width // 32}[precision]
+        # 1.02: the absolute sum of what is rounded exceeds that of the rows, for three products by up to 2⁻⁶.
+        return summing(1.02 * (roundings + 2 * sums), 2.0 ** -24) + left_out
     if not keeps_operands(device):  # at worst bfloat16, truncated
         return 1.02 * (summing(width, 2.0 ** -22) + 2 * 2.0 ** -7) + left_out
     emulated = device.type == 'cuda' and 'CUBLAS_EMULATE_SINGLE_PRECISION' in os.environ
@@ -156,7 +157,7 @@ def own_kernels(device):
 
 def operand(features, precision):
     """(n, D) float32 → what `products` takes, rounded so that nothing else rounds it."""
-    # To nearest, ties away from zero, in the 13 bits that float32 has more than tf32.
+    # tf32: to nearest, ties away from zero, in the 13 bits that float32 has more.
     return (features.view(torch.int32) + 0x1000 & ~0x1fff).view(torch.float32) if precision == 'tf32' else features
 
 
