@@ -11,8 +11,6 @@ from mgn.ops import native
 COMPILED = torch.ops.mgn_cpu.instruction_sets().split() if native.missing('_C') is None else []
 FASTEST = torch.ops.mgn_cpu.fastest_precision() if COMPILED else 'float32'
 IMPLEMENTATIONS = ['compiled', 'reference', *COMPILED[FASTEST == 'float32':]]  # 'compiled': the first set, and FASTEST
-
-
 PRODUCTS = [(precision, number) for precision in ('float32', 'bfloat16', 'int16') for number in range(len(COMPILED))
             if torch.ops.mgn_cpu.multiplies(precision, instruction_set=number)]  # precision, instruction set
 
@@ -40,7 +38,7 @@ def run_as(name, module, monkeypatch, device):
         monkeypatch.setattr(f'mgn.ops.{module}.kernels', lambda device: None)
     elif name == 'compiled':
         assert native.kernels(torch.device(device)) is not None, native.implementation(device)
-        monkeypatch.setattr('mgn.ops.ranking.product.NARROW', {})  # AMX and VNNI, which are for wide rows
+        monkeypatch.setattr('mgn.ops.ranking.product.NARROW', {})  # AMX and VNNI for small cases, too
     elif device != 'cpu':
         pytest.skip(f'{name} is of the CPU')
     else:

@@ -12,7 +12,7 @@ from mgn.ops.ranking import product
 KERNELS = torch.ops.mgn_cpu
 KINDS = [pytest.param(kind, id=f'{kind[0]}-{COMPILED[kind[1]]}') for kind in PRODUCTS]  # (precision, set's number)
 KINDS_OF = {precision: [kind for kind in KINDS if kind.values[0][0] == precision]
-      for precision in ('float32', 'bfloat16', 'int16')}
+            for precision in ('float32', 'bfloat16', 'int16')}
 HALVES = ('bfloat16', 0)
 only_amx = pytest.mark.skipif(not KINDS_OF['bfloat16'], reason='this CPU has no AMX')
 
