@@ -25,19 +25,24 @@ void canonical_keys(Tensor query, Tensor gallery, Tensor queries, Tensor items, 
 constexpr std::array<const char*, 3> kPrecisions = {"float32", "bfloat16", "int16"};  // as mgn::Precision
 constexpr std::array<ScalarType, 3> kPanels = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Short};
 
+// The place of `value` among `all`, if this CPU and instruction set multiply that precision.
 template <typename T, typename Value>
-mgn::Precision precision_of(const std::array<T, 3>& all, const Value& value, int64_t set) {
+std::optional<mgn::Precision> multiplied(const std::array<T, 3>& all, const Value& value, int64_t set) {
   const auto place = std::find(all.begin(), all.end(), value);
   const auto precision = mgn::Precision(place - all.begin());
-  STD_TORCH_CHECK(place != all.end() && mgn::multiplies(precision, checked_set(set)),
-                  "mgn_cpu: expected float32, or bfloat16 or int16 where this CPU and instruction set multiply them");
+  if (place == all.end() || !mgn::multiplies(precision, checked_set(set))) return std::nullopt;
   return precision;
 }
 
-bool multiplies(std::string named, int64_t set) {
-  const auto place = std::find(kPrecisions.begin(), kPrecisions.end(), named);
-  return place != kPrecisions.end() && mgn::multiplies(mgn::Precision(place - kPrecisions.begin()), checked_set(set));
+template <typename T, typename Value>
+mgn::Precision precision_of(const std::array<T, 3>& all, const Value& value, int64_t set) {
+  const auto precision = multiplied(all, value, set);
+  STD_TORCH_CHECK(precision.has_value(),
+                  "mgn_cpu: expected float32, or bfloat16 or int16 where this CPU and instruction set multiply them");
+  return *precision;
 }
+
+bool multiplies(std::string named, int64_t set) { return multiplied(kPrecisions, named, set).has_value(); }
 
 // The precision of the fastest product on this CPU.
 std::string fastest_precision() {

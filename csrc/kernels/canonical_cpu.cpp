@@ -53,7 +53,7 @@ void canonical_keys(const Rows& query, const Rows& gallery, const int64_t* queri
       }
       const int count = p + 1 < end && queries[p + 1] == queries[p] ? 2 : 1;
       if (p + count < end && queries[p + count] != queries[p])  // the next row comes from memory meanwhile
-        for (int64_t k = 0; k < query.d; k += 16) __builtin_prefetch(query[queries[p + count]] + k, 0, 2);
+        fetch(query[queries[p + count]], query.d);
       const float* const y[] = {gallery[items[p]], gallery[items[p + count - 1]]};
       double norms[2] = {};
       if (cosine) loops.squares(nullptr, y, count, query.d, norms);

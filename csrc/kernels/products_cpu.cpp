@@ -98,7 +98,7 @@ struct ItemProducts {
   // where others are packed next: further dimensions of these items, or these again for a part of the queries.
   void fetch_ahead(int64_t i, int64_t from, int64_t width) const {
     for (int64_t n = i; n < std::min({i + loops.ahead, loops.items, items.count - first - loops.items}); ++n)
-      for (int64_t k = 0; k < width; k += 16) __builtin_prefetch(items[first + loops.items + n] + from + k, 0, 2);
+      fetch(items[first + loops.items + n] + from, width);
   }
 
   // Adds to, or writes if these are the first dimensions, `rows` rows of dots. panel: (D, high); `left` panels follow.

@@ -173,8 +173,7 @@ struct TileCounting {
   void decide_open() {
     for (int64_t j = first_open(0), following; j < tile.gallery.count; j = following) {
       following = first_open(j + 1);
-      for (int64_t k = 0; following < tile.gallery.count && k < tile.gallery.d; k += 16)  // fetched meanwhile
-        __builtin_prefetch(tile.gallery[following] + k, 0, 2);
+      if (following < tile.gallery.count) fetch(tile.gallery[following], tile.gallery.d);
       keys_of.set(tile.gallery[j], tile.gallery_norms[j]);
       for (int64_t next = last_open[j]; next >= 0;) {
         const Open* pairs[2];
