@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures('gpu')
 @pytest.mark.parametrize('metric', METRICS)
 @pytest.mark.parametrize('make, size',
                          [(problem, (33, 2500, 129)), (near_ties, (9, 300, 33)), (extremes, (20, 500, 64)),
-                          (problem, (2, 1, 1)), (problem, (700, 9000, 256))])
+                          (problem, (2, 1, 1)), pytest.param(problem, (700, 9000, 256), id='large')])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
 def test_ranks_equal_those_of_the_cpu(device, make, size, metric, precision, dtype):
     query, gallery, *ids = make(*size)
@@ -60,7 +60,7 @@ def test_features_that_are_not_finite_are_named(device):
 
 
 @pytest.mark.parametrize('metric', METRICS)
-@pytest.mark.parametrize('size', [(5, 33, 7), (700, 9000, 256)])
+@pytest.mark.parametrize('size', [(5, 33, 7), pytest.param((700, 9000, 256), id='large')])
 def test_a_gallery_in_host_memory_gives_the_same_ranks(device, metric, size):
     query, gallery, *ids = problem(*size)
     expected = match_ranks(query, gallery, *ids, metric=metric)

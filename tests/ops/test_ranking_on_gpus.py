@@ -167,9 +167,9 @@ LOG = []
 def stubs(monkeypatch):
     """Streams, events and pinned memory that write into LOG what is asked of them."""
     class Pinned:
-        def __init__(self, tensor):
-            self.tensor = tensor.clone()
-            LOG.append(f'pinned {len(tensor)}')
+        def __init__(self, tensor, part):
+            self.tensor = in_pinned_memory(tensor, part).clone()
+            LOG.append(f'pinned {len(self.tensor)}')
 
         def to(self, device, non_blocking):
             assert non_blocking
@@ -180,6 +180,7 @@ def stubs(monkeypatch):
         number = sum(entry.startswith('event') for entry in LOG) + 1
         LOG.append(f'event {number}')
         return SimpleNamespace(synchronize=lambda: LOG.append(f'host waits for event {number}'))
+    empty, in_pinned_memory = torch.empty, tiles.in_pinned_memory
     computing = SimpleNamespace(record_event=event, wait_stream=lambda stream: LOG.append('computing waits for copies'))
 
     @contextlib.contextmanager
@@ -191,6 +192,7 @@ def stubs(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'Stream', lambda device: 'copies')
     monkeypatch.setattr(torch.cuda, 'stream', stream)
     monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: computing)
+    monkeypatch.setattr(torch, 'empty', lambda *shape, pin_memory=False, **options: empty(*shape, **options))
     monkeypatch.setattr(tiles, 'in_pinned_memory', Pinned)
 
 

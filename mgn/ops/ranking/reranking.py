@@ -48,7 +48,7 @@ def k_reciprocal_ranks(query, gallery, query_pids, gallery_pids, query_camids, g
     (query, gallery, cosine, *_), queries = comparison, len(query)
     norms = torch.cat((finite_norms(query, 'query'), finite_norms(gallery, 'gallery')))
     encodings, maxima = encode(comparison, norms, k1, k2)
-    here = [in_pinned_memory(features, True) for features in comparison[:2]] if query.is_cuda else comparison[:2]
+    here = [in_pinned_memory(x, waiting=True) for x in comparison[:2]] if query.is_cuda else comparison[:2]
     host, sparse = comparison._replace(query=here[0], gallery=here[1]), ranking_kernels(torch.device('cpu'))
     columns = sparse.transpose(*rows_between(encodings, queries, len(norms)), len(norms))
     excluded, offsets, ranks, redecided = identities(ids, as_junk_pid(junk_pid)), [np.zeros(1, np.int64)], [], 0
