@@ -26,8 +26,7 @@ NAMES = ('pids', 'camids', 'paths', 'features')
 
 
 @gin.configurable(denylist=['model', 'dataset', 'extractor', 'features_dir'])
-def write_features(model, dataset, extractor, features_dir,
-                   storage: Literal['float32', 'float16'] = 'float32') -> None:
+def write_features(model, dataset, extractor, features_dir, storage: Literal['float32', 'float16'] = 'float32'):
     """Writes the features of query and gallery into a folder: batch by batch, as they may be larger than memory.
 
     Under torchrun each process makes the features of a part of the images, and process 0 writes once it has them all.

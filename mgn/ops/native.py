@@ -55,8 +55,7 @@ def _unusable(device):
         return 'torch sees no CUDA device'
     if missing('_cuda'):
         return missing('_cuda')
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return torch.ops.mgn_cuda.unusable(index) or None
+    return torch.ops.mgn_cuda.unusable(torch.cuda.current_device() if device.index is None else device.index) or None
 
 
 @functools.cache

@@ -206,7 +206,7 @@ def test_a_part_of_the_gallery_is_copied_while_the_one_before_is_computed_with(s
         LOG.append(f'computes {len(rows)}')
 
     def steps(n):
-        return [f'pinned {n}', copy[0], f'copied {n}', *copy[2:], f'computes {n}']
+        return [copy[0], f'pinned {n}', f'copied {n}', *copy[2:], f'computes {n}']
     # The third part takes the place of the first: by then that has been computed with, but perhaps not the second.
     assert LOG == [*steps(3), 'event 1', *steps(4), 'event 2', 'host waits for event 1', *steps(5)]
 

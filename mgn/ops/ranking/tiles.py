@@ -102,9 +102,8 @@ def on_device(gallery, parts, device):
     for part in parts:
         if len(used) > 1:
             used.pop(0).synchronize()
-        pinned = in_pinned_memory(gallery, part)
         with torch.cuda.stream(copies):
-            part_rows = pinned.to(device, non_blocking=True)
+            part_rows = in_pinned_memory(gallery, part).to(device, non_blocking=True)
         computing = torch.cuda.current_stream(device)
         computing.wait_stream(copies)
         part_rows.record_stream(computing)
