@@ -140,8 +140,7 @@ TARGET void add_products(const float* rows, const float* columns, int64_t count,
 
 constexpr ProductLoops kProductLoops = {
     .runs = runs, .high = kSide, .wide = kSide, .unit = kSide, .unit_floats = kSide, .items = 128, .dimensions = 2048,
-    .ahead = 0, .queries = 256, .pack_rows = pack_rows, .pack_columns = pack_columns,
-    .add_products = add_products};
+    .queries = 256, .pack_rows = pack_rows, .pack_columns = pack_columns, .add_products = add_products};
 #undef TARGET
 #else
 constexpr ProductLoops kProductLoops{};

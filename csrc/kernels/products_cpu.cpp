@@ -28,7 +28,6 @@ struct ProductLoops {
   int high, wide;             // of a panel of queries, of items
   int64_t unit, unit_floats;  // D is filled up to a multiple of `unit` terms, which take `unit_floats` floats
   int64_t items, dimensions;  // packed at a time: half of a second-level cache
-  int64_t ahead;              // items of the next block of which each of add_products fetches a part; 0: none
   int64_t queries;            // at least, of a part, for which items are packed anew so that more threads have work
   void (*pack_rows)(const float* rows, int64_t count, int64_t stride, int64_t d, float* panel);
   // Given norms, it adds to `lost` what of each row is lost.
@@ -94,26 +93,17 @@ struct ItemProducts {
     }
   }
 
-  // Fetches some dimensions of `ahead` items, from number i of the next block, into the second-level cache. In vain
-  // where others are packed next: further dimensions of these items, or these again for a part of the queries.
-  void fetch_ahead(int64_t i, int64_t from, int64_t width) const {
-    for (int64_t n = i; n < std::min({i + loops.ahead, loops.items, items.count - first - loops.items}); ++n)
-      fetch(items[first + loops.items + n] + from, width);
-  }
-
-  // Adds to, or writes if these are the first dimensions, `rows` rows of dots. panel: (D, high); `left` panels follow.
-  void add(const float* panel, int64_t rows, float* dots, int64_t stride, int64_t left) {
+  // Adds to, or writes if these are the first dimensions, `rows` rows of dots. panel: (D, high).
+  void add(const float* panel, int64_t rows, float* dots, int64_t stride) {
     const int64_t tile = loops.high * loops.wide;
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t j = 0; j < count; j += 16) __builtin_prefetch(dots + r * stride + first + j, 1);
     std::fill_n(sums.get(), groups * tile, 0.0f);
     for (int64_t k = 0; k < dimensions; k += summed)
-      for (int64_t j = 0; j < count; j += loops.wide) {
-        fetch_ahead(loops.ahead * (left * groups + j / loops.wide), begin + k, std::min(summed, dimensions - k));
+      for (int64_t j = 0; j < count; j += loops.wide)
         loops.add_products(panel + loops.floats(begin + k) * loops.high,
                            columns.get() + j * loops.floats(dimensions) + loops.floats(k) * loops.wide,
                            std::min(summed, dimensions - k), sums.get() + j * loops.high);
-      }
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t j = 0; j < count; j += loops.wide) {
         const float* const sum = sums.get() + j * loops.high + r * loops.wide;
@@ -169,10 +159,9 @@ void products(const float* panels, int64_t queries, const Rows& items, int64_t s
       if (norms && is_first) canonical_norms(items, item, end_item, sum_loops(instruction_set), norms);
       for (int64_t k = 0; k < std::max<int64_t>(items.d, 1); k += loops.dimensions) {
         of_items.pack(item, k, residuals && is_first ? norms : nullptr);
-        const int64_t from = task % parts * part, end_query = std::min(from + part, queries);
-        for (int64_t q = from; q < end_query; q += high)
-          of_items.add(panels + q / high * panel, std::min(high, queries - q), dots + q * stride, stride,
-                       (end_query - q - 1) / high);
+        const int64_t from = task % parts * part;
+        for (int64_t q = from; q < std::min(from + part, queries); q += high)
+          of_items.add(panels + q / high * panel, std::min(high, queries - q), dots + q * stride, stride);
       }
       if (residuals && is_first) of_items.write_residuals(norms, residuals);
     }

@@ -158,8 +158,8 @@ VNNI void add_products_of_pairs(const float* rows, const float* columns, int64_t
 
 constexpr ProductLoops kInt16Loops = {
     .runs = has_vnni, .high = kHigh, .wide = kWide, .unit = kTerms, .unit_floats = kBlockFloats, .items = 128,
-    .dimensions = 4096, .ahead = 1, .queries = 512, .pack_rows = pack_rows_of_pairs,
-    .pack_columns = pack_columns_of_pairs, .add_products = add_products_of_pairs};
+    .dimensions = 4096, .queries = 512, .pack_rows = pack_rows_of_pairs, .pack_columns = pack_columns_of_pairs,
+    .add_products = add_products_of_pairs};
 #undef VNNI
 #undef ADD_PAIRS
 #else

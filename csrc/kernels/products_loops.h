@@ -93,7 +93,7 @@ inline void pack_rows(const float* rows, int64_t count, int64_t stride, int64_t 
 
 constexpr ProductLoops kProductLoops = {
     .runs = [] { return true; }, .high = kHigh, .wide = kWide, .unit = 1, .unit_floats = 1, .items = 64,
-    .dimensions = 4096, .ahead = 2, .queries = 512, .pack_rows = pack_rows, .pack_columns = pack_columns,
+    .dimensions = 4096, .queries = 512, .pack_rows = pack_rows, .pack_columns = pack_columns,
     .add_products = add_products};
 
 }  // namespace mgn::SET
