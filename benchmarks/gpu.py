@@ -179,18 +179,22 @@ def read(file):
 
 
 def keep(records, out):
-    """The table of all steps, and what was measured in docs/gpu.json and docs/gpu.md, copied to the folder."""
+    """The table of all steps, and what was measured in docs/gpu.json and docs/gpu.md, copied to the folder.
+
+    What earlier calls have measured on the same device stays there until it is measured anew.
+    """
     (out / 'table.md').write_text(table(records) + '\n')
+    on = {name: records[-1][name] for name in ('device', 'torch')}
     found = {(figure['side'], figure['row']): figure['seconds'] for record in records
-             if record['device'] == records[-1]['device'] for figure in record['figures'] if 'seconds' in figure}
+             if on.items() <= record.items() for figure in record['figures'] if 'seconds' in figure}
     if not found:
         return
     from benchmarks import roofline  # here: it needs packages that may be lacking
 
-    seconds, in_graph = ({name: found[side, name] for name in roofline.rows() if (side, name) in found}
-                         for side in ('mgn', 'mgn, a CUDA graph'))
-    measured = {'device': records[-1]['device'], 'torch': records[-1]['torch'], 'seconds': seconds,
-                'in_graph': in_graph}
+    before = roofline.read_measured()
+    measured = {**on, 'seconds': {}, 'in_graph': {}, **(before if on.items() <= before.items() else {})}
+    for column, side in (('seconds', 'mgn'), ('in_graph', 'mgn, a CUDA graph')):
+        measured[column].update({name: found[side, name] for name in roofline.rows() if (side, name) in found})
     roofline.MEASURED.write_text(json.dumps(measured, indent=1) + '\n')
     roofline.main()
     for page in (roofline.MEASURED, roofline.PAGE):

@@ -30,7 +30,7 @@ from mgn.data.augmentation import Augmentation
 from mgn.data.images import TrainBatch
 from mgn.ops import (batch_hard_triplet_loss, evaluate_rank, expand_queries, k_reciprocal_ranks, match_ranks,
                      match_ranks_from_distance, pairwise_distance, retrieval_metrics, topk, topk_from_distance)
-from mgn.ops.ranking.product import available
+from mgn.ops.ranking.product import available, exact_float32
 from mgn.optim import make_optimizer
 
 MARGIN, PRECISIONS = 1.2, ('float32', 'tf32')
@@ -152,24 +152,32 @@ def in_blocks(query, gallery, use, rows=1024):
     return [use(block @ gallery.T) for block in query.split(rows)]
 
 
+@exact_float32()
+def product_alone(query, gallery, precision):
+    if precision == 'tf32':
+        torch.backends.cuda.matmul.fp32_precision = 'tf32'
+    in_blocks(query, gallery, lambda products: None, 4096)
+
+
 def ranks(device, small):
     """The features are L2-normalised, so products order the gallery as cosine distances do."""
     query, gallery, *ids = features_and_ids(device, small)
     plain = match_ranks(query, gallery, *ids)
     for precision in precisions(device):
         assert np.array_equal(match_ranks(query, gallery, *ids, precision=precision).ranks, plain.ranks), precision
-        run = functools.partial(match_ranks, query, gallery, *ids, precision=precision)
-        alternate(f'match_ranks, {precision}', {'mgn': run}, 1 if small else 5, device)
+        sides = {'mgn': functools.partial(match_ranks, query, gallery, *ids, precision=precision),
+                 'torch, the product alone': functools.partial(product_alone, query, gallery, precision)}
+        alternate(f'match_ranks, {precision}', sides, 1 if small else 5, device)
     alternate('match_ranks, default', {'mgn': functools.partial(match_ranks, query, gallery, *ids)}, 1 if small else 5,
               device)
     show_kernels(functools.partial(match_ranks, query, gallery, *ids), device)
-    first = min(512, len(query))
-    here = match_ranks(query[:first].cpu(), gallery.cpu(), ids[0][:first], ids[1], ids[2][:first], ids[3])
+    first, host = min(512, len(query)), gallery.cpu()
+    here = match_ranks(query[:first].cpu(), host, ids[0][:first], ids[1], ids[2][:first], ids[3])
     assert np.array_equal(here.ranks, plain.ranks[:len(here.ranks)]), 'the CPU finds other ranks'
+    assert np.array_equal(match_ranks(query, host, *ids).ranks, plain.ranks), 'a gallery in host memory has other ranks'
     alternate('match_ranks, float32', {
-        'torch, the product alone': lambda: in_blocks(query, gallery, lambda products: None, 4096),
         'torch, product and argsort': lambda: in_blocks(query, gallery, lambda x: x.argsort(1, descending=True)),
-        'mgn, gallery in host memory': functools.partial(match_ranks, query, gallery.cpu(), *ids),
+        'mgn, gallery in host memory': functools.partial(match_ranks, query, host, *ids),
     }, 1 if small else 2, device)
 
 
@@ -179,11 +187,11 @@ def neighbours(device, small):
     for precision in precisions(device):
         got = topk(query, gallery, 30, precision=precision)
         assert torch.equal(got.indices, expected.indices), precision
-        run = functools.partial(topk, query, gallery, 30, precision=precision)
-        alternate(f'topk, k = 30, {precision}', {'mgn': run}, 1 if small else 5, device)
+        sides = {'mgn': functools.partial(topk, query, gallery, 30, precision=precision),
+                 'torch, the product alone': functools.partial(product_alone, query, gallery, precision)}
+        alternate(f'topk, k = 30, {precision}', sides, 1 if small else 5, device)
     show_kernels(functools.partial(topk, query, gallery, 30), device)
     alternate('topk, k = 30, float32', {
-        'torch, the product alone': lambda: in_blocks(query, gallery, lambda products: None, 4096),
         'torch, product and torch.topk': lambda: in_blocks(query, gallery, lambda products: products.topk(30), 4096),
     }, 1 if small else 3, device)
     dist = torch.rand(64 if small else 4096, len(gallery), device=device)

@@ -27,6 +27,7 @@ FLAGS = {
               '--param', 'tsan-instrument-func-entry-exit=0'],
 }
 FILES = {'ranking': ('ranking', 'nearest')}  # kernels of one executable, by the beginning of their names
+FUSED = pytest.param('fused', 'forward', marks=pytest.mark.long)  # a key of FLAGS, one of ORDERS
 ORDERS = ['forward', 'reverse', '1', '2', '3']
 TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # as FeatureType counts them
 
@@ -40,7 +41,9 @@ def need(tool, why):
 
 
 def compile_for_emulator(folder, name, sources, flags):
-    """g++ under the emulator's headers → the executable; skips where g++ or the sanitizer is missing."""
+    """g++ under the emulator's headers → the executable; skips where g++, the sanitizer or the CPU's part is missing."""
+    if flags == FLAGS['fused'] and ' fma ' not in Path('/proc/cpuinfo').read_text():
+        pytest.skip('this CPU has no fused multiply-add of x86')
     compiler = need('g++', 'which compiles kernels for the emulator')
     command = [compiler, '-std=c++17', '-U_FORTIFY_SOURCE', '-w', *flags, '-I', ROOT / 'tests/cuda_emulator',
                '-I', ROOT / 'csrc/kernels']

@@ -189,6 +189,18 @@ def test_every_step_leaves_a_line_and_the_table_shows_all(few_steps, capsys):
     assert row.endswith('| 12.5 |') and 'measured on a stub' in page
 
 
+def test_a_later_call_keeps_what_the_same_device_has_measured_before(few_steps):
+    def measure(row, device='a stub'):
+        record = {'step': 'time', 'result': 'passed', 'seconds': 1, 'said': '', 'device': device, 'torch': '2.11',
+                  'figures': [{'row': row, 'side': 'mgn', 'seconds': 0.5}]}
+        few_steps.mkdir(exist_ok=True)
+        gpu.keep([record], few_steps)
+        return set(json.loads(roofline.MEASURED.read_text())['seconds'])
+    assert measure('match_ranks, tf32') == {'match_ranks, tf32'}
+    assert measure('match_ranks, float32') == {'match_ranks, tf32', 'match_ranks, float32'}
+    assert measure('match_ranks, float32', 'another') == {'match_ranks, float32'}
+
+
 def test_steps_named_run_alone_and_unknown_ones_are_told(few_steps, capsys):
     with pytest.raises(SystemExit) as ended:
         gpu.main(['good', f'--out={few_steps}'])

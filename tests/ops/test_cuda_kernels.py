@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from emulation import ORDERS, TYPES, batch_hard, missed_lines, need, pairwise_distance, start
+from emulation import FUSED, ORDERS, TYPES, batch_hard, missed_lines, need, pairwise_distance, start
 from hypothesis import HealthCheck, given, settings
 from mining import (RELATIVE_ERROR, assert_mined, cases, examples, naive, naive_loss, random_candidates,
                     random_features, random_labels)
@@ -59,7 +59,7 @@ SHORT = [(*size, dtype, tile, 0.3 if number % 2 else None, number % 3 > 0, numbe
          for number, (size, dtype, tile) in enumerate(itertools.product(SIZES, TYPES, [16, 64]))]
 FULL = list(itertools.product([1, 15, 17, 33, 64, 65], [None, 1, 63, 65, 130], [1, 31, 33, 129, 256], TYPES, [16, 64],
                               [0.3, None], [True, False], [True, False]))
-KINDS = [*itertools.product(['plain'], ORDERS), ('address', 'forward'), ('thread', '1')]
+KINDS = [*itertools.product(['plain'], ORDERS), ('address', 'forward'), ('thread', '1'), FUSED]
 
 
 def run_all(process, table):

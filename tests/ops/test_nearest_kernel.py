@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from emulation import FILES, ORDERS, missed_lines, need, ranking_kernels
+from emulation import FILES, FUSED, ORDERS, missed_lines, need, ranking_kernels
 from hypothesis import HealthCheck, given, settings, strategies as st
 from mining import examples
 
@@ -52,7 +52,7 @@ CASES = [([1], 1), ([5], 40), ([300, 40, 700], 17), ([1030, 1024, 3], 46), ([204
 
 
 @pytest.mark.parametrize('kind, order', [*(('plain', order) for order in ORDERS), ('address', '1'),
-                                         pytest.param('thread', '1', marks=pytest.mark.long)])
+                                         pytest.param('thread', '1', marks=pytest.mark.long), FUSED])
 @pytest.mark.parametrize('levels', [None, 1])
 def test_widths_capacities_and_ties(kernels, kind, order, levels):
     with kernels(kind, order, 'ranking') as process:

@@ -1,12 +1,11 @@
 """The CUDA kernels of ranking on the host, under the emulator and sanitizers, through mgn.ops.match_ranks."""
 
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from emulation import (FLAGS, ORDERS, ROOT, compile_for_emulator, finish, missed_lines, need, ranking_kernels,
+from emulation import (FLAGS, FUSED, ORDERS, ROOT, compile_for_emulator, finish, missed_lines, need, ranking_kernels,
                        start)
 from hypothesis import HealthCheck, given, settings, strategies as st
 from mining import examples
@@ -18,7 +17,7 @@ from mgn.ops.ranking import keys, ranks
 # Queries, gallery, dimensions: around 16 lanes a pair, 16 pairs a block, 256 threads, tiles of 7 queries and 300 items.
 SIZES = [(1, 1, 1), (3, 17, 16), (8, 40, 15), (2, 301, 33), (5, 570, 3)]
 KINDS = [*(('plain', order) for order in ORDERS), ('address', 'forward'), ('thread', '1'),
-         pytest.param('thread', 'forward', marks=pytest.mark.long)]
+         pytest.param('thread', 'forward', marks=pytest.mark.long), FUSED]
 
 
 @pytest.fixture
@@ -84,11 +83,6 @@ def test_all_go_by_key_where_all_are_equal(emulated):
     assert result.redecided == sum(int((ids[1] != pid).sum()) for pid in ids[0][matched])
 
 
-def fuses():
-    if ' fma ' not in Path('/proc/cpuinfo').read_text():
-        pytest.skip('this CPU has no fused multiply-add of x86')
-
-
 def keys_and_norms(process, metric):
     kernels = ranking_kernels(process)
     query, gallery = (torch.from_numpy(features) for features in problem(4, 60, 33)[:2])
@@ -101,7 +95,6 @@ def keys_and_norms(process, metric):
 
 @pytest.mark.parametrize('metric', METRICS)
 def test_a_compiler_that_fuses_what_it_can_changes_no_bit(kernels, metric):
-    fuses()
     results = []
     for kind in ('plain', 'fused'):
         with kernels(kind, of='ranking') as process:
@@ -111,7 +104,6 @@ def test_a_compiler_that_fuses_what_it_can_changes_no_bit(kernels, metric):
 
 @pytest.mark.long
 def test_without_the_intrinsics_that_round_it_would(kernels, tmp_path):
-    fuses()
     for path in (ROOT / 'csrc/kernels').glob('*'):
         text = path.read_text().replace('__dmul_rn(a - b, a - b)', '(a - b) * (a - b)')
         (tmp_path / path.name).write_text(text)

@@ -154,6 +154,29 @@ def test_a_tile_of_neighbours_takes_two_launches_and_waits_for_nothing(fake_gpu,
     assert len(seen) == 41 and launched[0] == 4 and set(launched[1:]) == {2}  # the first tile fills the selection
 
 
+@pytest.mark.parametrize('precision', PRECISIONS)
+def test_a_tile_of_re_rankings_neighbours_takes_six_launches_and_waits_for_nothing(fake_gpu, monkeypatch, precision):
+    """Each product serves two tiles: it is turned over, and the nearest and the farthest of both are selected."""
+    seen, by_torch = [], product.by_torch
+
+    def settle(comparison, search, block, candidates, error, exclude_self):  # the host waits for keys once a block
+        assert launches.waits == []
+        found = torch.empty(block.stop - block.start, search.count, dtype=torch.float64)
+        return found, found.long(), torch.empty(0, dtype=torch.int64), None
+    monkeypatch.setattr(nearest, 'settle', settle)
+    monkeypatch.setattr(nearest, 'is_one_tensor', lambda comparison: True)
+    with fake_gpu(precision) as launches:
+        monkeypatch.setattr(product, 'by_torch', lambda *args: seen.append(launches.count) or by_torch(*args))
+        features = torch.empty(6 * 2048, 2048, device='cuda')
+        norms = torch.empty(len(features), dtype=torch.float64, device='cuda')
+        nearest.nearest(Comparison(features, features, False, precision), norms, norms, 21, farthest=True)
+    assert len(seen) == 6 * 7 // 2
+    first, *others = np.split(np.diff(seen), np.cumsum([6, 5, 4, 3]))  # rows of tiles, from the diagonal on
+    assert first.tolist() == [3 + 4, *[6 + 4] * 5]  # the first tile of a block fills its four tensors of selections
+    assert [row.tolist() for row in others] == [[3, *[6] * count] for count in (4, 3, 2, 1)]
+    assert roofline.LAUNCHES['re-ranking, a tile'] == 6
+
+
 class OnGpu(torch.Tensor):
     """A tensor of the CPU that stands for one of a GPU."""
     def record_stream(self, stream):
