@@ -41,7 +41,7 @@ def need(tool, why):
 
 
 def compile_for_emulator(folder, name, sources, flags):
-    """g++ under the emulator's headers → the executable; skips where g++, the sanitizer or the CPU's part is missing."""
+    """g++ under the emulator's headers → the executable; skips where g++, the sanitizer or FMA is missing."""
     if flags == FLAGS['fused'] and ' fma ' not in Path('/proc/cpuinfo').read_text():
         pytest.skip('this CPU has no fused multiply-add of x86')
     compiler = need('g++', 'which compiles kernels for the emulator')
