@@ -200,7 +200,7 @@ MISTAKES = [
     ('mgn.train', ['--gin_file=nowhere.gin'], 'nowhere.gin.*Searched'),
     ('mgn.eval', ['--gin_file=/bin/ls'], r'A gin file is UTF-8 text, and one is not .*; give .*weights=\'…\'"'),
     ('mgn.train', ['--gin_file=my.gin', "--gin_bindings=data_root = 'nowhere'"],
-     'looked for.*nowhere/bounding_box_train'),
+     'looked into.*nowhere .no such folder'),
     ('mgn.train', ['--gin_file=my.gin', '--gin_bindings=P = 5'], 'at least P=5 identities, found 4'),
     ('mgn.train', ['--gin_file=my.gin', "--gin_bindings=device = 'cuda:99'"], "device 'cuda:99'"),
     ('mgn.train', ['--gin_file=my.gin', "--gin_bindings=MGN.pretrained = 'nowhere.pth'"], 'no file nowhere.pth'),

@@ -180,7 +180,7 @@ def test_one_process_evaluates_to_the_measures_of_several(trained, home):
 
 
 MISTAKES = [
-    (["data_root = 'nowhere'"], 'looked for.*nowhere/bounding_box_train'),
+    (["data_root = 'nowhere'"], 'looked into.*nowhere .no such folder'),
     (['P = 4'], 'P = 4, the identities of a batch, is no multiple of the 3 processes'),
     (["device = 'cuda:0'"], "3 processes need the device 'cuda' or 'cpu', found 'cuda:0'"),
 ]

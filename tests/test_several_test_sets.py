@@ -81,7 +81,7 @@ def test_a_data_set_that_fails_takes_nothing_from_those_before_it(evaluate_on, o
 
 def test_a_data_set_that_is_missing_is_told_before_any_feature_is_made(evaluate_on, others, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, 'load_for_features', lambda *_: pytest.fail('work that is lost'))
-    with pytest.raises(UserError, match='No folder holds .*; looked for\n  .*nowhere/bounding_box_train'):
+    with pytest.raises(UserError, match='No folder holds .*; looked into\n  .*nowhere .no such folder'):
         evaluate_on([others[0][0], tmp_path / 'nowhere'])
 
 

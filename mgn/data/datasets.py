@@ -113,8 +113,7 @@ def cuhk01(root: str, seed: Seed = 0) -> Dataset:
             samples.append(Sample(os.path.join(folder, file_name), int(fields[1]), (int(fields[2]) + 1) // 2))
     if not samples:
         raise UserError(f'{folder} holds no images with names such as 0001003.png; add them or correct data_root')
-    pids = sorted({sample.pid for sample in samples})
-    chosen = {*np.random.default_rng(seed).permutation(pids)[:485].tolist()}
+    chosen = {*np.random.default_rng(seed).permutation(sorted({sample.pid for sample in samples}))[:485].tolist()}
     parts = ([s for s in samples if s.pid in chosen], [s for s in samples if s.pid not in chosen and s.camid == 1],
              [s for s in samples if s.pid not in chosen and s.camid > 1])
     return report(Dataset('CUHK01', folder, *parts), (485, 1940, 972, 972, 2))
@@ -177,18 +176,19 @@ def pedestrians(root: str, seed: Seed = 0, draw: bool = True) -> Dataset:
 def find_folder(root, aliases, to_train, to_evaluate):
     """The first root/alias that holds all these files, or else those to evaluate; and a sentence.
 
-    The sentence lists every path tried; it is empty where nothing is missing. It is the message of a MissingFile where
-    no root/alias holds the files to evaluate.
+    The sentence lists every folder tried, with what it lacks; it is empty where nothing is missing. It is the message
+    of a MissingFile where no root/alias holds the files to evaluate.
     """
     root, names = os.path.abspath(os.path.expanduser(root)), (*to_train, *to_evaluate)
     folders = [os.path.join(root, alias) if alias else root for alias in aliases]
-    paths = [os.path.join(folder, name) for folder in folders for name in names]
-    tried = '\n  '.join(path if os.path.exists(path) else f'{path} (missing)' for path in paths)
-    missing = (f'No folder holds {", ".join(names)}; looked for\n  {tried}\n'
+    lacking = {folder: [name for name in names if not os.path.exists(os.path.join(folder, name))] for folder in folders}
+    tried = '\n  '.join(f'{folder} ({"lacks " + ", ".join(lacks) if os.path.isdir(folder) else "no such folder"})'
+                        for folder, lacks in lacking.items())
+    missing = (f'No folder holds {", ".join(names)}; looked into\n  {tried}\n'
                f"bind data_root to the folder that holds them, e.g. data_root='datasets'")
     for needed, sentence in ((names, ''), (to_evaluate, missing)):
-        for folder in folders:
-            if all(os.path.exists(os.path.join(folder, name)) for name in needed):
+        for folder, lacks in lacking.items():
+            if not {*needed} & {*lacks}:
                 return folder, sentence
     raise MissingFile(missing)
 
