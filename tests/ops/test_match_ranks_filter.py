@@ -2,6 +2,7 @@
 settings of torch."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -339,3 +340,17 @@ print(peak, 2 ** 28 + 32 * (Q + G + len(result.ranks)), len(result.ranks))
 def test_memory_stays_within_its_bound(case):
     peak, bound, matches = printed(MEMORY, json.dumps(case))
     assert 0 < peak <= bound and matches > 0
+
+
+def test_a_thread_waits_while_another_has_changed_the_settings():
+    """Else the second would restore what the first had set."""
+    def change():
+        with product.exact_float32():
+            pass
+    second = threading.Thread(target=change)
+    with product.exact_float32():
+        second.start()
+        second.join(0.2)
+        assert second.is_alive()
+    second.join(20)
+    assert not second.is_alive() and torch.backends.cuda.matmul.fp32_precision == 'none'
