@@ -44,7 +44,17 @@ def test_images_of_every_kind_give_the_features_of_extraction(small, market):
         assert (embedder.embed(given) - want).abs().max() <= 1e-6
     assert (embedder.embed([array[..., ::-1] for array in arrays], bgr=True) - want).abs().max() <= 1e-6
     assert (embedder.embed(tensor.flip(1), bgr=True) - want).abs().max() <= 1e-6
+    mixed = [paths[0], Image.open(paths[1]), arrays[2][..., ::-1]]  # of these the array alone is told to be BGR
+    assert (embedder.embed(mixed, bgr=True) - want).abs().max() <= 1e-6
     assert embedder.embed([]).shape == (0, embedder.dim)
+
+
+@pytest.mark.parametrize('options', [dict(flip_test=True), dict(precision='bfloat16')])
+def test_options_of_load_reach_the_features(small, market, options):
+    samples = market_layout(str(market)).query
+    want, plain = (Extractor(CPU, (64, 32), workers=0, **kind).features(small[1], samples) for kind in (options, {}))
+    got = mgn.load(small[0], device='cpu', **options).embed([sample.path for sample in samples])
+    assert (got - want).abs().max() <= 1e-6 and (got - plain).abs().max() > 1e-4
 
 
 def test_load_leaves_random_state_and_takes_no_binding_of_the_callers_gin(small):
@@ -147,7 +157,8 @@ def test_a_crafted_configuration_of_a_checkpoint_is_refused_by_load(tmp_path):
     model = MGN(0, 'resnet18', pretrained=False)
     content = {'num_classes': 0, 'step': 0, 'model': model.state_dict(), 'config': "MGN.backbone = 'resnet18'"}
     checkpoint.save(str(tmp_path / 'fine.pth'), content)
-    assert mgn.load(str(tmp_path / 'fine.pth'), 'cpu').embed(images(1).byte()).shape == (1, 2048)
+    embedder = mgn.load(str(tmp_path / 'fine.pth'), 'cpu')
+    assert embedder.embed(images(1).byte()).shape == (1, 2048) and embedder.input_size == (384, 128)
     for text, message in (('MGN.parts = "abc"', 'MGN.parts must be values in parentheses'),
                           ('MGN.bnneck = 3', 'True or False'), ('MGN.parts = (1', 'cannot be read'),
                           ('input_size = 3', 'input_size must be values in parentheses'),

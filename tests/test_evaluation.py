@@ -114,6 +114,12 @@ def test_the_results_are_those_of_the_naive_pipeline(model, folder, batch_size, 
     assert (got['queries'], got['queries_without_match'], got['gallery']) == (5, unmatched, 22)
 
 
+def test_redecided_is_a_share_of_all_pairs(model, folder, monkeypatch):
+    real = evaluation.match_ranks
+    monkeypatch.setattr(evaluation, 'match_ranks', lambda *args: real(*args)._replace(redecided=11))
+    assert evaluate(model, market_layout(str(folder)), extractor())['redecided'] == 11 / (5 * 22)
+
+
 @pytest.mark.parametrize('flip_test', [False, True])
 def test_features_are_those_of_one_image_at_a_time_in_order(model, folder, flip_test):
     dataset = market_layout(str(folder))
@@ -194,6 +200,14 @@ def test_no_query_with_a_match_is_an_error(model, tmp_path):
         evaluate(model, market_layout(str(root)), extractor())
     with pytest.raises(ValueError, match='At least one query must have a true match'):
         evaluate(model, market_layout(str(root)), extractor(), cross_camera=False)
+
+
+def test_an_identity_in_the_cameras_of_its_queries_alone_has_no_match(model, tmp_path):
+    root = write_market(tmp_path / 'data')
+    for path in (root / 'bounding_box_test').glob('*_c2*'):
+        path.rename(path.with_name(path.name.replace('1', '9', 1)))
+    with pytest.raises(ValueError, match='No query of .*data has .* its identity from another camera in the gallery'):
+        evaluate(model, market_layout(str(root)), extractor())
 
 
 def test_features_that_are_not_finite_are_an_error(model, folder):

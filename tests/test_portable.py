@@ -75,10 +75,11 @@ def test_float16_files_hold_weights_of_two_bytes_and_are_near(tmp_path):
         assert (1 - (got * want).sum(1)).max() < 1e-3 and got.dtype == torch.float32
 
 
-def test_a_file_that_gives_other_features_is_not_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize('change', [lambda features: features.flip(1), lambda features: features * math.nan])
+def test_a_file_that_gives_other_features_is_not_written(tmp_path, monkeypatch, change):
     (tmp_path / 'model.onnx').write_text('before')
     read = portable.read_onnx
-    monkeypatch.setattr(portable, 'read_onnx', lambda path: (lambda x: read(path)[0](x).flip(1), {}))
+    monkeypatch.setattr(portable, 'read_onnx', lambda path: (lambda x: change(read(path)[0](x)), {}))
     with pytest.raises(UserError, match='model.onnx gives features at a cosine distance of .* nothing was written'):
         export(tmp_path)
     assert os.listdir(tmp_path) == ['model.onnx'] and (tmp_path / 'model.onnx').read_text() == 'before'
@@ -136,7 +137,9 @@ def test_load_of_an_onnx_file_needs_onnxruntime_alone_and_refuses_what_it_cannot
     path = write_means(tmp_path / 'a.onnx')
     for name in ('onnx', 'onnxscript'):
         monkeypatch.setitem(__import__('sys').modules, name, None)
-    assert mgn.load(path, 'cpu', 'auto').embed([images(1)[0]]).shape == (1, 3)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    for name in (path, '~/a.onnx'):
+        assert mgn.load(name, 'cpu', 'auto').embed([images(1)[0]]).shape == (1, 3)
     for options in (dict(device='cuda'), dict(flip_test=True), dict(precision='float16')):
         with pytest.raises(UserError, match='runs on the CPU, as it was exported'):
             mgn.load(path, **options)

@@ -50,7 +50,7 @@ def test_a_run_writes_its_files_and_its_lines(market, tmp_path, caplog):
     assert [line['epoch'] for line in steps] == [0, 1, 2]
     for line in steps:
         assert line['loss'] == pytest.approx(line['cross_entropy'] + line['triplet'], rel=1e-6)
-        assert line['images_per_s'] > 0 and 0 <= line['data_wait'] < 1
+        assert line['images_per_s'] > 0 and 0 < line['data_wait'] < 1
     # Warm-up over two steps, constant to step 3, then half a cosine to step 7; each line has the lr of its last step.
     assert [line['lr'] for line in steps] == pytest.approx(
         [1e-2, 1e-2 * (1 + math.cos(math.pi / 2)) / 2, 1e-2 * (1 + math.cos(math.pi * 3 / 4)) / 2])
@@ -198,6 +198,11 @@ def test_float16_scales_the_loss_and_unscales_the_gradient(clip_gradient_norm):
     assert all(value.dtype == torch.float32 for value in losses.values())
 
 
+def test_losses_in_bfloat16_are_float32():
+    _, losses = tiny_step(None, 'bfloat16')
+    assert all(value.dtype == torch.float32 for value in losses.values())
+
+
 def test_a_step_whose_scaled_gradient_overflows_is_left_out_and_the_scale_halved():
     scaler = torch.amp.GradScaler('cpu', init_scale=2.0 ** 40)
     change, losses = tiny_step(None, 'float16', scaler)
@@ -257,11 +262,12 @@ def test_clipping_shortens_the_whole_gradient_and_keeps_its_direction():
     assert set(losses) == {'loss', 'cross_entropy', 'triplet'} and not any(x.requires_grad for x in losses.values())
 
 
-def test_clipping_is_bound_by_gin(market, tmp_path):
+@pytest.mark.parametrize('freeze', [(), ("train.freeze = ('trunk',)", 'train.freeze_steps = 1')])
+def test_clipping_is_bound_by_gin_and_frozen_modules_have_no_part_in_the_norm(market, tmp_path, freeze):
     fixed = train(market, tmp_path / 'a', 'total_steps = 1', 'lr = 0.0').state_dict()
     clipped = train(market, tmp_path / 'b', 'total_steps = 1', 'lr = 1.0', 'train.clip_gradient_norm = 0.5',
                     'make_optimizer.optimizer = @SGD', 'SGD.momentum = 0', 'weight_decay = 0.0',
-                    'make_optimizer.bias_lr_factor = 1.0', 'cosine.warmup_steps = 0').state_dict()
+                    'make_optimizer.bias_lr_factor = 1.0', 'cosine.warmup_steps = 0', *freeze).state_dict()
     names = [name for name, _ in MGN(6).named_parameters()]
     change = torch.cat([(clipped[name] - fixed[name]).flatten() for name in names])
     assert change.norm() == pytest.approx(0.5, rel=1e-3)
@@ -337,7 +343,7 @@ def test_frozen_modules_stay_as_they_are_until_their_step_and_in_a_resumed_run(m
     frozen = [name for name in early if name.startswith(('trunk.', 'branches.0.'))]
     assert all(torch.equal(early[name], before[name]) for name in frozen)  # statistics, too
     assert not torch.equal(early['branches.1.0.conv1.weight'], before['branches.1.0.conv1.weight'])
-    assert all(not torch.equal(one[name], early[name]) for name in frozen if 'weight' in name)
+    assert all(not torch.equal(one[name], early[name]) for name in frozen if 'weight' in name or 'running' in name)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 

@@ -113,7 +113,8 @@ def test_convert_writes_a_checkpoint_that_gives_the_same_features(files, tmp_pat
     converted = mgn.load(str(tmp_path / 'new' / 'A_mgn.pth'), device='cpu')
     batch = torch.randint(0, 256, (2, 3, 90, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(converted.embed(batch), mgn.load(path, device='cpu').embed(batch))
-    assert '@market1501()' in checkpoint.load(str(tmp_path / 'new' / 'A_mgn.pth'))['config']
+    bound = checkpoint.load(str(tmp_path / 'new' / 'A_mgn.pth'))['config']
+    assert '@market1501()' in bound and str(tmp_path) not in bound  # paths belong to this machine
 
 
 @pytest.mark.parametrize('source', ['A', 'ours'])
@@ -165,6 +166,7 @@ def drop(state, beginning):
     (lambda state: state.update({'b1.se.weight': torch.zeros(1)}), '1 keys do not, the first of them b1.se.weight'),
     (lambda state: state.update({'backbone.NL_1.0.g': torch.zeros(1)}), 'NL_1.0.g is unexpected'),
     (lambda state: state.update(pixel_mean=torch.tensor([0.5, 0.5, 0.5])), r'pixel_mean = \[0.5, 0.5, 0.5\]'),
+    (lambda state: state.update(pixel_std=torch.tensor([0.5, 0.5, 0.5])), r'pixel_std = \[0.5, 0.5, 0.5\]'),
     (lambda state: state.update({'b1_head.bnneck.weight': 'x'}), "1 keys do not.*is no tensor, but 'x'"),
     (lambda state: state.update({'b2_pool.1.weight': torch.zeros(2, 2)}), r'heads.1.reduction.* has shape \(2, 2\)'),
     (lambda state: drop(state, 'b33_pool.1'), 'heads.7.reduction.weight is missing'),
@@ -181,7 +183,7 @@ def drop(state, beginning):
     (lambda state: {'a.weight': torch.zeros(1), 'b': torch.zeros(2)}, '2 keys do not, the first of them a.weight, b'),
     (lambda state: [1, 2], 'holds no weights by name, but list'),
     (lambda state: dict.fromkeys(['conv1.weight', 'layer1.0.conv1.weight'], torch.zeros(1)), 'backbone without heads'),
-], ids=range(19))
+], ids=range(20))
 def test_what_fits_no_layout_is_refused_with_the_keys_that_do_not(tmp_path, change, message):
     with pytest.raises(UserError, match=f'(?s)w.pth.*({message})'):
         mgn.load(saved(tmp_path, change), device='cpu')
@@ -205,12 +207,13 @@ def test_a_tensor_that_is_larger_than_its_file_is_refused_before_memory_is_taken
 
 
 def test_convert_takes_no_memory_for_classes_that_a_file_does_not_hold(tmp_path):
-    content = {'config': "MGN.backbone = 'resnet18'", 'num_classes': 10 ** 12, 'step': 0,
+    content = {'config': "MGN.backbone = 'resnet18'", 'num_classes': 10 ** 12, 'step': 0, 'mAP': 0.25,
                'model': MGN(0, 'resnet18', pretrained=False).state_dict()}
     checkpoint.save(str(tmp_path / 'many.pth'), content)
     bindings = [f"weights = '{tmp_path / 'many.pth'}'", f"output_dir = '{tmp_path}'"]
     evaluation.convert_checkpoint(config.load_checkpoint([], bindings))
     assert mgn.load(str(tmp_path / 'many_mgn.pth'), device='cpu').dim == 8 * 256
+    assert checkpoint.load(str(tmp_path / 'many_mgn.pth'))['mAP'] == 0.25
 
 
 def test_a_checkpoint_that_binds_nothing_was_trained_with_the_defaults(tmp_path, caplog):
@@ -247,6 +250,12 @@ def test_a_file_from_elsewhere_executes_nothing(tmp_path, legacy):
     with pytest.raises(UserError, match=r'w.pth cannot be loaded as weights \(it asks for the code .*open\)'):
         weights.load_checkpoint(str(tmp_path / 'w.pth'))
     assert not (tmp_path / 'executed').exists()
+
+
+def test_a_file_without_batch_normalisation_behind_the_reductions_needs_none(tmp_path):
+    path = saved(tmp_path, lambda state: [drop(state, f'{head}_head.bnneck') for head in weights.HEADS] and None)
+    assert 'MGN.bnneck = False' in weights.load_checkpoint(path)['config']
+    assert mgn.load(path, device='cpu').dim == 16
 
 
 @pytest.mark.parametrize('classes, dataset', [(751, 'market1501'), (702, 'dukemtmcreid'), (1041, 'msmt17'), (3, None)])

@@ -17,6 +17,7 @@ from mgn import training
 from mgn.runs import checkpoint, processes
 from mgn.data.augmentation import Augmentation
 from mgn.data.datasets import Dataset, Sample, market_layout, train_labels
+from mgn.evaluation import evaluate
 from mgn.features import check_same_data
 from mgn.data.images import TrainBatches
 from mgn.runs.interruption import Interruption
@@ -124,6 +125,14 @@ def check_running_statistics_begin_as_those_of_process_0_whatever_torch_sends(fo
     assert module.running_mean.tolist() == [1, 1, 1]
 
 
+def check_running_statistics_are_of_each_process_alone_between_steps(folder):
+    module, rank = nn.BatchNorm1d(3, momentum=0.5), dist.get_rank()
+    network = training.distributed(module, CPU, processes.group_of(CPU))
+    for _ in range(2):
+        network(torch.full((4, 3), float(rank))).sum().backward()
+    assert module.running_mean.tolist() == [0.75 * rank] * 3
+
+
 def check_a_run_whose_losses_have_parameters_resumes_with_them(folder):
     thin_run(folder, 'centre', 'train.losses = @CentreLoss', 'total_steps = 4')
     thin_run(folder, 'centre', 'train.losses = @CentreLoss', 'total_steps = 6')
@@ -203,10 +212,10 @@ def check_the_parts_of_a_batch_are_the_batch_of_one_process(folder):
 def check_running_statistics_become_the_mean_and_equal_ones_stay(folder):
     rank, N = dist.get_rank(), dist.get_world_size()
     norm = nn.BatchNorm1d(3)
-    norm.running_mean.copy_(torch.tensor([0.1, rank, 1e30]))
+    norm.running_mean.copy_(torch.tensor([0.1, rank, 3e38]))
     norm.num_batches_tracked.fill_(9)
     checkpoint.State(norm, nn.ReLU(), None, None, Meter(), 0, '').join()
-    assert torch.equal(norm.running_mean, torch.tensor([0.1, (N - 1) / 2, 1e30]))
+    assert torch.equal(norm.running_mean, torch.tensor([0.1, (N - 1) / 2, 3e38]))
     assert torch.equal(norm.running_var, torch.ones(3)) and norm.num_batches_tracked == 9
 
 
@@ -259,3 +268,5 @@ def check_copies_that_differ_are_refused_in_all(folder):
     with pytest.raises(ValueError, match=f'All {N} processes need the same images of own, but it differs between '
                                          f'process 0 and {N - 1}. (?i:give all machines)'):
         check_same_data(other, ('query', 'gallery'))
+    with pytest.raises(ValueError, match=f'All {N} processes need the same images of own'):
+        evaluate(nn.ReLU(), dataset._replace(query=query * (2 if rank == N - 1 else 1)), None)

@@ -170,6 +170,8 @@ def test_strided_rows_are_taken_and_tiles_join(implementation, device, metric, d
     got = pairwise_distance(x, y, metric)
     assert_right(got, x, y, metric)
     assert torch.equal(pairwise_distance(y, x, metric), got.T)
+    for one, other in ((x.contiguous(), y), (x, y.contiguous())):
+        assert torch.equal(pairwise_distance(one, other, metric), got)
     assert_right(pairwise_distance(x[::50, ::2], y[::3, ::2], metric), x[::50, ::2], y[::3, ::2], metric)
     assert_right(pairwise_distance(x[:1].expand(5, -1), y[:, :1].expand(-1, 6), metric), x[:1].expand(5, -1),
                  y[:, :1].expand(-1, 6), metric)

@@ -10,7 +10,7 @@ import pytest
 from thin import thin, train  # noqa: F401 (a fixture)
 
 from mgn.ops.errors import FileError
-from mgn.runs import folder as runfolder
+from mgn.runs import checkpoint, folder as runfolder
 from mgn.runs.folder import locked
 
 
@@ -93,6 +93,29 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(fcntl, 'lockf', refuse)
     with locked(str(tmp_path)):
         assert 'cannot be locked' in caplog.text and 'Operation not supported' in caplog.text
+
+
+def test_a_lock_that_a_file_system_refuses_as_forbidden_is_taken(tmp_path, monkeypatch):
+    """POSIX lets fcntl say EACCES, as some network file systems do, in place of EAGAIN."""
+    def refuse(*_):
+        raise PermissionError(13, 'Permission denied')
+    monkeypatch.setattr('fcntl.lockf', refuse)
+    with pytest.raises(ValueError, match='Another run is training'), locked(str(tmp_path)):
+        pass
+
+
+@pytest.mark.parametrize('keep_last, left', [(0, [12, 20]), (1, [11, 12, 20]), (4, [9, 10, 11, 12, 20])])
+def test_the_last_by_number_of_the_checkpoints_passed_are_kept_and_so_are_all_later_ones(tmp_path, keep_last, left):
+    for step in (9, 10, 11, 12, 20):
+        (tmp_path / f'step_{step}.pth').write_text('')
+    runfolder.remove_older(str(tmp_path), 12, keep_last)
+    assert [*runfolder.older(str(tmp_path))] == left
+
+
+def test_any_mAP_is_better_than_one_that_is_no_number(tmp_path):
+    content = {'config': '', 'num_classes': 1, 'step': 0, 'model': {}, 'mAP': float('nan')}
+    checkpoint.save(str(tmp_path / 'best.pth'), content)
+    assert runfolder.best_so_far(str(tmp_path)) == -1
 
 
 def test_what_a_killed_run_was_writing_is_removed_and_nothing_else(tmp_path):
