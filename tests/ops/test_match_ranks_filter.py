@@ -347,10 +347,10 @@ def test_a_thread_waits_while_another_has_changed_the_settings():
     def change():
         with product.exact_float32():
             pass
-    second = threading.Thread(target=change)
+    second, before = threading.Thread(target=change), torch.backends.cuda.matmul.fp32_precision
     with product.exact_float32():
         second.start()
         second.join(0.2)
         assert second.is_alive()
     second.join(20)
-    assert not second.is_alive() and torch.backends.cuda.matmul.fp32_precision == 'none'
+    assert not second.is_alive() and torch.backends.cuda.matmul.fp32_precision == before
