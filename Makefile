@@ -7,15 +7,15 @@ build:       # again, after an edit in csrc/: an editable install does not see i
 test:        # what CI runs
 	pytest
 
-long:        # every test, and twenty times the random cases
-	MGN_TIMES=10 pytest -m '' -rs
+long:        # every test, twenty times the random cases, two threads
+	MGN_TIMES=10 OMP_NUM_THREADS=2 pytest -m '' -rs
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1
 sanitize:    # the CPU operations under AddressSanitizer and UndefinedBehaviorSanitizer, built in a copy of this folder
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	tar c --exclude='*.so' benchmarks csrc gin mgn tests pyproject.toml setup.py README.md LICENSE | tar x -C build/sanitize
 	cd build/sanitize && MGN_CUDA=0 CFLAGS='$(SANITIZERS)' LDFLAGS='$(SANITIZERS)' python setup.py build_ext --inplace
-	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	cd build/sanitize && OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  pytest -n 0 --ignore-glob='*_cuda*.py' --ignore-glob='*_kernel*.py' --ignore=tests/ops/test_native.py \
 	  --ignore=tests/ops/test_mutants.py --ignore=tests/ops/test_banks.py \

@@ -1,5 +1,6 @@
 """Images that the tests make themselves, in the layouts of the data sets; what tests of several operations share."""
 
+import os
 import signal
 from contextlib import contextmanager
 
@@ -65,6 +66,13 @@ def pytest_addoption(parser):
     parser.addoption('--device', default='cpu', help='what the tests of operations run on: cpu or cuda')
 
 
+def pytest_configure(config):
+    """Two processes of tests share the cores: more threads would wait for each other. `make long` asks for two."""
+    if config.getoption('--device') == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
+        os.environ['OMP_NUM_THREADS'] = '1'  # of programs that tests start
+        torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(config, items):
     """Of a GPU only the tests that take a device are asked for."""
     if config.getoption('--device') != 'cpu':
@@ -93,15 +101,6 @@ def clean_gin():
     gin.clear_config()
     yield
     gin.clear_config()
-
-
-@pytest.fixture
-def clean_gin_and_one_thread(clean_gin):
-    """The same, and the test runs on one thread: two processes of tests share the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope='session')

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 FLAGS = {
     'plain': ['-O1'],
     'coverage': ['-O0', '--coverage'],
-    'address': ['-O1', '-g1', '-fsanitize=address,undefined', '-fno-sanitize-recover=undefined'],
+    'address': ['-O0', '-g1', '-fsanitize=address,undefined', '-fno-sanitize-recover=undefined'],
     'thread': ['-O1', '-g1', '-fsanitize=thread'],
     'fused': ['-O2', '-mfma', '-ffp-contract=fast'],
     # Loads and stores call the functions of banks.cpp. Unoptimised, so that one of 16 bytes stays one.

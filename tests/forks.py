@@ -1,4 +1,7 @@
-"""Programs in processes of their own, forked from one that has imported torch and done nothing else: to save time."""
+"""Programs in processes of their own, forked from one that has imported torch and done nothing else: to save time.
+
+For the binaries of this project there is another one, which has imported all that they need.
+"""
 
 import functools
 import json
@@ -12,7 +15,7 @@ from types import SimpleNamespace
 ROOT = Path(__file__).parent.parent
 SERVER = '''
 import json, os, sys
-import numpy, torch
+import IMPORTED
 while line := sys.stdin.readline():
     program, arguments, folder, environment, outputs = json.loads(line)
     child = os.fork()
@@ -29,18 +32,32 @@ os.environ.update(environment)
 sys.argv = ['-c', *arguments]
 exec(compile(program, '<string>', 'exec'), {'__name__': '__main__'})
 '''
+# What python FILE or python -m MODULE does.
+BINARY = '''
+import runpy, sys
+sys.argv[:] = sys.argv[1:]
+if sys.argv[0].endswith('.py'):
+    runpy.run_path(sys.argv[0], run_name='__main__')
+else:
+    runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)
+'''
 
 
 @functools.cache
-def server():
+def server(imported):
     pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE}
-    return subprocess.Popen([sys.executable, '-c', SERVER], text=True, cwd=ROOT, **pipes)
+    return subprocess.Popen([sys.executable, '-c', SERVER.replace('IMPORTED', imported)], text=True, cwd=ROOT, **pipes)
 
 
-def run_program(program, *arguments, cwd=ROOT, env=None):
+def run_binary(*command, program=BINARY, cwd):
+    """command: a module of the project, or a file in the folder cwd, with its flags; or the flags of `program`."""
+    return run_program(program, *command, cwd=cwd, imported='numpy, torch, torchvision, mgn.config')
+
+
+def run_program(program, *arguments, cwd=ROOT, env=None, imported='numpy, torch'):
     """As subprocess.run([sys.executable, '-c', program, *arguments], capture_output=True, text=True).
 
-    cwd: the project's folder by default. env: variables beside those of the environment.
+    cwd: the project's folder by default. env: variables beside those of the environment. imported: modules.
     """
     environment, arguments = {**os.environ, **(env or {})}, list(map(str, arguments))
     if not sys.platform.startswith('linux'):  # elsewhere a fork may not use what its parent has loaded
@@ -48,7 +65,8 @@ def run_program(program, *arguments, cwd=ROOT, env=None):
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     with tempfile.NamedTemporaryFile('r') as out, tempfile.NamedTemporaryFile('r') as err:
         request = json.dumps([program, arguments, os.path.abspath(cwd), environment, [out.name, err.name]])
-        server().stdin.write(request + '\n')
-        server().stdin.flush()
-        status = int(server().stdout.readline())
+        process = server(imported)
+        process.stdin.write(request + '\n')
+        process.stdin.flush()
+        status = int(process.stdout.readline())
         return SimpleNamespace(returncode=status, stdout=out.read(), stderr=err.read())

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_market
+from forks import run_binary
 
 import mgn
 from mgn.command_line import of_the_system
@@ -98,12 +99,12 @@ def test_evaluation_needs_the_checkpoint_and_the_data_alone_from_any_folder(trai
     folder, _, _ = trained
     before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.iterdir()}
     bindings = f"weights='{folder / 'best.pth'}'", f"data_root='{folder.parent.parent / 'data'}'"
-    code, out, err = run(tmp_path, '-m', 'mgn.eval', *(f'--gin_bindings={binding}' for binding in bindings))
-    assert code == 0, err
+    done = run_binary('mgn.eval', *(f'--gin_bindings={binding}' for binding in bindings), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / 'eval.json').read_text())
     best = max((line for line in metrics(folder) if 'mAP' in line), key=lambda line: line['mAP'])
     assert {name: results[name] for name in best} == best
-    assert re.search(f'{100 * best["mAP"]:.2f}', out)
+    assert re.search(f'{100 * best["mAP"]:.2f}', done.stdout)
     assert os.listdir(tmp_path) == ['eval.json']
     assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.iterdir()} == before
 
@@ -128,9 +129,7 @@ runpy.run_module('mgn.train', run_name='__main__', alter_sys=True)
 def test_a_killed_run_started_again_ends_as_if_nothing_had_happened_and_a_terminal_shows_a_bar(trained, home):
     folder, _, _ = trained
     flags = (*FLAGS, "--gin_bindings=output_dir = 'again'")
-    killed = subprocess.run([sys.executable, '-c', KILLED, *flags], cwd=home, env=environment(),
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # its worker would hold a pipe open
-    assert killed.returncode == -9
+    assert run_binary(*flags, program=KILLED, cwd=home).returncode == -9
     assert torch.load(home / 'again' / 'last.pth')['step'] == 3
     assert [line['step'] for line in metrics(home / 'again')] == [0, 1, 2, 3, 4]
 
@@ -281,10 +280,10 @@ runpy.run_module('mgn.train', run_name='__main__', alter_sys=True)
 
 def test_a_bug_keeps_its_traceback(mistaken):
     folder, _ = mistaken
-    code, out, err = run(folder, '-c', BUG, '--gin_file=my.gin', "--gin_bindings=output_dir = 'bug'")
-    assert code == 1 and 'error: ' not in err.replace('ValueError: ', '')
+    done = run_binary('--gin_file=my.gin', "--gin_bindings=output_dir = 'bug'", program=BUG, cwd=folder)
+    assert done.returncode == 1 and 'error: ' not in done.stderr.replace('ValueError: ', '')
     message = r'Traceback \(most.*in forward\n.*ValueError: the tensors of a new idea do not fit'
-    assert re.search(message, err, re.DOTALL)
+    assert re.search(message, done.stderr, re.DOTALL)
 
 
 def test_a_file_that_may_not_be_read_is_named():
@@ -328,8 +327,8 @@ extract.main([], [*bindings, "features_dir='features'"])
 eval.main([], [*bindings, "features_dir='features'"])
 report.main([], bindings)
 """
-    code, out, err = run(folder, '-c', program)
-    assert code == 0, err
+    done = run_binary(program=program, cwd=folder)
+    assert done.returncode == 0, done.stderr
     images, files = (json.loads((tmp_path / name).read_text()) for name in ('images.json', 'eval.json'))
     assert (tmp_path / 'report.html').is_file()
     assert files['flip_test'] and images['flip_test'] and files['features_dir'] == str(tmp_path / 'features')

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_market
-from forks import run_program
+from forks import run_binary
 from outcomes import assert_same
 from reports import data_of
 from test_binaries import RECIPE, environment, metrics
@@ -61,17 +61,6 @@ def home(tmp_path_factory):
     return home
 
 
-# What python FILE or python -m MODULE does.
-ALONE = """
-import runpy, sys
-sys.argv[:] = sys.argv[1:]
-if sys.argv[0].endswith('.py'):
-    runpy.run_path(sys.argv[0], run_name='__main__')
-else:
-    runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)
-"""
-
-
 def thin_train(home, processes, output_dir, *bindings, options=(), kill=None):
     flags = [f'--gin_bindings={binding}' for binding in (f"output_dir = '{output_dir}'", *bindings)]
     os.environ.pop('KILL', None)
@@ -79,7 +68,7 @@ def thin_train(home, processes, output_dir, *bindings, options=(), kill=None):
         os.environ['KILL'] = kill
     try:
         if processes == 1:
-            return run_program(ALONE, 'thin_train.py', '--gin_file=my.gin', *flags, cwd=home)
+            return run_binary('thin_train.py', '--gin_file=my.gin', *flags, cwd=home)
         return torchrun(processes, 'thin_train.py', '--gin_file=my.gin', *flags, options=options, cwd=home)
     finally:
         os.environ.pop('KILL', None)
@@ -171,7 +160,7 @@ def test_a_run_resumes_with_another_number_of_processes(trained, home, processes
 
 def test_one_process_evaluates_to_the_measures_of_several(trained, home):
     folder, _ = trained
-    run = run_program(ALONE, 'thin_eval.py', f"--gin_bindings=weights = '{folder / 'last.pth'}'",
+    run = run_binary('thin_eval.py', f"--gin_bindings=weights = '{folder / 'last.pth'}'",
                       "--gin_bindings=output_dir = 'alone'", cwd=home)
     assert run.returncode == 0, run.stderr
     one, several = (json.loads((path / 'eval.json').read_text()) for path in (home / 'alone', folder))
@@ -224,18 +213,16 @@ def evaluate(folder, weights, *bindings, processes=1, module='mgn.eval'):
     if processes > 1:
         run = torchrun(processes, '-m', module, *flags, cwd=folder)
     else:
-        run = run_program(ALONE, module, *flags, cwd=folder)
+        run = run_binary(module, *flags, cwd=folder)
     assert run.returncode == 0, run.stderr
     return run, json.loads((folder / 'eval.json').read_text()) if module == 'mgn.eval' else None
-
-
 
 
 @pytest.fixture(scope='module')
 def weights(home):
     """Of a model that the binaries build, with no patch: a checkpoint before the first step."""
     flags = ["--gin_bindings=output_dir = 'plain'", '--gin_bindings=total_steps = 1', '--gin_bindings=P = 2']
-    run = run_program(ALONE, 'mgn.train', '--gin_file=my.gin', *flags, cwd=home)
+    run = run_binary('mgn.train', '--gin_file=my.gin', *flags, cwd=home)
     assert run.returncode == 0, run.stderr
     return home / 'plain' / 'last.pth'
 

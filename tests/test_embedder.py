@@ -10,6 +10,7 @@ import torch
 from conftest import smooth_pixels
 from PIL import Image
 from test_model import images, shake
+from thin import thin_networks
 
 import mgn
 from mgn import config, evaluation, weights
@@ -19,8 +20,14 @@ from mgn.model import MGN
 from mgn.ops.errors import UserError
 from mgn.runs import checkpoint
 
-pytestmark = pytest.mark.usefixtures('clean_gin_and_one_thread')
+pytestmark = pytest.mark.usefixtures('clean_gin')
 CPU = torch.device('cpu')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def thin():
+    with thin_networks():
+        yield
 
 
 @pytest.fixture(scope='module')
@@ -186,8 +193,9 @@ def test_weights_that_are_not_finite_are_refused_by_name_but_for_classifiers(sma
     assert mgn.load(path, device='cpu').dim == 8 * 256
     content['model']['heads.3.norm.running_mean'][7] = value
     checkpoint.save(path, content)
+    bindings = f"weights = '{path}'", f"output_dir = '{tmp_path}'"
     for use in (lambda: mgn.load(path, device='cpu'),
-                lambda: evaluation.convert_checkpoint(config.load_checkpoint([], [f"weights = '{path}'"]))):
+                lambda: evaluation.convert_checkpoint(config.load_checkpoint([], bindings))):
         with pytest.raises(UserError, match='best.pth must be finite, but 1 .* heads.3.norm.running_mean; give other'):
             use()
 

@@ -21,7 +21,7 @@ from mgn.schedules import cosine
 from mgn.step import set_lr, train_step
 
 FROZEN = ['backbone', 'b1', 'b2', 'b3']
-pytestmark = [pytest.mark.usefixtures('clean_gin_and_one_thread'), pytest.mark.skipif(
+pytestmark = [pytest.mark.usefixtures('clean_gin'), pytest.mark.skipif(
     find_spec('fastreid') is None, reason='fastreid is not installed; `make peers` does')]
 
 

@@ -7,6 +7,7 @@ from urllib.error import URLError
 import pytest
 import torch
 import torchvision
+from thin import narrow_networks
 
 from mgn.model import MGN, make_resnet
 
@@ -118,13 +119,14 @@ def test_unfit_pretrained_files_are_errors(tmp_path, imagenet_like):
 
 @pytest.mark.parametrize('backbone', ['resnet18_ibn', 'resnet34_ibn', 'resnet50_ibn', 'resnet101_ibn'])
 def test_weights_of_ibn_net_are_loaded_with_the_prefix_and_field_of_its_older_files(tmp_path, backbone):
-    with torch.device('meta'):
+    with narrow_networks(), torch.device('meta'):
         names = make_resnet(backbone).state_dict()
     state = {name: torch.full(tensor.shape, 0.5, dtype=tensor.dtype) for name, tensor in names.items()}
     state['layer3.1.conv1.weight'] = torch.randn(state['layer3.1.conv1.weight'].shape)
     older = {f'module.{name}': tensor for name, tensor in state.items() if 'num_batches' not in name}
     for name, content in {'a.pth': state, 'b.pth': {'state_dict': older, 'epoch': 90}}.items():
         torch.save(content, tmp_path / name)
-        model = MGN(5, backbone=backbone, pretrained=str(tmp_path / name))
+        with narrow_networks():
+            model = MGN(5, backbone=backbone, pretrained=str(tmp_path / name))
         assert torch.equal(model.branches[2][0].conv1.weight, state['layer3.1.conv1.weight'])
         assert all((tensor == 0.5).all() for tensor in model.trunk.state_dict().values() if tensor.is_floating_point())

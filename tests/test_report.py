@@ -23,7 +23,7 @@ from mgn.ops.errors import UserError
 from mgn.ops.metrics import METRICS
 from mgn.runs import checkpoint
 
-pytestmark = pytest.mark.usefixtures('thin', 'clean_gin_and_one_thread')
+pytestmark = pytest.mark.usefixtures('thin', 'clean_gin')
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from mgn import config
 from mgn.ops.errors import FileError, UserError
 from mgn.runs import checkpoint
 
-pytestmark = pytest.mark.usefixtures('clean_gin_and_one_thread')
+pytestmark = pytest.mark.usefixtures('clean_gin')
 
 
 @pytest.mark.parametrize('recipe', RECIPES)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from fastreid_layouts import state_of
 from test_model import shake
+from thin import narrow_networks
 
 import mgn
 from mgn import config, evaluation, weights
@@ -20,12 +21,18 @@ from mgn.model import MGN
 from mgn.ops.errors import UserError
 from mgn.runs import checkpoint
 
-pytestmark = pytest.mark.usefixtures('clean_gin_and_one_thread')
+pytestmark = pytest.mark.usefixtures('clean_gin')
 CPU = torch.device('cpu')
 LAYOUTS = {'A': dict(pooling='gem', last_strides=(1, 1, 1)),
            'A without GeM': dict(pooling='max', last_strides=(2, 1, 1)),
            'B': dict(pooling='gem', last_strides=(1, 1, 1), first_pooling='ceil', reduction_bn=False,
                      reduction_relu=False)}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def narrow():
+    with narrow_networks():
+        yield
 
 
 def model_of(layout, classes=5, backbone='resnet50_ibn', seed=0):
@@ -66,8 +73,9 @@ def test_a_file_of_fast_reid_becomes_a_checkpoint_with_the_options_that_it_needs
     with caplog.at_level(logging.INFO):
         content = weights.load_checkpoint(path)
     assert content['num_classes'] == 751 and content['step'] == 0
-    assert content['model'].keys() == model.state_dict().keys()
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in content['model'].items())
+    state = model.state_dict()
+    assert content['model'].keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in content['model'].items())
     for name, value in model.architecture.items():
         assert f'MGN.{name} = {tuple(value) if isinstance(value, list) else value!r}\n' in content['config']
     assert content['config'].endswith('dataset = @market1501()')
@@ -124,12 +132,12 @@ def test_training_starts_from_a_whole_mgn_with_new_classifiers(files, tmp_path, 
         path = str(tmp_path / 'best.pth')
         bound = '\n'.join(f'MGN.{name} = {value!r}' for name, value in model.architecture.items())
         checkpoint.save(path, {'config': bound, 'num_classes': 751, 'step': 1, 'model': model.state_dict()})
-    new = MGN(9, 'resnet50_ibn', pretrained=path, embedding_dim=8, **LAYOUTS['A'])
+    new, state = MGN(9, 'resnet50_ibn', pretrained=path, embedding_dim=8, **LAYOUTS['A']), model.state_dict()
     for name, value in new.state_dict().items():
         if 'classifier' in name:
             assert value.shape == (9, 8) and value.std() < 0.002
         else:
-            assert torch.equal(value, model.state_dict()[name])
+            assert torch.equal(value, state[name])
     with pytest.raises(UserError, match=r"(?s)bn1.BN.weight is unexpected.*MGN.backbone = 'resnet50_ibn': bind that"):
         MGN(9, 'resnet50', pretrained=path, embedding_dim=8, **LAYOUTS['A'])
     with caplog.at_level(logging.WARNING):
@@ -138,7 +146,7 @@ def test_training_starts_from_a_whole_mgn_with_new_classifiers(files, tmp_path, 
 
 
 def test_a_model_that_a_checkpoint_will_replace_does_not_read_the_file(tmp_path):
-    MGN(9, 'resnet18', pretrained=str(tmp_path / 'nowhere.pth'), fresh=False)
+    MGN(9, 'resnet50', pretrained=str(tmp_path / 'nowhere.pth'), fresh=False)
 
 
 def saved(tmp_path, change, layout='A'):
@@ -207,8 +215,8 @@ def test_a_tensor_that_is_larger_than_its_file_is_refused_before_memory_is_taken
 
 
 def test_convert_takes_no_memory_for_classes_that_a_file_does_not_hold(tmp_path):
-    content = {'config': "MGN.backbone = 'resnet18'", 'num_classes': 10 ** 12, 'step': 0, 'mAP': 0.25,
-               'model': MGN(0, 'resnet18', pretrained=False).state_dict()}
+    content = {'config': "MGN.backbone = 'resnet50'", 'num_classes': 10 ** 12, 'step': 0, 'mAP': 0.25,
+               'model': MGN(0, 'resnet50', pretrained=False).state_dict()}
     checkpoint.save(str(tmp_path / 'many.pth'), content)
     bindings = [f"weights = '{tmp_path / 'many.pth'}'", f"output_dir = '{tmp_path}'"]
     evaluation.convert_checkpoint(config.load_checkpoint([], bindings))
@@ -217,13 +225,13 @@ def test_convert_takes_no_memory_for_classes_that_a_file_does_not_hold(tmp_path)
 
 
 def test_a_checkpoint_that_binds_nothing_was_trained_with_the_defaults(tmp_path, caplog):
-    path, model = str(tmp_path / 'best.pth'), MGN(0, 'resnet18', pretrained=False)
-    checkpoint.save(path, {'config': "MGN.backbone = 'resnet18'", 'num_classes': 0, 'step': 1,
+    path, model = str(tmp_path / 'best.pth'), MGN(0, 'resnet50', pretrained=False)
+    checkpoint.save(path, {'config': "MGN.backbone = 'resnet50'", 'num_classes': 0, 'step': 1,
                            'model': model.state_dict()})
     with caplog.at_level(logging.WARNING):
-        MGN(2, 'resnet18', pretrained=path)
+        MGN(2, 'resnet50', pretrained=path)
         assert not caplog.records
-        MGN(2, 'resnet18', pretrained=path, last_strides=(1, 1, 1))
+        MGN(2, 'resnet50', pretrained=path, last_strides=(1, 1, 1))
     assert 'was trained with MGN.last_strides = (2, 1, 1), which is bound otherwise' in caplog.text
 
 

@@ -1,8 +1,10 @@
-"""A thin ResNet in place of torchvision's, so that a test of the loop around the model takes a fraction of a second."""
+"""ResNets with few channels in place of torchvision's, so that a test of what is around the model takes little time."""
+
+from contextlib import contextmanager
 
 import gin
 import pytest
-import torch
+import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
@@ -33,11 +35,31 @@ class ThinResNet(nn.Module):
         self.fc = nn.Linear(16, 10)
 
 
+@contextmanager
+def thin_networks():
+    """Within the block every backbone is a ThinResNet."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mgn.model.make_resnet', lambda backbone, imagenet: ThinResNet())
+        yield
+
+
+@contextmanager
+def narrow_networks():
+    """Within the block ResNet-50 and 101 have a sixteenth of the channels inside their bottlenecks, and all layers."""
+    real = torchvision.models.get_model
+
+    def narrow(name, **options):
+        return real(name, **options, **({'width_per_group': 4} if name in ('resnet50', 'resnet101') else {}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchvision.models, 'get_model', narrow)
+        yield
+
+
 @pytest.fixture
-def thin(monkeypatch):
+def thin():
     """MGN over a thin ResNet; no binding outlives the test."""
-    monkeypatch.setattr('mgn.model.make_resnet', lambda backbone, imagenet: ThinResNet())
-    yield
+    with thin_networks():
+        yield
     gin.clear_config()
 
 
@@ -50,9 +72,4 @@ def fitting_schedule(*bindings):
 def train(data_root, output_dir, *bindings):
     """Seven steps in epochs of three, logged at 3, 6, 7, saved at 0, 2, 4, 6, 7, evaluated at 0, 4, 7."""
     config.load([], [*BINDINGS, *fitting_schedule(*BINDINGS, *bindings), f"data_root = '{data_root}'", *bindings])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more of them only wait for each other in a network this small
-    try:
-        return training.Training(str(output_dir)).run()
-    finally:
-        torch.set_num_threads(threads)
+    return training.Training(str(output_dir)).run()
