@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,22 +50,24 @@ def server(imported):
     return subprocess.Popen([sys.executable, '-c', SERVER.replace('IMPORTED', imported)], text=True, cwd=ROOT, **pipes)
 
 
-def run_binary(*command, program=BINARY, cwd):
-    """command: a module of the project, or a file in the folder cwd, with its flags; or the flags of `program`."""
-    return run_program(program, *command, cwd=cwd, imported='numpy, torch, torchvision, mgn.config')
+def run_binary(*command, program=BINARY, **options):
+    """command: a module of the project, or a Python file, with its flags; or the flags of `program`."""
+    return run_program(program, *command, imported='numpy, torch, torchvision, mgn.config', **options)
 
 
-def run_program(program, *arguments, cwd=ROOT, env=None, imported='numpy, torch'):
+def run_program(program, *arguments, cwd=ROOT, env=None, imported='numpy, torch', stdout=None):
     """As subprocess.run([sys.executable, '-c', program, *arguments], capture_output=True, text=True).
 
-    cwd: the project's folder by default. env: variables beside those of the environment. imported: modules.
+    cwd: the project's folder by default. env: variables beside those of the environment. imported: modules. stdout: a
+    path, of a terminal for example.
     """
     environment, arguments = {**os.environ, **(env or {})}, list(map(str, arguments))
     if not sys.platform.startswith('linux'):  # elsewhere a fork may not use what its parent has loaded
         command = [sys.executable, '-c', program, *arguments]
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+        with open(stdout, 'w') if stdout else nullcontext(subprocess.PIPE) as out:
+            return subprocess.run(command, cwd=cwd, env=environment, stdout=out, stderr=subprocess.PIPE, text=True)
     with tempfile.NamedTemporaryFile('r') as out, tempfile.NamedTemporaryFile('r') as err:
-        request = json.dumps([program, arguments, os.path.abspath(cwd), environment, [out.name, err.name]])
+        request = json.dumps([program, arguments, os.path.abspath(cwd), environment, [stdout or out.name, err.name]])
         process = server(imported)
         process.stdin.write(request + '\n')
         process.stdin.flush()

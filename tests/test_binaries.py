@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,15 +51,33 @@ def environment():
     return {**os.environ, 'PYTHONPATH': path}
 
 
-def start(folder, *command, stdout=subprocess.PIPE):
-    return subprocess.Popen([sys.executable, *command], cwd=folder, env=environment(), text=True, stdout=stdout,
-                            stderr=subprocess.PIPE)
-
-
 def run(folder, *command):
-    process = start(folder, *command)
-    out, err = process.communicate()
-    return process.returncode, out, err
+    done = subprocess.run([sys.executable, *command], cwd=folder, env=environment(), text=True, capture_output=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def on_terminal(rows, columns, *command, cwd):
+    """What a binary that succeeds shows on a terminal of this size."""
+    terminal, inner = pty.openpty()
+    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack('4H', rows, columns, 0, 0))
+    with ThreadPoolExecutor() as pool:
+        shown = pool.submit(read_all, terminal)
+        done = run_binary(*command, cwd=cwd, stdout=os.ttyname(inner))
+        os.close(inner)
+    assert done.returncode == 0, done.stderr
+    return shown.result()
+
+
+def read_all(descriptor):
+    chunks = []
+    while True:
+        try:
+            chunks.append(os.read(descriptor, 1 << 16))
+        except OSError:  # how a terminal says that its last writer is gone
+            chunks.append(b'')
+        if not chunks[-1]:
+            os.close(descriptor)
+            return b''.join(chunks).decode()
 
 
 @pytest.fixture(scope='module')
@@ -133,13 +152,7 @@ def test_a_killed_run_started_again_ends_as_if_nothing_had_happened_and_a_termin
     assert torch.load(home / 'again' / 'last.pth')['step'] == 3
     assert [line['step'] for line in metrics(home / 'again')] == [0, 1, 2, 3, 4]
 
-    terminal, inner = pty.openpty()
-    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack('4H', 40, 120, 0, 0))  # rows, columns
-    process = start(home, '-m', 'mgn.train', *flags, stdout=inner)
-    os.close(inner)
-    shown = read_all(terminal)
-    _, err = process.communicate()
-    assert process.returncode == 0, err
+    shown = on_terminal(40, 120, 'mgn.train', *flags, cwd=home)
     assert re.search(r'5/5 \[.*step.*loss=\d+\.\d+.*lr=.*images/s=', shown)
     assert re.search(r'features: 100%.*13/13', shown)
 
@@ -154,14 +167,8 @@ def test_a_killed_run_started_again_ends_as_if_nothing_had_happened_and_a_termin
 
 
 def test_on_a_terminal_without_a_size_steps_are_plain_lines(home):
-    terminal, inner = pty.openpty()
-    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack('4H', 0, 0, 0, 0))  # as under script(1)
-    process = start(home, '-m', 'mgn.train', *FLAGS, "--gin_bindings=output_dir = 'sizeless'",
-                    '--gin_bindings=total_steps = 1', '--gin_bindings=workers = 0', stdout=inner)
-    os.close(inner)
-    shown = read_all(terminal)
-    _, err = process.communicate()
-    assert process.returncode == 0, err
+    shown = on_terminal(0, 0, 'mgn.train', *FLAGS, "--gin_bindings=output_dir = 'sizeless'",  # as under script(1)
+                        '--gin_bindings=total_steps = 1', '--gin_bindings=workers = 0', cwd=home)
     assert re.search(r'I step 1: loss \d', shown) and 'step/s' not in shown
 
 
@@ -176,18 +183,6 @@ def test_help_whose_reader_goes_away_leaves_no_traceback(home):
 def test_help_names_the_flags_with_examples(home):
     code, out, err = run(home, '-m', 'mgn.eval', '--help')
     assert '--gin_file=gin/market.gin' in out and '--gin_bindings="data_root=\'datasets\'"' in out
-
-
-def read_all(descriptor):
-    chunks = []
-    while True:
-        try:
-            chunks.append(os.read(descriptor, 1 << 16))
-        except OSError:  # how a terminal says that its last writer is gone
-            chunks.append(b'')
-        if not chunks[-1]:
-            os.close(descriptor)
-            return b''.join(chunks).decode()
 
 
 MISTAKES = [
@@ -215,10 +210,9 @@ MISTAKES = [
     ('mgn.report', ["--gin_bindings=weights = 'my.gin'", '--gin_bindings=report.blurred = True'],
      "the nearest valid name is 'blur'"),
 ]
-# The long import is done once; then every mistake is made by a process of its own, as by python -m.
+# Every mistake is made by a process of its own, as by python -m.
 MAKE_MISTAKES = """
 import json, os, runpy, sys, traceback
-from mgn import config  # and all else, once for all
 
 def end(error):
     if isinstance(error, SystemExit):  # as Python ends on it, without the seconds that torch takes to be unloaded
@@ -250,9 +244,9 @@ def mistaken(tmp_path_factory):
     folder = tmp_path_factory.mktemp('mistakes')
     write_market(folder / 'data', identities=4)
     (folder / 'my.gin').write_text(RECIPE + 'workers = 0\nMGN.embedding_dim = 8\n')
-    code, out, err = run(folder, '-c', MAKE_MISTAKES, json.dumps(MISTAKES))
-    assert code == 0, err
-    return folder, [int(code) for code in out.split()]
+    done = run_binary(json.dumps(MISTAKES), program=MAKE_MISTAKES, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, [int(code) for code in done.stdout.split()]
 
 
 @pytest.mark.parametrize('number', range(len(MISTAKES)), ids=[' '.join([m[0], *m[1]]) for m in MISTAKES])

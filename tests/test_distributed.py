@@ -1,5 +1,6 @@
 """The binaries under torchrun: one process writes and logs, a lost one ends the others, any number of them resumes."""
 
+import functools
 import json
 import os
 import re
@@ -56,8 +57,8 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp('several')
     write_market(home / 'data', identities=12)
     (home / 'my.gin').write_text(RECIPE.replace('P = 2', 'P = 6') + 'MGN.embedding_dim = 8\nworkers = 0\n')
-    (home / 'thin_train.py').write_text(THIN_TRAIN)
-    (home / 'thin_eval.py').write_text(THIN_TRAIN.replace("'mgn.train'", "'mgn.eval'"))
+    for name in ('train', 'eval', 'extract'):
+        (home / f'thin_{name}.py').write_text(THIN_TRAIN.replace("'mgn.train'", f"'mgn.{name}'"))
     return home
 
 
@@ -206,25 +207,20 @@ def test_a_mistake_of_one_process_is_reported_once(home, tmp_path):
     assert len(re.findall('error: ', run.stderr)) == 1 and 'No image of identity 6 can be read' in run.stderr
 
 
-def evaluate(folder, weights, *bindings, processes=1, module='mgn.eval'):
+def evaluate(folder, weights, *bindings, processes=1, name='eval'):
     folder.mkdir(exist_ok=True)
-    data = f"data_root = '{weights.parent.parent / 'data'}'"
-    flags = [f'--gin_bindings={binding}' for binding in (f"weights = '{weights}'", data, *bindings)]
-    if processes > 1:
-        run = torchrun(processes, '-m', module, *flags, cwd=folder)
-    else:
-        run = run_binary(module, *flags, cwd=folder)
+    home = weights.parent.parent
+    flags = [f'--gin_bindings={binding}' for binding in (f"weights = '{weights}'", f"data_root = '{home / 'data'}'",
+                                                         *bindings)]
+    start = functools.partial(torchrun, processes) if processes > 1 else run_binary
+    run = start(str(home / f'thin_{name}.py'), *flags, cwd=folder)
     assert run.returncode == 0, run.stderr
-    return run, json.loads((folder / 'eval.json').read_text()) if module == 'mgn.eval' else None
+    return run, json.loads((folder / 'eval.json').read_text()) if name == 'eval' else None
 
 
-@pytest.fixture(scope='module')
-def weights(home):
-    """Of a model that the binaries build, with no patch: a checkpoint before the first step."""
-    flags = ["--gin_bindings=output_dir = 'plain'", '--gin_bindings=total_steps = 1', '--gin_bindings=P = 2']
-    run = run_binary('mgn.train', '--gin_file=my.gin', *flags, cwd=home)
-    assert run.returncode == 0, run.stderr
-    return home / 'plain' / 'last.pth'
+@pytest.fixture
+def weights(trained):
+    return trained[0] / 'last.pth'
 
 
 MORE = 'query_expansion = 2', 'rerank = True', 'evaluate.k1 = 3'
@@ -240,7 +236,7 @@ def same_figures(results, others):
 def test_features_are_extracted_by_several_processes_and_evaluated_by_any_number(weights, tmp_path, readers):
     _, alone = evaluate(tmp_path / 'alone', weights, *MORE)
     features = tmp_path / 'features'
-    evaluate(tmp_path, weights, f"features_dir = '{features}'", processes=2, module='mgn.extract')
+    evaluate(tmp_path, weights, f"features_dir = '{features}'", processes=2, name='extract')
     array = np.load(features / 'gallery_features.npy')
     assert array.shape == (10, 24) and np.allclose(np.linalg.norm(array, axis=1), 1, atol=1e-6)
     _, stored = evaluate(tmp_path / 'stored', weights, *MORE, f"features_dir = '{features}'", processes=readers)

@@ -257,7 +257,8 @@ def test_weights_alone_are_refused(market, copy):
     *({'optimizer': {'state': {0: state}, 'param_groups': []}} for state in (
         {'step': torch.tensor(1.), 'exp_avg': torch.tensor(0.), 'exp_avg_sq': torch.tensor(0.)},  # once a crash
         {'step': torch.tensor(1.), 'exp_avg': torch.zeros(8, 3, 7, 7)}, {'momentum_buffer': torch.zeros(8, 3, 7, 7)},
-        {'exp_avg': torch.zeros(8, 3, 7, 7).to_sparse(), 'exp_avg_sq': torch.zeros(8, 3, 7, 7)}))], ids=str)
+        {'exp_avg': torch.zeros(8, 3, 7, 7).to_sparse(), 'exp_avg_sq': torch.zeros(8, 3, 7, 7)}))
+], ids=lambda change: f'{change!s:.60}')
 def test_a_checkpoint_with_a_field_that_is_missing_or_of_another_type_is_refused(market, copy, change):
     content = torch.load(copy / 'last.pth')
     whole = {key: value for key, value in {**content, **change}.items() if value is not None or key not in change}

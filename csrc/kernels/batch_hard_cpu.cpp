@@ -68,18 +68,16 @@ template <typename T> bool all_finite(const T* rows, int64_t count, int64_t d, c
   return finite;
 }
 
-// (heads, panels, d, width)
-template <typename T> Packed<T> pack(const Features<T>& x, int width, const Parallel& parallel) {
+// packed: (heads, panels, d, width)
+template <typename T> void pack(const Features<T>& x, int width, T* packed, const Parallel& parallel) {
   const int64_t panels = round_up(x.m, width) / width;
-  Packed<T> packed = room_for_panels<T>(x.heads * panels, x.d * width);
   parallel(x.heads * panels, grain_of(kCopyGrain, x.d * width), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t head = p / panels, first = p % panels * width;
       pack_panel(x.candidates + (head * x.m + first) * x.d, std::min<int64_t>(width, x.m - first), x.d, x.d, width,
-                 packed.get() + p * x.d * width);
+                 packed + p * x.d * width);
     }
   });
-  return packed;
 }
 
 // The best pairs so far of each anchor of each head, by squared distance. Equal distances: the lower index, so the
@@ -199,13 +197,14 @@ bool batch_hard(const Features<T>& x, const int64_t* labels, const int64_t* cand
   const int64_t padded = round_up(x.m, squares.width), rows = std::max(x.n, padded);
   const DenseLabels dense(labels, x.n, candidate_labels, x.m, padded);
   // A few heads at a time: a packed head of few candidates is many times its size.
-  const int64_t together = grain_of(kPacked, padded * x.d);
+  const int64_t together = std::min(grain_of(kPacked, padded * x.d), x.heads);
+  const Packed<T> packed = room_for_panels<T>(together, padded * x.d);
   for (int64_t first = 0; first < x.heads; first += together) {
     Features<T> part = x;
     part.heads = std::min(together, x.heads - first);
     part.anchors += first * x.n * x.d;
     part.candidates += first * x.m * x.d;
-    const auto packed = pack(part, squares.width, parallel);
+    pack(part, squares.width, packed.get(), parallel);
     const Best<T> best = mine(part, dense, packed.get(), squares, loops_of<T>(instruction_set), parallel);
     parallel(part.heads * x.n, grain_of(kCopyGrain, x.d), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {

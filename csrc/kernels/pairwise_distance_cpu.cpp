@@ -44,7 +44,8 @@ void pairwise_distance(const T* x, const T* y, int64_t n, int64_t m, int64_t d, 
   const T low = !cosine ? kTiny<T> : T(sizeof(T) == 4 ? 0x1p-6 : 0);
   const int width = loops.width;
   const int64_t block = n >= 256 ? kBlock : 8, blocks = round_up(n, block) / block;  // a small batch is divided finer
-  const int64_t panels = round_up(m, width) / width, together = grain_of(kPacked, d * width);
+  const int64_t panels = round_up(m, width) / width, together = std::min(grain_of(kPacked, d * width), panels);
+  const Packed<T> packed = room_for_panels<T>(together, d * width);
 
   const auto measure = [&](int64_t i, int64_t count, const T* rows, const Units<T>& units, int64_t panel,
                            const T* packed, Units<T>& column) {
@@ -72,7 +73,6 @@ void pairwise_distance(const T* x, const T* y, int64_t n, int64_t m, int64_t d, 
 
   for (int64_t first = 0; first < panels; first += together) {
     const int64_t here = std::min(together, panels - first), groups = round_up(here, kPanels) / kPanels;
-    const Packed<T> packed = room_for_panels<T>(here, d * width);
     parallel(here, grain_of(kCopyGrain, d * width), [&](int64_t begin, int64_t end) {
       Units<T> units(cosine ? width : 0, d);
       for (int64_t panel = begin; panel < end; ++panel) {

@@ -3,14 +3,13 @@
 import io
 import os
 import resource
-import subprocess
-import sys
 import zlib
 
 import numpy as np
 import pytest
 import torch
 from conftest import difference, read_image, smooth_pixels, write_image
+from forks import run_program
 from PIL import Image, ImageOps
 
 from mgn.data.images import Decoder
@@ -135,7 +134,7 @@ def test_pillow_gives_no_warnings(tmp_path):
     claim(tmp_path / 'large.png', 12000, 10000)
     script = (f'from mgn.data.images import Decoder\nprint(tuple(Decoder()({str(path)!r}).shape))\n'
               f'try: Decoder()({str(tmp_path / "large.png")!r})\nexcept ValueError: pass')
-    result = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+    result = run_program(script)
     assert (result.stdout, result.stderr) == ('(3, 31, 20)\n', '')
 
 

@@ -1,14 +1,13 @@
 """Names of files and folders that are not UTF-8: they are bytes, which Python holds as strings with surrogates."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import gin
 import numpy as np
 import pytest
 from conftest import write_market
+from forks import run_program
 from test_datasets import write_msmt
 from thin import thin, train  # noqa: F401 (a fixture)
 
@@ -74,7 +73,7 @@ def test_log_lines_and_errors_of_a_binary_show_them_as_escapes():
               f'def main(files, bindings):\n import logging\n name = {ODD!a}\n'
               f' logging.getLogger("mgn").info("read %s", name)\n print(name)\n raise UserError(name)\n'
               f'command_line.run(main)')
-    result = subprocess.run([sys.executable, '-c', script], capture_output=True, encoding='utf-8')
+    result = run_program(script)
     assert result.stdout.splitlines()[0].endswith(r' I read d\udce9t\udcff')
     assert result.stdout.splitlines()[1:] == [r'd\udce9t\udcff']
     assert (result.stderr, result.returncode) == ('error: d\\udce9t\\udcff\n', 1)

@@ -8,7 +8,7 @@ import threading
 from contextlib import contextmanager, nullcontext
 
 import pytest
-from forks import ROOT, run_program
+from forks import ROOT, run_binary, run_program
 from outcomes import assert_same, outcome
 from thin import thin, train  # noqa: F401 (a fixture)
 
@@ -206,7 +206,7 @@ command_line.run(lambda files, bindings: train({data!r}, {folder!r}))
 def test_the_status_tells_an_interrupted_run_and_the_second_signal_ends_it_at_once(market, tmp_path, signals, status):
     program = PROGRAM.format(root=str(ROOT), tests=str(ROOT / 'tests'), signals=signals, data=str(market),
                              folder=str(tmp_path / 'run'))
-    ended = run_program(program)
+    ended = run_binary(program=program)
     assert ended.returncode == status, ended.stderr
     assert ('signals sent' in ended.stdout) == (status == 75)
     assert ('ended after step 1, which last.pth holds; the same command resumes' in ended.stdout) == (status == 75)

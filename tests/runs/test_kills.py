@@ -3,14 +3,14 @@
 import re
 
 import pytest
-from forks import ROOT, run_program
+from forks import ROOT, run_binary
 
 
 @pytest.mark.parametrize('kills', [2, pytest.param(6, marks=pytest.mark.long)])
 def test_a_run_killed_at_random_places_ends_with_the_files_of_an_uninterrupted_one(kills):
     program = f'import sys; sys.path.insert(0, sys.argv[1]); sys.argv = ["kills", "--kills={kills}"]; ' \
               f'import kills; kills.main()'
-    ended = run_program(program, ROOT / 'tests')
+    ended = run_binary(ROOT / 'tests', program=program)
     assert ended.returncode == 0, ended.stderr
     pattern = rf'{kills // 2} kills, (\d) of them while writing; files as of an uninterrupted run'
     killed_writing = re.findall(pattern, ended.stdout)
