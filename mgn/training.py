@@ -183,10 +183,10 @@ class Training:
             began = time.perf_counter()
             try:
                 batch = next(loader)
-            except UserError:  # a signal to all processes may have ended a worker
-                if interruption.noted and processes.count() == 1:
-                    self.leave(interruption)
-                raise
+            except UserError:
+                if not interruption.noted:
+                    raise
+                batch = self.batches[state.step]  # the signal, sent to all processes, has ended a worker
             meter.waited += time.perf_counter() - began
             self.step(batch)
             record = self.report() if self.is_due(self.log_every) else None

@@ -125,6 +125,39 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(trained, home):
     assert_same(one, other)
 
 
+# Each batch takes the only worker long, so that a signal finds the processes waiting for one.
+SLOW_BATCHES = """
+import time
+from mgn.data.images import TrainBatches
+load = TrainBatches.__getitem__
+
+def slowly(batches, step):
+    time.sleep(0.5)
+    return load(batches, step)
+
+TrainBatches.__getitem__ = slowly
+"""
+
+
+@pytest.mark.long
+def test_a_signal_to_all_processes_and_their_workers_leaves_a_checkpoint(home):
+    """As from a scheduler: to torchrun, what it has started, and what loads data for that."""
+    (home / 'slow_train.py').write_text(SLOW_BATCHES + THIN_TRAIN)
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', 'slow_train.py',
+               '--gin_file=my.gin', "--gin_bindings=output_dir = 'all'", '--gin_bindings=total_steps = 100000',
+               '--gin_bindings=workers = 1', '--gin_bindings=train.checkpoint_every = 100000']
+    process = subprocess.Popen(command, cwd=home, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True)
+    while 'step 3:' not in process.stdout.readline():
+        assert process.poll() is None
+    listing = subprocess.run(['pgrep', '-f', 'slow_train.py'], capture_output=True, text=True, check=True)
+    for pid in map(int, listing.stdout.split()):
+        os.kill(pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert torch.load(home / 'all' / 'last.pth')['step'] > 3
+
+
 @pytest.mark.long
 def test_machines_that_count_their_restarts_differently_meet_again(home):
     """Two torchruns, as of two machines: where a process dies its own counts a restart, the other one does not."""

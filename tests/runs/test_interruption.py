@@ -92,7 +92,7 @@ def test_a_signal_that_ends_a_worker_too_leaves_a_checkpoint(market, tmp_path, m
         patch.setattr(training, 'load_batches', batches)
         train(market, tmp_path, 'workers = 1')
     assert left.value.code == interruption.STATUS
-    assert checkpoint.load(str(tmp_path / 'last.pth'))['step'] == 3
+    assert checkpoint.load(str(tmp_path / 'last.pth'))['step'] == 4  # this process has made the batch itself
     train(market, tmp_path, 'workers = 1')
     assert_same(outcome(tmp_path), outcome(uninterrupted('workers = 1')))
 
