@@ -7,8 +7,9 @@ build:       # again, after an edit in csrc/: an editable install does not see i
 test:        # what CI runs
 	pytest
 
-long:        # every test, twenty times the random cases, two threads
-	MGN_TIMES=10 OMP_NUM_THREADS=2 pytest -m '' -rs
+long:        # every test, twenty times the random cases, the operations on two threads
+	MGN_TIMES=10 OMP_NUM_THREADS=2 pytest -m '' -rs tests/ops
+	MGN_TIMES=10 pytest -m '' -rs --ignore=tests/ops
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1
 sanitize:    # the CPU operations under AddressSanitizer and UndefinedBehaviorSanitizer, built in a copy of this folder
