@@ -73,7 +73,7 @@ def test_the_nearest_are_those_of_a_sort_and_a_second_search_makes_no_gallery_fe
 def test_only_new_and_changed_images_are_made_vanished_ones_not_found(content, crops, capsys, caplog, monkeypatch):
     monkeypatch.setattr(crop_search, 'IMAGES_OF_A_PART', 4)
     query = str(crops / '0.png')
-    found(content, capsys, query=query, gallery=str(crops))
+    assert len(found(content, capsys, query=query, gallery=str(crops))[0]['nearest']) == 10
     os.remove(crops / '2.png')
     write_image(crops / '4.png', 77, (50, 20))
     write_image(crops / 'new.jpg', 78)
@@ -140,16 +140,36 @@ def test_an_unreadable_image_whose_name_begins_like_a_readable_one_shifts_no_fea
     assert rows[0] == {'path': str(crops / '4.png'), 'similarity': 1.0} and len(rows) == 11
 
 
+def test_a_crop_whose_name_is_no_text_is_found_and_kept(content, crops, capsys, caplog):
+    os.rename(crops / '2.png', crops / '\udcff.png')
+    with caplog.at_level(logging.INFO):
+        rows = [found(content, capsys, query=str(crops / '4.png'), gallery=str(crops), k=11) for _ in range(2)]
+    assert rows[0] == rows[1] and str(crops / '\udcff.png') in [crop['path'] for crop in rows[0][0]['nearest']]
+    assert 'features of 11 images are kept, 0 are to be made' in caplog.text
+
+
+def test_kept_features_for_which_memory_is_short_are_not_called_damaged(content, crops, capsys, monkeypatch):
+    def load(path):
+        raise MemoryError
+
+    places = dict(query=str(crops / '0.png'), gallery=str(crops))
+    found(content, capsys, **places)
+    monkeypatch.setattr(np, 'load', load)
+    with pytest.raises(MemoryError):
+        found(content, capsys, **places)
+
+
 def test_hidden_files_and_folders_are_left_out_but_both_folders_may_lie_in_one(content, crops, capsys, caplog):
     write_image(crops / '.thumbnails/9.png', 0, (30, 20))
     write_image(crops / '.9.png', 0, (30, 20))
     (crops / '._0.png').write_text('what macOS keeps beside an image')
+    os.rename(crops / '2.png', crops / '2.PNG')
     os.rename(crops, crops.parent / '.crops')
     with caplog.at_level(logging.WARNING):
         for folder in (str(crops.parent / '.crops'), f'{crops.parent}/.crops/'):
             rows = found(content, capsys, query=folder, gallery=folder, k=99)
             assert [len(row['nearest']) for row in rows] == [11] * 11
-    assert not caplog.text
+    assert not caplog.text and sorted(os.listdir(crops.parent)) == ['.crops', '.crops.features']
 
 
 def test_a_folder_that_may_not_be_read_is_named_and_left_out(content, crops, capsys, caplog, monkeypatch):
@@ -204,6 +224,9 @@ def test_kept_features_of_other_weights_or_damaged_ones_are_refused(content, cro
     with pytest.raises(UserError, match='remove'):
         found(content, capsys, **places)
     np.savez(f'{crops}.features/mine.npz', x=1)  # not a part: somebody's own
+    with open(part, 'wb') as file:
+        file.write(whole)
+    assert found(content, capsys, **places)
     with open(part, 'wb') as file:
         file.write(whole[:-30])
     with pytest.raises(UserError, match='is damaged: .*; remove it, and its features are made again'):

@@ -15,10 +15,11 @@ from thin import thin  # noqa: F401
 
 from mgn import evaluation, ranked_lists
 from mgn.data.augmentation import normalise
-from mgn.data.datasets import csv_table
+from mgn.data.datasets import Sample, csv_table
 from mgn.data.images import Decoder, to_batch
 from mgn.features import Extractor
 from mgn.model import MGN
+from mgn.ops import match_ranks
 from mgn.ops.errors import UserError
 from mgn.ops.metrics import METRICS
 from mgn.runs import checkpoint
@@ -113,6 +114,28 @@ def test_curves_are_those_of_all_pairs(root, weights, expected):
             cell = page['cameras']['mAP'][row][column]
             assert cell == (pytest.approx(np.mean(aps), abs=1e-4) if aps else None)
     assert page['cameras']['mAP'][1][1] is None
+
+
+def test_pairs_of_many_queries_with_a_gallery_in_parts_are_counted_once_each(monkeypatch):
+    """An item for each of 1,200 queries, in the same direction: the cosine may be rounded to more than 1."""
+    monkeypatch.setattr(ranked_lists, 'ITEMS', 500)
+    query = torch.randn(1200, 8, generator=torch.Generator().manual_seed(0))
+    ids = np.arange(1200), np.arange(1200), np.zeros(1200, int), np.ones(1200, int)
+    found = ranked_lists.similarities((query, 3 * query), ids)
+    assert found['queries'] == found['matches'].sum() == found['matches'][-1] == 1000
+    assert found['others'].sum() == 1000 * 1199
+
+
+def test_junk_has_no_rank_and_leaves_room_for_the_nearest_ten():
+    """Nearest are boxes of nobody, in another camera, and images of the query's camera; then a match and others."""
+    angles = torch.linspace(0, 1, 25)
+    features = torch.tensor([[1.0, 0.0]]), torch.stack((angles.cos(), angles.sin()), 1)
+    pids, camids = np.array([-1] * 6 + [7] * 7 + [*range(100, 112)]), np.array([2] * 6 + [1] * 6 + [2] * 13)
+    ids, dataset = ([7], pids, [1], camids), type('Dataset', (), {
+        'query': [Sample('q', 7, 1)], 'gallery': [Sample(str(i), *who) for i, who in enumerate(zip(pids, camids))]})
+    row, = ranked_lists.ranked_lists(features, ids, match_ranks(*features, *map(np.asarray, ids)), [0], dataset, {})
+    kinds, ranks = zip(*(entry[1:3] for entry in row['nearest']))
+    assert kinds == ('junk',) * 12 + ('match',) + ('other',) * 9 and ranks == (None,) * 12 + (*range(1, 11),)
 
 
 def test_maps_are_the_energy_of_the_last_map_of_each_branch(root, weights):
