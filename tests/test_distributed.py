@@ -221,6 +221,15 @@ def test_a_process_that_no_torchrun_has_started_is_told_so(monkeypatch, variable
         processes.join()
 
 
+def test_a_lost_connection_is_told_from_other_errors(monkeypatch):
+    monkeypatch.setattr(processes, 'count', lambda: 2)
+    monkeypatch.setattr(processes, 'number', lambda: 0)
+    message = processes.lost(RuntimeError('[gloo/transport/tcp/pair.cc:554] Connection closed by peer\nmore'))
+    assert re.fullmatch(r'Process 0 of 2 lost its connection to another process \(.*closed by peer\)\. torchrun names '
+                        r'the one that ended\..*training resumes from last.pth\.', message)
+    assert processes.lost(RuntimeError('shapes differ')) is processes.lost(ValueError('gloo')) is None
+
+
 @pytest.mark.long
 @pytest.mark.parametrize('bindings, message', MISTAKES)
 def test_a_mistake_of_all_is_reported_once(home, bindings, message):

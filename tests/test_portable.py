@@ -57,6 +57,7 @@ def test_both_files_give_the_features_of_the_model_for_any_batch(tmp_path, bindi
     assert embedder.embed([images(1, (30, 20))[0], images(1, (200, 90))[0]]).shape == (2, model.feature_dim)
     assert embedder.embed([]).shape == (0, model.feature_dim)
     assert metadata['mAP'] == 0.25 and metadata['D'] == model.feature_dim and metadata['precision'] == 'float32'
+    assert {name: metadata[name] for name in model.architecture} == model.architecture
     assert len(metadata['weights']) == 64 and metadata['input_size'] == [*SIZE]
     assert caplog.text.count(' MB') == 2 and metadata['dataset'] == '@msmt17()'
 
@@ -64,19 +65,22 @@ def test_both_files_give_the_features_of_the_model_for_any_batch(tmp_path, bindi
 def test_float16_files_hold_weights_of_two_bytes_and_are_near(tmp_path):
     import onnx
 
-    model = export(tmp_path, "export_checkpoint.precision = 'float16'")
+    model = export(tmp_path, "export_checkpoint.precision = 'float16'", mAP=None)
     held = {onnx.TensorProto.FLOAT: 0, onnx.TensorProto.FLOAT16: 0}  # numbers of either type
     for tensor in onnx.load(tmp_path / 'model.onnx').graph.initializer:
         held[tensor.data_type] = held.get(tensor.data_type, 0) + math.prod(tensor.dims)
     assert held[onnx.TensorProto.FLOAT] < 1000 < 0.9 * sum(x.numel() for x in model.parameters()) < held[
         onnx.TensorProto.FLOAT16]
     want = portable.Portable(model, torch.float32)(images(3))
-    for got in (mgn.load(str(tmp_path / 'model.onnx')).embed(images(3)),
-                portable.read_pt2(str(tmp_path / 'model.pt2'))[0](images(3))):
+    module, metadata = portable.read_pt2(str(tmp_path / 'model.pt2'))
+    assert metadata['mAP'] is None and metadata['precision'] == 'float16'
+    for got in mgn.load(str(tmp_path / 'model.onnx')).embed(images(3)), module(images(3)):
         assert (1 - (got * want).sum(1)).max() < 1e-3 and got.dtype == torch.float32
 
 
-@pytest.mark.parametrize('change', [lambda features: features.flip(1), lambda features: features * math.nan])
+@pytest.mark.parametrize('change', [
+    lambda features: features.flip(1), lambda features: features * math.nan,
+    lambda features: torch.cat((features[:-1], features[-1:].flip(1)))])
 def test_a_file_that_gives_other_features_is_not_written(tmp_path, monkeypatch, change):
     (tmp_path / 'model.onnx').write_text('before')
     written = {}  # of a path: the network; an export by ONNX takes seconds

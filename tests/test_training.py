@@ -1,6 +1,7 @@
 """The training loop: what it writes, in which fields, and that every step does what it says."""
 
 import functools
+import itertools
 import json
 import logging
 import math
@@ -74,6 +75,23 @@ def test_best_holds_the_weights_of_the_best_evaluation_and_nothing_to_go_on_with
     assert last['config'] == gin.config_str() and best['config'] == checkpoint.configuration(portable=True)
     assert str(market) in last['config'] and str(market) not in best['config']  # best.pth is for others, too
     assert os.path.getsize(tmp_path / 'best.pth') < os.path.getsize(tmp_path / 'last.pth') / 2
+
+
+@pytest.mark.parametrize('found, best', [((0.1, 0.5, 0.3), 4), ((0.5, 0.5, 0.3), 0)])
+def test_best_is_replaced_by_a_better_evaluation_alone(market, tmp_path, monkeypatch, found, best):
+    real, found = training.evaluate, iter(found)
+    monkeypatch.setattr(training, 'evaluate', lambda *args: {**real(*args), 'mAP': next(found)})
+    train(market, tmp_path)
+    assert (checkpoint.load(str(tmp_path / 'best.pth'))['step'], next(found, None)) == (best, None)
+
+
+def test_speed_is_of_images_and_the_share_of_waiting_of_what_a_step_takes(market, tmp_path, monkeypatch):
+    seconds = itertools.count()  # one passes from each look at the clock to the next
+    with monkeypatch.context() as patch:
+        patch.setattr(training.time, 'perf_counter', lambda: next(seconds))
+        train(market, tmp_path)
+    lines = [line for line in records(tmp_path) if 'loss' in line]
+    assert [(line['images_per_s'], line['data_wait']) for line in lines] == [(2 * 2 / 2, 1 / 2)] * 3
 
 
 def test_with_query_expansion_and_re_ranking_lines_and_best_are_of_plain_ranking(market, tmp_path):

@@ -147,6 +147,7 @@ def test_a_run_that_fails_later_keeps_what_it_has(market, tmp_path, monkeypatch)
         patch.setattr(training, 'train_step', failing)
         train(market, tmp_path)
     assert checkpoint.load(str(tmp_path / 'last.pth'))['step'] == 2
+    assert 'train.total_steps' in (tmp_path / 'config.gin').read_text()
 
 
 def test_a_run_that_fails_before_its_first_checkpoint_may_be_corrected(market, tmp_path, monkeypatch):

@@ -26,7 +26,9 @@ CPU = torch.device('cpu')
 LAYOUTS = {'A': dict(pooling='gem', last_strides=(1, 1, 1)),
            'A without GeM': dict(pooling='max', last_strides=(2, 1, 1)),
            'B': dict(pooling='gem', last_strides=(1, 1, 1), first_pooling='ceil', reduction_bn=False,
-                     reduction_relu=False)}
+                     reduction_relu=False),
+           'B without GeM': dict(pooling='max', last_strides=(1, 1, 1), first_pooling='ceil', reduction_bn=False,
+                                 reduction_relu=False)}
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -149,13 +151,13 @@ def test_a_model_that_a_checkpoint_will_replace_does_not_read_the_file(tmp_path)
     MGN(9, 'resnet50', pretrained=str(tmp_path / 'nowhere.pth'), fresh=False)
 
 
-def saved(tmp_path, change, layout='A'):
+def saved(tmp_path, change, layout='A', backbone='resnet50'):
     """The path of a file of a state dict in fast-reid's names, changed by `change`, which takes and edits it.
 
     All weights lie in the memory of the largest, so the file is small.
     """
     with torch.device('meta'):
-        state = state_of(MGN(3, 'resnet50', pretrained=False, embedding_dim=2, **LAYOUTS[layout]), layout[0])
+        state = state_of(MGN(3, backbone, pretrained=False, embedding_dim=2, **LAYOUTS[layout]), layout[0])
     memory = torch.ones(max(value.numel() for value in state.values()))
     state = {key: memory[:value.numel()].view(value.shape) if value.is_meta and value.is_floating_point()
              else torch.zeros_like(value, device='cpu') if value.is_meta else value for key, value in state.items()}
@@ -188,7 +190,7 @@ def drop(state, beginning):
     (lambda state: state.update({'b1_pool.0.p': torch.zeros(1).expand(10 ** 12)}), r'\(1000000000000,\) is larger'),
     (lambda state: state.update({'b1_pool.0.p': torch.nested.nested_tensor([torch.zeros(1)])}), 'is no tensor'),
     (lambda state: {'model': {}}, 'holds no weights by name'),
-    (lambda state: {'a.weight': torch.zeros(1), 'b': torch.zeros(2)}, '2 keys do not, the first of them a.weight, b'),
+    (lambda state: {'a.weight': torch.zeros(1), 'b': torch.zeros(2)}, '2 keys do not, the first of them a.weight, b. Known are checkpoints'),
     (lambda state: [1, 2], 'holds no weights by name, but list'),
     (lambda state: dict.fromkeys(['conv1.weight', 'layer1.0.conv1.weight'], torch.zeros(1)), 'backbone without heads'),
 ], ids=range(20))
@@ -274,6 +276,12 @@ def test_the_number_of_classes_chooses_a_published_data_set(tmp_path, classes, d
                 state[key] = torch.zeros(classes, 2)
     found = weights.load_checkpoint(saved(tmp_path, change))['config']
     assert re.findall(r'dataset = @(\w+)\(\)', found) == ([dataset] if dataset else [])
+
+
+@pytest.mark.parametrize('backbone', ['resnet50', 'resnet101'])
+def test_the_number_of_blocks_tells_the_backbone(tmp_path, backbone):
+    path = saved(tmp_path, lambda state: None, backbone=backbone)
+    assert weights.load_checkpoint(path)['config'].startswith(f"MGN.backbone = '{backbone}'\n")
 
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit')
