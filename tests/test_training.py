@@ -85,13 +85,24 @@ def test_best_is_replaced_by_a_better_evaluation_alone(market, tmp_path, monkeyp
     assert (checkpoint.load(str(tmp_path / 'best.pth'))['step'], next(found, None)) == (best, None)
 
 
+def test_a_checkpoint_is_written_before_each_evaluation(market, tmp_path, monkeypatch):
+    def evaluate(*args):
+        raise UserError('An error of the evaluation.')
+    monkeypatch.setattr(training, 'evaluate', evaluate)
+    with pytest.raises(UserError, match='of the evaluation'):
+        train(market, tmp_path, 'train.evaluate_first = False', 'train.evaluate_every = 3',
+              'train.checkpoint_every = 100')
+    assert checkpoint.load(str(tmp_path / 'last.pth'))['step'] == 3
+
+
 def test_speed_is_of_images_and_the_share_of_waiting_of_what_a_step_takes(market, tmp_path, monkeypatch):
-    seconds = itertools.count()  # one passes from each look at the clock to the next
+    seconds, real = itertools.count(), training.train_step  # one passes from each look at the clock to the next
     with monkeypatch.context() as patch:
         patch.setattr(training.time, 'perf_counter', lambda: next(seconds))
+        patch.setattr(training, 'train_step', lambda *args: (next(seconds), real(*args))[1])
         train(market, tmp_path)
     lines = [line for line in records(tmp_path) if 'loss' in line]
-    assert [(line['images_per_s'], line['data_wait']) for line in lines] == [(2 * 2 / 2, 1 / 2)] * 3
+    assert [(line['images_per_s'], line['data_wait']) for line in lines] == [(2 * 2 / 3, 1 / 3)] * 3
 
 
 def test_with_query_expansion_and_re_ranking_lines_and_best_are_of_plain_ranking(market, tmp_path):
