@@ -190,7 +190,8 @@ def drop(state, beginning):
     (lambda state: state.update({'b1_pool.0.p': torch.zeros(1).expand(10 ** 12)}), r'\(1000000000000,\) is larger'),
     (lambda state: state.update({'b1_pool.0.p': torch.nested.nested_tensor([torch.zeros(1)])}), 'is no tensor'),
     (lambda state: {'model': {}}, 'holds no weights by name'),
-    (lambda state: {'a.weight': torch.zeros(1), 'b': torch.zeros(2)}, '2 keys do not, the first of them a.weight, b. Known are checkpoints'),
+    (lambda state: {'a.weight': torch.zeros(1), 'b': torch.zeros(2)},
+     '2 keys do not, the first of them a.weight, b. Known are checkpoints of mgn.train;'),
     (lambda state: [1, 2], 'holds no weights by name, but list'),
     (lambda state: dict.fromkeys(['conv1.weight', 'layer1.0.conv1.weight'], torch.zeros(1)), 'backbone without heads'),
 ], ids=range(20))
