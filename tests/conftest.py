@@ -68,7 +68,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Two processes of tests share the cores: more threads would wait for each other. `make long` asks for two."""
+    """Two processes of tests share the cores: more threads would wait for each other. `make long` sets two."""
     if config.getoption('--device') == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
         os.environ['OMP_NUM_THREADS'] = '1'  # of programs that tests start
         torch.set_num_threads(1)

@@ -75,6 +75,19 @@ def thin_train(home, processes, output_dir, *bindings, options=(), kill=None):
         os.environ.pop('KILL', None)
 
 
+def running(home, program, *bindings):
+    """torchrun with two processes of a program in the folder home that trains long, once it has made three steps."""
+    flags = [f'--gin_bindings={binding}' for binding in ('total_steps = 100000', *bindings)]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', program,
+               '--gin_file=my.gin', *flags]
+    process = subprocess.Popen(command, cwd=home, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True)
+    for line in process.stdout:
+        if 'step 3:' in line:
+            break
+    return process
+
+
 @pytest.fixture(scope='module')
 def trained(home):
     run = thin_train(home, 2, 'two')
@@ -143,13 +156,7 @@ TrainBatches.__getitem__ = slowly
 def test_a_signal_to_all_processes_and_their_workers_leaves_a_checkpoint(home):
     """As from a scheduler: to torchrun, what it has started, and what loads data for that."""
     (home / 'slow_train.py').write_text(SLOW_BATCHES + THIN_TRAIN)
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', 'slow_train.py',
-               '--gin_file=my.gin', "--gin_bindings=output_dir = 'all'", '--gin_bindings=total_steps = 100000',
-               '--gin_bindings=workers = 1', '--gin_bindings=train.checkpoint_every = 100000']
-    process = subprocess.Popen(command, cwd=home, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True)
-    while 'step 3:' not in process.stdout.readline():
-        assert process.poll() is None
+    process = running(home, 'slow_train.py', "output_dir = 'all'", 'workers = 1', 'train.checkpoint_every = 100000')
     listing = subprocess.run(['pgrep', '-f', 'slow_train.py'], capture_output=True, text=True, check=True)
     for pid in map(int, listing.stdout.split()):
         os.kill(pid, signal.SIGTERM)
@@ -195,7 +202,7 @@ def test_a_run_resumes_with_another_number_of_processes(trained, home, processes
 def test_one_process_evaluates_to_the_measures_of_several(trained, home):
     folder, _ = trained
     run = run_binary('thin_eval.py', f"--gin_bindings=weights = '{folder / 'last.pth'}'",
-                      "--gin_bindings=output_dir = 'alone'", cwd=home)
+                     "--gin_bindings=output_dir = 'alone'", cwd=home)
     assert run.returncode == 0, run.stderr
     one, several = (json.loads((path / 'eval.json').read_text()) for path in (home / 'alone', folder))
     assert (one['processes'], several['processes'], several['step']) == (1, 2, 5)
@@ -302,13 +309,7 @@ def test_several_processes_evaluate_images_with_query_expansion_and_re_ranking(w
 @pytest.mark.long
 def test_a_stopped_process_is_ended_by_torchrun_within_a_minute(home):
     """As test_a_killed_process…, by a signal from outside."""
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', 'thin_train.py',
-               '--gin_file=my.gin', "--gin_bindings=output_dir = 'stopped'", '--gin_bindings=total_steps = 100000']
-    process = subprocess.Popen(command, cwd=home, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True)
-    for line in process.stdout:
-        if 'step 3:' in line:
-            break
+    process = running(home, 'thin_train.py', "output_dir = 'stopped'")
     listing = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True, check=True)
     children = listing.stdout.split()
     began = time.monotonic()

@@ -48,7 +48,7 @@ def model_of(layout, classes=5, backbone='resnet50_ibn', seed=0):
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
-    """{layout: (path, model)}: B plain, the others with IBN; A as torch up to 1.5 wrote it, NumPy's numbers inside."""
+    """{layout: (path, model)}, with NumPy's numbers: B plain, the others with IBN and as torch up to 1.5 wrote them."""
     folder, result = tmp_path_factory.mktemp('weights'), {}
     for layout in LAYOUTS:
         model = model_of(layout, 751, 'resnet50' if layout == 'B' else 'resnet50_ibn')
