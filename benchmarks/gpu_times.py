@@ -30,7 +30,9 @@ from mgn.data.augmentation import Augmentation
 from mgn.data.images import TrainBatch
 from mgn.ops import (batch_hard_triplet_loss, evaluate_rank, expand_queries, k_reciprocal_ranks, match_ranks,
                      match_ranks_from_distance, pairwise_distance, retrieval_metrics, topk, topk_from_distance)
+from mgn.ops.ranking.nearest import GPU_SELECTED
 from mgn.ops.ranking.product import available, exact_float32
+from mgn.ops.ranking.tiles import GPU_PRODUCTS, tile_of
 from mgn.optim import make_optimizer
 
 MARGIN, PRECISIONS = 1.2, ('float32', 'tf32')
@@ -293,17 +295,19 @@ def launches(device, small):
         launched, waits, busy = counted(run, device)
         check(row, launched, waits, roofline.LAUNCHES[row])
         tell(row, 'kernels', seconds=busy)
-    tile = 16 if small else roofline.ITEMS
+    counts = [64, 192] if small else [2 ** 14, 3 * 2 ** 14]
     # Queries that fill a tile: for fewer cuBLAS sums in parts, with more launches.
-    query, gallery, *ids = problem(64 if small else 2560, gallery=24 * tile, identities=40 if small else 3060)
-    for name, operation in (('match_ranks', lambda x, y, of: match_ranks(x, y, *of)),
-                            ('topk', lambda x, y, of: topk(x, y, 30))):
+    query, gallery, *ids = problem(64 if small else 2560, gallery=counts[1], identities=40 if small else 3060)
+    query = query.to(device)
+    for name, operation, products in (('match_ranks', lambda x, y, of: match_ranks(x, y, *of), GPU_PRODUCTS),
+                                      ('topk', lambda x, y, of: topk(x, y, 30), GPU_SELECTED)):
         found = []
-        for count in (8, 24):
-            part = gallery[:count * tile].to(device)
-            of = ids[0], ids[1][:count * tile], ids[2], ids[3][:count * tile]
-            found.append(counted(functools.partial(operation, query.to(device), part, of), device)[:2])
-        launched, waits = ((more - fewer) / 16 for fewer, more in zip(*found))
+        for count in counts:
+            part = gallery[:count].to(device)
+            of = ids[0], ids[1][:count], ids[2], ids[3][:count]
+            found.append(counted(functools.partial(operation, query, part, of), device)[:2])
+        tiles = (counts[1] - counts[0]) / tile_of(query, products)[0]
+        launched, waits = ((more - fewer) / tiles for fewer, more in zip(*found))
         check(f'{name}, a tile', launched, waits, roofline.LAUNCHES[f'{name}, a tile'])
     if failures:
         raise SystemExit('more launches or waits than roofline.LAUNCHES allows: ' + '; '.join(failures))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.ranking import D, G
 from mgn.losses import mgn_losses
 from mgn.model import MGN, MGNOutput
-from mgn.ops.ranking.tiles import GPU_PRODUCTS, ITEMS
+from mgn.ops.ranking.nearest import GPU_SELECTED
+from mgn.ops.ranking.tiles import GPU_PRODUCTS, spans, tile_of
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / 'docs' / 'gpu.md'
@@ -35,7 +37,7 @@ IMAGES, SIZE, IDENTITIES = 64, (384, 128), 751
 REACHED, LAUNCH = 0.8, 5e-6
 # Launches of one call, or of one tile of products; `make gpu` counts them (step `launches`) but the last two.
 LAUNCHES = {'mining': 3, 'distance': 1, 'distance with gradient': 3, 'match_ranks, a tile': 4, 'topk, a tile': 3,
-            're-ranking, a tile': 6, 'beside the tiles': 200}
+            're-ranking, a tile': 6, 'beside the tiles': 120}
 
 
 class Device(NamedTuple):
@@ -108,23 +110,29 @@ def distance(n, m, d, gradient):
     return Work(LAUNCHES['distance with gradient' if gradient else 'distance'], phases)
 
 
-def tiles(queries, items, square=False):
-    """How many tiles of products are made, and their queries and items at most."""
-    height = ITEMS if square else GPU_PRODUCTS // ITEMS
-    return math.ceil(items / ITEMS) * math.ceil(queries / height), min(height, queries), ITEMS
+@functools.cache
+def tiles(queries, items, products=GPU_PRODUCTS):
+    """How many tiles of products are made, and their queries and items at most; of a matrix with itself about half."""
+    with FakeTensorMode():
+        width, height = tile_of(torch.empty(queries, D, device='cuda'), products)
+    if queries == items:
+        width = height = math.isqrt(width * height)
+    blocks, parts = spans(queries, height), spans(items, width)
+    number = len(blocks) * (len(blocks) + 1) // 2 if queries == items else len(blocks) * len(parts)
+    return number, blocks[0].stop, parts[0].stop
 
 
 def relative_error(precision):
     """Of a product of D terms, as mgn/ops/ranking/product.py bounds it: tensor cores may truncate."""
-    return {'float32': D * 2.0 ** -24, 'tf32': D * 2.0 ** -22 + 2.0 ** -10}[precision]
+    lost = 0.38 * 2.0 ** -11  # by rounding rows of normal numbers to tf32, of their norm
+    return {'float32': D * 2.0 ** -24, 'tf32': D * 2.0 ** -22 + 2 * lost}[precision]
 
 
-def product(precision, queries, items, square=False):
+def product(precision, queries, items, products=GPU_PRODUCTS):
     """queries × items products of D terms, in tiles; written, and read once."""
-    number, height, width = tiles(queries, items, square)
-    share = 0.5 if square else 1  # of a matrix with itself half is enough
-    operands = number * (height + width) * D * 4
-    return Phase(share * (operands + 8 * queries * items), {precision: share * queries * items * D})
+    number, height, width = tiles(queries, items, products)
+    made = queries * items * (0.5 + width / items / 2 if queries == items else 1)  # half, and the diagonal's other half
+    return Phase(number * (height + width) * D * 4 + 8 * made, {precision: made * D})
 
 
 def keys(pairs, rows=1):
@@ -147,18 +155,18 @@ def match_ranks(precision):
 
 
 def topk(precision):
-    number, *_ = tiles(Q, G)
+    number, *_ = tiles(Q, G, GPU_SELECTED)
     return Work(LAUNCHES['beside the tiles'] + number * LAUNCHES['topk, a tile'], [
-        prepared(precision, Q + G), product(precision, Q, G), Phase(0, {'float32': 8 * Q * G}),
+        prepared(precision, Q + G), product(precision, Q, G, GPU_SELECTED), Phase(0, {'float32': 8 * Q * G}),
         keys(Q * (K + max(16, K // 2)))])
 
 
 def re_ranking(precision):
     """The GPU's part: neighbours among all, and the products that the CPU counts."""
     rows = Q + G
-    number = tiles(rows, rows, square=True)[0] // 2 + tiles(Q, G)[0]
+    number = tiles(rows, rows, GPU_SELECTED)[0] + tiles(Q, G)[0]
     return Work(LAUNCHES['beside the tiles'] + number * LAUNCHES['re-ranking, a tile'], [
-        prepared(precision, rows), product(precision, rows, rows, square=True),
+        prepared(precision, rows), product(precision, rows, rows, GPU_SELECTED),
         Phase(0, {'float32': 8 * rows * rows}), keys(rows * (K1 + 1 + 16)),
         product(precision, Q, G), Phase(0, downloaded=4 * Q * G + 4 * rows * D)])
 

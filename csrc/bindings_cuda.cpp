@@ -135,6 +135,13 @@ void canonical_norms(Tensor features, Tensor norms) {
   check(mgn::canonical_norms(x, doubles(norms, features, x.count), current_stream(features)));
 }
 
+void round_to_tf32(Tensor features, Tensor norms, Tensor rounded, Tensor residual) {
+  const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
+  const auto x = rows(features, features);
+  check(mgn::round_to_tf32(x, doubles(norms, features, x.count), floats(rounded, features, x.count * x.d),
+                           doubles(residual, features, x.count), current_stream(features)));
+}
+
 void canonical_keys(Tensor query, Tensor gallery, Tensor queries, Tensor items, bool cosine, Tensor keys) {
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   const int64_t pairs = keys.numel();
@@ -255,6 +262,7 @@ STABLE_TORCH_LIBRARY(mgn_cuda, m) {
   m.def(
       "count_nonmatches(Tensor[] tile, bool cosine, int first, Tensor[] filter_terms, Tensor[] matches, "
       "Tensor[] excluded, Tensor(a!) steps, Tensor(b!) redecided) -> ()");
+  m.def("round_to_tf32(Tensor features, Tensor norms, Tensor(a!) rounded, Tensor(b!) residual) -> ()");
   m.def("pairwise_distance(Tensor x, Tensor y, int metric, Tensor(a!) out) -> ()");
   m.def(
       "pairwise_distance_gradient(Tensor x, Tensor y, Tensor? dist, Tensor grad, int metric, Tensor(a!) out) -> ()");
@@ -272,6 +280,7 @@ STABLE_TORCH_LIBRARY_IMPL(mgn_cuda, CUDA, m) {
   m.impl("canonical_norms", TORCH_BOX(&canonical_norms));
   m.impl("canonical_keys", TORCH_BOX(&canonical_keys));
   m.impl("count_nonmatches", TORCH_BOX(&count_nonmatches));
+  m.impl("round_to_tf32", TORCH_BOX(&round_to_tf32));
   m.impl("pairwise_distance_gradient", TORCH_BOX(&pairwise_distance_gradient));
   m.impl("select_nearest", TORCH_BOX(&select_nearest));
   m.impl("pairwise_distance", TORCH_BOX(&pairwise_distance));

@@ -174,7 +174,11 @@ def ranking_kernels(process):
     def select_nearest(dots, item_scale, item_shift, first, values, items):
         call(3, [*dots.shape, first, values.shape[1]], [dots, item_scale, item_shift, values, items], [values, items])
 
-    return SimpleNamespace(canonical_norms=canonical_norms, canonical_keys=canonical_keys,
+    def round_to_tf32(features, norms, rounded, residual):
+        shape, memory = rows(features)
+        call(4, shape, [memory, norms, rounded, residual], [rounded, residual])
+
+    return SimpleNamespace(canonical_norms=canonical_norms, canonical_keys=canonical_keys, round_to_tf32=round_to_tf32,
                            count_nonmatches=count_nonmatches, select_nearest=select_nearest)
 
 

@@ -230,7 +230,7 @@ def test_the_formulas_on_devices_where_one_thing_is_slow():
     work = roofline.match_ranks('tf32')
     slow = roof._replace(rates={**fast, 'tf32': 1e12})
     assert work.seconds(slow) == pytest.approx(products / 1e12 / roofline.REACHED)
-    assert work.launches == 200 + 4 * 41 * 2  # ⌈82,161 / 2,048⌉ tiles for each of 2 blocks of 8,192 queries at most
+    assert work.launches == 120 + 4 * 41 * 2  # ⌈82,161 / 2,048⌉ tiles for each of 2 blocks of 8,192 queries at most
     assert work.seconds(roof) == work.launches * roofline.LAUNCH
     link = roof._replace(link=1e9)
     downloaded = 4 * roofline.Q * roofline.G + 4 * (roofline.Q + roofline.G) * roofline.D

@@ -48,10 +48,10 @@ void pairwise_distance(const T* x, const T* y, int64_t n, int64_t m, int64_t d, 
   const Packed<T> packed = room_for_panels<T>(together, d * width);
 
   const auto measure = [&](int64_t i, int64_t count, const T* rows, const Units<T>& units, int64_t panel,
-                           const T* packed, Units<T>& column) {
+                           const T* panel_rows, Units<T>& column) {
     const int64_t j = panel * width, columns = std::min<int64_t>(width, m - j);
     alignas(64) T sums[kBlock * 32];
-    sum_tile(loops, rows, count, packed, d, sums);
+    sum_tile(loops, rows, count, panel_rows, d, sums);
     bool doubt = false;
     for (int64_t r = 0; r < count; ++r)
       for (int64_t c = 0; c < columns; ++c) {

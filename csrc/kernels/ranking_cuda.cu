@@ -2,7 +2,7 @@
 //
 // Canonical sums: sixteen lanes take a pair, a partial sum each. Counting: a block takes a query and reads its row of
 // products once. Items above a level by more than the filter may err are counted in shared memory. Items within that
-// margin go on a list, and a second kernel decides them by their keys.
+// margin go on a list, those of a span at once, and a second kernel decides them by their keys.
 #include "basics_cuda.cuh"
 #include "ranking_cuda.h"
 
@@ -45,6 +45,26 @@ __global__ void __launch_bounds__(kThreads) measure_norms(Norms n) {
   const float* row = n.rows[i < n.rows.count ? i : n.rows.count - 1];
   const double norm = sqrt(canonical_sum<Term::product>(row, row, n.rows.d));
   if (i < n.rows.count && threadIdx.x % 16 == 0) n.norms[i] = norm;
+}
+
+struct Round {
+  Rows rows;
+  const double* norms;
+  float* rounded;
+  double* residual;
+};
+__global__ void __launch_bounds__(kThreads) round_rows(Round r) {
+  const int64_t i = int64_t(blockIdx.x) * kPairs + threadIdx.x / 16, d = r.rows.d;
+  const float* row = r.rows[i < r.rows.count ? i : r.rows.count - 1];
+  double squares = 0;
+  for (int64_t k = threadIdx.x % 16; k < d; k += 16) {
+    const float rounded = __uint_as_float((__float_as_uint(row[k]) + 0x1000u) & ~0x1fffu);
+    if (i < r.rows.count) r.rounded[i * d + k] = rounded;
+    const double lost = row[k] - rounded;  // exact in float32
+    squares += lost * lost;
+  }
+  for (int distance = 8; distance; distance /= 2) squares += __shfl_xor_sync(kWarp, squares, distance);
+  if (i < r.rows.count && threadIdx.x % 16 == 0) r.residual[i] = sqrt(squares) / r.norms[i];
 }
 
 struct Pairs {
@@ -95,6 +115,8 @@ __device__ int64_t lower_bound(const int64_t* from, int64_t n, int64_t value) {
 __global__ void __launch_bounds__(kThreads) count(Count c) {
   __shared__ bool skipped[kSpan];
   __shared__ int steps[kLevels];
+  __shared__ int open[kSpan];
+  __shared__ int open_count, place;
   const int64_t q = blockIdx.x, begin = c.matches.offsets[q], m = c.matches.offsets[q + 1] - begin,
                 items = c.tile.gallery.count;
   if (m == 0) return;
@@ -112,7 +134,8 @@ __global__ void __launch_bounds__(kThreads) count(Count c) {
 
   for (int64_t from = 0; from < items; from += kSpan) {
     for (int j = threadIdx.x; j < kSpan; j += kThreads) skipped[j] = false;  // what this thread alone has counted
-    __syncthreads();
+    __syncthreads();  // the items before are on the list of all
+    if (threadIdx.x == 0) open_count = 0;
     const int64_t first = c.tile.first + from, end = first + kSpan;
     for (int list = 0; list < 2; ++list) {
       const int64_t* excluded = list ? c.excluded.junk : c.excluded.order + c.excluded.begin[q];
@@ -127,9 +150,12 @@ __global__ void __launch_bounds__(kThreads) count(Count c) {
       const int64_t above = first_below(high, m, similarity);
       if (above < m && m <= kLevels) atomicAdd(steps + above, 1);
       if (above < m && m > kLevels) c.add(begin + above, 1);
-      if (first_reached(low, m, similarity) < above)
-        c.scratch.open[atomicAdd(c.scratch.open_count, 1)] = q * items + from + j;
+      if (first_reached(low, m, similarity) < above) open[atomicAdd(&open_count, 1)] = j;
     }
+    __syncthreads();
+    if (threadIdx.x == 0) place = atomicAdd(c.scratch.open_count, open_count);
+    __syncthreads();
+    for (int i = threadIdx.x; i < open_count; i += kThreads) c.scratch.open[place + i] = q * items + from + open[i];
   }
   __syncthreads();
   for (int64_t i = threadIdx.x; i < m && m <= kLevels; i += kThreads)
@@ -162,6 +188,12 @@ __global__ void __launch_bounds__(kThreads) decide(Count c) {
 
 cudaError_t canonical_norms(const Rows& rows, double* norms, cudaStream_t stream) {
   return launch<Norms>(measure_norms, (rows.count + kPairs - 1) / kPairs, kThreads, stream, {rows, norms});
+}
+
+cudaError_t round_to_tf32(const Rows& rows, const double* norms, float* rounded, double* residual,
+                          cudaStream_t stream) {
+  return launch<Round>(round_rows, (rows.count + kPairs - 1) / kPairs, kThreads, stream,
+                       {rows, norms, rounded, residual});
 }
 
 cudaError_t canonical_keys(const Rows& query, const Rows& gallery, const int64_t* queries, const int64_t* items,

@@ -9,6 +9,10 @@ namespace mgn {
 // ‖row‖, from the canonical sum; not finite where an element is not.
 cudaError_t canonical_norms(const Rows& rows, double* norms, cudaStream_t stream);
 
+// Rounds rows to (count, d) of tf32's 11 bits, to nearest, ties away from zero. residual: ‖row − rounded row‖ / norm.
+cudaError_t round_to_tf32(const Rows& rows, const double* norms, float* rounded, double* residual,
+                          cudaStream_t stream);
+
 // Keys of the pairs (queries[p], items[p]).
 cudaError_t canonical_keys(const Rows& query, const Rows& gallery, const int64_t* queries, const int64_t* items,
                            int64_t pairs, bool cosine, double* keys, cudaStream_t stream);

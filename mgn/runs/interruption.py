@@ -6,6 +6,8 @@ import signal
 import threading
 import time
 
+import torch
+
 from mgn.runs import processes
 
 STATUS = 75            # EX_TEMPFAIL of sysexits.h: try again later
@@ -48,7 +50,8 @@ class Interruption:
 
     def asked(self):
         """Whether any process has noted a signal, so that the run has to end here; the same answer in all processes."""
-        return processes.any_of(self.noted is not None)
+        noted = torch.tensor(int(self.noted is not None))  # in main memory, so that no device is waited for
+        return bool(processes.reduced(noted, 'MAX'))
 
     @contextlib.contextmanager
     def at_once(self):

@@ -135,11 +135,6 @@ def reduced(tensor, operation):
     return result.to(tensor.device)
 
 
-def any_of(flag):
-    """Whether `flag` is true in any process. It travels through main memory, so no device is waited for."""
-    return bool(reduced(torch.tensor(int(flag)), 'MAX'))
-
-
 def mean(tensor):
     """The mean over all processes, rounded once, so that equal values stay as they are."""
     if count() == 1:

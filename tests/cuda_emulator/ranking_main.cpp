@@ -65,6 +65,15 @@ void count(Call& c) {
   c.answer(18);
 }
 
+void round(Call& c) {
+  const auto rows = c.rows();
+  const auto* norms = c.next<double>();
+  auto* rounded = c.next<float>();
+  mgn::round_to_tf32(rows, norms, rounded, c.next<double>(), nullptr);
+  c.answer(2);
+  c.answer(3);
+}
+
 void nearest(Call& c) {
   const int64_t queries = c.next_integer(), items = c.next_integer(), first = c.next_integer(),
                 capacity = c.next_integer();
@@ -87,7 +96,7 @@ int main() {
       call.sizes.push_back(*as<int64_t>(read(8)));
       call.arrays.push_back(read(call.sizes.back()));
     }
-    constexpr void (*kCalls[])(Call&) = {norms, keys, count, nearest};
+    constexpr void (*kCalls[])(Call&) = {norms, keys, count, nearest, round};
     kCalls[head[0]](call);
     std::fflush(stdout);
   }

@@ -11,7 +11,7 @@ from mutants import write_mutants
 from rankings import METRICS, near_ties, problem, ranks_of
 from test_cuda_kernels import check, check_distances, check_gradients, features_of, odd_rows, sorted_always
 from test_nearest_kernel import check as check_selected, descending, tiles_of
-from test_ranking_kernels import check as check_ranks
+from test_ranking_kernels import check as check_ranks, check_rounding
 
 from mgn.ops.distance import DISTANCES
 from mgn.ops.ranking import keys, ranks
@@ -49,6 +49,7 @@ def measure(process):
 
 def rank(process):
     problems = []
+    check_rounding(process, 17, 33)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(keys, 'kernels', lambda device: ranking_kernels(process))
         patch.setattr(ranks, 'tile_of', lambda query: (2300, 4))

@@ -12,7 +12,7 @@ from mining import examples
 from rankings import METRICS, extremes, naive_ranks, near_ties, problem, ranks_of
 
 from mgn.ops import match_ranks, topk
-from mgn.ops.ranking import keys, ranks
+from mgn.ops.ranking import keys, ranks, reference
 
 # Queries, gallery, dimensions: around 16 lanes a pair, 16 pairs a block, 256 threads, tiles of 7 queries and 300 items.
 SIZES = [(1, 1, 1), (3, 17, 16), (8, 40, 15), (2, 301, 33), (5, 570, 3)]
@@ -50,6 +50,35 @@ def check_all():
 def test_sizes_and_ties(emulated, kind, order):
     with emulated(kind, order):
         check_all()
+
+
+def check_rounding(process, n, width, stride=0, seed=0):
+    rng = np.random.default_rng(seed)
+    x = torch.from_numpy((rng.standard_normal((n, width + stride)) * 2.0 ** rng.integers(-150, 100)).astype(np.float32))
+    for value in (0.0, -0.0, 1e-45, -1e-39, 3.4028234e38, 1 + 2.0 ** -11, -1 - 3 * 2.0 ** -11):  # ties, and to infinity
+        x[torch.from_numpy(rng.random(x.shape) < 0.05)] = value
+    x = x[:, :width]
+    got, expected = ((torch.empty(n, width), torch.empty(n, dtype=torch.float64)) for _ in range(2))
+    norms = torch.from_numpy(rng.random(n))
+    ranking_kernels(process).round_to_tf32(x, norms, *got)
+    reference.round_to_tf32(x, norms, *expected)
+    assert torch.equal(got[0].view(torch.int32), expected[0].view(torch.int32))  # −0 stays −0
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize('kind, order', KINDS)
+def test_rounding_to_tf32(kernels, kind, order):
+    with kernels(kind, order, 'ranking') as process:
+        for n, width, stride in ((0, 5, 0), (1, 1, 0), (17, 16, 0), (16, 33, 3), (35, 100, 1)):
+            check_rounding(process, n, width, stride)
+
+
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 2 ** 32 - 1), n=st.integers(0, 40), width=st.integers(1, 70), stride=st.integers(0, 3),
+       order=st.sampled_from(ORDERS))
+def test_rounding_of_random_cases(kernels, seed, n, width, stride, order):
+    with kernels('plain', order, 'ranking') as process:
+        check_rounding(process, n, width, stride, seed)
 
 
 @pytest.mark.parametrize('metric', METRICS)
@@ -137,6 +166,7 @@ def test_every_line_of_the_kernels_is_run(emulated):
     need('gcov', 'which counts the lines that were run')
     with emulated('coverage', items=4200) as process:
         check_all()
+        check_rounding(process, 17, 16)
         query, gallery, *_ = problem(3, 4200, 2)
         ranks_of(query, gallery, np.arange(3), np.arange(4200) % 3, np.zeros(3, int), np.arange(4200) % 500)
         folder = process.args[-1].parent

@@ -166,7 +166,7 @@ def test_tiles_threads_precision_and_implementation_change_nothing(monkeypatch, 
     on_tensor_cores(monkeypatch)
     for tile in ((100, 64), (64, 37), (999, 2000)):
         for module in (nearest, ranks, reranking):
-            monkeypatch.setattr(module, 'tile_of', lambda query: tile)
+            monkeypatch.setattr(module, 'tile_of', lambda query, *_: tile)
         assert same(k_reciprocal_ranks(*args, metric=metric), expected)
     for precision in PRECISIONS:
         assert same(k_reciprocal_ranks(*args, metric=metric, precision=precision), expected)

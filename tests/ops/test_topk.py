@@ -141,7 +141,7 @@ def test_tiles_threads_precision_and_taking_one_tensor_twice_change_nothing(monk
         return same(topk(query, gallery, 25, metric, **options), expected[0]) and same(
             topk(few, few, 25, metric, exclude_self=exclude_self, **options), expected[1])
     for tile in ((100, 64), (64, 37), (999, 2000)):
-        monkeypatch.setattr(nearest, 'tile_of', lambda query: tile)
+        monkeypatch.setattr(nearest, 'tile_of', lambda query, *_: tile)
         assert unchanged()
     if not exclude_self:
         assert same(topk(few, few.copy(), 25, metric), expected[1])

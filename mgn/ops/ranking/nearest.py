@@ -1,17 +1,20 @@
 """The k nearest of every query by (canonical key, gallery index): a matrix product selects, keys decide."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from mgn.ops.arguments import as_distances, neighbours, truth
 from mgn.ops.errors import UserError
 from mgn.ops.private import uncompiled
 from mgn.ops.ranking import product, reference
 from mgn.ops.ranking.keys import compared, finite_norms, keys_of_pairs, ranking_kernels
-from mgn.ops.ranking.tiles import PRODUCTS, blocks_of, denormals, refuse_nan, rows, spans, tile_of
+from mgn.ops.ranking.tiles import PRODUCTS, blocks_of, denormals, refuse_nan, spans, tile_of
 
+GPU_SELECTED = 2 ** 27  # products of a GPU's tile, 512 MB: what is selected is read and settled fewer times
 STATE = 2 ** 30     # bytes of what is selected for all queries at once; beyond them block after block
 SELECTED = 2 ** 21  # candidates of a block
 # Queries at a time whose candidates do not fit. Queries up to which, on a CPU, float32 products are the fastest:
@@ -55,8 +58,8 @@ def topk(query, gallery, k, metric='cosine', precision='auto', exclude_self=Fals
     k = min(k, max(len(comparison.gallery) - exclude_self, 0))
     keys, items, _ = nearest(comparison, *norms, k, exclude_self)
     # NumPy's root is rounded to nearest, torch's is not.
-    distances = keys.add_(1).clamp_(min=0) if comparison.cosine else torch.from_numpy(np.sqrt(keys.numpy()))
-    return like(query, distances.to(comparison.query.device), items.to(comparison.query.device))
+    distances = keys.add_(1).clamp_(min=0) if comparison.cosine else torch.from_numpy(np.sqrt(keys.cpu().numpy()))
+    return like(query, distances.to(items.device), items)
 
 
 @uncompiled
@@ -102,38 +105,39 @@ class Search(NamedTuple):
 
 
 def nearest(comparison, query_norms, gallery_norms, k, exclude_self=False, farthest=False):
-    """Keys (Q, k) float64 and items (Q, k) int64 of the k nearest, and the largest key of each query, (Q,). On the CPU.
+    """Keys (Q, k) float64 and items (Q, k) int64 of the k nearest, and the largest key of each query, (Q,).
 
-    The largest key is asked for by `farthest`, else None.
+    The largest key is asked for by `farthest`, else None. All on the query's device.
     """
     query, gallery, cosine, *_ = comparison
     searches = [Search(count, sign, min(count + exclude_self + max(16, count // 2), len(gallery)))
                 for count, sign in [(k, 1), (1, -1)][:1 + farthest]]
-    results = [[torch.empty(len(query), search.count, dtype=dtype) for dtype in (torch.float64, torch.int64)]
-               for search in searches]
+    results = [[torch.empty(len(query), search.count, dtype=dtype, device=query.device)
+                for dtype in (torch.float64, torch.int64)] for search in searches]
     if len(gallery) and len(query) and k:
-        width, is_one = query.shape[1], is_one_tensor(comparison)
+        width = query.shape[1]
         # Of width 0 all is float32.
         precision = product.available(comparison.precision, query.device, width * (query.is_cuda or len(query) > FEW))
         comparison = comparison._replace(precision=precision)
-        item_operand, item_residual = product.operands(gallery, gallery_norms, precision)
-        operand, residual = (item_operand, item_residual) if is_one else product.operands(query, query_norms, precision)
+        items = product.operands(gallery, gallery_norms, precision)
+        queries = items if is_one_tensor(comparison) else product.operands(query, query_norms, precision)
+        operands, residuals = zip(queries, items)
         *item_terms, largest = product.item_terms(gallery_norms, cosine)
-        relative_error = product.relative_error(precision, width, query.device, residual, item_residual)
+        relative_error = product.relative_error(precision, width, query.device, *residuals)
         error = product.query_terms(query_norms, largest, relative_error, width, cosine)[-1]
         # No key is larger where no feature is negative, and then there may be many as large.
         never_negative = farthest and cosine and query.shape[1] and min(query.amin(), gallery.amin()) >= 0
         with product.exact_float32():
-            for block, selected in selections(comparison, (operand, item_operand), item_terms, searches):
+            for block, selected in selections(comparison, operands, item_terms, searches):
                 for search, (keys, items), candidates in zip(searches, results, selected):
                     keys[block], items[block], crowded, bound = settle(comparison, search, block, candidates,
                                                                        error[block], exclude_self)
                     if search.sign < 0 and never_negative:
                         crowded = crowded[keys[crowded, 0] != 0]
                     for queries in crowded.split(CROWDED) if len(crowded) else ():
-                        limits = bound[queries - block.start], keys[queries, -1:], items[queries, -1:]
-                        keys[queries], items[queries] = settle_crowded(comparison, search, queries, limits, item_terms,
-                                                                       exclude_self)
+                        limits = bound[queries - block.start], search.sign * keys[queries, -1:], items[queries, -1:]
+                        keys[queries], items[queries] = settle_crowded(comparison, operands, search, queries, limits,
+                                                                       item_terms, exclude_self)
     return *results[0], results[1][0][:, 0] if farthest else None
 
 
@@ -141,11 +145,11 @@ def selections(comparison, operands, item_terms, searches):
     """Yields each block of queries with (values, items) for each search: its `capacity` smallest −sign · similarity."""
     query, gallery, _, precision = comparison
     capacity = sum(search.capacity for search in searches)
-    items_at_once, queries_at_once = tile_of(query)
-    queries_at_once = min(queries_at_once, max(SELECTED // capacity, 1))
+    items_at_once, queries_at_once = tile_of(query, GPU_SELECTED)
+    at_most = max(SELECTED // capacity, 1)
     is_one = is_one_tensor(comparison) and len(query) * capacity * 12 <= STATE
     if is_one:
-        items_at_once = queries_at_once = min(items_at_once, queries_at_once)
+        items_at_once = queries_at_once = min(math.isqrt(items_at_once * queries_at_once), at_most)
     terms = [[-search.sign * of_items for of_items in item_terms] for search in searches]
     room = torch.empty(items_at_once * queries_at_once, dtype=torch.float32)
     selected = {}  # of a block's start: what is selected so far
@@ -158,7 +162,7 @@ def selections(comparison, operands, item_terms, searches):
         for (scale, shift), (values, items) in zip(terms, selected[block.start]):
             comparison.kernels.select_nearest(dots, scale[part], shift[part], part.start, values, items)
 
-    for block in spans(len(query), queries_at_once):
+    for block in spans(len(query), min(queries_at_once, at_most)):
         products = product.products_of(operands[0](block), precision, room)
         for part in spans(len(gallery), items_at_once):
             if is_one and part.start < block.start:
@@ -177,27 +181,23 @@ def settle(comparison, search, block, candidates, error, exclude_self):
     items may not be final; and a bound of every query's candidates.
     """
     (values, items), (k, sign, capacity) = candidates, search
-    owner = torch.arange(block.start, block.stop, device=items.device)[:, None]
     if exclude_self:
-        values = values.masked_fill(items == owner, torch.inf)
-        items = items.masked_fill(items == owner, -1)
+        own = items == torch.arange(block.start, block.stop, device=items.device)[:, None]
+        values, items = values.masked_fill(own, torch.inf), items.masked_fill(own, -1)
     values, order = values.sort(dim=1)
     items = items.gather(1, order)
     unknown = (values == -torch.inf).sum(1)  # these may be anywhere, so the k-th of the others bounds the k-th
-    kth = values.gather(1, (unknown + k - 1).clamp(max=capacity - 1)[:, None])[:, 0].double()
-    kth[unknown + k > capacity] = torch.inf
-    bound = kth + 2 * error
+    known = torch.cat((values, values.new_full((len(values), k), torch.inf)), 1)
+    bound = known.gather(1, (unknown + k - 1)[:, None])[:, 0].double() + 2 * error
     # Unless all were selected; the last may be the query itself.
     crowded = bound.isinf() if capacity == len(comparison.gallery) else ~(values[:, -1 - exclude_self] > bound)
-    crowded |= error.isinf()
     is_candidate = (values <= bound[:, None]) & (items >= 0)
-    is_candidate = is_candidate[:, :max(int(is_candidate.sum(1).max()), k)]
-    items = items[:, :is_candidate.shape[1]]
-    pairs = (numbers[is_candidate] for numbers in (owner.expand_as(items), items))
+    items = items[:, :max(int(is_candidate.sum(1).max()), k)]
+    found = tuple(is_candidate[:, :items.shape[1]].nonzero().T)
     keys = torch.full(items.shape, torch.inf, dtype=torch.float64, device=items.device)
-    keys[is_candidate] = sign * keys_of_pairs(comparison, *pairs)
+    keys[found] = sign * keys_of_pairs(comparison, found[0] + block.start, items[found])
     keys, items = first_by_key(keys, items, k)
-    return sign * keys.cpu(), items.cpu(), crowded.cpu().nonzero()[:, 0] + block.start, bound
+    return sign * keys, items, (crowded | error.isinf()).nonzero()[:, 0] + block.start, bound
 
 
 def first_by_key(keys, items, k):
@@ -207,35 +207,31 @@ def first_by_key(keys, items, k):
     return keys[:, :k], items.gather(1, order)[:, :k]
 
 
-def settle_crowded(comparison, search, queries, limits, item_terms, exclude_self):
+def settle_crowded(comparison, operands, search, queries, limits, item_terms, exclude_self):
     """As settle, of some queries, from all products: every pair within the bound goes by its key.
 
-    limits: the bound (n,) of each query, and key and item (n, 1) after which none of its `count` first comes.
+    limits: the bound (n,) of each query, and sign · key and item (n, 1) after which none of its `count` first comes.
     """
     (bound, limit_keys, limit_items), (item_scale, item_shift), (k, sign, _) = limits, item_terms, search
-    precision, comparison = comparison.precision, comparison.of_queries(queries.to(comparison.query.device))
+    precision, comparison = comparison.precision, comparison.of_queries(queries)
     query, gallery, *_ = comparison
-    limit_keys = sign * limit_keys
-    keys = torch.full((len(query), k), torch.inf, dtype=torch.float64)
-    items = torch.full((len(query), k), len(gallery))
-    operand = product.operand(rows(query, slice(None)), precision)
-    products = product.products_of(operand, precision, torch.empty(PRODUCTS, dtype=torch.float32))
+    keys = torch.full_like(limit_keys, torch.inf).repeat(1, k)
+    items = torch.full_like(limit_items, len(gallery)).repeat(1, k)
+    products = product.products_of(operands[0](queries), precision, torch.empty(PRODUCTS, dtype=torch.float32))
     for part in spans(len(gallery), tile_of(query)[0]):
-        dots = products(product.operand(rows(gallery, part), precision))[0]
+        dots = products(operands[1](part))[0]
         values = dots * (-sign * item_scale[part]) - sign * item_shift[part]
-        is_candidate = (~(values > bound[:, None])).cpu()
+        is_candidate = ~(values > bound[:, None])
         if exclude_self:
-            is_candidate &= torch.arange(part.start, part.stop) != queries[:, None]
+            is_candidate &= torch.arange(part.start, part.stop, device=queries.device) != queries[:, None]
         owners, found = is_candidate.nonzero().T
         found += part.start
-        found_keys = sign * keys_of_pairs(comparison, owners.to(query.device), found.to(query.device)).cpu()
+        found_keys = sign * keys_of_pairs(comparison, owners, found)
         limit_key, limit_item = limit_keys[owners, 0], limit_items[owners, 0]
-        within = (found_keys < limit_key) | ((found_keys == limit_key) & (found <= limit_item))
+        within = ((found_keys < limit_key) | ((found_keys == limit_key) & (found <= limit_item))).nonzero()[:, 0]
         owners, found, found_keys = owners[within], found[within], found_keys[within]
-        counts = owners.bincount(minlength=len(query))
-        column = torch.arange(len(owners)) - (counts.cumsum(0) - counts)[owners]  # among its owner's
-        new_keys = torch.full((len(query), int(counts.max())), torch.inf, dtype=torch.float64)
-        new_items = torch.full(new_keys.shape, len(gallery))
-        new_keys[owners, column], new_items[owners, column] = found_keys, found
+        counts = owners.bincount(minlength=len(query)).tolist()
+        new_keys = pad_sequence(found_keys.split(counts), True, torch.inf)
+        new_items = pad_sequence(found.split(counts), True, len(gallery))
         keys, items = first_by_key(torch.cat((keys, new_keys), 1), torch.cat((items, new_items), 1), k)
     return sign * keys, items

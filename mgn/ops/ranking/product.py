@@ -7,6 +7,7 @@ import threading
 
 import torch
 
+from mgn.ops.ranking import reference
 from mgn.ops.ranking.keys import ranking_kernels
 from mgn.ops.ranking.tiles import OPERANDS, is_readable, once, rows, spans
 
@@ -155,40 +156,37 @@ def own_kernels(device):
     return ranking_kernels(device) if sets and sets() != 'baseline' else None
 
 
-def operand(features, precision):
-    """(n, D) float32 → what `products` takes, rounded so that nothing else rounds it."""
-    # tf32: to nearest, ties away from zero, in the 13 bits that float32 has more.
-    return (features.view(torch.int32) + 0x1000 & ~0x1fff).view(torch.float32) if precision == 'tf32' else features
-
-
 def operands(features, norms, precision):
-    """part → the operand of those rows; and ρ (n,) float64, None if 0: products of two operands differ from those of
-    their rows by (ρ(q) + ρ(g) + ρ(q) ρ(g)) ‖q‖ ‖g‖ at most, ρ being the norm that rounding takes of the row, relative
-    to its own.
+    """part → the operand of those rows, rounded so that nothing else rounds it; and ρ (n,) float64, None if 0: products
+    of two operands differ from those of their rows by (ρ(q) + ρ(g) + ρ(q) ρ(g)) ‖q‖ ‖g‖ at most, ρ being the norm that
+    rounding takes of the row, relative to its own.
 
     What has to be converted is converted once where it fits, else at each use.
     """
     def made(part):
-        return operand(rows(features, part), precision)
+        part_rows = rows(features, part)
+        if precision != 'tf32':
+            return part_rows
+        rounded = torch.empty_like(part_rows)
+        kernels = ranking_kernels(features.device) if features.is_cuda else reference
+        kernels.round_to_tf32(part_rows, norms[part], rounded, residual[part])
+        return rounded
     is_ready = precision != 'tf32' and is_readable(features)
     if is_ready and precision == 'float32':
         return made, None
-    residual = torch.zeros_like(norms) if precision != 'float32' else None
-    fitting, whole = 0 if is_ready else once(features.device), None
+    residual = torch.zeros_like(norms)
+    fitting = 0 if is_ready else once(features.device)
+    whole = norms.new_empty(features.shape, dtype=torch.float32) if features.numel() <= fitting else None
     for part in spans(len(features), max(OPERANDS, fitting // 8) // max(features.shape[1], 1)):
         rounded = made(part)
         if precision in ('bfloat16', 'int16'):
-            residual[part] = products_of(rounded[:0], precision, rounded.new_empty(0))(rounded, norms[part])[1]
-        elif precision == 'tf32':
-            lost = rows(features, part) - rounded
-            lost /= norms[part].clamp(SMALLEST, LARGEST).float()[:, None]  # first, so that squares do not underflow
-            residual[part] = 1.001 * torch.linalg.vector_norm(lost, dim=1).double()
-        if features.numel() <= fitting:
-            whole = rounded.new_empty(features.shape) if whole is None else whole
+            products = products_of(rounded[:0], precision, rounded.new_empty(0))
+            residual[part] = products(rounded, norms[part])[1]
+        if whole is not None:
             whole[part] = rounded
-    if residual is not None:
-        residual.masked_fill_(~in_range(norms), 0)  # of those the terms say nothing
-    return made if whole is None else whole.__getitem__, residual
+    # Of rows outside the range the terms say nothing.
+    known = residual.masked_fill(~in_range(norms), 0) if precision != 'float32' else None
+    return made if whole is None else whole.__getitem__, known
 
 
 def products_of(query, precision, room):

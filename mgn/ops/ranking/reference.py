@@ -31,6 +31,12 @@ def canonical_norms(features, norms):
         row_norms.copy_(canonical_norm(exact(rows)))
 
 
+def round_to_tf32(features, norms, rounded, residual):
+    """To nearest, ties away from zero, in the 13 bits that float32 has more; residual: what that takes of the norm."""
+    rounded.copy_((features.view(torch.int32) + 0x1000 & ~0x1fff).view(torch.float32))
+    residual.copy_(torch.linalg.vector_norm(features.double() - rounded, dim=1) / norms)
+
+
 def canonical_keys(query, gallery, queries, items, cosine, keys):
     width = query.shape[1]
     for q, i, pair_keys in zip(*(split(tensor, width) for tensor in (queries, items, keys))):

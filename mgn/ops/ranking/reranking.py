@@ -79,7 +79,8 @@ def encode(comparison, norms, k1, k2):
     """
     features, sparse = torch.cat(comparison[:2]), ranking_kernels(torch.device('cpu'))
     comparison = comparison._replace(query=features, gallery=features)
-    _, items, farthest = nearest(comparison, norms, norms, min(max(k1 + 1, k2), len(features)), farthest=True)
+    found = nearest(comparison, norms, norms, min(max(k1 + 1, k2), len(features)), farthest=True)
+    items, farthest = (tensor.cpu() for tensor in found[1:])
     maxima = squared(farthest.numpy(), comparison.cosine)
     offsets, columns = sparse.reciprocal(items[:, :k1 + 1].contiguous(), round(k1 / 2) + 1)
     owners = np.repeat(np.arange(len(items)), np.diff(offsets.numpy()))

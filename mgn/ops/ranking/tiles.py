@@ -8,7 +8,7 @@ import torch
 from mgn.ops.errors import UserError
 
 PRODUCTS = 2 ** 22           # of a tile: 16 MB, which stay in a CPU's cache
-GPU_PRODUCTS = 2 ** 24       # 64 MB: the larger, the faster is the product itself
+GPU_PRODUCTS = 2 ** 24       # 64 MB: the larger, the faster is the product itself; counting lists 8 bytes for each
 ITEMS = 2048                 # of a tile; with few queries up to four times as many
 OPERANDS = 2 ** 23           # elements of a tile's queries and of its items, where converted: 32 MB each, on a GPU 128
 ONCE = 3 * 2 ** 26           # numbers converted once for all tiles, on a GPU: 768 MB
@@ -38,10 +38,10 @@ def once(device):
     return ONCE if device.type == 'cuda' else OPERANDS
 
 
-def tile_of(query):
-    """(items, queries) of a tile."""
+def tile_of(query, of_gpu=GPU_PRODUCTS):
+    """(items, queries) of a tile, of at most so many products on a GPU."""
     features = max(1, OPERANDS // max(query.shape[1], 1)) * (4 if query.is_cuda else 1)  # that fit if converted
-    products = GPU_PRODUCTS if query.is_cuda else PRODUCTS
+    products = of_gpu if query.is_cuda else PRODUCTS
     items = min(max(ITEMS, products // max(len(query), 1)), 4 * ITEMS, features)
     # Queries that are converted lie beside the product's panels of them.
     return items, min(features // (2 - is_readable(query)) or 1, products // items)
