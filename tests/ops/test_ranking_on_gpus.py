@@ -150,7 +150,7 @@ def test_a_tile_of_neighbours_takes_two_launches_and_waits_for_nothing(fake_gpu,
         with pytest.raises(DataDependentOutputException):  # after the tiles of a block
             nearest.nearest(Comparison(query, gallery, True, precision), *norms, 30)
     launched = np.diff(seen)
-    assert len(seen) == 11 and launched[0] == 4 and set(launched[1:]) == {2}  # the first tile fills the selection
+    assert len(seen) == 15 and launched[0] == 4 and set(launched[1:]) == {2}  # the first tile fills the selection
 
 
 @pytest.mark.parametrize('precision', PRECISIONS)

@@ -14,7 +14,7 @@ from mgn.ops.ranking import product, reference
 from mgn.ops.ranking.keys import compared, finite_norms, keys_of_pairs, ranking_kernels
 from mgn.ops.ranking.tiles import PRODUCTS, blocks_of, denormals, refuse_nan, spans, tile_of
 
-GPU_SELECTED = 2 ** 27  # products of a GPU's tile, 512 MB: what is selected is read and settled fewer times
+GPU_SELECTED = 2 ** 26  # products of a GPU's tile, 256 MB: what is selected is read and settled fewer times
 STATE = 2 ** 30     # bytes of what is selected for all queries at once; beyond them block after block
 SELECTED = 2 ** 21  # candidates of a block
 # Queries at a time whose candidates do not fit. Queries up to which, on a CPU, float32 products are the fastest:
