@@ -81,9 +81,9 @@ def carry_out(main, several, flags, arguments):
 
 
 def of_the_system(error):
-    """The message for lack of memory, or for a file that may not be read or written; None for other errors."""
+    """The message for lack of memory or space, or for a file that may not be read or written; None for other errors."""
     if isinstance(error, MemoryError) or re.search("out of memory|an('|no)t allocate memory", str(error)):
         return (f'Memory ran out ({(str(error) or "none is free").splitlines()[0]}). Free some, or bind a smaller P '
                 f'for training, a smaller Extractor.batch_size for evaluation.')
-    if isinstance(error, PermissionError) and error.filename:
-        return f'{error.filename} cannot be used: {error.strerror}. Allow it, or give another path.'
+    if isinstance(error, PermissionError) and error.filename or 'No space left' in str(error):
+        return f'A file cannot be used: {str(error).splitlines()[0]}. Allow it, free space, or give another path.'

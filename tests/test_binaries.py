@@ -128,6 +128,16 @@ def test_evaluation_needs_the_checkpoint_and_the_data_alone_from_any_folder(trai
     assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.iterdir()} == before
 
 
+def test_a_full_disk_that_output_goes_to_is_told_and_eval_json_is_written(trained, tmp_path):
+    folder, _, _ = trained
+    bindings = f"weights='{folder / 'best.pth'}'", f"data_root='{folder.parent.parent / 'data'}'"
+    done = run_binary('mgn.eval', *(f'--gin_bindings={binding}' for binding in bindings), cwd=tmp_path,
+                      stdout='/dev/full')
+    assert done.returncode != 0 and 'Traceback' not in done.stderr
+    assert 'error: A file cannot be used: [Errno 28] No space left on device. Allow it, free space, or' in done.stderr
+    assert json.loads((tmp_path / 'eval.json').read_text())['queries'] == 3
+
+
 KILLED = """
 import os, runpy, signal, sys
 from mgn import training
@@ -282,7 +292,8 @@ def test_a_bug_keeps_its_traceback(mistaken):
 
 def test_a_file_that_may_not_be_read_is_named():
     error = PermissionError(errno.EACCES, 'Permission denied', 'runs/last.pth')
-    assert of_the_system(error) == 'runs/last.pth cannot be used: Permission denied. Allow it, or give another path.'
+    assert of_the_system(error) == ("A file cannot be used: [Errno 13] Permission denied: 'runs/last.pth'. "
+                                    'Allow it, free space, or give another path.')
     assert of_the_system(FileNotFoundError(errno.ENOENT, 'No such file', 'a')) is None  # whose fault, it cannot say
 
 
