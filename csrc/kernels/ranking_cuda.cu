@@ -157,7 +157,6 @@ __global__ void __launch_bounds__(kThreads) count(Count c) {
     __syncthreads();
     for (int i = threadIdx.x; i < open_count; i += kThreads) c.scratch.open[place + i] = q * items + from + open[i];
   }
-  __syncthreads();
   for (int64_t i = threadIdx.x; i < m && m <= kLevels; i += kThreads)
     if (steps[i]) c.add(begin + i, steps[i]);
 }
