@@ -58,9 +58,9 @@ __global__ void __launch_bounds__(kThreads) round_rows(Round r) {
   const float* row = r.rows[i < r.rows.count ? i : r.rows.count - 1];
   double squares = 0;
   for (int64_t k = threadIdx.x % 16; k < d; k += 16) {
-    const float rounded = __uint_as_float((__float_as_uint(row[k]) + 0x1000u) & ~0x1fffu);
+    const float x = row[k], rounded = __uint_as_float((__float_as_uint(x) + 0x1000u) & ~0x1fffu);
     if (i < r.rows.count) r.rounded[i * d + k] = rounded;
-    const double lost = row[k] - rounded;  // exact in float32
+    const double lost = x - rounded;  // exact in float32
     squares += lost * lost;
   }
   for (int distance = 8; distance; distance /= 2) squares += __shfl_xor_sync(kWarp, squares, distance);
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kThreads) count(Count c) {
 
   for (int64_t from = 0; from < items; from += kSpan) {
     for (int j = threadIdx.x; j < kSpan; j += kThreads) skipped[j] = false;  // what this thread alone has counted
-    __syncthreads();  // the items before are on the list of all
+    __syncthreads();  // the open items of the span before are on the list
     if (threadIdx.x == 0) open_count = 0;
     const int64_t first = c.tile.first + from, end = first + kSpan;
     for (int list = 0; list < 2; ++list) {
