@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from mgn.ops.arguments import as_distances, neighbours, truth
 from mgn.ops.errors import UserError
@@ -44,7 +43,7 @@ def topk(query, gallery, k, metric='cosine', precision='auto', exclude_self=Fals
     Returns:
         Nearest, of min(k, G) columns (G − 1 with exclude_self). Distances carry no gradient. Memory: 256 MB, 48 bytes
         per row and 30 per entry of the result, beyond features and result; 1 GB more where query and gallery are one
-        tensor; 3 MB a thread and on a GPU 2 GB more, as of match_ranks.
+        tensor; 3 MB a thread; on a GPU 2 GB more.
     Raises:
         UserError: k out of range, exclude_self of two tensors, and whatever match_ranks refuses of features.
     """
@@ -151,7 +150,7 @@ def selections(comparison, operands, item_terms, searches):
     if is_one:
         items_at_once = queries_at_once = min(math.isqrt(items_at_once * queries_at_once), at_most)
     terms = [[-search.sign * of_items for of_items in item_terms] for search in searches]
-    room = torch.empty(items_at_once * queries_at_once, dtype=torch.float32)
+    room = torch.empty(0 if query.is_cuda else items_at_once * queries_at_once, dtype=torch.float32)
     selected = {}  # of a block's start: what is selected so far
 
     def select(block, part, dots):
@@ -171,6 +170,7 @@ def selections(comparison, operands, item_terms, searches):
             select(block, part, dots)
             if is_one and part.start > block.start:
                 select(part, block, dots.T.contiguous() if dots.is_cuda else dots.T)
+            del dots  # before the next is made
         yield block, selected.pop(block.start)
 
 
@@ -215,8 +215,8 @@ def settle_crowded(comparison, operands, search, queries, limits, item_terms, ex
     (bound, limit_keys, limit_items), (item_scale, item_shift), (k, sign, _) = limits, item_terms, search
     precision, comparison = comparison.precision, comparison.of_queries(queries)
     query, gallery, *_ = comparison
-    keys = torch.full_like(limit_keys, torch.inf).repeat(1, k)
-    items = torch.full_like(limit_items, len(gallery)).repeat(1, k)
+    none = torch.full_like(limit_keys, torch.inf), torch.full_like(limit_items, len(gallery))
+    keys, items = (column.repeat(1, k) for column in none)
     products = product.products_of(operands[0](queries), precision, torch.empty(PRODUCTS, dtype=torch.float32))
     for part in spans(len(gallery), tile_of(query)[0]):
         dots = products(operands[1](part))[0]
@@ -230,8 +230,9 @@ def settle_crowded(comparison, operands, search, queries, limits, item_terms, ex
         limit_key, limit_item = limit_keys[owners, 0], limit_items[owners, 0]
         within = ((found_keys < limit_key) | ((found_keys == limit_key) & (found <= limit_item))).nonzero()[:, 0]
         owners, found, found_keys = owners[within], found[within], found_keys[within]
-        counts = owners.bincount(minlength=len(query)).tolist()
-        new_keys = pad_sequence(found_keys.split(counts), True, torch.inf)
-        new_items = pad_sequence(found.split(counts), True, len(gallery))
+        counts = owners.bincount(minlength=len(query))
+        place = owners, torch.arange(len(owners), device=owners.device) - (counts.cumsum(0) - counts)[owners]
+        new_keys, new_items = (column.repeat(1, int(counts.max())) for column in none)
+        new_keys[place], new_items[place] = found_keys, found
         keys, items = first_by_key(torch.cat((keys, new_keys), 1), torch.cat((items, new_items), 1), k)
     return sign * keys, items

@@ -167,7 +167,7 @@ def operands(features, norms, precision):
         part_rows = rows(features, part)
         if precision != 'tf32':
             return part_rows
-        rounded = torch.empty_like(part_rows)
+        rounded = part_rows.new_empty(part_rows.shape)  # contiguous, whatever the strides of these rows
         kernels = ranking_kernels(features.device) if features.is_cuda else reference
         kernels.round_to_tf32(part_rows, norms[part], rounded, residual[part])
         return rounded
@@ -180,8 +180,7 @@ def operands(features, norms, precision):
     for part in spans(len(features), max(OPERANDS, fitting // 8) // max(features.shape[1], 1)):
         rounded = made(part)
         if precision in ('bfloat16', 'int16'):
-            products = products_of(rounded[:0], precision, rounded.new_empty(0))
-            residual[part] = products(rounded, norms[part])[1]
+            residual[part] = products_of(rounded[:0], precision, rounded.new_empty(0))(rounded, norms[part])[1]
         if whole is not None:
             whole[part] = rounded
     # Of rows outside the range the terms say nothing.
