@@ -87,6 +87,13 @@ def test_what_operands_lose_is_measured_row_by_row(monkeypatch, kept):
     torch.testing.assert_close(residual[known], lost[known], rtol=1e-12, atol=0)
 
 
+def test_rounded_rows_are_contiguous_whatever_their_strides(monkeypatch):
+    monkeypatch.setattr(product, 'once', lambda device: 0)
+    rows = torch.arange(40.0).unfold(0, 30, 1)  # 11 rows that overlap: a copy like them has their strides
+    rounded = product.operands(rows, rows.double().norm(dim=1), 'tf32')[0](slice(None))
+    assert rounded.is_contiguous() and torch.equal(rounded, rows) and not torch.empty_like(rows).is_contiguous()
+
+
 @pytest.mark.parametrize('precision', ['tf32', *(precision for precision, number in PRODUCTS if number == 0)])
 @pytest.mark.parametrize('width', [1, 7, 256, 2048])
 def test_products_err_less_than_they_are_said_to(monkeypatch, precision, width):
