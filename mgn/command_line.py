@@ -85,5 +85,6 @@ def of_the_system(error):
     if isinstance(error, MemoryError) or re.search("out of memory|an('|no)t allocate memory", str(error)):
         return (f'Memory ran out ({(str(error) or "none is free").splitlines()[0]}). Free some, or bind a smaller P '
                 f'for training, a smaller Extractor.batch_size for evaluation.')
-    if isinstance(error, PermissionError) and error.filename or 'No space left' in str(error):
+    # By its words: an error that has passed gin has kept nothing else.
+    if isinstance(error, PermissionError) and ": '" in str(error) or 'No space left' in str(error):
         return f'A file cannot be used: {str(error).splitlines()[0]}. Allow it, free space, or give another path.'

@@ -14,6 +14,7 @@ import termios
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import gin
 import pytest
 import torch
 from conftest import write_market
@@ -295,6 +296,17 @@ def test_a_file_that_may_not_be_read_is_named():
     assert of_the_system(error) == ("A file cannot be used: [Errno 13] Permission denied: 'runs/last.pth'. "
                                     'Allow it, free space, or give another path.')
     assert of_the_system(FileNotFoundError(errno.ENOENT, 'No such file', 'a')) is None  # whose fault, it cannot say
+    assert of_the_system(PermissionError(errno.EACCES, 'Permission denied')) is None  # of no file
+
+
+def test_a_file_that_may_not_be_read_is_named_where_gin_has_called_what_reads_it():
+    @gin.configurable(module='of_this_test')
+    def read_what_is_forbidden():
+        raise PermissionError(errno.EACCES, 'Permission denied', 'runs/last.pth')
+    with pytest.raises(PermissionError) as raised:
+        read_what_is_forbidden()
+    assert of_the_system(raised.value) == ("A file cannot be used: [Errno 13] Permission denied: 'runs/last.pth'. "
+                                           'Allow it, free space, or give another path.')
 
 
 PAPER = """
