@@ -66,7 +66,8 @@ def makes(reference, annotation):
     if not isinstance(made, type):
         made = of_parameters(made).get('return')
     classes = typing.get_args(annotation) or (annotation,)
-    classes += (int,) * (float in classes)
+    if float in classes:
+        classes += int,
     known = isinstance(made, type) and not typing.get_origin(made)  # a union, say, is not looked into
     return not reference.selector.startswith('gin.') and (not known or issubclass(made, classes))
 

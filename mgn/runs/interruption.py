@@ -49,9 +49,11 @@ class Interruption:
             raise SystemExit(STATUS)
 
     def asked(self):
-        """Whether any process has noted a signal, so that the run has to end here; the same answer in all processes."""
-        noted = torch.tensor(int(self.noted is not None))  # in main memory, so that no device is waited for
-        return bool(processes.reduced(noted, 'MAX'))
+        """Whether any process has noted a signal, so that the run has to end here; the same answer in all processes.
+
+        It travels through main memory, so that no device is waited for.
+        """
+        return bool(processes.reduced(torch.tensor(int(self.noted is not None)), 'MAX'))
 
     @contextlib.contextmanager
     def at_once(self):

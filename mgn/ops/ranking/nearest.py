@@ -118,9 +118,9 @@ def nearest(comparison, query_norms, gallery_norms, k, exclude_self=False, farth
         # Of width 0 all is float32.
         precision = product.available(comparison.precision, query.device, width * (query.is_cuda or len(query) > FEW))
         comparison = comparison._replace(precision=precision)
-        items = product.operands(gallery, gallery_norms, precision)
-        queries = items if is_one_tensor(comparison) else product.operands(query, query_norms, precision)
-        operands, residuals = zip(queries, items)
+        of_items = product.operands(gallery, gallery_norms, precision)
+        of_queries = of_items if is_one_tensor(comparison) else product.operands(query, query_norms, precision)
+        operands, residuals = zip(of_queries, of_items)
         *item_terms, largest = product.item_terms(gallery_norms, cosine)
         relative_error = product.relative_error(precision, width, query.device, *residuals)
         error = product.query_terms(query_norms, largest, relative_error, width, cosine)[-1]
@@ -210,7 +210,8 @@ def first_by_key(keys, items, k):
 def settle_crowded(comparison, operands, search, queries, limits, item_terms, exclude_self):
     """As settle, of some queries, from all products: every pair within the bound goes by its key.
 
-    limits: the bound (n,) of each query, and sign · key and item (n, 1) after which none of its `count` first comes.
+    operands: functions of queries and of items, as product.operands returns them. limits: the bound (n,) of each query,
+    and sign · key and item (n, 1) after which none of its `count` first comes.
     """
     (bound, limit_keys, limit_items), (item_scale, item_shift), (k, sign, _) = limits, item_terms, search
     precision, comparison = comparison.precision, comparison.of_queries(queries)
