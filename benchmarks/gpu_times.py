@@ -12,7 +12,6 @@ import functools
 import importlib
 import importlib.util
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -20,33 +19,20 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import peers, roofline
+from benchmarks.gpu_launches import launches
+from benchmarks.gpu_profile import counted, finish, profiled, show_kernels, tell
 from benchmarks.ranking import problem
 from benchmarks.training import ADAM, IDENTITIES, SIZE, K, new_model, our_step, peer_step
 from mgn.data.augmentation import Augmentation
 from mgn.data.images import TrainBatch
 from mgn.ops import (batch_hard_triplet_loss, evaluate_rank, expand_queries, k_reciprocal_ranks, match_ranks,
                      match_ranks_from_distance, pairwise_distance, retrieval_metrics, topk, topk_from_distance)
-from mgn.ops.ranking.nearest import GPU_SELECTED
 from mgn.ops.ranking.product import available, exact_float32
-from mgn.ops.ranking.tiles import GPU_PRODUCTS, spans, tile_of
 from mgn.optim import make_optimizer
 
 MARGIN, PRECISIONS = 1.2, ('float32', 'tf32')
-# What the runtime is asked for by whatever makes the host wait.
-WAITS = ('cudaStreamSynchronize', 'cudaDeviceSynchronize', 'cudaEventSynchronize', 'cudaMemcpy')
-
-
-def tell(row, side, **numbers):
-    print(json.dumps({'row': row, 'side': side, **numbers}), flush=True)
-
-
-def finish(device):
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
 
 
 def alternate(row, sides, rounds, device, calls=1):
@@ -245,72 +231,6 @@ def against_peers(device, small):
         found = [retrieval_metrics(*run()[:2])['mAP'] for run in sides.values()]
         assert np.ptp(found) < 2e-3, f'other mAP: {found}'
     alternate(f're-ranking, {len(query)} + {len(gallery)}', sides, 1, device)
-
-
-def profiled(run, calls, device):
-    """The profile of some calls, after a warm-up."""
-    run()
-    finish(device)
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == 'cuda')
-    with profile(activities=activities) as trace:
-        for _ in range(calls):
-            run()
-        finish(device)
-    return trace
-
-
-def show_kernels(run, device):
-    """The kernels that take longest, for the log."""
-    print(profiled(run, 1, device).key_averages().table(sort_by='self_device_time_total', row_limit=15), flush=True)
-
-
-def counted(run, device):
-    """(kernels, copies and fills launched; waits; seconds of these) of a call: of three calls less those of one, as
-    profiling waits, too."""
-    numbers = []
-    for calls in (1, 3):
-        events = profiled(run, calls, device).events()
-        launched = [event.time_range.elapsed_us() for event in events if event.device_type == DeviceType.CUDA]
-        waits = sum(event.name in WAITS for event in events)
-        numbers.append([len(launched), waits, sum(launched) / 1e6])
-    return [(three - one) / 2 for one, three in zip(*numbers)]
-
-
-def launches(device, small):
-    """Launches and waits of a call; for ranks of a tile, as the difference of two galleries. Fails where there are more
-    than roofline.LAUNCHES says, or any wait."""
-    features, x, y = (torch.randn(*shape, 256, device=device, requires_grad=True) for shape in ((3, 64), (64,), (64,)))
-    labels, upstream = torch.arange(64, device=device) // K, torch.ones(64, 64, device=device)
-    failures = []
-
-    def check(row, launched, waits, allowed):
-        tell(row, 'launches', launches=launched, waits=waits, allowed=allowed)
-        if launched > allowed or waits > 0:
-            failures.append(f'{row}: {launched:g} launches, {waits:g} waits')
-    for row, run in (
-            ('mining', lambda: torch.autograd.grad(batch_hard_triplet_loss(features, labels, MARGIN), features,
-                                                   upstream[0, :3])),
-            ('distance', lambda: pairwise_distance(x.detach(), y.detach())),
-            ('distance with gradient', lambda: torch.autograd.grad(pairwise_distance(x, y), (x, y), upstream))):
-        launched, waits, busy = counted(run, device)
-        check(row, launched, waits, roofline.LAUNCHES[row])
-        tell(row, 'kernels', seconds=busy)
-    # Queries that fill a tile: for fewer cuBLAS sums in parts, with more launches. Short rows: many of them are rounded
-    # and measured at a time, in launches that are no tile's.
-    queries, *counts = (64, 64, 192) if small else (2560, 2 ** 17, 2 ** 19)
-    query, gallery = (torch.randn(n, 64, device=device) for n in (queries, counts[1]))
-    query_ids, ids = ([torch.randint(high, (n,)) for high in (3060, 15)] for n in (queries, counts[1]))
-    for name, operation, products in (('match_ranks', lambda x, y, of: match_ranks(x, y, *of), GPU_PRODUCTS),
-                                      ('topk', lambda x, y, of: topk(x, y, 30), GPU_SELECTED)):
-        found = []
-        for count in counts:
-            of = query_ids[0], ids[0][:count], query_ids[1], ids[1][:count]
-            found.append(counted(functools.partial(operation, query, gallery[:count], of), device)[:2])
-        fewer, more = (len(spans(count, tile_of(query, products)[0])) for count in counts)
-        launched, waits = (round((b - a) / max(more - fewer, 1)) for a, b in zip(*found))
-        check(f'{name}, a tile', launched, waits, roofline.LAUNCHES[f'{name}, a tile'])
-    if failures:
-        raise SystemExit('more launches or waits than roofline.LAUNCHES allows: ' + '; '.join(failures))
 
 
 def training(device, small, trace_file):

@@ -15,7 +15,7 @@ from torch.autograd import DeviceType
 from torch.overrides import TorchFunctionMode
 
 import test_training_cuda
-from benchmarks import gpu, gpu_faults, gpu_times, roofline
+from benchmarks import gpu, gpu_faults, gpu_profile, gpu_times, roofline
 
 STEPS = gpu.steps(gpu.ROOT / 'build')
 PYTEST = {name: step.command[step.command.index('pytest') + 1:] for name, step in STEPS.items()
@@ -104,8 +104,8 @@ def test_steps_end_in_time_and_sanitizers_but_initcheck_see_our_kernels_alone():
         assert step.environment['PYTORCH_NO_CUDA_MEMORY_CACHING'] == '1'
 
 
-@pytest.mark.parametrize('family', [family if family not in ('training', 'launches') else
-                                    pytest.param(family, marks=pytest.mark.long) for family in gpu_times.FAMILIES])
+@pytest.mark.parametrize('family', [family if family != 'training' else pytest.param(family, marks=pytest.mark.long)
+                                    for family in gpu_times.FAMILIES])
 def test_a_family_of_times_runs_on_a_cpu(family, capsys):
     gpu_times.main([family, '--device=cpu', '--small'])
     figures = gpu.figures_of(capsys.readouterr().out)
@@ -124,8 +124,8 @@ def test_launches_and_waits_of_a_call_leave_out_those_of_the_profile(monkeypatch
         of_a_call = [event('cudaLaunchKernel', DeviceType.CPU), event('mine', DeviceType.CUDA, 5),
                      event('gather', DeviceType.CUDA, 3), event('cudaStreamSynchronize', DeviceType.CPU)]
         return SimpleNamespace(events=lambda: own + calls * of_a_call)
-    monkeypatch.setattr(gpu_times, 'profiled', profiled)
-    launched, waits, seconds = gpu_times.counted(None, torch.device('cuda'))
+    monkeypatch.setattr(gpu_profile, 'profiled', profiled)
+    launched, waits, seconds = gpu_profile.counted(None, torch.device('cuda'))
     assert (launched, waits) == (2, 1) and seconds == pytest.approx(8e-6)
 
 
