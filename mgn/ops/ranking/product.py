@@ -163,11 +163,11 @@ def operands(features, norms, precision):
 
     What has to be converted is converted once where it fits, else at each use.
     """
-    def made(part):
+    def made(part, room=None):
         part_rows = rows(features, part)
         if precision != 'tf32':
-            return part_rows
-        rounded = part_rows.new_empty(part_rows.shape)  # contiguous, whatever the strides of these rows
+            return part_rows if room is None else room.copy_(part_rows)
+        rounded = part_rows.new_empty(part_rows.shape) if room is None else room  # contiguous, unlike these rows
         kernels = ranking_kernels(features.device) if features.is_cuda else reference
         kernels.round_to_tf32(part_rows, norms[part], rounded, residual[part])
         return rounded
@@ -178,11 +178,9 @@ def operands(features, norms, precision):
     fitting = 0 if is_ready else once(features.device)
     whole = norms.new_empty(features.shape, dtype=torch.float32) if features.numel() <= fitting else None
     for part in spans(len(features), max(OPERANDS, fitting // 8) // max(features.shape[1], 1)):
-        rounded = made(part)
+        rounded = made(part, None if whole is None else whole[part])
         if precision in ('bfloat16', 'int16'):
             residual[part] = products_of(rounded[:0], precision, rounded.new_empty(0))(rounded, norms[part])[1]
-        if whole is not None:
-            whole[part] = rounded
     # Of rows outside the range the terms say nothing.
     known = residual.masked_fill(~in_range(norms), 0) if precision != 'float32' else None
     return made if whole is None else whole.__getitem__, known
