@@ -12,8 +12,9 @@ def load(path, device='auto', precision='float32', flip_test=False, batch_size=6
     Args:
         path: a checkpoint of mgn.train, MGN weights of fast-reid (`mgn.weights`), or an .onnx file of mgn.export, which
             runs on the CPU in the precision that it was exported in: device, precision and flip_test stay as they are.
-        device: 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'. precision: of the network, 'float32', 'bfloat16', 'float16' or
-            'auto'. flip_test: average the features of image and mirrored image. batch_size: images at a time.
+        device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps' or a torch.device. precision: of the network, 'float32',
+            'bfloat16', 'float16' or 'auto'. flip_test: average the features of image and mirrored image. batch_size:
+            images at a time.
     Raises:
         UserError: a file that is missing, damaged or of something else, or an argument out of range.
     """

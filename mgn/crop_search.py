@@ -133,7 +133,7 @@ def read_part(path, made, width, present):
         if (features.shape, stamps.shape, paths.shape) != ((paths.size, width), (paths.size, 2), (paths.size,)) or (
                 features.dtype != np.float32):
             found = '{}'
-    except MemoryError:
+    except (MemoryError, PermissionError):
         raise
     except Exception as error:  # damaged bytes of a zip file can raise nearly anything
         # NumPy's error, shown in part, goes on with how to run the code in a file.

@@ -25,6 +25,7 @@ class Embedder:
 
     def __init__(self, path, device='auto', precision='float32', flip_test=False, batch_size=64):
         annotations.check_all({'precision': precision, 'flip_test': flip_test, 'batch_size': batch_size}, Extractor)
+        device = str(device) if isinstance(device, torch.device) else device
         annotations.check(device, str, 'device')
         self.decode, self.batch_size = Decoder(), batch_size
         if str(path).endswith('.onnx'):

@@ -94,13 +94,14 @@ def extract_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset: 
 
 @gin.configurable(denylist=['checkpoint'])
 def convert_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_dir: str | None = None) -> None:
-    """Writes weights that another project has saved (`mgn.weights`) as a checkpoint, <name>_mgn.pth in output_dir.
+    """Writes weights, such as another project has saved (`mgn.weights`), as a checkpoint, <name>_mgn.pth in output_dir.
 
     Its configuration is the present one, bindings of the command line included.
     """
     load_for_features(checkpoint, weights, 'cpu')  # refuses what does not fit
     path = os.path.join(output_dir or os.getcwd(), f'{os.path.splitext(os.path.basename(weights))[0]}_mgn.pth')
-    checkpoints.save(path, {**checkpoint, 'config': checkpoints.configuration(portable=True)})
+    fields = {name: checkpoint.get(name) for name in ('num_classes', 'step', 'mAP', 'model')}
+    checkpoints.save(path, {**fields, 'config': checkpoints.configuration(portable=True)})
     logger.info('wrote %s', path)
 
 

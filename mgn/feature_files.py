@@ -5,6 +5,7 @@ A folder holds for `query` and `gallery` each _features.npy (n, D), _pids.npy an
 (network, weights, settings) and holds the SHA-256 of every file and of itself. Image contents are not checked.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ from mgn.features import check_same_data, hash_of, hash_of_weights, image_lists
 from mgn.ops.errors import MissingFile, UserError
 from mgn.runs import processes
 from mgn.runs.files import write_text, writing
+from mgn.runs.folder import locked
 from mgn.runs.log import logger
 
 FORMAT = 'mgn features 3'
@@ -35,29 +37,36 @@ def write_features(model, dataset, extractor, features_dir, storage: Literal['fl
         model: MGN on the extractor's device. dataset: Dataset. extractor: mgn.features.Extractor.
         storage: 'float32', or 'float16' for half the bytes.
     Raises:
-        UserError: unreadable images, a folder that holds features, features that are not finite. FileError: files that
-            cannot be written.
+        UserError: unreadable images, a folder that holds features or that another command writes to, features that are
+            not finite. FileError: files that cannot be written.
     """
-    manifest = os.path.join(features_dir, MANIFEST)
-    if processes.share(os.path.exists(manifest)):
-        raise UserError(f'The features_dir holds features already: {manifest}; remove it or bind another features_dir')
-    check_same_data(dataset, PARTS, model)
-    with writing(features_dir, 'Free disk space or bind another features_dir.'):
-        os.makedirs(features_dir, exist_ok=True)
+    manifest, first = os.path.join(features_dir, MANIFEST), processes.number() == 0
+    with locked(features_dir, 'features_dir') if first else contextlib.nullcontext():
+        if processes.share(os.path.exists(manifest)):
+            raise UserError(f'The features_dir holds features already: {manifest}; remove it or bind another '
+                            f'features_dir')
+        check_same_data(dataset, PARTS, model)
         for part in PARTS:
-            samples, alone = getattr(dataset, part), processes.count() == 1
-            batches = extractor.batches(model, samples) if alone else [extractor.gathered(model, samples)]
-            if processes.number() == 0:
-                for name, array in image_lists(dataset, part).items():
-                    np.save(file_of(features_dir, part, name), array)
-                write_rows(file_of(features_dir, part, 'features'), (len(samples), model.feature_dim), storage, batches)
-    if processes.number() == 0:
-        content = {'format': FORMAT, **made_of(model, extractor), 'storage': storage, 'dataset': dataset.name,
-                   'D': model.feature_dim, 'images': {part: len(getattr(dataset, part)) for part in PARTS},
-                   'sha256': {part: {name: file_hash(file_of(features_dir, part, name)) for name in NAMES}
-                              for part in PARTS}}
-        write_text(manifest, json.dumps({**content, 'sha256 of the above': text_hash(content)}, indent=2) + '\n')
+            write_part(model, dataset, extractor, features_dir, storage, part)
+        if first:
+            content = {'format': FORMAT, **made_of(model, extractor), 'storage': storage, 'dataset': dataset.name,
+                       'D': model.feature_dim, 'images': {part: len(getattr(dataset, part)) for part in PARTS},
+                       'sha256': {part: {name: file_hash(file_of(features_dir, part, name)) for name in NAMES}
+                                  for part in PARTS}}
+            write_text(manifest, json.dumps({**content, 'sha256 of the above': text_hash(content)}, indent=2) + '\n')
     logger.info('%d query and %d gallery features: %s', len(dataset.query), len(dataset.gallery), features_dir)
+
+
+def write_part(model, dataset, extractor, features_dir, storage, part):
+    """Makes the features of `part`, query or gallery, in all processes; process 0 writes all of its files."""
+    samples = getattr(dataset, part)
+    batches = [extractor.gathered(model, samples)] if processes.count() > 1 else extractor.batches(model, samples)
+    if processes.number() > 0:
+        return
+    with writing(features_dir, 'Free disk space or bind another features_dir.'):
+        for name, array in image_lists(dataset, part).items():
+            np.save(file_of(features_dir, part, name), array)
+        write_rows(file_of(features_dir, part, 'features'), (len(samples), model.feature_dim), storage, batches)
 
 
 def write_rows(path, shape, storage, batches):

@@ -20,7 +20,7 @@ from torch import nn
 
 from mgn.data.augmentation import normalise
 from mgn.features import hash_of_weights, load_for_features
-from mgn.ops.errors import UserError
+from mgn.ops.errors import MissingFile, UserError
 from mgn.runs.files import writing
 from mgn.runs.log import logger
 from mgn.weights import saved_values
@@ -53,32 +53,38 @@ def export_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_dir
     """
     extra('onnx', 'onnxscript', 'onnxruntime')
     output_dir = output_dir or os.getcwd()
-    model, extractor = load_for_features(checkpoint, weights, 'cpu', flip_test=False, precision='float32')
+    model, extractor = load_for_features(checkpoint, weights, 'cpu', precision='float32')
+    if extractor.flip_test:
+        logger.warning('flip_test is not exported: features are of the image alone, not of its mirror image, too')
+        extractor.flip_test = False
     images = torch.randint(0, 256, (max(BATCHES), 3, *extractor.input_size), dtype=torch.uint8,
                            generator=torch.Generator().manual_seed(0))
     expected = extractor.forward(model, images)
-    metadata = {'input_size': list(extractor.input_size), 'D': model.feature_dim, 'precision': precision,
-                'weights': hash_of_weights(model), 'mAP': checkpoint.get('mAP'), **model.architecture,
-                'dataset': str(saved_values(checkpoint.get('config', ''), weights).get('dataset'))}
+    metadata = json.dumps({
+        'input_size': list(extractor.input_size), 'D': model.feature_dim, 'precision': precision,
+        'weights': hash_of_weights(model), 'mAP': checkpoint.get('mAP'), **model.architecture,
+        'dataset': str(saved_values(checkpoint.get('config', ''), weights).get('dataset'))})
     network = Portable(model, getattr(torch, precision)).eval()
     with torch.no_grad():
         any_batch = ({0: torch.export.Dim('batch')},)
         program = torch.export.export(network, (images,), dynamic_shapes=any_batch, strict=False)
+    onnx = onnx_content(program, images, metadata)  # imports much: a signal would leave the folder behind
     with writing(output_dir, 'Free disk space or bind another output_dir.'):
         os.makedirs(output_dir, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix='.export', dir=output_dir) as folder:
-            for name, write, read in (('model.onnx', write_onnx, read_onnx), ('model.pt2', write_pt2, read_pt2)):
-                path = os.path.join(folder, name)
-                write(program, images, path, json.dumps(metadata))
-                run = read(path)[0]
+            paths = [os.path.join(folder, name) for name in ('model.onnx', 'model.pt2')]
+            Path(paths[0]).write_bytes(onnx)
+            torch.export.save(program, paths[1], extra_files={'mgn.json': metadata})
+            for path, read in zip(paths, (read_onnx, read_pt2)):
+                run, name = read(path)[0], os.path.basename(path)
                 for size in BATCHES:
                     distance = (1 - (run(images[:size]) * expected[:size]).sum(1)).max().item()
                     if not distance <= TOLERANCE[precision]:
                         raise UserError(f'{name} gives features at a cosine distance of {distance:.2g} from those of '
                                         f'PyTorch; nothing was written. Export in another precision, or report this')
                 logger.info('%s: %.1f MB', os.path.join(output_dir, name), os.path.getsize(path) / 1e6)
-            for name in os.listdir(folder):
-                os.replace(os.path.join(folder, name), os.path.join(output_dir, name))
+            for path in paths:
+                os.replace(path, os.path.join(output_dir, os.path.basename(path)))
 
 
 def extra(*names):
@@ -89,14 +95,15 @@ def extra(*names):
         raise UserError(f'ONNX needs {error.name}, which is missing; pip install onnx onnxscript onnxruntime') from None
 
 
-def write_onnx(program, images, path, metadata):
+def onnx_content(program, images, metadata):
+    """The bytes of an ONNX file."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of the exporter about itself
         made = torch.onnx.export(program, (images,), dynamo=True, opset_version=OPSET, input_names=['images'],
                                  output_names=['features'], external_data=False, verbose=False)
     made.model.ir_version = IR_VERSION
     made.model.metadata_props.update(mgn=metadata, sha256='0' * 64)
-    Path(path).write_bytes(sealed(made.model_proto.SerializeToString()))
+    return sealed(made.model_proto.SerializeToString())
 
 
 def sealed(content):
@@ -107,8 +114,10 @@ def sealed(content):
 
 
 def read_onnx(path):
-    """(uint8 images → features, metadata) of a file of write_onnx. UserError where it is something else."""
+    """(uint8 images → features, metadata) of a file of export_checkpoint. UserError where it is something else."""
     runtime = extra('onnxruntime')
+    if not os.path.isfile(os.path.expanduser(path)):
+        raise MissingFile(f'There is no file {path}, where a network was expected. Correct the path.')
     try:
         content = Path(path).expanduser().read_bytes()
         session = runtime.InferenceSession(content, providers=['CPUExecutionProvider'])
@@ -123,10 +132,6 @@ def read_onnx(path):
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]
         raise UserError(f'{path} is no ONNX file of mgn.export ({reason:.200}). Give another file.') from None
     return lambda images: torch.from_numpy(session.run(None, {'images': images.contiguous().numpy()})[0]), metadata
-
-
-def write_pt2(program, images, path, metadata):
-    torch.export.save(program, path, extra_files={'mgn.json': metadata})
 
 
 def read_pt2(path):

@@ -6,10 +6,11 @@ For the binaries of this project there is another one, which has imported all th
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,3 +74,35 @@ def run_program(program, *arguments, cwd=ROOT, env=None, imported='numpy, torch'
         process.stdin.flush()
         status = int(process.stdout.readline())
         return SimpleNamespace(returncode=status, stdout=out.read(), stderr=err.read())
+
+
+@contextmanager
+def another_process(run):
+    """A process that has run `run`, holds what it returned and waits; it is killed on the way out."""
+    read, write = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            held = [run()]
+            os.write(write, b'.')
+            signal.pause()
+            held.clear()
+        finally:
+            os._exit(1)
+    os.close(write)
+    assert os.read(read, 1) == b'.'
+    os.close(read)
+    try:
+        yield process
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+
+
+def lock(folder):
+    """The lock on a folder that a command writes to."""
+    from mgn.runs.folder import locked  # and torch
+
+    held = locked(str(folder))
+    held.__enter__()
+    return held

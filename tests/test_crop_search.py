@@ -148,14 +148,16 @@ def test_a_crop_whose_name_is_no_text_is_found_and_kept(content, crops, capsys, 
     assert 'features of 11 images are kept, 0 are to be made' in caplog.text
 
 
-def test_kept_features_for_which_memory_is_short_are_not_called_damaged(content, crops, capsys, monkeypatch):
+@pytest.mark.parametrize('error', [MemoryError, PermissionError])
+def test_kept_features_that_cannot_be_read_for_another_reason_are_not_called_damaged(content, crops, capsys,
+                                                                                     monkeypatch, error):
     def load(path):
-        raise MemoryError
+        raise error
 
     places = dict(query=str(crops / '0.png'), gallery=str(crops))
     found(content, capsys, **places)
     monkeypatch.setattr(np, 'load', load)
-    with pytest.raises(MemoryError):
+    with pytest.raises(error):
         found(content, capsys, **places)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_market
+from forks import another_process, lock
 from thin import ThinResNet
 
 from mgn import feature_files
@@ -72,6 +73,18 @@ def test_files_that_may_not_be_read_are_no_damaged_ones(written, monkeypatch):
         monkeypatch.setattr(feature_files, 'open', refuse, raising=False)
         with pytest.raises(PermissionError, match=f'Permission denied.*{name}'):
             written[1]()
+
+
+def test_a_second_extraction_into_a_folder_is_refused_while_the_first_writes(extraction, tmp_path):
+    """Both would write into the same files, whose mixture the manifest of the later one then calls whole."""
+    _, model, dataset, extractor = extraction
+    with another_process(lambda: lock(tmp_path)) as first:
+        with pytest.raises(UserError, match=f'Another command is writing to features_dir {tmp_path}: process {first} '
+                                            f'.*Wait for it, end it, or bind another features_dir'):
+            write_features(model, dataset, extractor, str(tmp_path))
+        assert os.listdir(tmp_path) == ['run.lock']
+    write_features(model, dataset, extractor, str(tmp_path))  # what is left of one that was killed is overwritten
+    assert len(read_features(str(tmp_path), model, dataset, extractor)) == 2
 
 
 def length_changed(folder):

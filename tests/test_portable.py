@@ -17,6 +17,7 @@ import mgn
 from mgn import portable
 from mgn.model import MGN
 from mgn.ops.errors import UserError
+from mgn.runs import checkpoint
 
 pytestmark = [pytest.mark.usefixtures('thin'),
               pytest.mark.skipif(not all(map(find_spec, ('onnx', 'onnxscript', 'onnxruntime'))),
@@ -60,6 +61,7 @@ def test_both_files_give_the_features_of_the_model_for_any_batch(tmp_path, bindi
     assert {name: metadata[name] for name in model.architecture} == model.architecture
     assert len(metadata['weights']) == 64 and metadata['input_size'] == [*SIZE]
     assert caplog.text.count(' MB') == 2 and metadata['dataset'] == '@msmt17()'
+    assert ('flip_test is not exported' in caplog.text) == (bindings == ['Extractor.flip_test = True'])
 
 
 def test_float16_files_hold_weights_of_two_bytes_and_are_near(tmp_path):
@@ -83,10 +85,14 @@ def test_float16_files_hold_weights_of_two_bytes_and_are_near(tmp_path):
     lambda features: torch.cat((features[:-1], features[-1:].flip(1)))])
 def test_a_file_that_gives_other_features_is_not_written(tmp_path, monkeypatch, change):
     (tmp_path / 'model.onnx').write_text('before')
-    written = {}  # of a path: the network; an export by ONNX takes seconds
-    monkeypatch.setattr(portable, 'write_onnx', lambda program, images, path, metadata: written.update(
-        {path: Path(path).write_text('after') and program.module()}))
-    monkeypatch.setattr(portable, 'read_onnx', lambda path: (lambda x: change(written[path](x)), {}))
+    written = {}  # of a content: the network; an export by ONNX takes seconds
+
+    def onnx_content(program, *_):
+        assert os.listdir(tmp_path) == ['model.onnx']  # what a signal ends here leaves nothing behind
+        written['after'] = program.module()
+        return b'after'
+    monkeypatch.setattr(portable, 'onnx_content', onnx_content)
+    monkeypatch.setattr(portable, 'read_onnx', lambda path: (lambda x: change(written[Path(path).read_text()](x)), {}))
     with pytest.raises(UserError, match='model.onnx gives features at a cosine distance of .* nothing was written'):
         export(tmp_path)
     assert os.listdir(tmp_path) == ['model.onnx'] and (tmp_path / 'model.onnx').read_text() == 'before'
@@ -94,9 +100,12 @@ def test_a_file_that_gives_other_features_is_not_written(tmp_path, monkeypatch, 
 
 def test_what_is_no_exported_file_is_refused(tmp_path):
     (tmp_path / 'a.onnx').write_bytes(bytes(range(256)))
-    for path in ('a.onnx', 'nowhere.onnx'):
-        with pytest.raises(UserError, match=f'{path} is no ONNX file of mgn.export'):
-            mgn.load(str(tmp_path / path))
+    with pytest.raises(UserError, match='a.onnx is no ONNX file of mgn.export'):
+        mgn.load(str(tmp_path / 'a.onnx'))
+    with pytest.raises(FileNotFoundError, match='There is no file .*nowhere.onnx, where a network was expected'):
+        mgn.load(str(tmp_path / 'nowhere.onnx'))
+    with pytest.raises(UserError, match='a.onnx is a network that mgn.export has written, where a checkpoint was'):
+        checkpoint.read(str(tmp_path / 'a.onnx'))
 
 
 def write_means(path, **metadata):

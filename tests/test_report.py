@@ -207,7 +207,11 @@ def test_runs_are_overlaid_and_a_folder_without_metrics_is_named(root, weights, 
     assert page['runs'] == [] and 'has no metrics.jsonl with records' in page['notices'][0] and page['lists']
 
 
-def test_another_network_is_compared_and_one_that_cannot_be_read_is_named(root, weights, tmp_path):
+def test_another_network_is_compared_and_one_that_cannot_be_read_is_named(root, weights, tmp_path, monkeypatch):
+    def forbidden(path, *rest):
+        if path == str(other):
+            raise PermissionError(13, 'Permission denied', path)
+        return open(path, *rest)
     other = write_weights(tmp_path / 'other.pth', 1, 'MGN.parts = (1, 2, 3)', 'MGN.last_strides = (2, 1, 1)',
                           'MGN.embedding_dim = 4', 'input_size = (64, 32)')
     alone = made(other, root, root / 'out')
@@ -221,9 +225,13 @@ def test_another_network_is_compared_and_one_that_cannot_be_read_is_named(root, 
     assert list(change[chosen]) == sorted(change[chosen], reverse=True)
     lists = {row['query']: [rest for _, *rest in row['nearest']] for row in alone['lists']}
     assert all([rest for _, *rest in row['nearest']] == lists[row['query']] for row in compare['others'])
-    page = made(weights, root, root / 'out', "compare = 'nowhere.pth'")
-    assert 'compare' not in page and any(text.startswith('There is no comparison with') for text in page['notices'])
-    assert page['lists']
+    (tmp_path / 'model.onnx').write_bytes(b'something else')
+    monkeypatch.setattr(checkpoint, 'open', forbidden, raising=False)
+    for path, reason in (('nowhere.pth', 'There is no file'), (other, 'cannot be read: Permission denied'),
+                         (tmp_path / 'model.onnx', 'is no ONNX file')):
+        page = made(weights, root, root / 'out', f"compare = '{path}'")
+        assert 'compare' not in page and page['lists']
+        assert any(re.match(f'There is no comparison with .*{path}: .*{reason}', text) for text in page['notices'])
 
 
 @pytest.mark.parametrize('setting', ['flip_test = True', "feature_precision = 'bfloat16'"])

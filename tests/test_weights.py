@@ -219,12 +219,13 @@ def test_a_tensor_that_is_larger_than_its_file_is_refused_before_memory_is_taken
 
 def test_convert_takes_no_memory_for_classes_that_a_file_does_not_hold(tmp_path):
     content = {'config': "MGN.backbone = 'resnet50'", 'num_classes': 10 ** 12, 'step': 0, 'mAP': 0.25,
-               'model': MGN(0, 'resnet50', pretrained=False).state_dict()}
+               'model': MGN(0, 'resnet50', pretrained=False).state_dict(), 'optimizer': {'of': 'last.pth'}}
     checkpoint.save(str(tmp_path / 'many.pth'), content)
     bindings = [f"weights = '{tmp_path / 'many.pth'}'", f"output_dir = '{tmp_path}'"]
     evaluation.convert_checkpoint(config.load_checkpoint([], bindings))
     assert mgn.load(str(tmp_path / 'many_mgn.pth'), device='cpu').dim == 8 * 256
-    assert checkpoint.load(str(tmp_path / 'many_mgn.pth'))['mAP'] == 0.25
+    written = checkpoint.load(str(tmp_path / 'many_mgn.pth'))
+    assert written['mAP'] == 0.25 and 'optimizer' not in written
 
 
 def test_a_checkpoint_that_binds_nothing_was_trained_with_the_defaults(tmp_path, caplog):

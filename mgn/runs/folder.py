@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time writes there, and training resumes from its newest intact checkpoint."""
+"""A folder that one command at a time writes to; of a run: training resumes from its newest intact checkpoint."""
 
 import contextlib
 import fcntl
@@ -16,29 +16,31 @@ LOCK = 'run.lock'
 
 
 @contextlib.contextmanager
-def locked(output_dir):
-    """Makes the folder if necessary and locks it; UserError where another run has it, also on another machine.
+def locked(folder, binding='output_dir'):
+    """Makes the folder that a binding names, if necessary, and locks it.
+
+    UserError where another command has it, also on another machine.
 
     The lock belongs to the process and ends with it; the file alone means nothing, but has to stay in its place.
-    Temporary files that a killed run left are removed.
+    Temporary files that a killed command left are removed.
     """
-    path = os.path.join(output_dir, LOCK)
-    with writing(path, 'Bind another output_dir.'):
-        os.makedirs(output_dir, exist_ok=True)
+    path = os.path.join(folder, LOCK)
+    with writing(path, f'Bind another {binding}.'):
+        os.makedirs(folder, exist_ok=True)
         file = open(path, 'ab+', buffering=0)
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # worker processes do not inherit this kind of lock
         except (BlockingIOError, PermissionError):
             holder = os.fsdecode(os.pread(file.fileno(), 999, 0)) or 'another process'
-            raise UserError(f'Another run is training in output_dir {output_dir}: {holder}. Wait for it, end it, or '
-                            f'bind another output_dir.') from None
+            raise UserError(f'Another command is writing to {binding} {folder}: {holder}. Wait for it, end it, or bind '
+                            f'another {binding}.') from None
         except OSError as error:
-            logger.warning('%s cannot be locked (%s): let no other run write there', output_dir, error)
-        with writing(path, 'Free disk space or bind another output_dir.'):
+            logger.warning('%s cannot be locked (%s): let no other command write there', folder, error)
+        with writing(path, f'Free disk space or bind another {binding}.'):
             file.truncate(0)
             file.write(f'process {os.getpid()} on {socket.gethostname()}'.encode())
-        for entry in [*os.scandir(output_dir)]:
+        for entry in [*os.scandir(folder)]:
             if re.search(r'\.\d+\.tmp$', entry.name) and entry.is_file():
                 os.remove(entry)
         yield

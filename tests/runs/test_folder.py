@@ -4,9 +4,9 @@ import os
 import resource
 import signal
 import socket
-from contextlib import contextmanager
 
 import pytest
+from forks import another_process, lock
 from thin import thin, train  # noqa: F401 (a fixture)
 
 from mgn.ops.errors import FileError
@@ -14,42 +14,13 @@ from mgn.runs import checkpoint, folder as runfolder
 from mgn.runs.folder import locked
 
 
-@contextmanager
-def another_process(run):
-    """A process that has run `run`, holds what it returned and waits; it is killed on the way out."""
-    read, write = os.pipe()
-    process = os.fork()
-    if process == 0:
-        try:
-            held = [run()]
-            os.write(write, b'.')
-            signal.pause()
-            held.clear()
-        finally:
-            os._exit(1)
-    os.close(write)
-    assert os.read(read, 1) == b'.'
-    os.close(read)
-    try:
-        yield process
-    finally:
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
-
-
-def lock(folder):
-    held = locked(str(folder))
-    held.__enter__()
-    return held
-
-
 @pytest.mark.usefixtures('thin')
 def test_the_second_run_in_a_folder_is_refused_by_the_name_of_the_first(market, tmp_path):
     folder = tmp_path / 'run'
     with another_process(lambda: lock(folder)) as process:
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
-        with pytest.raises(ValueError, match=f'Another run is training in output_dir {folder}: process {process} on '
-                                             f'{socket.gethostname()}. Wait for it'):
+        with pytest.raises(ValueError, match=f'Another command is writing to output_dir {folder}: process {process} '
+                                             f'on {socket.gethostname()}. Wait for it'):
             train(market, folder)
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     train(market, folder, 'total_steps = 1')  # the lock of a dead process is none
@@ -60,7 +31,7 @@ def test_a_holder_that_has_not_written_its_name_yet_is_one_all_the_same(tmp_path
         held = lock(tmp_path)
         os.truncate(tmp_path / runfolder.LOCK, 0)
         return held
-    message = 'Another run is training.*: another process'
+    message = 'Another command is writing to .*: another process'
     with another_process(lock_namelessly), pytest.raises(ValueError, match=message):
         with locked(str(tmp_path)):
             pass
@@ -100,7 +71,7 @@ def test_a_lock_that_a_file_system_refuses_as_forbidden_is_taken(tmp_path, monke
     def refuse(*_):
         raise PermissionError(13, 'Permission denied')
     monkeypatch.setattr('fcntl.lockf', refuse)
-    with pytest.raises(ValueError, match='Another run is training'), locked(str(tmp_path)):
+    with pytest.raises(ValueError, match='Another command is writing'), locked(str(tmp_path)):
         pass
 
 
