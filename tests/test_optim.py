@@ -8,6 +8,7 @@ import torch
 from mgn import config, optim
 from mgn.model import MGN
 from mgn.ops.errors import UserError
+from mgn.step import set_lr
 
 RECIPES = Path(__file__).parents[1] / 'gin'
 pytestmark = pytest.mark.usefixtures('clean_gin')
@@ -97,6 +98,14 @@ def test_one_step_moves_weights_and_biases_by_the_rule():
     optimizer.step()
     torch.testing.assert_close(layer.weight.detach(), weight - 0.5 * (1 + 0.25 * weight))
     torch.testing.assert_close(layer.bias.detach(), bias - 2 * 0.5)
+
+
+def test_a_factor_of_the_schedule_is_of_each_groups_own_rate(model):
+    config.load([], ['lr = 0.5'])
+    optimizer = optim.make_optimizer(model)
+    for factor in (0.25, 0.5):  # of the initial rates, not of the present ones
+        assert set_lr(optimizer, factor) == 0.5 * factor
+        assert [group['lr'] for group in optimizer.param_groups] == [0.5 * factor, 1.0 * factor]
 
 
 @pytest.mark.parametrize('bindings, reason', [(['lr = -0.5'], 'Invalid learning rate'),
