@@ -80,8 +80,9 @@ def test_each_term_may_have_a_weight_of_its_own():
     triplets = naive_loss(*naive(embeddings, labels)[:2], 1.2)
     assert losses['cross_entropy'].item() == pytest.approx(cross_entropies[0] + 3 * cross_entropies[2], rel=1e-10)
     assert losses['triplet'].item() == pytest.approx(0.5 * triplets[0] + 2 * triplets[1], rel=1e-8)
-    with pytest.raises(ValueError, match='triplet_weight must be one number or one for each of 2'):
-        mgn_losses(output, labels, triplet_weight=(1.0,))
+    for wrong in ((1.0,), (1.0, 1.0, 1.0)):
+        with pytest.raises(ValueError, match='triplet_weight must be one number or one for each of 2'):
+            mgn_losses(output, labels, triplet_weight=wrong)
 
 
 def test_cross_entropy_takes_the_logits_of_the_softmax_asked_for():
