@@ -60,6 +60,12 @@ def test_cosine_changes_once_a_period_as_fast_reids_does_at_the_end_of_an_epoch(
         assert schedules.cosine(step, **options) == pytest.approx(expected, rel=1e-12)
 
 
+def test_the_periods_of_a_cosine_are_counted_from_its_start():
+    changes = [step for step in range(1, 30) if schedules.cosine(step, 30, 0, start=10, period=7) != schedules.cosine(
+        step - 1, 30, 0, start=10, period=7)]
+    assert changes == [17, 24]
+
+
 @pytest.mark.parametrize('recipe, epoch', [('market_ibn.gin', 202), ('duke_ibn.gin', 258), ('msmt17_ibn.gin', 472)])
 def test_the_later_recipes_warm_up_from_a_tenth_and_fall_once_an_epoch_from_the_30th_of_60_on(recipe, epoch):
     config.load([str(RECIPES / recipe)], [])
@@ -77,7 +83,7 @@ def test_cosine_is_scaled_by_the_linear_warm_up():
     for step in range(40):
         warmup = min(0.01 + 0.99 * step / 20, 1)
         expected = warmup * (1 + math.cos(math.pi * step / 40)) / 2
-        assert schedules.cosine(step, 40, warmup_steps=20, warmup_factor=0.01) == pytest.approx(expected)
+        assert schedules.cosine(step, 40, warmup_steps=20) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize('schedule', [schedules.multi_step, schedules.cosine])
@@ -87,6 +93,16 @@ def test_without_warm_up_the_first_step_has_the_full_rate(schedule):
 
 def test_a_cosine_that_starts_at_the_end_stays_at_1():
     assert [schedules.cosine(step, 10, warmup_steps=0, start=10) for step in (0, 9, 10)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize('schedule, options, name', [
+    (schedules.multi_step, {'milestones': (6, 3)}, 'multi_step.milestones'),
+    (schedules.multi_step, {'milestones': (-1, 3)}, 'multi_step.milestones'),
+    (schedules.multi_step, {'warmup_steps': -1, 'milestones': ()}, 'multi_step.warmup_steps'),
+    (schedules.cosine, {'start': -1}, 'cosine.start')])
+def test_steps_out_of_order_or_below_0_are_refused(schedule, options, name):
+    with pytest.raises(ValueError, match=f'{name} must be steps from 0 on in ascending order, found .*-?[136]'):
+        schedule(0, 10, **{'warmup_steps': 0, **options})
 
 
 @pytest.mark.parametrize('schedule, options, name, step', [
