@@ -9,7 +9,9 @@ from cuda_checks import nothing_waits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mining import examples
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
+from mgn.data import random_streams
 from mgn.data.augmentation import MEAN, STD, Augmentation, Draws, normalise
 
 MEAN32, STD32 = (np.array(v, np.float32) for v in (MEAN, STD))
@@ -277,3 +279,14 @@ def test_probabilities_1_flip_and_erase_every_image():
 def test_the_ends_of_all_ranges_are_drawn():
     Augmentation(0, 0, 0, (0.1, 0.1), (1, 1)).draw(0, 0, 3, (16, 8))
     Augmentation(1, 1000, 1.0, (1e-9, 1), (1e-3, 1000)).draw(2 ** 64 - 1, 0, 3, (16, 8))
+
+
+def test_auto_augment_is_that_of_torchvision_with_imagenets_policy():
+    image = random_images(1, 24, 12)[0]
+    for step in range(8):
+        rng = random_streams.generator(3, random_streams.AUTO_AUGMENT, step, 5)
+        rng.random()  # whether the image is changed
+        with torch.random.fork_rng():
+            torch.manual_seed(int(rng.integers(2 ** 63)))
+            expected = AutoAugment(AutoAugmentPolicy.IMAGENET)(image)
+        assert torch.equal(Augmentation(auto_augment_probability=1.0).auto_augment(image, 3, step, 5), expected)
