@@ -140,11 +140,21 @@ def test_pillow_gives_no_warnings(tmp_path):
 
 @pytest.mark.parametrize('format', ['GIF', 'WEBP', 'MPO'])
 def test_images_of_other_formats_with_a_suffix_of_jpeg_are_read(tmp_path, format):
-    """MPO is how phones save a photograph with further images, such as one of its depth."""
-    path = tmp_path / 'image.jpg'
-    image = Image.fromarray(smooth_pixels(31, 20))
-    image.save(path, format, **({'save_all': True, 'append_images': [image]} if format == 'MPO' else {}))
-    assert difference(Decoder()(path), pil_rgb(path)) <= 1
+    """MPO is how phones save a photograph with further images, such as one of its depth, and with EXIF data."""
+    path, image, exif = tmp_path / 'image.jpg', Image.fromarray(smooth_pixels(31, 20)), Image.Exif()
+    exif[0x010f] = 'a maker'
+    image.save(path, format, exif=exif, **({'save_all': True, 'append_images': [image]} if format == 'MPO' else {}))
+    assert Image.open(path).format == format and difference(Decoder()(path), pil_rgb(path)) <= 1
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
+    path = tmp_path / 'image.png'
+    write_image(path, 0)
+    monkeypatch.setattr('mgn.data.images.LARGEST_FILE', path.stat().st_size)
+    assert Decoder()(path).shape[0] == 3
+    monkeypatch.setattr('mgn.data.images.LARGEST_FILE', path.stat().st_size - 1)
+    with pytest.raises(FileError, match=r'image.png: a file of more than \d+ bytes; replace it'):
+        Decoder()(path)
 
 
 def missing(path):

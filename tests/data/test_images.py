@@ -197,6 +197,9 @@ def test_auto_augment_depends_on_seed_step_and_position_alone(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
     changed = [not torch.equal(a, b) for step in range(6) for a, b in zip(batches[step].images, plain[step].images)]
     assert np.mean(changed) > 0.7  # some policies leave an image as it is
+    for position, index in enumerate(always.sampler.batch(4)):
+        image = always.augmentation.auto_augment(always.decode(samples[index].path), 0, 4, position)
+        assert torch.equal(batches[4].images[position], to_batch([image], SIZE)[0])
     image = torch.from_numpy(smooth_pixels(24, 12)).permute(2, 0, 1)
     for seed, step, position in np.eye(3, dtype=int).tolist():
         results = [always.augmentation.auto_augment(image, seed * n, step * n, position * n) for n in range(8)]
