@@ -22,6 +22,14 @@ def test_a_table_names_images_in_any_order_and_anywhere(tmp_path):
     assert dataset.train == [Sample('/else/d.png', 5, 3)] and not dataset.not_to_train
 
 
+def test_a_table_that_a_spreadsheet_saved_is_read(tmp_path):
+    """Excel begins UTF-8 with a mark and ends lines as Windows does."""
+    rows = 'path,pid,camid,split\r\né.jpg,7,1,query\r\nb.jpg,7,2,gallery\r\n'
+    (tmp_path / 'dataset.csv').write_bytes(rows.encode('utf-8-sig'))
+    dataset = datasets.csv_table(str(tmp_path))
+    assert dataset.query + dataset.gallery == [Sample(f'{tmp_path}/é.jpg', 7, 1), Sample(f'{tmp_path}/b.jpg', 7, 2)]
+
+
 @pytest.mark.parametrize('lines, message', [
     (['query,x,1,a.jpg,', 'gallery,7,2,b.jpg,'], "line 2 of .*dataset.csv is .*'x'"),
     (['query,7,1,a.jpg,', 'gallery,7,2,b.jpg,', 'test,7,2,b.jpg,'], "line 4 of .*'test'"),
