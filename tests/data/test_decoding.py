@@ -126,6 +126,15 @@ def test_the_limit_of_pixels_is_the_largest_image(tmp_path, suffix):
         Decoder(199)(path)
 
 
+def test_no_side_is_longer_than_that_of_a_jpeg_file(tmp_path):
+    path = tmp_path / 'image.png'
+    Image.new('L', (1, 65535)).save(path)
+    assert Decoder()(path).shape == (3, 65535, 1)
+    Image.new('L', (65536, 1)).save(path)
+    with pytest.raises(FileError, match='or 65535 on one side'):
+        Decoder()(path)
+
+
 def test_pillow_gives_no_warnings(tmp_path):
     exif, path = Image.Exif(), tmp_path / 'image.png'
     exif[0x0112] = 6

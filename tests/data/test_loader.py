@@ -94,3 +94,13 @@ def test_only_deaths_are_deaths(monkeypatch, error, workers, dead):
     with pytest.raises(UserError if dead else RuntimeError, match='worker died' if dead else str(error)[:9]) as raised:
         next(batches)
     assert dead or raised.value is error
+
+
+class Handlers:
+    def __getitem__(self, step):
+        return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_worker_processes_alone_ignore_what_a_terminal_sends_to_all():
+    for workers in (0, 1):
+        assert list(load_batches(Handlers(), range(2), workers, torch.device('cpu'))) == [workers > 0] * 2
