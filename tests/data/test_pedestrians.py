@@ -68,6 +68,29 @@ def test_backgrounds_of_one_identity_and_camera_differ():
     assert np.abs(corners[0] - corners[1]).mean() > 3
 
 
+def test_two_persons_wear_the_same_colours_and_are_trained_or_tested_together():
+    people = [pedestrians.Person(0, number) for number in range(1, 41)]
+    colours = [(person.upper.tolist(), person.second.tolist(), person.lower.tolist()) for person in people]
+    assert colours[::2] == colours[1::2] and sum(a != b for a, b in zip(colours[1::2], colours[2::2])) > 15
+    assert all(one.pattern is not other.pattern for one, other in zip(people[::2], people[1::2]))
+    assert pedestrians.TRAIN_PIDS % 2 == pedestrians.TEST_PIDS % 2 == 0
+
+
+def test_cameras_show_the_same_people_in_different_light():
+    shots = [[shot for shot in pedestrians.plan(0) if shot.camera == camera][:40] for camera in (3, 5)]
+    dark, hazy = ([pedestrians.take(shot, 0).astype(float) for shot in of_camera] for of_camera in shots)
+    assert np.mean([image.mean() for image in dark]) < np.mean([image.mean() for image in hazy]) - 30
+    darkest = [np.mean([np.percentile(image, 1) for image in images]) for images in (dark, hazy)]
+    assert darkest[0] < 40 < darkest[1]
+
+
+def test_a_set_of_another_seed_is_refused_and_stays(folder):
+    before = digest(folder, ('query',))
+    with pytest.raises(ValueError, match='or of another seed; bind data_root'):
+        pedestrians.write_pedestrians(folder, seed=1)
+    assert digest(folder, ('query',)) == before
+
+
 def test_a_folder_of_something_else_is_refused_and_stays(tmp_path):
     (tmp_path / 'thesis.txt').write_text('mine')
     for path in (tmp_path, tmp_path / 'thesis.txt'):
