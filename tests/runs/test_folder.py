@@ -9,7 +9,7 @@ import pytest
 from forks import another_process, lock
 from thin import thin, train  # noqa: F401 (a fixture)
 
-from mgn.ops.errors import FileError
+from mgn.ops.errors import FileError, UserError
 from mgn.runs import checkpoint, folder as runfolder
 from mgn.runs.folder import locked
 
@@ -81,6 +81,12 @@ def test_the_last_by_number_of_the_checkpoints_passed_are_kept_and_so_are_all_la
         (tmp_path / f'step_{step}.pth').write_text('')
     runfolder.remove_older(str(tmp_path), 12, keep_last)
     assert [*runfolder.older(str(tmp_path))] == left
+
+
+def test_without_resume_an_older_checkpoint_alone_is_a_run_too(tmp_path):
+    (tmp_path / 'step_3.pth').write_text('')
+    with pytest.raises(UserError, match='train.resume = False needs an output_dir without a run, but .*step_3.pth'):
+        runfolder.newest(str(tmp_path), resume=False)
 
 
 def test_any_mAP_is_better_than_one_that_is_no_number(tmp_path):
