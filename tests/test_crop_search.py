@@ -172,6 +172,7 @@ def test_hidden_files_and_folders_are_left_out_but_both_folders_may_lie_in_one(c
             rows = found(content, capsys, query=folder, gallery=folder, k=99)
             assert [len(row['nearest']) for row in rows] == [11] * 11
     assert not caplog.text and sorted(os.listdir(crops.parent)) == ['.crops', '.crops.features']
+    assert '.features' not in os.listdir(crops.parent / '.crops')
 
 
 def test_a_folder_that_may_not_be_read_is_named_and_left_out(content, crops, capsys, caplog, monkeypatch):
@@ -235,9 +236,10 @@ def test_kept_features_of_other_weights_or_damaged_ones_are_refused(content, cro
         found(content, capsys, **places)
 
 
-def test_the_gallery_of_an_extraction_is_searched_without_its_images(content, market, tmp_path, capsys):
+@pytest.mark.parametrize('storage', ['float32', 'float16'])
+def test_the_gallery_of_an_extraction_is_searched_without_its_images(content, market, tmp_path, capsys, storage):
     (model, extractor), dataset = evaluation.load_for_features(content, 'x', 'cpu'), market_layout(str(market))
-    feature_files.write_features(model, dataset, extractor, str(tmp_path / 'kept'))
+    feature_files.write_features(model, dataset, extractor, str(tmp_path / 'kept'), storage)
     query = dataset.query[0].path
     rows = found(content, capsys, query=query, gallery=str(tmp_path / 'kept'), k=3)[0]['nearest']
     paths = [sample.path for sample in dataset.gallery]
