@@ -270,6 +270,23 @@ def test_a_file_without_batch_normalisation_behind_the_reductions_needs_none(tmp
     assert mgn.load(path, device='cpu').dim == 16
 
 
+def test_a_newer_file_without_pixel_means_is_taken(tmp_path):
+    content = weights.load_checkpoint(saved(tmp_path, lambda state: drop(state, 'pixel_'), 'B'))
+    assert 'MGN.first_pooling = ' in content['config'] and content['num_classes'] == 3
+
+
+def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
+    saved(tmp_path, lambda state: None)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert weights.load_checkpoint('~/w.pth')['num_classes'] == weights.read('~/w.pth').num_classes == 3
+
+
+def test_macros_of_macros_in_a_checkpoint_are_followed():
+    text = 'width = 8\nnarrow = %width\nMGN.embedding_dim = %narrow\nMGN.parts = (1, %stripes)\nstripes = 2\n'
+    values = weights.options_in(weights.saved_values(text, 'best.pth'))
+    assert values == {'embedding_dim': 8, 'parts': (1, 2)}
+
+
 @pytest.mark.parametrize('classes, dataset', [(751, 'market1501'), (702, 'dukemtmcreid'), (1041, 'msmt17'), (3, None)])
 def test_the_number_of_classes_chooses_a_published_data_set(tmp_path, classes, dataset):
     def change(state):
