@@ -233,7 +233,12 @@ def test_frozen_modules_stay_as_they_are_until_their_step_and_in_a_resumed_run(m
     freeze = "train.freeze = ('trunk', 'branches.0')", 'train.freeze_steps = 3', 'lr = 1e-2'
     train(market, tmp_path / 'whole', *freeze)
     train(market, tmp_path / 'parts', *freeze, 'total_steps = 2')
+    train(market, tmp_path / 'parts', *freeze, 'total_steps = 3')
     early = checkpoint.load(str(tmp_path / 'parts' / 'last.pth'))['model']
+    train(market, tmp_path / 'parts', *freeze, 'total_steps = 4')
+    fourth = checkpoint.load(str(tmp_path / 'parts' / 'last.pth'))['model']
+    assert not torch.equal(fourth['trunk.0.weight'], early['trunk.0.weight'])
+    assert not torch.equal(fourth['trunk.1.running_mean'], early['trunk.1.running_mean'])
     train(market, tmp_path / 'start', *freeze, 'total_steps = 1', 'train.resume = False')
     train(market, tmp_path / 'parts', *freeze, 'train.schedule = @cosine')
     before = checkpoint.load(str(tmp_path / 'start' / 'last.pth'))['model']
