@@ -227,6 +227,7 @@ def test_kept_features_of_other_weights_or_damaged_ones_are_refused(content, cro
     with pytest.raises(UserError, match='remove'):
         found(content, capsys, **places)
     np.savez(f'{crops}.features/mine.npz', x=1)  # not a part: somebody's own
+    (crops.parent / 'crops.features/00000001.npz.7.tmp').write_bytes(b'')  # what a killed search was writing
     with open(part, 'wb') as file:
         file.write(whole)
     assert found(content, capsys, **places)
