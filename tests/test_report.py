@@ -126,6 +126,14 @@ def test_pairs_of_many_queries_with_a_gallery_in_parts_are_counted_once_each(mon
     assert found['others'].sum() == 1000 * 1199
 
 
+def test_a_camera_without_any_match_is_an_empty_column():
+    features, ids = (torch.eye(2), torch.eye(2).repeat(2, 1)), ([1, 2], [1, 2, 8, 9], [0, 0], [1, 1, 2, 2])
+    dataset = type('Dataset', (), {'query': [Sample('', pid, 0) for pid in (1, 2)], 'gallery': [
+        Sample('', pid, camid) for pid, camid in zip(ids[1], ids[3])]})
+    found = ranked_lists.by_cameras(features, ids, dataset)
+    assert found['rows'].tolist() == [0] and found['columns'].tolist() == [1, 2] and found['mAP'] == [(1.0, None)]
+
+
 def test_junk_has_no_rank_and_leaves_room_for_the_nearest_ten():
     """Nearest are boxes of nobody, in another camera, and images of the query's camera; then a match and others."""
     angles = torch.linspace(0, 1, 25)

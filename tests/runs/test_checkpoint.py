@@ -245,6 +245,28 @@ def test_missing_unexpected_and_ill_shaped_keys_are_all_listed_and_nothing_is_lo
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
 
 
+def test_as_many_numbers_in_another_shape_do_not_fit():
+    with pytest.raises(UserError, match=r'weight has shape \(2, 6\) instead of \(3, 4\)'):
+        checkpoint.load_model(nn.Linear(4, 3, bias=False), {'weight': torch.zeros(2, 6)}, 'my.pth')
+
+
+@pytest.mark.parametrize('make', [lambda p: torch.optim.Adam(p), lambda p: torch.optim.AdamW(p, amsgrad=True),
+                                  lambda p: torch.optim.Adam(p, amsgrad=True), lambda p: torch.optim.SGD(p),
+                                  lambda p: torch.optim.SGD(p, momentum=0.9)])
+def test_moments_of_every_kind_fit_and_those_of_another_shape_do_not(make):
+    layer = nn.Linear(4, 3)
+    optimizer = make(layer.parameters())
+    layer(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    checkpoint.check_moments(optimizer)
+    for values in optimizer.state.values():
+        for name in [name for name, value in values.items() if name != 'step' and value is not None]:
+            whole, values[name] = values[name], values[name][:1]
+            with pytest.raises(ValueError, match='another form'):
+                checkpoint.check_moments(optimizer)
+            values[name] = whole
+
+
 def test_ten_keys_are_listed_and_the_others_counted():
     source = {f'layer{number}': torch.zeros(1) for number in range(13)}
     with pytest.raises(UserError) as raised:
