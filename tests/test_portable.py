@@ -15,6 +15,7 @@ from thin import thin  # noqa: F401
 
 import mgn
 from mgn import portable
+from mgn.features import hash_of_weights
 from mgn.model import MGN
 from mgn.ops.errors import UserError
 from mgn.runs import checkpoint
@@ -59,7 +60,7 @@ def test_both_files_give_the_features_of_the_model_for_any_batch(tmp_path, bindi
     assert embedder.embed([]).shape == (0, model.feature_dim)
     assert metadata['mAP'] == 0.25 and metadata['D'] == model.feature_dim and metadata['precision'] == 'float32'
     assert {name: metadata[name] for name in model.architecture} == model.architecture
-    assert len(metadata['weights']) == 64 and metadata['input_size'] == [*SIZE]
+    assert metadata['weights'] == hash_of_weights(model) and metadata['input_size'] == [*SIZE]
     assert caplog.text.count(' MB') == 2 and metadata['dataset'] == '@msmt17()'
     assert ('flip_test is not exported' in caplog.text) == (bindings == ['Extractor.flip_test = True'])
 
@@ -82,7 +83,9 @@ def test_float16_files_hold_weights_of_two_bytes_and_are_near(tmp_path):
 
 @pytest.mark.parametrize('change', [
     lambda features: features.flip(1), lambda features: features * math.nan,
-    lambda features: torch.cat((features[:-1], features[-1:].flip(1)))])
+    lambda features: torch.cat((features[:-1], features[-1:].flip(1))),
+    lambda features: torch.cat((features[:2], features[2:].flip(1))),
+    lambda features: features if len(features) > 1 else features.flip(1)])
 def test_a_file_that_gives_other_features_is_not_written(tmp_path, monkeypatch, change):
     (tmp_path / 'model.onnx').write_text('before')
     written = {}  # of a content: the network; an export by ONNX takes seconds
@@ -96,6 +99,14 @@ def test_a_file_that_gives_other_features_is_not_written(tmp_path, monkeypatch, 
     with pytest.raises(UserError, match='model.onnx gives features at a cosine distance of .* nothing was written'):
         export(tmp_path)
     assert os.listdir(tmp_path) == ['model.onnx'] and (tmp_path / 'model.onnx').read_text() == 'before'
+
+
+def test_without_an_output_dir_the_files_lie_in_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(portable, 'write_onnx', portable.write_pt2)  # an export by ONNX takes seconds
+    monkeypatch.setattr(portable, 'read_onnx', portable.read_pt2)
+    export('')
+    assert sorted(os.listdir(tmp_path)) == ['model.onnx', 'model.pt2']
 
 
 def test_what_is_no_exported_file_is_refused(tmp_path):
