@@ -326,3 +326,8 @@ def test_each_stage_says_its_time_and_has_a_row(model, folder, caplog):
     without = {name: value for name, value in got.items() if name != 'query_expansion'}
     assert [row.split('  ')[0] for row in table(without).splitlines()[:3]] == ['data set', 'own', '+ re-ranking']
     assert len(table({name: value for name, value in without.items() if name != 'rerank'}).splitlines()) == 3
+
+
+def test_the_last_line_of_a_table_counts_queries_and_gallery():
+    results = {'dataset': 'own', **dict.fromkeys(METRICS, 0.5), 'queries': 5, 'queries_without_match': 1, 'gallery': 22}
+    assert table(results).endswith('\nper cent; 5 queries, 1 of them without a match; 22 in the gallery')
