@@ -79,6 +79,7 @@ def test_a_lock_that_a_file_system_refuses_as_forbidden_is_taken(tmp_path, monke
 def test_the_last_by_number_of_the_checkpoints_passed_are_kept_and_so_are_all_later_ones(tmp_path, keep_last, left):
     for step in (9, 10, 11, 12, 20):
         (tmp_path / f'step_{step}.pth').write_text('')
+    (tmp_path / 'step_8.pth.damaged').write_text('')  # set aside by an earlier run
     runfolder.remove_older(str(tmp_path), 12, keep_last)
     assert [*runfolder.older(str(tmp_path))] == left
 
