@@ -5,7 +5,6 @@ A folder holds for `query` and `gallery` each _features.npy (n, D), _pids.npy an
 (network, weights, settings) and holds the SHA-256 of every file and of itself. Image contents are not checked.
 """
 
-import contextlib
 import itertools
 import json
 import os
@@ -40,15 +39,14 @@ def write_features(model, dataset, extractor, features_dir, storage: Literal['fl
         UserError: unreadable images, a folder that holds features or that another command writes to, features that are
             not finite. FileError: files that cannot be written.
     """
-    manifest, first = os.path.join(features_dir, MANIFEST), processes.number() == 0
-    with locked(features_dir, 'features_dir') if first else contextlib.nullcontext():
+    manifest = os.path.join(features_dir, MANIFEST)
+    with locked(features_dir, 'features_dir'):
         if processes.share(os.path.exists(manifest)):
-            raise UserError(f'The features_dir holds features already: {manifest}; remove it or bind another '
-                            f'features_dir')
+            raise UserError(f'The features_dir holds features: {manifest}; remove it or bind another features_dir')
         check_same_data(dataset, PARTS, model)
         for part in PARTS:
             write_part(model, dataset, extractor, features_dir, storage, part)
-        if first:
+        if processes.number() == 0:
             content = {'format': FORMAT, **made_of(model, extractor), 'storage': storage, 'dataset': dataset.name,
                        'D': model.feature_dim, 'images': {part: len(getattr(dataset, part)) for part in PARTS},
                        'sha256': {part: {name: file_hash(file_of(features_dir, part, name)) for name in NAMES}

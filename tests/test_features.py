@@ -127,7 +127,7 @@ def test_an_extraction_that_was_stopped_is_no_features_and_may_be_repeated(writt
 
 def test_features_are_not_overwritten_and_options_are_checked(written, model, root, tmp_path):
     dataset = market_layout(str(root))
-    with pytest.raises(ValueError, match='The features_dir holds features already: .*manifest.json; remove'):
+    with pytest.raises(ValueError, match='The features_dir holds features: .*manifest.json; remove'):
         write_features(model, dataset, extractor(), str(written))
     (tmp_path / 'file').write_text('')
     with pytest.raises(OSError, match='file/x could not be written: .*. Free disk space or bind another'):

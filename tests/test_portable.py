@@ -18,7 +18,6 @@ from mgn import portable
 from mgn.features import hash_of_weights
 from mgn.model import MGN
 from mgn.ops.errors import UserError
-from mgn.runs import checkpoint
 
 pytestmark = [pytest.mark.usefixtures('thin'),
               pytest.mark.skipif(not all(map(find_spec, ('onnx', 'onnxscript', 'onnxruntime'))),
@@ -115,8 +114,6 @@ def test_what_is_no_exported_file_is_refused(tmp_path):
         mgn.load(str(tmp_path / 'a.onnx'))
     with pytest.raises(FileNotFoundError, match='There is no file .*nowhere.onnx, where a network was expected'):
         mgn.load(str(tmp_path / 'nowhere.onnx'))
-    with pytest.raises(UserError, match='a.onnx is a network that mgn.export has written, where a checkpoint was'):
-        checkpoint.read(str(tmp_path / 'a.onnx'))
 
 
 def write_means(path, **metadata):

@@ -176,9 +176,6 @@ def read(path):
     """
     if not os.path.isfile(path):
         raise MissingFile(f'There is no file {path}, where weights were expected. Correct the path.')
-    if str(path).endswith(('.onnx', '.pt2')):
-        raise UserError(f'{path} is a network that mgn.export has written, where a checkpoint was expected. Give the '
-                        f'checkpoint that it was made of.')
     try:
         with open(path, 'rb') as file:
             legacy = file.read(len(LEGACY)) == LEGACY
