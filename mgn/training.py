@@ -172,7 +172,7 @@ class Training:
             if interruption.asked():
                 self.leave(interruption)
             due = self.is_due(self.evaluate_every) and (state.step > 0 or self.evaluate_first)
-            if due and not processes.share(self.first and self.log.evaluated(state.step)):
+            if due and not processes.share(self.first and state.step in self.log.evaluated):
                 with interruption.at_once():
                     self.measure()
             if state.step >= self.total_steps:

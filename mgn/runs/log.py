@@ -19,19 +19,16 @@ class RunLog:
     """Appends records {'step': int, name: number, …} to output_dir/metrics.jsonl, a line each.
 
     Opened at `step`, it drops the lines of later steps first: what a stopped run did after its last checkpoint is done
-    again. Process 0 alone has one.
+    again. `evaluated`: the steps whose evaluation it held then. Process 0 alone has one.
     """
 
     def __init__(self, output_dir, step):
         self.path = os.path.join(output_dir, 'metrics.jsonl')
-        self.records = [record for record in read_records(self.path) if record['step'] <= step]
-        write_text(self.path, ''.join(json.dumps(record) + '\n' for record in self.records))
-
-    def evaluated(self, step):
-        return any(record['step'] == step and 'mAP' in record for record in self.records)
+        records = [record for record in read_records(self.path) if record['step'] <= step]
+        self.evaluated = {record['step'] for record in records if 'mAP' in record}
+        write_text(self.path, ''.join(json.dumps(record) + '\n' for record in records))
 
     def write(self, record):
-        self.records.append(record)
         advice = 'Free disk space; the same command resumes from the last checkpoint.'
         with writing(self.path, advice), open(self.path, 'a') as file:
             file.write(json.dumps(record) + '\n')
