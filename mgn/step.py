@@ -36,8 +36,8 @@ def train_step(model, optimizer, augmentation, batch, device, precision, clip_gr
         module.zero_grad()  # to None: the optimizer passes over it, its own state included
     if clip_gradient_norm is not None:
         scaler.unscale_(optimizer)
-        clipped = [p for module in (model, losses) if isinstance(module, torch.nn.Module) for p in module.parameters()]
-        torch.nn.utils.clip_grad_norm_(clipped, clip_gradient_norm)
+        trained = [parameter for group in optimizer.param_groups for parameter in group['params']]
+        torch.nn.utils.clip_grad_norm_(trained, clip_gradient_norm)
     scaler.step(optimizer)  # in float16 not where a gradient is not finite
     scaler.update()
     return {name: value.detach() for name, value in {'loss': loss, **terms}.items()}
