@@ -71,12 +71,13 @@ def report_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset: D
             notices.append(f'{error.message}\nThis page was made from the images instead.')
     if not kept:
         features = extractor.features(model, dataset.query + dataset.gallery, unreadable)
-        parts = [[sample for sample in part if sample.path not in unreadable] for part in dataset[3:5]]
-        dataset = dataset._replace(query=parts[0], gallery=parts[1])
-        kept['features'] = features.to(extractor.place).split(list(map(len, parts)))
+        query, gallery = ([sample for sample in part if sample.path not in unreadable]
+                          for part in (dataset.query, dataset.gallery))
+        dataset = dataset._replace(query=query, gallery=gallery)
+        kept['features'] = features.to(extractor.place).split([len(query), len(gallery)])
     if unreadable:
         notices.append('The measures leave out these images, which cannot be read:\n' + '\n'.join(unreadable.values()))
-        if not all(parts):
+        if not dataset.query or not dataset.gallery:
             raise UserError(f'{notices[-1]}\nNo query or no gallery image is left; restore the files.')
     results = {'weights': weights, 'step': checkpoint['step'], **evaluate(model, dataset, extractor, kept=kept)}
     write_report(checkpoint, model, extractor, dataset, results, kept, notices, output_dir)
@@ -111,8 +112,6 @@ def evaluate(model, dataset, extractor, features_dir=None, kept=None, cross_came
              rerank: bool = False, k1: Annotated[int, 1, 2 ** 31 - 1] = 20, k2: Annotated[int, 1, 2 ** 31 - 1] = 6,
              lambda_value: Annotated[float, 0, 1] = 0.3) -> dict:
     """Ranks the gallery for every query by cosine distance; then again, if asked, after expansion and by re-ranking.
-
-    Under torchrun each process makes the features of its part of the images, and process 0 ranks.
 
     Args:
         model: MGN on the extractor's device. dataset: Dataset. extractor: mgn.features.Extractor.
@@ -197,16 +196,18 @@ def features_of(model, dataset, extractor, features_dir):
         query, gallery = read_features(features_dir, model, dataset, extractor)
         return torch.from_numpy(query.copy()).to(extractor.place), gallery
     features = extractor.gathered(model, dataset.query + dataset.gallery)
-    return (None, None) if features is None else features.to(extractor.place).split([*map(len, dataset[3:5])])
+    if features is None:
+        return None, None
+    return features.to(extractor.place).split([len(dataset.query), len(dataset.gallery)])
 
 
 def counts(dataset, ranks):
-    """How many images and pairs were evaluated; a warning for queries without a match."""
+    """How many images and pairs were evaluated; a warning for queries without a match. Some have one."""
     queries, unmatched = len(dataset.query), int((ranks.offsets[1:] == ranks.offsets[:-1]).sum())
     if unmatched:
         logger.warning('%d of %d queries have no true match and are left out', unmatched, queries)
     return {'queries': queries, 'queries_without_match': unmatched, 'gallery': len(dataset.gallery),
-            'redecided': ranks.redecided / max(queries * len(dataset.gallery), 1)}
+            'redecided': ranks.redecided / (queries * len(dataset.gallery))}
 
 
 def stage(name, start, ranks):

@@ -275,8 +275,8 @@ def check_trainable(dataset):
 
 def report(dataset, published):
     """Logs the sizes of a data set, warns where they differ from the published ones; returns the data set."""
-    counts = (len({s.pid for s in dataset.train}), *map(len, dataset[2:5]),
-              len({s.camid for part in dataset[2:5] for s in part}))
+    parts = dataset.train, dataset.query, dataset.gallery
+    counts = (len({s.pid for s in dataset.train}), *map(len, parts), len({s.camid for part in parts for s in part}))
     logger.info('%s in %s: %d identities and %d images to train, %d query, %d gallery, %d cameras', dataset.name,
                 dataset.root, *counts)
     if published and dataset.not_to_train:
