@@ -68,8 +68,8 @@ def use_products(module):
 
 def windows(x, k, stride, height, width):
     """For each place in a k×k window, by rows, the pixels under it: views (B, height, width, C) of the padded map."""
-    padded = x.permute(0, 2, 3, 1)
-    if k > 1:
-        padded = F.pad(padded, (0, 0, *4 * (k // 2,)))
+    padded, border = x.permute(0, 2, 3, 1), k // 2
+    if border:
+        padded = F.pad(padded, (0, 0, border, border, border, border))
     return (padded[:, i:i + stride * (height - 1) + 1:stride, j:j + stride * (width - 1) + 1:stride]
             for i in range(k) for j in range(k))

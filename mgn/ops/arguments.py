@@ -67,10 +67,11 @@ def neighbours(k):
     return integer(k, 'k', 1, LARGEST_K, 'for longer lists sort the distances, e.g. those of pairwise_distance')
 
 
-def check_rows(rows, name, shape='(rows, D)'):
-    """Rows must be a tensor of a real floating type with two dimensions, or more where the shape begins with dots."""
+def check_rows(rows, name, heads=False):
+    """Rows must be a tensor of a real floating type and the shape (rows, D), or (..., rows, D) with heads."""
     check_tensor(rows, name)
-    if rows.dim() < 2 or rows.dim() > 2 and shape[1] != '.' or rows.dtype not in FLOAT_TYPES:
+    if rows.dim() < 2 or rows.dim() > 2 and not heads or rows.dtype not in FLOAT_TYPES:
+        shape = '(..., rows, D)' if heads else '(rows, D)'
         raise UserError(f'{name} must have the shape {shape} and a real floating type, not {tuple(rows.shape)} and '
                         f'{rows.dtype}; reshape the tensor, or cast it with .float()')
 

@@ -71,7 +71,8 @@ def _check(anchors, labels, candidates, candidate_labels):
     if candidates is None and candidate_labels is None:
         return
     if candidates is None or candidate_labels is None:
-        given, missing = ('candidate_labels', 'candidates')[::1 if candidates is None else -1]
+        names = 'candidates', 'candidate_labels'
+        given, missing = names if candidate_labels is None else names[::-1]
         raise UserError(f'{given} came without {missing}; pass both, or neither to mine among the anchors')
     _check_labelled(candidates, 'candidates', candidate_labels, 'candidate_labels')
     check_alike(candidates, 'candidates', anchors, 'anchors')
@@ -81,7 +82,7 @@ def _check(anchors, labels, candidates, candidate_labels):
 
 
 def _check_labelled(features, name, labels, labels_name):
-    check_rows(features, name, '(..., rows, D)')
+    check_rows(features, name, heads=True)
     check_tensor(labels, labels_name)
     if labels.shape != features.shape[-2:-1] or labels.dtype not in INTEGER_TYPES:
         raise UserError(f'{labels_name} must be integers of shape ({features.shape[-2]},), since {name} have the shape '
