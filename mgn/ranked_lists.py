@@ -46,13 +46,13 @@ def ranked_lists(features, ids, ranks, chosen, dataset, images):
     (query, gallery), (query_pids, gallery_pids, query_camids, gallery_camids) = features, map(np.asarray, ids)
     place, lists = getattr(gallery, 'device', 'cpu'), []
     distances, items = (x.cpu().numpy() for x in topk(query[chosen].to(place), gallery, LOOKED_AT))
-    for q, row, similarities in zip(chosen, items, 1 - distances):
+    for q, row, cosines in zip(chosen, items, 1 - distances):
         match, junk = kinds(query_pids[q], gallery_pids[row], query_camids[q], gallery_camids[row])
         rank, kind = np.cumsum(~junk), np.where(junk, 'junk', np.where(match, 'match', 'other'))
         image, *nearest = (images.setdefault(sample, len(images)) for sample in (
             dataset.query[q], *(dataset.gallery[i] for i in row[rank - ~junk < LISTED])))
         lists.append({'query': q, 'image': image, 'ranks': ranks.ranks[ranks.offsets[q]:ranks.offsets[q + 1]],
-                      'nearest': list(zip(nearest, kind, np.where(junk, None, rank), similarities.round(4)))})
+                      'nearest': list(zip(nearest, kind, np.where(junk, None, rank), cosines.round(4)))})
     return lists
 
 

@@ -262,8 +262,8 @@ def misfit(value, expected):
         return f'is no tensor, but {value!r:.60}'
     if value.shape != expected.shape:
         return f'has shape {tuple(value.shape)} instead of {tuple(expected.shape)}'
-    plain = value.layout == torch.strided and value.device.type == 'cpu'
+    is_dense = value.layout == torch.strided and value.device.type == 'cpu'
     known = value.dtype in {*FLOAT_TYPES, *INTEGER_TYPES, torch.bool}
-    if not plain or not known or value.is_floating_point() != expected.is_floating_point():
+    if not is_dense or not known or value.is_floating_point() != expected.is_floating_point():
         wanted = expected.dtype if known else torch.float32
         return f'has type {value.dtype}, {value.layout} on {value.device} instead of {wanted}'

@@ -94,18 +94,18 @@ def item_terms(norms, cosine):
     return scale.float(), shift.float(), None if cosine else torch.where(inside, norms, 0).amax()
 
 
-def query_terms(norms, largest, relative_error, width, cosine):
+def query_terms(norms, largest, product_error, width, cosine):
     """level_scale, level_shift and error (q,) float64: by how much similarity and level of one pair may differ.
 
-    error holds the roundings of products, similarities and keys, but not of the level; infinite for rows outside the
-    range.
+    product_error: what relative_error returns. error holds the roundings of products, similarities and keys, but not of
+    the level; infinite for rows outside the range.
     """
     own = width * 2.0 ** -53 + 8 * 2.0 ** -24  # of the key; of scale, shift and similarity
     if cosine:
-        error = 1.01 * (relative_error + own) * norms
+        error = 1.01 * (product_error + own) * norms
         scale, shift = -norms, torch.zeros_like(norms)
     else:
-        error = 1.01 * (2 * relative_error * norms * largest + own * (norms + largest) ** 2)
+        error = 1.01 * (2 * product_error * norms * largest + own * (norms + largest) ** 2)
         scale, shift = torch.full_like(norms, -1), norms * norms
     return scale, shift, torch.where(in_range(norms), error, torch.inf)
 
