@@ -83,11 +83,12 @@ def compared(path, extractor, dataset, ids, notices):
     try:
         device = extractor.device.type if processes.count() > 1 else str(extractor.device)
         other = Embedder(path, 'cpu' if path.endswith('.onnx') else device, extractor.precision, extractor.flip_test)
-        paths = [sample.path for sample in dataset.query + dataset.gallery]
-        batches = [paths[i:i + other.batch_size] for i in range(0, len(paths), other.batch_size)]
+        rows, paths = [], [sample.path for sample in dataset.query + dataset.gallery]
         logger.info('report: features of %d images by %s', len(paths), path)
-        with progress(len(batches), unit='batch', what='features') as bar:
-            rows = [(other.embed(batch), bar.update())[0] for batch in batches]
+        with progress(len(paths), unit='image', what='features') as bar:
+            for first in range(0, len(paths), other.batch_size):
+                rows.append(other.embed(paths[first:first + other.batch_size]))
+                bar.update(len(rows[-1]))
         features = torch.cat(rows).split([len(dataset.query), len(dataset.gallery)])
         return features, match_ranks(*features, *ids)
     except UserError as error:

@@ -139,7 +139,8 @@ def from_elsewhere(content, path):
     """The Weights in what torch.load has made of another project's file."""
     state = content
     for field in ('model', 'state_dict'):
-        state = state[field] if isinstance(state, dict) and isinstance(state.get(field), dict) else state
+        if isinstance(state, dict) and isinstance(state.get(field), dict):
+            state = state[field]
     if not isinstance(state, dict) or not state:
         raise UserError(f'{path} holds no weights by name, but {type(state).__name__}. {KNOWN}.')
     bad = [f'{key} ({fault})' for key, value in state.items() if (fault := checkpoint.misfit(value, value))]
@@ -169,8 +170,8 @@ def from_fastreid(state, path):
     """Weights of fast-reid's MGN → Weights."""
     layout = 'A' if 'b1_pool.1.weight' in state else 'B'
     third = len({key.split('.')[2] for key in state if key.startswith('b1.0.')})
-    names = {key: our_name(key, third) for key in state}
-    left_out = [key for key in ('pixel_mean', 'pixel_std') if names.pop(key, '') is None]
+    left_out = [key for key in ('pixel_mean', 'pixel_std') if key in state]
+    names = {key: our_name(key, third) for key in state if key not in left_out}
     unknown = [key for key, name in names.items() if name is None]
     if unknown or third not in DEPTHS:
         refuse(path, unknown or [f'{third} blocks of b1.0, where ResNet-50 has 5 and ResNet-101 has 22'])

@@ -45,14 +45,14 @@ def k_reciprocal_ranks(query, gallery, query_pids, gallery_pids, query_camids, g
     k1, k2 = integer(k1, 'k1', 1, 2 ** 31 - 1, 'usual is 20'), integer(k2, 'k2', 1, 2 ** 31 - 1, 'usual is 6')
     lambda_value = real(lambda_value, 'lambda_value', 0, 1, '0.3 is usual, 1 ranks by the original distance')
     ids = all_ids(len(query), len(gallery), query_pids, gallery_pids, query_camids, gallery_camids)
-    (query, gallery, cosine, *_), queries = comparison, len(query)
+    query, gallery, cosine, _ = comparison
     norms = torch.cat((finite_norms(query, 'query'), finite_norms(gallery, 'gallery')))
     encodings, maxima = encode(comparison, norms, k1, k2)
     here = [in_pinned_memory(x, waiting=True) for x in comparison[:2]] if query.is_cuda else comparison[:2]
     host, sparse = comparison._replace(query=here[0], gallery=here[1]), ranking_kernels(torch.device('cpu'))
-    columns = sparse.transpose(*rows_between(encodings, queries, len(norms)), len(norms))
+    columns = sparse.transpose(*rows_between(encodings, len(query), len(norms)), len(norms))
     excluded, offsets, ranks, redecided = identities(ids, as_junk_pid(junk_pid)), [np.zeros(1, np.int64)], [], 0
-    for block in spans(queries, tile_of(query)[1]):
+    for block in spans(len(query), tile_of(query)[1]):
         block_encodings = rows_between(encodings, block.start, block.stop)
         overlaps = Overlaps(*sparse.overlap(*block_encodings, *columns, len(gallery)))
         block_host, block_excluded, largest = host.of_queries(block), excluded.of_queries(block), maxima[block]
