@@ -25,22 +25,20 @@ def replacing(path, mode='w', keep_as=None):
     """
     temporary, parent = f'{path}.{os.getpid()}.tmp', os.path.dirname(os.path.abspath(path))
     try:
-        os.makedirs(parent, exist_ok=True)
-        with open(temporary, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if keep_as and os.path.exists(path):
-            os.replace(path, keep_as)
-        os.replace(temporary, path)
-        folder = os.open(parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # else a power cut may undo the renaming
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise FileError(f'{path} could not be written: {error}. What was there before is unharmed. '
-                        f'Free disk space or choose another folder.') from error
+        with writing(path, 'What was there before is unharmed. Free disk space or choose another folder.'):
+            os.makedirs(parent, exist_ok=True)
+            with open(temporary, mode) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if keep_as and os.path.exists(path):
+                os.replace(path, keep_as)
+            os.replace(temporary, path)
+            folder = os.open(parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # else a power cut may undo the renaming
+            finally:
+                os.close(folder)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
