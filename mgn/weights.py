@@ -27,10 +27,10 @@ DATASETS = {751: 'market1501', 702: 'dukemtmcreid', 1041: 'msmt17'}  # by their 
 DEPTHS = {5: 'resnet50', 22: 'resnet101'}  # by the blocks of layer3 behind the first
 HEADS = ('b1', 'b2', 'b3', 'b21', 'b22', 'b31', 'b32', 'b33')
 POOLS = {0: (0,), 1: (1, 3, 4), 2: (2, 5, 6, 7)}  # heads that a branch pools for
-IN_HEADS = {'_pool.0.p': 'p', '_head.pool_layer.p': 'p',  # fast-reid's names behind a head's → ours behind heads.<h>.
-            '_pool.1.weight': 'reduction.weight', '_head.bottleneck.0.weight': 'reduction.weight',
-            '_pool.2.': 'norm.', '_head.bnneck.': 'neck.', '_head.bottleneck.1.': 'neck.',
-            '_head.classifier.weight': 'classifier.weight', '_head.weight': 'classifier.weight'}
+IN_HEADS = {'pool.0.p': 'p', 'head.pool_layer.p': 'p',  # fast-reid's names behind <head>_ → ours behind heads.<h>.
+            'pool.1.weight': 'reduction.weight', 'head.bottleneck.0.weight': 'reduction.weight',
+            'pool.2.': 'norm.', 'head.bnneck.': 'neck.', 'head.bottleneck.1.': 'neck.',
+            'head.classifier.weight': 'classifier.weight', 'head.weight': 'classifier.weight'}
 
 
 class Weights(NamedTuple):
@@ -212,7 +212,7 @@ def our_name(key, third):
         return f'trunk.{rest}'
     if first in HEADS[:3] and (place := re.fullmatch(r'([01])\.(\d{1,2})\.(.+)', rest)):
         return f'branches.{HEADS.index(first)}.{int(place[2]) + third * int(place[1])}.{place[3]}'
-    for h, head in enumerate(HEADS):
-        for theirs, ours in IN_HEADS.items():
-            if key == head + theirs or theirs.endswith('.') and key.startswith(head + theirs):
-                return f'heads.{h}.{ours}{key.removeprefix(head + theirs)}'
+    head, _, rest = key.partition('_')
+    for theirs, ours in IN_HEADS.items() if head in HEADS else ():
+        if rest == theirs or theirs.endswith('.') and rest.startswith(theirs):
+            return f'heads.{HEADS.index(head)}.{ours}{rest.removeprefix(theirs)}'
