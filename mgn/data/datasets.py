@@ -74,7 +74,7 @@ def msmt17(root: str, combine_val: bool = False) -> Dataset:
         logger.info('MSMT17 trains on %s', 'list_train.txt and list_val.txt' if combine_val else 'list_train.txt alone')
     query, gallery = (read_msmt_list(folder, list_name, in_test) for list_name in to_evaluate)
     dataset = Dataset('MSMT17', folder, train, query, gallery, not_to_train)
-    return report(dataset, (1041, 32621 if combine_val else 30248, 11659, 82161, 15))
+    return logged(dataset, (1041, 32621 if combine_val else 30248, 11659, 82161, 15))
 
 
 @gin.configurable
@@ -116,7 +116,7 @@ def cuhk01(root: str, seed: Seed = 0) -> Dataset:
     chosen = {*np.random.default_rng(seed).permutation(sorted({sample.pid for sample in samples}))[:485].tolist()}
     parts = ([s for s in samples if s.pid in chosen], [s for s in samples if s.pid not in chosen and s.camid == 1],
              [s for s in samples if s.pid not in chosen and s.camid > 1])
-    return report(Dataset('CUHK01', folder, *parts), (485, 1940, 972, 972, 2))
+    return logged(Dataset('CUHK01', folder, *parts), (485, 1940, 972, 972, 2))
 
 
 @gin.configurable
@@ -144,8 +144,8 @@ def csv_table(root: str, file: str = 'dataset.csv') -> Dataset:
     missing = [part for part in ('query', 'gallery') if not parts[part]]
     if missing:
         raise UserError(f'{path} lists no image of {" and ".join(missing)}; add rows with that split')
-    return report(Dataset(os.path.basename(root), root, **parts, not_to_train='' if parts['train'] else (
-        f'{path} lists no image to train on; add rows with the split train')), None)
+    return logged(Dataset(os.path.basename(root), root, **parts, not_to_train='' if parts['train'] else (
+        f'{path} lists no image to train on; add rows with the split train')))
 
 
 @gin.configurable
@@ -158,7 +158,7 @@ def joined(datasets: tuple[Dataset, ...] = ()) -> Dataset:
         check_trainable(dataset)
         train += [sample._replace(pid=pids + sample.pid, camid=camids + sample.camid) for sample in dataset.train]
         pids, camids = (1 + max(getattr(sample, name) for sample in train) for name in ('pid', 'camid'))
-    return report(datasets[0]._replace(name='+'.join(dataset.name for dataset in datasets), train=train), None)
+    return logged(datasets[0]._replace(name='+'.join(dataset.name for dataset in datasets), train=train))
 
 
 @gin.configurable
@@ -207,7 +207,7 @@ def read_market_layout(name, root, aliases=('',), published=None, camera_require
             raise UserError(f'Identities of {TRAIN} and {QUERY} are numbered from 1 on, as 0 means nobody in this '
                             f'layout, but {sample.path} has {sample.pid}; number people from 1 on')
     parts = [[sample._replace(camid=sample.camid or 0) for sample in part] for part in parts]
-    return report(Dataset(name, folder, *parts, not_to_train), published)
+    return logged(Dataset(name, folder, *parts, not_to_train), published)
 
 
 def file_names(folder):
@@ -273,7 +273,7 @@ def check_trainable(dataset):
         raise MissingFile(dataset.not_to_train)
 
 
-def report(dataset, published):
+def logged(dataset, published=None):
     """Logs the sizes of a data set, warns where they differ from the published ones; returns the data set."""
     parts = dataset.train, dataset.query, dataset.gallery
     counts = (len({s.pid for s in dataset.train}), *map(len, parts), len({s.camid for part in parts for s in part}))

@@ -192,7 +192,7 @@ def test_each_data_set_is_compared_with_its_published_counts(tmp_path, caplog, n
 def test_published_counts_raise_no_warning(caplog):
     train = [Sample(str(i), i % 2, i % 3) for i in range(4)]
     dataset = datasets.Dataset('small', 'root', train, train[:1], train[:3])
-    assert datasets.report(dataset, (2, 4, 1, 3, 3)) is dataset
+    assert datasets.logged(dataset, (2, 4, 1, 3, 3)) is dataset
     assert not caplog.records
 
 
