@@ -30,7 +30,6 @@ from mgn.data.datasets import Sample
 from mgn.data.images import TrainBatch, TrainBatches
 from mgn.data.loader import load_batches
 from mgn.data.sampler import IdentitySampler
-from mgn.devices import DTYPES
 from mgn.losses import mgn_losses
 from mgn.model import MGN, MGNOutput
 from mgn.optim import make_optimizer
@@ -47,7 +46,7 @@ def our_step(model, optimizer, augmentation, precision, loader, device):
     images, labels, *draws = (x.to(device, non_blocking=True) for x in (batch.images, batch.labels, *batch.draws))
     images = augmentation(images, Draws(*draws)).contiguous(memory_format=torch.channels_last)
     yield 'augmentation'
-    with torch.autocast(device.type, DTYPES[precision], enabled=precision != 'float32'):
+    with torch.autocast(device.type, getattr(torch, precision), enabled=precision != 'float32'):
         output = model(images)
     yield 'forward'
     output = MGNOutput(tuple(x.float() for x in output.logits), output.embeddings.float(), output.features)
@@ -80,7 +79,7 @@ def extraction(features, *args):
 
 @torch.no_grad()
 def our_features(model, precision, images):
-    with torch.autocast(images.device.type, DTYPES[precision], enabled=precision != 'float32'):
+    with torch.autocast(images.device.type, getattr(torch, precision), enabled=precision != 'float32'):
         return F.normalize(model(normalise(images)).features.float())
 
 
@@ -204,7 +203,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--batch', type=int, default=8, help='images: a multiple of 4, at least 8; recipes take 64')
     parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--precision', default='float32', choices=DTYPES)
+    parser.add_argument('--precision', default='float32', choices=('float32', 'bfloat16', 'float16'))
     parser.add_argument('--cpu-time', action='store_true')
     parser.add_argument('--device', default='cpu', type=torch.device)
     options = parser.parse_args()

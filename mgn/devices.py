@@ -11,7 +11,6 @@ from mgn.runs import processes
 from mgn.runs.log import logger
 
 Precision = Literal['auto', 'float32', 'bfloat16', 'float16']
-DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
 def find_device(name):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from mgn.data.images import TestBatches
 from mgn.data.augmentation import normalise
 from mgn.data.loader import load_batches
-from mgn.devices import DTYPES, Precision, find_device, resolve_precision
+from mgn.devices import Precision, find_device, resolve_precision
 from mgn.model import MGN
 from mgn.ops.errors import UserError
 from mgn.runs import checkpoint as checkpoints, processes
@@ -82,7 +82,7 @@ class Extractor:
     def forward(self, model, images):
         """images: (B, 3, H, W) uint8 → (B, D) float32 on the CPU; NaN where the network diverged."""
         images = normalise(images.to(self.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != 'float32'):
+        with torch.autocast(self.device.type, getattr(torch, self.precision), enabled=self.precision != 'float32'):
             features = model(images).features.float()
             if self.flip_test:
                 features = (features + model(images.flip(3)).features.float()) / 2
