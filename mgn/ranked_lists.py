@@ -49,8 +49,9 @@ def ranked_lists(features, ids, ranks, chosen, dataset, images):
     for q, row, cosines in zip(chosen, items, 1 - distances):
         match, junk = kinds(query_pids[q], gallery_pids[row], query_camids[q], gallery_camids[row])
         rank, kind = np.cumsum(~junk), np.where(junk, 'junk', np.where(match, 'match', 'other'))
+        shown = row[rank - ~junk < LISTED]  # those before which fewer than LISTED take a rank
         image, *nearest = (images.setdefault(sample, len(images)) for sample in (
-            dataset.query[q], *(dataset.gallery[i] for i in row[rank - ~junk < LISTED])))
+            dataset.query[q], *(dataset.gallery[i] for i in shown)))
         lists.append({'query': q, 'image': image, 'ranks': ranks.ranks[ranks.offsets[q]:ranks.offsets[q + 1]],
                       'nearest': list(zip(nearest, kind, np.where(junk, None, rank), cosines.round(4)))})
     return lists
