@@ -16,8 +16,7 @@ from mgn import weights
 from mgn.convolution import use_products
 from mgn.ops.errors import FileError, UserError
 
-RESNETS = ('resnet18', 'resnet34', 'resnet50', 'resnet101')
-BACKBONES = (*RESNETS, *(f'{name}_ibn' for name in RESNETS))
+BACKBONES = tuple(f'resnet{depth}{ibn}' for ibn in ('', '_ibn') for depth in (18, 34, 50, 101))
 
 
 class MGNOutput(NamedTuple):

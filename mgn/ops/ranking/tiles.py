@@ -69,8 +69,7 @@ def exact(features):
     """Floating point → float64 of the same values; torch.set_flush_denormal would make denormals 0 on the way."""
     if features.dtype == torch.float64:
         return features
-    features = features.float().contiguous()
-    bits = features.view(torch.int32)
+    bits = features.float().contiguous().view(torch.int32)
     denormal = (bits & 0x7fffffff < 0x800000) & (bits & 0x7fffffff > 0)
     values = features.double()
     if denormal.any():
