@@ -196,9 +196,8 @@ def features_of(model, dataset, extractor, features_dir):
         query, gallery = read_features(features_dir, model, dataset, extractor)
         return torch.from_numpy(query.copy()).to(extractor.place), gallery
     features = extractor.gathered(model, dataset.query + dataset.gallery)
-    if features is None:
-        return None, None
-    return features.to(extractor.place).split([len(dataset.query), len(dataset.gallery)])
+    sizes = len(dataset.query), len(dataset.gallery)
+    return (None, None) if features is None else features.to(extractor.place).split(sizes)
 
 
 def counts(dataset, ranks):

@@ -112,12 +112,11 @@ def evaluation_mode(model):
 
 def check_same_data(dataset, parts, model=None):
     """UserError in all processes where their images or weights differ, as copies on several machines may."""
-    if processes.count() == 1:
-        return
-    images = [hash_of(image_lists(dataset, part).values()) for part in parts]
-    processes.check_same(f'images of {dataset.name}', images, 'Give all machines the same files in data_root.')
-    if model:
-        processes.check_same('weights', hash_of_weights(model), 'Give all machines the same checkpoint.')
+    if processes.count() > 1:
+        images = [hash_of(image_lists(dataset, part).values()) for part in parts]
+        processes.check_same(f'images of {dataset.name}', images, 'Give all machines the same files in data_root.')
+        if model:
+            processes.check_same('weights', hash_of_weights(model), 'Give all machines the same checkpoint.')
 
 
 def image_lists(dataset, part):

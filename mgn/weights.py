@@ -190,7 +190,7 @@ def from_fastreid(state, path):
     exponents = {h: ours.pop(f'heads.{h}.p').flatten()[:2] for h in range(len(HEADS)) if f'heads.{h}.p' in ours}
     gem = len(exponents) > 0
     for branch, heads in POOLS.items():
-        if gem and exponents.keys() >= {*heads}:  # where one is missing, so is the whole to those who load it
+        if exponents.keys() >= {*heads}:  # where one is missing, so is the whole to those who load it
             ours[f'pools.{branch}.p'] = torch.cat([exponents[h] for h in heads])
     ibn = '_ibn' if 'backbone.4.0.bn1.IN.weight' in state else ''
     options = {'backbone': DEPTHS[third] + ibn, 'parts': (1, 2, 3),

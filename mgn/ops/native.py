@@ -53,9 +53,8 @@ def _unusable(device):
         return f'there are no kernels for {device.type}'
     if not torch.cuda.is_available():
         return 'torch sees no CUDA device'
-    if missing('_cuda'):
-        return missing('_cuda')
-    return torch.ops.mgn_cuda.unusable(torch.cuda.current_device() if device.index is None else device.index) or None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return missing('_cuda') or torch.ops.mgn_cuda.unusable(index) or None
 
 
 @functools.cache
