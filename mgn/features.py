@@ -61,9 +61,10 @@ class Extractor:
     def batches(self, model, samples, unreadable=None):
         """Yields the same features batch by batch. The model runs in evaluation mode and is put back into its own."""
         test_batches = TestBatches(samples, self.input_size, self.batch_size)
-        loader = load_batches(test_batches, range(len(test_batches)), self.workers, self.device)
+        starts = range(0, len(samples), self.batch_size)
+        loader = load_batches(test_batches, starts, self.workers, self.device)
         with evaluation_mode(model), progress(len(samples), unit='image', what='features') as bar:
-            for batch, start in zip(loader, range(0, len(samples), self.batch_size)):
+            for batch, start in zip(loader, starts):
                 if unreadable is not None:
                     unreadable.update(batch.unreadable)
                 elif batch.unreadable:

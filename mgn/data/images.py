@@ -167,17 +167,14 @@ class TrainBatches:
 
 
 class TestBatches:
-    """Item i holds `batch_size` images from samples[i·batch_size] on, in order; the last item may hold fewer."""
+    """Item i holds `batch_size` images from samples[i] on, in order; fewer where the samples end."""
 
     def __init__(self, samples, size, batch_size):
         self.samples, self.size, self.batch_size, self.decode = samples, tuple(size), batch_size, Decoder()
 
-    def __len__(self):
-        return -(-len(self.samples) // self.batch_size)
-
-    def __getitem__(self, item):
+    def __getitem__(self, start):
         images, unreadable = [], {}
-        for sample in self.samples[item * self.batch_size:(item + 1) * self.batch_size]:
+        for sample in self.samples[start:start + self.batch_size]:
             try:
                 images.append(self.decode(sample.path))
             except FileError as error:  # the caller raises it: an error from a worker process loses its form
