@@ -24,8 +24,9 @@ def make_optimizer(model, optimizer: Callable[..., torch.optim.Optimizer] = gin.
     has to be gin's version of a class (@Adam), which knows them. Biases get bias_lr_factor × lr and bias_weight_decay,
     as in fast-reid. Each group keeps its `initial_lr`. Raises UserError for what the optimizer refuses.
     """
-    weights, biases = ([p for name, p in model.named_parameters() if p.requires_grad and ('bias' in name) == is_bias]
-                       for is_bias in (False, True))
+    learning = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    weights = [parameter for name, parameter in learning if 'bias' not in name]
+    biases = [parameter for name, parameter in learning if 'bias' in name]
     try:
         result = optimizer([{'params': weights}, {'params': biases}])
     except (ValueError, RuntimeError) as error:  # e.g. a negative learning rate; gin adds lines of its own
