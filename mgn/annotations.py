@@ -67,7 +67,7 @@ def makes(reference, annotation):
         made = of_parameters(made).get('return')
     classes = typing.get_args(annotation) or (annotation,)
     if float in classes:
-        classes += int,
+        classes += (int,)
     known = isinstance(made, type) and not typing.get_origin(made)  # a union, say, is not looked into
     return not reference.selector.startswith('gin.') and (not known or issubclass(made, classes))
 

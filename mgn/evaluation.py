@@ -201,7 +201,7 @@ def features_of(model, dataset, extractor, features_dir):
 
 
 def counts(dataset, ranks):
-    """How many images and pairs were evaluated; a warning for queries without a match. Some have one."""
+    """How many images and pairs were evaluated; a warning for queries without a match."""
     queries, unmatched = len(dataset.query), int((ranks.offsets[1:] == ranks.offsets[:-1]).sum())
     if unmatched:
         logger.warning('%d of %d queries have no true match and are left out', unmatched, queries)

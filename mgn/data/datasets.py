@@ -69,7 +69,7 @@ def msmt17(root: str, combine_val: bool = False) -> Dataset:
     folder, not_to_train = find_folder(root, aliases, (in_train, *to_train), (in_test, *to_evaluate))
     train = []
     if not not_to_train:
-        for list_name in to_train[:1 + combine_val]:
+        for list_name in to_train if combine_val else to_train[:1]:
             train += read_msmt_list(folder, list_name, in_train)
         logger.info('MSMT17 trains on %s', 'list_train.txt and list_val.txt' if combine_val else 'list_train.txt alone')
     query, gallery = (read_msmt_list(folder, list_name, in_test) for list_name in to_evaluate)

@@ -84,9 +84,9 @@ def keys_of_pairs(comparison, queries, items):
         comparison.kernels.canonical_keys(query, gallery, queries, items, cosine, keys)
         return keys
     parts = spans(len(items), once(query.device) // 8 // max(query.shape[1], 1))
-    read, places = zip(*(items[part].unique_consecutive(return_inverse=True) for part in parts)) if parts else ((), ())
-    pieces = on_device(gallery, [part.to(gallery.device) for part in read], query.device)
-    for part, item_rows, numbers in zip(parts, pieces, places):
+    read = [items[part].unique_consecutive(return_inverse=True) for part in parts]
+    pieces = on_device(gallery, [once_each.to(gallery.device) for once_each, _ in read], query.device)
+    for part, item_rows, (_, numbers) in zip(parts, pieces, read):
         own = torch.arange(len(numbers), device=query.device)
         comparison.kernels.canonical_keys(rows(query, queries[part]), item_rows, own, numbers, cosine, keys[part])
     return keys

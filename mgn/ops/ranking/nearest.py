@@ -110,7 +110,7 @@ def nearest(comparison, query_norms, gallery_norms, k, exclude_self=False, farth
     """
     query, gallery, cosine, *_ = comparison
     searches = [Search(count, sign, min(count + exclude_self + max(16, count // 2), len(gallery)))
-                for count, sign in [(k, 1), (1, -1)][:1 + farthest]]
+                for count, sign in ([(k, 1), (1, -1)] if farthest else [(k, 1)])]
     results = [[torch.empty(len(query), search.count, dtype=dtype, device=query.device)
                 for dtype in (torch.float64, torch.int64)] for search in searches]
     if len(gallery) and len(query) and k:

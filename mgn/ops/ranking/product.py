@@ -183,7 +183,7 @@ def operands(features, norms, precision):
             residual[part] = products_of(rounded[:0], precision, rounded.new_empty(0))(rounded, norms[part])[1]
     # Of rows outside the range the terms say nothing.
     known = residual.masked_fill(~in_range(norms), 0) if precision != 'float32' else None
-    return made if whole is None else whole.__getitem__, known
+    return (made if whole is None else whole.__getitem__), known
 
 
 def products_of(query, precision, room):

@@ -44,7 +44,7 @@ def tile_of(query, of_gpu=GPU_PRODUCTS):
     products = of_gpu if query.is_cuda else PRODUCTS
     items = min(max(ITEMS, products // max(len(query), 1)), 4 * ITEMS, features)
     # Queries that are converted lie beside the product's panels of them.
-    return items, min(features // (2 - is_readable(query)) or 1, products // items)
+    return items, min(max(1, features // (1 if is_readable(query) else 2)), products // items)
 
 
 def blocks_of(dist):
