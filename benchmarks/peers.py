@@ -4,17 +4,26 @@ import importlib
 import sys
 import types
 import warnings
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 
 
 def without_init(*names):
-    """Makes the packages importable without running their __init__, whose imports are out of date."""
+    """Makes the packages importable without running their __init__, whose imports are out of date.
+
+    Those of the same root that an earlier call has made so, but this one does not name, become what they are.
+    """
     imported = sys.modules.get(names[0])
     root = imported.__path__[0] if imported else find_spec(names[0]).submodule_search_locations[0]
+    for name, module in [*sys.modules.items()]:
+        if name.startswith(f'{names[0]}.') and name not in names and hasattr(module, 'without_init'):
+            del sys.modules[name]
     for name in names:
         if name not in sys.modules:
-            sys.modules[name] = types.ModuleType(name)
-            sys.modules[name].__path__ = [root + name.removeprefix(names[0]).replace('.', '/')]
+            module = sys.modules[name] = types.ModuleType(name)
+            module.__spec__ = ModuleSpec(name, None, is_package=True)
+            module.__path__ = [root + name.removeprefix(names[0]).replace('.', '/')]
+            module.without_init = True
 
 
 def fastreid_triplet_loss():
