@@ -8,6 +8,7 @@ A folder holds for `query` and `gallery` each _features.npy (n, D), _pids.npy an
 import itertools
 import json
 import os
+from contextlib import nullcontext
 from typing import Literal
 
 import gin
@@ -40,7 +41,7 @@ def write_features(model, dataset, extractor, features_dir, storage: Literal['fl
             not finite. FileError: files that cannot be written.
     """
     manifest = os.path.join(features_dir, MANIFEST)
-    with locked(features_dir, 'features_dir'):
+    with locked(features_dir, 'features_dir') if processes.number() == 0 else nullcontext():
         if processes.share(os.path.exists(manifest)):
             raise UserError(f'The features_dir holds features: {manifest}; remove it or bind another features_dir')
         check_same_data(dataset, PARTS, model)

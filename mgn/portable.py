@@ -20,7 +20,7 @@ from torch import nn
 
 from mgn.data.augmentation import normalise
 from mgn.features import hash_of_weights, load_for_features
-from mgn.ops.errors import MissingFile, UserError
+from mgn.ops.errors import UserError
 from mgn.runs.files import writing
 from mgn.runs.log import logger
 from mgn.weights import saved_values
@@ -53,10 +53,7 @@ def export_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_dir
     """
     extra('onnx', 'onnxscript', 'onnxruntime')
     output_dir = output_dir or os.getcwd()
-    model, extractor = load_for_features(checkpoint, weights, 'cpu', precision='float32')
-    if extractor.flip_test:
-        logger.warning('flip_test is not exported: features are of the image alone, not of its mirror image, too')
-        extractor.flip_test = False
+    model, extractor = load_for_features(checkpoint, weights, 'cpu', flip_test=False, precision='float32')
     images = torch.randint(0, 256, (max(BATCHES), 3, *extractor.input_size), dtype=torch.uint8,
                            generator=torch.Generator().manual_seed(0))
     expected = extractor.forward(model, images)
@@ -116,8 +113,6 @@ def sealed(content):
 def read_onnx(path):
     """(uint8 images → features, metadata) of a file of export_checkpoint. UserError where it is something else."""
     runtime = extra('onnxruntime')
-    if not os.path.isfile(os.path.expanduser(path)):
-        raise MissingFile(f'There is no file {path}, where a network was expected. Correct the path.')
     try:
         content = Path(path).expanduser().read_bytes()
         session = runtime.InferenceSession(content, providers=['CPUExecutionProvider'])

@@ -91,8 +91,8 @@ def compared(path, extractor, dataset, ids, notices):
                 bar.update(len(rows[-1]))
         features = torch.cat(rows).split([len(dataset.query), len(dataset.gallery)])
         return features, match_ranks(*features, *ids)
-    except UserError as error:
-        notices.append(f'There is no comparison with {path}: {error.message}')
+    except (UserError, OSError) as error:
+        notices.append(f'There is no comparison with {path}: {getattr(error, "message", error)}')
 
 
 def training_runs(folders, notices):
@@ -154,9 +154,8 @@ def activation(model, extractor, images):
 
 
 def command():
-    """The command line of this process, in quotation marks that a shell takes."""
-    return ' '.join(['python', *(f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
-                                for word in sys.orig_argv[1:])])
+    """The command line of this process, as a shell takes it."""
+    return shlex.join(['python', *sys.orig_argv[1:]])
 
 
 def write(path, page):

@@ -1,7 +1,5 @@
 """One training step: a batch → losses → gradients → new weights, in one process or several."""
 
-import inspect
-
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -54,9 +52,7 @@ def distributed(module, device, group):
     """The module to call in training: one that averages gradients over the processes, if there are several."""
     if processes.count() == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
         return module
-    for buffer in module.buffers():  # older DistributedDataParallels begin with equal parameters alone
-        torch.distributed.broadcast(buffer, 0, group)
-    options = inspect.signature(DistributedDataParallel).parameters
-    buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in options else 'broadcast_buffers'
-    return DistributedDataParallel(module, device_ids=[device] if device.type == 'cuda' else None, process_group=group,
-                                   gradient_as_bucket_view=True, **{buffers: False})
+    averaging = DistributedDataParallel(module, device_ids=[device] if device.type == 'cuda' else None,
+                                        process_group=group, gradient_as_bucket_view=True)
+    averaging.broadcast_buffers = False  # equal at first; then each process keeps its own running statistics
+    return averaging

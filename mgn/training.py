@@ -4,6 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -88,7 +89,7 @@ class Training:
     def run(self):
         self.check_options()
         self.first = processes.number() == 0
-        with locked(self.output_dir):
+        with locked(self.output_dir) if self.first else nullcontext():
             saved = newest(self.output_dir, self.resume) if self.first else None
             path = processes.share(saved and saved[0])
             if path and not self.first:

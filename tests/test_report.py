@@ -235,7 +235,7 @@ def test_another_network_is_compared_and_one_that_cannot_be_read_is_named(root, 
     assert all([rest for _, *rest in row['nearest']] == lists[row['query']] for row in compare['others'])
     (tmp_path / 'model.onnx').write_bytes(b'something else')
     monkeypatch.setattr(checkpoint, 'open', forbidden, raising=False)
-    for path, reason in (('nowhere.pth', 'There is no file'), (other, 'cannot be read: Permission denied'),
+    for path, reason in (('nowhere.pth', 'There is no file'), (other, '.*Permission denied'),
                          (tmp_path / 'model.onnx', 'is no ONNX file')):
         page = made(weights, root, root / 'out', f"compare = '{path}'")
         assert 'compare' not in page and page['lists']

@@ -174,5 +174,4 @@ def as_ids(ids, length, name, remedy=NUMBER_THEM):
 
 
 def as_junk_pid(junk_pid):
-    allowed = -2 ** 63, 2 ** 63 - 1, 'None makes no id special'
-    return None if junk_pid is None else integer(junk_pid, 'junk_pid', *allowed)
+    return None if junk_pid is None else integer(junk_pid, 'junk_pid', -2 ** 63, 2 ** 63 - 1, 'None: no id is special')

@@ -16,7 +16,7 @@ import gin
 import torch
 
 from mgn.ops.arguments import FLOAT_TYPES, INTEGER_TYPES
-from mgn.ops.errors import FileError, MissingFile, UserError
+from mgn.ops.errors import MissingFile, UserError
 from mgn.runs import processes
 from mgn.runs.files import replacing
 from mgn.runs.log import logger
@@ -172,15 +172,12 @@ def load(path):
 def read(path):
     """What torch.save has written to a file, in whatever project, tensors on the CPU. Checksums are verified.
 
-    Raises MissingFile, FileError where it cannot be opened, Damaged, UserError where there is more in it than data.
+    Raises MissingFile, Damaged, UserError where there is more in it than data, or OSError where it cannot be read.
     """
     if not os.path.isfile(path):
         raise MissingFile(f'There is no file {path}, where weights were expected. Correct the path.')
-    try:
-        with open(path, 'rb') as file:
-            legacy = file.read(len(LEGACY)) == LEGACY
-    except OSError as error:
-        raise FileError(f'{path} cannot be read: {error.strerror}. Allow it, or give another file.') from error
+    with open(path, 'rb') as file:
+        legacy = file.read(len(LEGACY)) == LEGACY
     if not legacy:
         with errors_explained(Damaged, f'{path} is damaged or no file of weights'), zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch.load itself ignores the sums

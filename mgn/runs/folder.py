@@ -8,7 +8,7 @@ import re
 import socket
 
 from mgn.ops.errors import UserError
-from mgn.runs import checkpoint as checkpoints, processes
+from mgn.runs import checkpoint as checkpoints
 from mgn.runs.files import writing
 from mgn.runs.log import logger
 
@@ -21,12 +21,9 @@ def locked(folder, binding='output_dir'):
 
     UserError where another command has it, also on another machine.
 
-    Process 0 locks for all. The lock ends with the process; the file alone means nothing, but has to stay in its place.
+    The lock belongs to the process and ends with it; the file alone means nothing, but has to stay in its place.
     Temporary files that a killed command left are removed.
     """
-    if processes.number() > 0:
-        yield
-        return
     path = os.path.join(folder, LOCK)
     with writing(path, f'Bind another {binding}.'):
         os.makedirs(folder, exist_ok=True)
