@@ -23,7 +23,7 @@ RELIES = '''
 - **Checkpoints, features and images are data.** Reading them runs nothing that they hold. A checkpoint of somebody
   else can be evaluated.
 - **The file system honours `fsync` and `rename`.** A checkpoint is complete on disk once both have returned.
-- **One run at a time writes to a folder.** A lock ensures it, where the file system has locks.
+- **One run, or extraction, at a time writes to a folder.** A lock ensures it, where the file system has locks.
 '''
 
 
