@@ -1,4 +1,4 @@
-"""Launches and waits of every operation on a GPU, against what benchmarks.roofline allows."""
+"""Launches and waits of mining, distances, ranks and neighbours on a GPU, held against benchmarks.roofline."""
 
 import functools
 

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 def without_init(*names):
     """Makes the packages importable without running their __init__, whose imports are out of date.
 
-    Those of the same root that an earlier call has made so, but this one does not name, become what they are.
+    Packages of the same root that an earlier call made so, and this call does not name, are imported whole again.
     """
     imported = sys.modules.get(names[0])
     root = imported.__path__[0] if imported else find_spec(names[0]).submodule_search_locations[0]

@@ -84,8 +84,8 @@ def in_words(annotation):
         return ' or '.join(map(repr, arguments))
     if kind is tuple:
         each = [argument for argument in arguments if argument is not ...]
-        example = str(tuple(range(1, 1 + len(each)))) if arguments[-1] is not ... else (
-            "('name',)" if each == [str] else '(1, 2, 3)')
+        of_any_length = "('name',)" if str in each else '(1, 2, 3)'
+        example = of_any_length if arguments[-1] is ... else str(tuple(range(1, 1 + len(each))))
         return f'values in parentheses as in {example}, each {" or ".join(dict.fromkeys(map(in_words, each)))}'
     if kind is collections.abc.Callable:
         return 'a reference without parentheses such as @name'

@@ -95,7 +95,7 @@ def extract_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, dataset: 
 
 @gin.configurable(denylist=['checkpoint'])
 def convert_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_dir: str | None = None) -> None:
-    """Writes weights, such as another project has saved (`mgn.weights`), as a checkpoint, <name>_mgn.pth in output_dir.
+    """Writes weights, also those of another project (`mgn.weights`), as a checkpoint, <name>_mgn.pth in output_dir.
 
     Its configuration is the present one, bindings of the command line included.
     """

@@ -60,12 +60,11 @@ def write_part(model, dataset, extractor, features_dir, storage, part):
     """Makes the features of `part`, query or gallery, in all processes; process 0 writes all of its files."""
     samples = getattr(dataset, part)
     batches = [extractor.gathered(model, samples)] if processes.count() > 1 else extractor.batches(model, samples)
-    if processes.number() > 0:
-        return
-    with writing(features_dir, 'Free disk space or bind another features_dir.'):
-        for name, array in image_lists(dataset, part).items():
-            np.save(file_of(features_dir, part, name), array)
-        write_rows(file_of(features_dir, part, 'features'), (len(samples), model.feature_dim), storage, batches)
+    if processes.number() == 0:
+        with writing(features_dir, 'Free disk space or bind another features_dir.'):
+            for name, array in image_lists(dataset, part).items():
+                np.save(file_of(features_dir, part, name), array)
+            write_rows(file_of(features_dir, part, 'features'), (len(samples), model.feature_dim), storage, batches)
 
 
 def write_rows(path, shape, storage, batches):

@@ -65,7 +65,7 @@ def export_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_dir
     with torch.no_grad():
         any_batch = ({0: torch.export.Dim('batch')},)
         program = torch.export.export(network, (images,), dynamic_shapes=any_batch, strict=False)
-    onnx = onnx_content(program, images, metadata)  # imports much: a signal would leave the folder behind
+    onnx = onnx_content(program, images, metadata)  # first: a signal during its imports would leave the folder behind
     with writing(output_dir, 'Free disk space or bind another output_dir.'):
         os.makedirs(output_dir, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix='.export', dir=output_dir) as folder:

@@ -34,7 +34,7 @@ def train_step(model, optimizer, augmentation, batch, device, precision, clip_gr
         module.zero_grad()  # to None: the optimizer passes over it, its own state included
     if clip_gradient_norm is not None:
         scaler.unscale_(optimizer)
-        trained = [parameter for group in optimizer.param_groups for parameter in group['params']]
+        trained = [parameter for options in optimizer.param_groups for parameter in options['params']]
         torch.nn.utils.clip_grad_norm_(trained, clip_gradient_norm)
     scaler.step(optimizer)  # in float16 not where a gradient is not finite
     scaler.update()

@@ -83,8 +83,12 @@ def test_a_second_extraction_into_a_folder_is_refused_while_the_first_writes(ext
                                             f'.*Wait for it, end it, or bind another features_dir'):
             write_features(model, dataset, extractor, str(tmp_path))
         assert os.listdir(tmp_path) == ['run.lock']
-    write_features(model, dataset, extractor, str(tmp_path))  # what is left of one that was killed is overwritten
-    assert len(read_features(str(tmp_path), model, dataset, extractor)) == 2
+    (tmp_path / FEATURES).write_bytes(b'of one that was killed')
+    (tmp_path / 'manifest.json.7.tmp').write_text('{')
+    write_features(model, dataset, extractor, str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {*FILES, 'manifest.json', 'run.lock'}
+    assert [len(rows) for rows in read_features(str(tmp_path), model, dataset, extractor)] == [
+        len(dataset.query), len(dataset.gallery)]
 
 
 def length_changed(folder):

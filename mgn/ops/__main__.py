@@ -9,7 +9,8 @@ def main():
     print(f'torch {torch.__version__}, CUDA {torch.version.cuda}')
     print(f'mgn._C     {missing("_C") or "instruction sets here: " + torch.ops.mgn_cpu.instruction_sets()}')
     print(f'mgn._cuda  {missing("_cuda") or torch.ops.mgn_cuda.build()}')
-    for device in ['cpu', *(f'cuda:{index}' for index in range(torch.cuda.device_count()))]:
+    devices = ['cpu', *(f'cuda:{index}' for index in range(torch.cuda.device_count()))]
+    for device in devices + ['mps'] * torch.backends.mps.is_available():
         name = f' ({torch.cuda.get_device_name(device)})' if device.startswith('cuda') else ''
         print(f'{device}{name}: {implementation(device)}')
 

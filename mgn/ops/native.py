@@ -53,8 +53,8 @@ def _unusable(device):
         return f'there are no kernels for {device.type}'
     if not torch.cuda.is_available():
         return 'torch sees no CUDA device'
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return missing('_cuda') or torch.ops.mgn_cuda.unusable(index) or None
+    return missing('_cuda') or torch.ops.mgn_cuda.unusable(
+        torch.cuda.current_device() if device.index is None else device.index) or None
 
 
 @functools.cache

@@ -71,8 +71,8 @@ def _check(anchors, labels, candidates, candidate_labels):
     if candidates is None and candidate_labels is None:
         return
     if candidates is None or candidate_labels is None:
-        raise UserError('candidates and candidate_labels go together, but one of them is None; pass both, or neither '
-                        'to mine among the anchors')
+        missing = 'candidates' if candidates is None else 'candidate_labels'
+        raise UserError(f'candidates and candidate_labels go together, but {missing} is None; pass both, or neither')
     _check_labelled(candidates, 'candidates', candidate_labels, 'candidate_labels')
     check_alike(candidates, 'candidates', anchors, 'anchors')
     if (candidate_labels.dtype == torch.uint64) != (labels.dtype == torch.uint64):

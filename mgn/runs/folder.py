@@ -1,4 +1,4 @@
-"""A folder that one command at a time writes to; of a run: training resumes from its newest intact checkpoint."""
+"""A folder that one command at a time writes to. Training resumes from the newest intact checkpoint in it."""
 
 import contextlib
 import fcntl
@@ -41,7 +41,7 @@ def locked(folder, binding='output_dir'):
             file.truncate(0)
             file.write(f'process {os.getpid()} on {socket.gethostname()}'.encode())
         for entry in [*os.scandir(folder)]:
-            if re.search(r'\.\d+\.tmp$', entry.name) and entry.is_file():
+            if re.search(r'\.(pth|jsonl|json|gin)\.\d+\.tmp$', entry.name) and entry.is_file():
                 os.remove(entry)
         yield
 

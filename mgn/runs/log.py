@@ -19,7 +19,7 @@ class RunLog:
     """Appends records {'step': int, name: number, …} to output_dir/metrics.jsonl, a line each.
 
     Opened at `step`, it drops the lines of later steps first: what a stopped run did after its last checkpoint is done
-    again. `evaluated`: the steps whose evaluation it held then. Process 0 alone has one.
+    again. `evaluated`: the steps whose evaluation the file held then. Process 0 alone has one.
     """
 
     def __init__(self, output_dir, step):

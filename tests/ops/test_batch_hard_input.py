@@ -24,8 +24,8 @@ X, LABELS = torch.ones(3, 8, 4), torch.zeros(8, dtype=torch.int64)
     ((X, LABELS.bool()), 'labels must be integers .* not torch.bool'),
     ((X, [0] * 8), 'labels must be a tensor, not list; torch.as_tensor makes one'),
     ((X.tolist(), LABELS), 'anchors must be a tensor, not list'),
-    ((X, LABELS, X), 'candidates and candidate_labels go together, but one of them is None; pass both'),
-    ((X, LABELS, None, LABELS), 'candidates and candidate_labels go together, but one of them is None; pass both'),
+    ((X, LABELS, X), 'candidates and candidate_labels go together, but candidate_labels is None; pass both'),
+    ((X, LABELS, None, LABELS), 'candidates and candidate_labels go together, but candidates is None; pass both'),
     ((X, LABELS, X[0], LABELS), r'candidates must be like anchors, \(3, 8, 4\) of torch.float32, '
                                 r'in all but the number of rows, not \(8, 4\)'),
     ((X, LABELS, X[..., :3], LABELS), r'candidates must be like anchors, .* not \(3, 8, 3\)'),

@@ -85,6 +85,12 @@ print([name for name in ("gin", "absl", "torchvision") if name in sys.modules])
     assert done.stdout == '[]\n', done.stderr
 
 
+def test_a_missing_module_is_told_before_cuda_is_initialised(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(native, 'missing', lambda name: f'no {name}')
+    assert native._unusable.__wrapped__(torch.device('cuda')) == 'no _cuda'
+
+
 def test_it_tells_what_is_compiled_and_what_runs_on_each_device():
     done = run(sys.executable, '-m', 'mgn.ops')
     assert done.returncode == 0, done.stderr

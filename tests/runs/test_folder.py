@@ -97,10 +97,11 @@ def test_any_mAP_is_better_than_one_that_is_no_number(tmp_path):
 
 
 def test_what_a_killed_run_was_writing_is_removed_and_nothing_else(tmp_path):
-    for name in ('last.pth.123.tmp', 'metrics.jsonl.9.tmp', 'notes.tmp', 'last.pth', 'x.123.tmp.txt'):
+    for name in ('last.pth.123.tmp', 'metrics.jsonl.9.tmp', 'notes.tmp', 'last.pth', 'x.123.tmp.txt', 'x.2024.tmp'):
         (tmp_path / name).write_text('')
     with locked(str(tmp_path)):
-        assert sorted(os.listdir(tmp_path)) == sorted(['last.pth', 'notes.tmp', 'run.lock', 'x.123.tmp.txt'])
+        assert sorted(os.listdir(tmp_path)) == sorted(['last.pth', 'notes.tmp', 'run.lock', 'x.123.tmp.txt',
+                                                       'x.2024.tmp'])
     (tmp_path / 'last.pth.123.tmp').mkdir()
     with locked(str(tmp_path)):
         assert (tmp_path / 'last.pth.123.tmp').is_dir()

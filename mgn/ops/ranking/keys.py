@@ -57,7 +57,7 @@ def ranking_kernels(device):
 def finite_norms(features, name):
     """Canonical norms (n,) float64; UserError naming the row where a feature is not finite."""
     norms = torch.empty(len(features), dtype=torch.float64, device=features.device)
-    for part in spans(len(features), len(features) if is_readable(features) else OPERANDS // max(features.shape[1], 1)):
+    for part in spans(len(features), OPERANDS // max(features.shape[1], 1)):
         ranking_kernels(features.device).canonical_norms(rows(features, part), norms[part])
     if not norms.isfinite().all():  # squares of float32 stay in float64's range
         refuse_not_finite(features, name)

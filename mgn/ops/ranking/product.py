@@ -163,11 +163,11 @@ def operands(features, norms, precision):
 
     What has to be converted is converted once where it fits, else at each use.
     """
-    def made(part, room=None):
+    def made(part, out=None):
         part_rows = rows(features, part)
         if precision != 'tf32':
-            return part_rows if room is None else room.copy_(part_rows)
-        rounded = part_rows.new_empty(part_rows.shape) if room is None else room  # contiguous, unlike these rows
+            return part_rows if out is None else out.copy_(part_rows)
+        rounded = part_rows.new_empty(part_rows.shape) if out is None else out  # contiguous, unlike these rows
         kernels = ranking_kernels(features.device) if features.is_cuda else reference
         kernels.round_to_tf32(part_rows, norms[part], rounded, residual[part])
         return rounded
