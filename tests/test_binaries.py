@@ -1,6 +1,5 @@
 """python -m mgn.train and python -m mgn.eval as a user runs them: one run, its evaluation, a kill, and mistakes."""
 
-import errno
 import fcntl
 import json
 import os
@@ -14,14 +13,12 @@ import termios
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import gin
 import pytest
 import torch
 from conftest import write_market
 from forks import run_binary
 
 import mgn
-from mgn.command_line import of_the_system
 from mgn.ops.metrics import METRICS
 
 PROJECT = Path(mgn.__file__).parent.parent
@@ -289,24 +286,6 @@ def test_a_bug_keeps_its_traceback(mistaken):
     assert done.returncode == 1 and 'error: ' not in done.stderr.replace('ValueError: ', '')
     message = r'Traceback \(most.*in forward\n.*ValueError: the tensors of a new idea do not fit'
     assert re.search(message, done.stderr, re.DOTALL)
-
-
-def test_a_file_that_may_not_be_read_is_named():
-    error = PermissionError(errno.EACCES, 'Permission denied', 'runs/last.pth')
-    assert of_the_system(error) == ("A file cannot be used: [Errno 13] Permission denied: 'runs/last.pth'. "
-                                    'Allow it, free space, or give another path.')
-    assert of_the_system(FileNotFoundError(errno.ENOENT, 'No such file', 'a')) is None  # whose fault, it cannot say
-    assert of_the_system(PermissionError(errno.EACCES, 'Permission denied')) is None  # of no file
-
-
-def test_a_file_that_may_not_be_read_is_named_where_gin_has_called_what_reads_it():
-    @gin.configurable(module='of_this_test')
-    def read_what_is_forbidden():
-        raise PermissionError(errno.EACCES, 'Permission denied', 'runs/last.pth')
-    with pytest.raises(PermissionError) as raised:
-        read_what_is_forbidden()
-    assert of_the_system(raised.value) == ("A file cannot be used: [Errno 13] Permission denied: 'runs/last.pth'. "
-                                           'Allow it, free space, or give another path.')
 
 
 PAPER = """

@@ -23,6 +23,7 @@ from thin import BINDINGS, fitting_schedule
 from benchmarks.reliability import meddling
 from benchmarks.reliability.driver import Row
 from mgn.runs import checkpoint
+from mgn.runs.folder import LOCK
 
 ROOT = Path(__file__).parent.parent.parent
 MEDDLING = Path(__file__).parent / 'meddling.py'
@@ -106,8 +107,9 @@ def check_same(binary, shared, folder):
         one, other = (json.loads((where / 'eval.json').read_text()) for where in (folder, shared / 'eval'))
         assert all(one[name] == other[name] for name in names) and one['rerank']['mAP'] == other['rerank']['mAP']
     else:
-        for path in (shared / 'extract' / 'features').glob('*.[nj]*'):  # not run.lock, which names a process
-            assert (folder / 'features' / path.name).read_bytes() == path.read_bytes(), path.name
+        for path in (shared / 'extract' / 'features').iterdir():
+            if path.name != LOCK:  # which names a process
+                assert (folder / 'features' / path.name).read_bytes() == path.read_bytes(), path.name
     if binary == 'train':  # which removes what an earlier call left when it was ended at once
         assert not list(folder.rglob('*.tmp'))
 

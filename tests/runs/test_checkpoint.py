@@ -4,7 +4,6 @@ import errno
 import io
 import os
 import pickle
-import re
 import resource
 import shutil
 import tempfile
@@ -250,8 +249,8 @@ def test_as_many_numbers_in_another_shape_do_not_fit():
         checkpoint.load_model(nn.Linear(4, 3, bias=False), {'weight': torch.zeros(2, 6)}, 'my.pth')
 
 
-@pytest.mark.parametrize('make', [lambda p: torch.optim.Adam(p), lambda p: torch.optim.AdamW(p, amsgrad=True),
-                                  lambda p: torch.optim.Adam(p, amsgrad=True), lambda p: torch.optim.SGD(p),
+@pytest.mark.parametrize('make', [torch.optim.Adam, lambda p: torch.optim.AdamW(p, amsgrad=True),
+                                  lambda p: torch.optim.Adam(p, amsgrad=True), torch.optim.SGD,
                                   lambda p: torch.optim.SGD(p, momentum=0.9)])
 def test_moments_of_every_kind_fit_and_those_of_another_shape_do_not(make):
     layer = nn.Linear(4, 3)
