@@ -9,6 +9,7 @@ import time
 from typing import Annotated
 
 import gin
+import numpy as np
 import torch
 
 from mgn.data.datasets import Dataset
@@ -146,6 +147,8 @@ def evaluate(model, dataset, extractor, features_dir=None, kept=None, cross_came
                'features_dir': features_dir, 'processes': processes.count(), 'features_s': round(extracted - start, 3),
                'ranking_s': round(time.perf_counter() - extracted, 3)}
     logger.info('features %.3f s, ranking %.3f s', results['features_s'], results['ranking_s'])
+    if (query_expansion or rerank) and query.device.type != 'cpu':  # unlike match_ranks, they take no gallery in a file
+        gallery = torch.tensor(gallery, device=query.device) if isinstance(gallery, np.ndarray) else gallery
     if query_expansion:
         start = time.perf_counter()
         query = expand_queries(query, gallery, query_expansion, alpha)
@@ -153,9 +156,8 @@ def evaluate(model, dataset, extractor, features_dir=None, kept=None, cross_came
             'query expansion and ranking', start, match_ranks(query, gallery, *ids))}
     if rerank:
         start = time.perf_counter()
-        ranks = k_reciprocal_ranks(query, gallery, *ids, k1, k2, lambda_value)
-        results['rerank'] = {'k1': k1, 'k2': k2, 'lambda_value': lambda_value, 'expanded': query_expansion > 0,
-                             **stage('re-ranking', start, ranks)}
+        results['rerank'] = {'k1': k1, 'k2': k2, 'lambda_value': lambda_value, 'expanded': query_expansion > 0, **stage(
+            're-ranking', start, k_reciprocal_ranks(query, gallery, *ids, k1, k2, lambda_value))}
     return processes.share(results)
 
 

@@ -90,8 +90,8 @@ def read_features(features_dir, model, dataset, extractor):
 
 def check_features(features_dir, model, extractor, dataset=None):
     """Raises what read_features raises. dataset: None where images do not matter."""
-    found, expected = read_manifest(features_dir), made_of(model, extractor)
     try:
+        found, expected = read_manifest(features_dir), made_of(model, extractor)
         for part, name in itertools.product(PARTS, NAMES):
             path = file_of(features_dir, part, name)
             if file_hash(path) != found['sha256'][part][name]:
@@ -100,7 +100,7 @@ def check_features(features_dir, model, extractor, dataset=None):
             expected.update({f'{part} {name}': array for name, array in image_lists(dataset, part).items()})
             found.update({f'{part} {name}': np.load(file_of(features_dir, part, name)) for name in NAMES[:3]})
         differing = [name for name, value in expected.items() if not np.array_equal(value, found[name])]
-    except PermissionError:  # no damage; a binary says which file it is
+    except (PermissionError, UserError):  # no damage; a binary says which file it is
         raise
     except (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError) as error:
         raise UserError(f'The features in {features_dir} are damaged: {error}; extract them again') from error
@@ -117,7 +117,7 @@ def kept_gallery(features_dir, model, extractor):
 
 
 def read_manifest(features_dir):
-    """The manifest's content, as write_features wrote it."""
+    """The manifest's content, as write_features wrote it; ValueError where it is not so."""
     path = os.path.join(features_dir, MANIFEST)
     if not os.path.isfile(path):
         raise MissingFile(f'The features_dir holds no complete extraction: there is no {path}, which mgn.extract '
@@ -132,8 +132,7 @@ def read_manifest(features_dir):
         raise UserError(f'The features in {features_dir} have the format {written!r:.60}, and this version reads '
                         f'{FORMAT!r} only; extract them again')
     if not is_whole:
-        raise UserError(f'The features in {features_dir} are damaged: {path} is not as mgn.extract wrote it; extract '
-                        f'them again')
+        raise ValueError(f'{path} is not as mgn.extract wrote it')
     return content
 
 

@@ -16,11 +16,12 @@ from PIL import Image, ImageOps
 from mgn import evaluation
 from mgn.data.datasets import market_layout
 from mgn.evaluation import evaluate
+from mgn.feature_files import write_features
 from mgn.features import Extractor
 from mgn.ops.errors import UserError
 from mgn.ops.metrics import METRICS, retrieval_metrics
 from mgn.model import MGN
-from mgn.ops import match_ranks_from_distance
+from mgn.ops import match_ranks, match_ranks_from_distance
 from mgn.results import table
 
 pytestmark = pytest.mark.usefixtures('thin')
@@ -310,6 +311,22 @@ def test_without_cameras_the_stages_leave_out_what_plain_ranking_does(model, tmp
     # A query's nearest item is its own image, which only its ranks leave out; λ = 1 ranks by the original distance.
     for name in METRICS:
         assert got[name] == got['query_expansion'][name] == got['rerank'][name]
+
+
+def test_on_a_gpu_the_later_stages_get_a_gallery_from_files_on_the_device_of_the_query(model, folder, tmp_path,
+                                                                                         monkeypatch):
+    """Unlike match_ranks they take none that is elsewhere. The device meta stands in for a GPU."""
+    dataset, seen = market_layout(str(folder)), []
+    on_gpu = extractor()
+    write_features(model, dataset, on_gpu, str(tmp_path / 'features'))
+    on_gpu.place = 'meta'
+    ids = evaluation.identities(dataset, True)
+    ranks = match_ranks(torch.ones(len(ids[0]), 1), torch.ones(len(ids[1]), 1), *ids)
+    monkeypatch.setattr(evaluation, 'match_ranks', lambda *_: ranks)
+    monkeypatch.setattr(evaluation, 'expand_queries', lambda query, gallery, *_: (seen.append(gallery), query)[1])
+    monkeypatch.setattr(evaluation, 'k_reciprocal_ranks', lambda query, gallery, *_: (seen.append(gallery), ranks)[1])
+    evaluate(model, dataset, on_gpu, str(tmp_path / 'features'), query_expansion=1, rerank=True)
+    assert [(x.device.type, tuple(x.shape)) for x in seen] == 2 * [('meta', (len(ids[1]), model.feature_dim))]
 
 
 def test_each_stage_says_its_time_and_has_a_row(model, folder, caplog):

@@ -67,11 +67,9 @@ def msmt17(root: str, combine_val: bool = False) -> Dataset:
                          for folder in folders) for name in ('test', 'mask_test_v2'))
     in_train, in_test = ('mask_train_v2', 'mask_test_v2') if second and not first else ('train', 'test')
     folder, not_to_train = find_folder(root, aliases, (in_train, *to_train), (in_test, *to_evaluate))
-    train = []
-    if not not_to_train:
-        for list_name in to_train if combine_val else to_train[:1]:
-            train += read_msmt_list(folder, list_name, in_train)
-        logger.info('MSMT17 trains on %s', 'list_train.txt and list_val.txt' if combine_val else 'list_train.txt alone')
+    lists = [] if not_to_train else to_train if combine_val else to_train[:1]
+    train = [sample for list_name in lists for sample in read_msmt_list(folder, list_name, in_train)]
+    logger.info('MSMT17 trains on %s', ' and '.join(lists) or 'nothing')
     query, gallery = (read_msmt_list(folder, list_name, in_test) for list_name in to_evaluate)
     dataset = Dataset('MSMT17', folder, train, query, gallery, not_to_train)
     return logged(dataset, (1041, 32621 if combine_val else 30248, 11659, 82161, 15))
@@ -141,8 +139,7 @@ def csv_table(root: str, file: str = 'dataset.csv') -> Dataset:
             sample = Sample(os.path.join(root, row['path']), *(int(number[1]) for number in numbers))
             if sample.pid != JUNK_PID:
                 parts[row['split']].append(sample)
-    missing = [part for part in ('query', 'gallery') if not parts[part]]
-    if missing:
+    if missing := [part for part in ('query', 'gallery') if not parts[part]]:
         raise UserError(f'{path} lists no image of {" and ".join(missing)}; add rows with that split')
     return logged(Dataset(os.path.basename(root), root, **parts, not_to_train='' if parts['train'] else (
         f'{path} lists no image to train on; add rows with the split train')))
@@ -202,10 +199,9 @@ def read_market_layout(name, root, aliases=('',), published=None, camera_require
     if without_camera and len(without_camera) < sum(map(len, parts)):
         raise UserError(f'Either all file names of {folder} contain a camera or none, but {without_camera[0]} has none '
                         f'among others with one; rename it as in 0002_c1_….jpg')
-    for sample in parts[0] + parts[1]:
-        if sample.pid < 1:
-            raise UserError(f'Identities of {TRAIN} and {QUERY} are numbered from 1 on, as 0 means nobody in this '
-                            f'layout, but {sample.path} has {sample.pid}; number people from 1 on')
+    if nobody := [sample for sample in parts[0] + parts[1] if sample.pid < 1]:
+        raise UserError(f'Identities of {TRAIN} and {QUERY} are numbered from 1 on, as 0 means nobody in this layout, '
+                        f'but {nobody[0].path} has {nobody[0].pid}; number people from 1 on')
     parts = [[sample._replace(camid=sample.camid or 0) for sample in part] for part in parts]
     return logged(Dataset(name, folder, *parts, not_to_train), published)
 
@@ -274,8 +270,14 @@ def check_trainable(dataset):
 
 
 def logged(dataset, published=None):
-    """Logs the sizes of a data set, warns where they differ from the published ones; returns the data set."""
+    """Logs the sizes of a data set, warns where they differ from the published ones; returns the data set.
+
+    UserError where training images, queries or gallery hold an image twice: it would count twice.
+    """
     parts = dataset.train, dataset.query, dataset.gallery
+    for paths in (sorted(sample.path for sample in part) for part in parts):
+        if twice := [path for path, following in zip(paths, paths[1:]) if path == following]:
+            raise UserError(f'{dataset.name} lists images twice ({len(twice)}), first {twice[0]}; list each once')
     counts = (len({s.pid for s in dataset.train}), *map(len, parts), len({s.camid for part in parts for s in part}))
     logger.info('%s in %s: %d identities and %d images to train, %d query, %d gallery, %d cameras', dataset.name,
                 dataset.root, *counts)

@@ -124,7 +124,7 @@ def test_msmt17_keeps_the_order_of_its_lists_and_passes_over_blank_lines(tmp_pat
 
 
 @pytest.mark.parametrize('combine_val, images, said', [
-    (False, ['0000_000_01_0303morning_0008_0.jpg'], 'list_train.txt alone'),
+    (False, ['0000_000_01_0303morning_0008_0.jpg'], 'list_train.txt'),
     (True, ['0000_000_01_0303morning_0008_0.jpg', '0000_001_15_0303noon_0009_1.jpg'],
      'list_train.txt and list_val.txt')])
 def test_msmt17_takes_the_validation_list_only_when_asked_and_says_which(tmp_path, caplog, combine_val, images, said):

@@ -60,11 +60,28 @@ def test_a_table_without_its_first_line_or_at_all_is_refused_and_one_without_tra
 def test_joined_sets_keep_identities_and_cameras_apart_and_test_on_the_first(tmp_path):
     one = datasets.market_layout(str(write_market(tmp_path / 'one', identities=3, images=2)))
     two = datasets.market_layout(str(write_market(tmp_path / 'two', identities=4, images=3, cameras=3)))
-    both = datasets.joined((one, two, one))
-    assert (both.query, both.gallery, both.name) == (one.query, one.gallery, 'one+two+one')
-    assert [s.path for s in both.train] == [s.path for s in (*one.train, *two.train, *one.train)]
+    three = datasets.market_layout(str(write_market(tmp_path / 'three', identities=3, images=2)))
+    both = datasets.joined((one, two, three))
+    assert (both.query, both.gallery, both.name) == (one.query, one.gallery, 'one+two+three')
+    assert [s.path for s in both.train] == [s.path for s in (*one.train, *two.train, *three.train)]
     assert both.train[:6] == one.train
     assert [(s.pid, s.camid) for s in both.train[6:9]] == [(5, 4), (5, 5), (5, 6)]  # behind 3 and 2, from 1 on
     assert len({s.pid for s in both.train}) == 10 and len({s.camid for s in both.train}) == 7
     with pytest.raises(ValueError, match='joined.datasets is empty'):
         datasets.joined()
+
+
+@pytest.mark.parametrize('part', ['train', 'query', 'gallery'])
+def test_an_image_listed_twice_is_refused_but_a_query_may_stand_in_the_gallery(tmp_path, part):
+    lines = ['train,5,1,c.jpg,', 'query,7,1,a.jpg,', 'gallery,7,1,a.jpg,', 'gallery,7,2,b.jpg,']
+    assert len(datasets.csv_table(write_table(tmp_path, *lines)).gallery) == 2
+    image = {'train': 'c.jpg', 'query': 'a.jpg', 'gallery': 'b.jpg'}[part]
+    with pytest.raises(UserError, match=rf'lists images twice \(1\), first .*/{image}; list each once'):
+        datasets.csv_table(write_table(tmp_path, *lines, f'{part},8,3,{image},'))
+
+
+def test_a_data_set_joined_with_itself_is_refused(tmp_path):
+    """Every person would be two."""
+    one = datasets.market_layout(str(write_market(tmp_path / 'one', identities=3, images=2)))
+    with pytest.raises(UserError, match=r'one\+one lists images twice \(6\)'):
+        datasets.joined((one, one))
