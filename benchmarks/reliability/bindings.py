@@ -61,8 +61,8 @@ def prepare(folder):
     write_market(folder / 'data')
     (folder / 'msmt').mkdir()
     write_lists(folder / 'msmt')
-    for part in ('train', 'test'):
-        for line in (folder / 'msmt' / 'list_train.txt').read_text().splitlines():
+    for part, images in (('train', 'train'), ('train', 'val'), ('test', 'query')):  # the gallery has those of the query
+        for line in (folder / 'msmt' / f'list_{images}.txt').read_text().splitlines():
             write_image(folder / 'msmt' / part / line.split()[0], 0)
     config.load([], [*THIN, f"data_root = '{folder}/data'"])
     training.Training(str(folder / 'run')).run()

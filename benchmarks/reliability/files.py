@@ -252,8 +252,8 @@ def copy_recipes(folder):
 def write_lists(folder):
     for name in ('train', 'test'):
         (folder / name).mkdir()
-    for name in ('train', 'val', 'query', 'gallery'):
-        lines = [f'{i:04d}/{i:04d}_000_{i % 15 + 1:02d}_0303morning_0008_{j}.jpg {i}' for i in range(9) for j in '012']
+    for name, shots in (('train', '012'), ('val', '345'), ('query', '012'), ('gallery', '012')):
+        lines = [f'{i:04d}/{i:04d}_000_{i % 15 + 1:02d}_0303morning_0008_{j}.jpg {i}' for i in range(9) for j in shots]
         (folder / f'list_{name}.txt').write_text('\n'.join(lines) + '\n')
 
 
