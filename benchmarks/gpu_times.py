@@ -27,6 +27,7 @@ from benchmarks.ranking import problem
 from benchmarks.training import ADAM, IDENTITIES, SIZE, K, new_model, our_step, peer_step
 from mgn.data.augmentation import Augmentation
 from mgn.data.images import TrainBatch
+from mgn.devices import find_device
 from mgn.ops import (batch_hard_triplet_loss, evaluate_rank, expand_queries, k_reciprocal_ranks, match_ranks,
                      match_ranks_from_distance, pairwise_distance, retrieval_metrics, topk, topk_from_distance)
 from mgn.ops.ranking.product import available, exact_float32
@@ -256,6 +257,7 @@ def training(device, small, trace_file):
                 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         return run
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = device.type == 'cuda'  # as mgn.training has it
     step = {precision: functools.partial(our_step, model, optimizer, augmentation, precision, batches, device)
             for precision in ('float32', 'bfloat16')}
     sides = {'float32': whole(step['float32']), 'tf32': with_tf32(step['float32']), 'bfloat16': whole(step['bfloat16'])}
@@ -286,9 +288,12 @@ def main(arguments=None):
     parser.add_argument('--small', action='store_true')
     parser.add_argument('--trace', help='of the family training: a file, .json or .json.gz')
     options = parser.parse_args(arguments)
+    device = find_device(str(options.device))
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)  # streams and events are of the present one
     for family in options.families:
         more = (options.trace,) if family == 'training' else ()
-        FAMILIES[family](options.device, options.small, *more)
+        FAMILIES[family](device, options.small, *more)
 
 
 if __name__ == '__main__':

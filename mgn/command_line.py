@@ -22,8 +22,7 @@ def run(main, several=False):
                               module_name=sys.argv[0])  # so that --help shows it
     flags.DEFINE_multi_string('gin_bindings', [], 'Gin binding, e.g. --gin_bindings="data_root=\'datasets\'"; '
                               'repeatable, later ones win, and all of them win over gin files. Common names are in '
-                              'mgn/defaults.gin, all in config.gin of a run.',
-                              module_name=sys.argv[0])
+                              'mgn/defaults.gin, all in config.gin of a run.', module_name=sys.argv[0])
     for stream in filter(None, (sys.stdout, sys.stderr)):  # names of files need not be UTF-8
         stream.reconfigure(errors='backslashreplace')
     try:
@@ -82,7 +81,7 @@ def carry_out(main, several, flags, arguments):
 
 def of_the_system(error):
     """The message for lack of memory or space, or for a file that may not be read or written; None for other errors."""
-    if isinstance(error, MemoryError) or re.search("out of memory|an('|no)t allocate memory", str(error)):
+    if isinstance(error, MemoryError) or re.search("out of memory|an('|no)t allocate memory|ALLOC_FAILED", str(error)):
         return (f'Memory ran out ({(str(error) or "none is free").splitlines()[0]}). Free some, or bind a smaller P '
                 f'for training, a smaller Extractor.batch_size for evaluation.')
     # By its words: an error that has passed gin has kept nothing else.

@@ -93,8 +93,8 @@ def bind_saved(text):
 
     The names that it uses have to be known: those of this package, and those that the user's own gin files, parsed
     before, have imported; its own imports do nothing. Bindings that only training needs are set aside, as are folders
-    of the training machine. Raises UserError with the line for an include, and for the import of what this process has
-    not imported.
+    and device of the training machine. Raises UserError with the line for an include, and for the import of what this
+    process has not imported.
     """
     values, aside = {}, set()
     for statement in gin.config_parser.ConfigParser(text, gin.config.ParserDelegate(skip_unknown=True)):
@@ -105,7 +105,7 @@ def bind_saved(text):
                 scope, selector, name = '/'.join(filter(None, (scope, selector))), MACRO, 'value'
             if selector in TRAINING or selector != MACRO and selector.split('.')[-1] not in configurables():
                 aside.add(selector)
-            elif not {name, scope} & OF_A_COMMAND:
+            elif not {name, scope} & {*OF_A_COMMAND, 'device'}:
                 values[scope, selector, name] = value, line
         elif not isinstance(statement, gin.config_parser.BlockDeclaration) and (
                 getattr(statement, 'module', None) not in sys.modules):

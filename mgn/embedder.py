@@ -69,8 +69,7 @@ class Embedder:
             UserError: another kind of image, or one that cannot be read.
         """
         if not isinstance(images, (list, tuple, torch.Tensor, np.ndarray)) or getattr(images, 'ndim', 4) == 0:
-            raise UserError(f'embed takes a list of images or a tensor of them, not {shown(images)}; put it '
-                            f'into a list')
+            raise UserError(f'embed takes a list of images or a tensor of them, not {shown(images)}; make it a list')
         parts = [torch.empty(0, self.dim, dtype=torch.float32, device='cpu')]
         for first in range(0, len(images), self.batch_size):
             batch = [self.as_tensor(image, bgr) for image in images[first:first + self.batch_size]]
@@ -93,4 +92,4 @@ class Embedder:
             found = f'{image.dtype} {tuple(image.shape)}' if hasattr(image, 'dtype') else shown(image)
             raise UserError(f'Images must be a (n, 3, H, W) uint8 tensor, or a list of paths, PIL images or (h, w, 3) '
                             f'uint8 arrays, but one is {found}; convert it')
-        return image.flip(0) if bgr else image
+        return (image.flip(0) if bgr else image).cpu()

@@ -55,6 +55,7 @@ class Extractor:
 
     def gathered(self, model, samples):
         """The same in process 0, of which each process makes a part; None in the others."""
+        processes.check_same('precision of features', self.precision, "Bind feature_precision = 'float32'.")
         return processes.to_first(self.features(model, processes.part(samples)))
 
     @torch.no_grad()

@@ -63,8 +63,7 @@ def export_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_dir
         'dataset': str(saved_values(checkpoint.get('config', ''), weights).get('dataset'))})
     network = Portable(model, getattr(torch, precision)).eval()
     with torch.no_grad():
-        any_batch = ({0: torch.export.Dim('batch')},)
-        program = torch.export.export(network, (images,), dynamic_shapes=any_batch, strict=False)
+        program = torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim('B')},), strict=False)
     onnx = onnx_content(program, images, metadata)  # first: a signal during its imports would leave the folder behind
     with writing(output_dir, 'Free disk space or bind another output_dir.'):
         os.makedirs(output_dir, exist_ok=True)

@@ -82,7 +82,8 @@ def compared(path, extractor, dataset, ids, notices):
     """Features by another network of the same images, and their ranks; None, and a notice, where it cannot be used."""
     try:
         device = extractor.device.type if processes.count() > 1 else str(extractor.device)
-        other = Embedder(path, 'cpu' if path.endswith('.onnx') else device, extractor.precision, extractor.flip_test)
+        how = ('cpu', 'auto') if path.endswith('.onnx') else (device, extractor.precision)
+        other = Embedder(path, *how, extractor.flip_test, extractor.batch_size)
         rows, paths = [], [sample.path for sample in dataset.query + dataset.gallery]
         logger.info('report: features of %d images by %s', len(paths), path)
         with progress(len(paths), unit='image', what='features') as bar:

@@ -119,8 +119,10 @@ class Training:
         self.output_dir = os.path.abspath(os.path.expanduser(self.output_dir or self.default_output_dir))
         self.device = find_device(self.device)
         self.precision = resolve_precision(self.precision, self.device, 'train.precision')
-        processes.check_same('precision', self.precision,
-                             "Bind train.precision to one that all machines are fast at, e.g. 'float32'.")
+        processes.check_same('kind of device, and precision on it', (self.device.type, self.precision),
+                             "Bind device, or train.precision to one that all machines are fast at, e.g. 'float32'.")
+        if self.device.type == 'cuda':
+            torch.cuda.set_device(self.device)  # torch asks the present one, too, which may be full
         check_split(self.P, self.mining)
         check_same_data(self.dataset, ('train',))
 

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from forks import run_program
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mgn.devices import find_device, resolve_precision
 from mgn.ops.errors import UserError
@@ -69,6 +70,13 @@ with exact_float32():
 print(any(allowed()), torch.get_float32_matmul_precision())
 """, env=environment)
     assert done.stdout == 'True False False highest\n', done.stderr
+
+
+def test_a_gpu_has_its_number():
+    """Without it the device would be the present one of each thread."""
+    with FakeTensorMode():
+        assert find_device('cuda') == torch.device('cuda:0') and find_device('cuda:1') == torch.device('cuda:1')
+    assert find_device('cpu') == CPU
 
 
 @pytest.mark.parametrize('name', ['', 'gpu', 'meta', 'CPU', 'cuda:-1', 'cuda:9999999999999', 'hpu', 'xla', 'opengl',

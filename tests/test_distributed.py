@@ -231,9 +231,12 @@ def test_a_process_that_no_torchrun_has_started_is_told_so(monkeypatch, variable
 def test_a_lost_connection_is_told_from_other_errors(monkeypatch):
     monkeypatch.setattr(processes, 'count', lambda: 2)
     monkeypatch.setattr(processes, 'number', lambda: 0)
-    message = processes.lost(RuntimeError('[gloo/transport/tcp/pair.cc:554] Connection closed by peer\nmore'))
-    assert re.fullmatch(r'Process 0 of 2 lost its connection to another process \(.*closed by peer\)\. torchrun names '
-                        r'the one that ended\..*training resumes from last.pth\.', message)
+    nccl = "NCCL error in: here\nLast error:\nCuda failure 2 'out of memory'"  # the reason comes last
+    for error in '[gloo/transport/tcp/pair.cc:554] Connection closed by peer', nccl:
+        message = processes.lost(RuntimeError(error))
+        assert message.startswith('Process 0 of 2 lost its connection to the others, or its GPU failed '
+                                  f'({" ".join(error.split())}). torchrun names the one that ended.')
+        assert message.endswith('training resumes from last.pth.')
     assert processes.lost(RuntimeError('shapes differ')) is processes.lost(ValueError('gloo')) is None
 
 

@@ -11,6 +11,7 @@ from conftest import smooth_pixels
 from PIL import Image
 from test_model import images, shake
 from thin import thin_networks
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mgn
 from mgn import config, evaluation, weights
@@ -95,6 +96,14 @@ def test_what_is_no_image_is_refused(small, image):
         mgn.load(small[0], device='cpu').embed([image])
 
 
+@pytest.mark.parametrize('bgr', [False, True])
+def test_a_tensor_of_a_gpu_is_an_image_like_others(bgr):
+    """The CPU resizes all: CUDA has no such operation for uint8."""
+    with FakeTensorMode():
+        image = torch.empty(3, 8, 4, dtype=torch.uint8, device='cuda')
+        assert mgn.embedder.Embedder.as_tensor(None, image, bgr).device.type == 'cpu'
+
+
 @pytest.mark.parametrize('device', [5, None, True, 2.5, [], {}, 10 ** 5000], ids=type)
 def test_a_device_that_is_no_name_is_a_sentence(small, device):
     with pytest.raises(UserError, match='^device must be a string that is not empty, found '):
@@ -117,7 +126,7 @@ def test_other_batch_sizes_are_refused(small, batch_size):
 def test_what_is_no_list_is_refused(small):
     embedder = mgn.load(small[0], device='cpu')
     for images in (iter([]), 'a.jpg', Image.new('RGB', (4, 4)), None, {}, torch.tensor(3), np.array('a.jpg')):
-        with pytest.raises(UserError, match='takes a list of images or a tensor of them, not .*; put it into a list'):
+        with pytest.raises(UserError, match='takes a list of images or a tensor of them, not .*; make it a list'):
             embedder.embed(images)
 
 

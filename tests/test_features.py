@@ -17,6 +17,7 @@ from mgn.feature_files import read_features, write_features
 from mgn.features import Extractor
 from mgn.model import MGN
 from mgn.ops.errors import FileError, UserError
+from mgn.runs import processes
 
 pytestmark = pytest.mark.usefixtures('thin')
 
@@ -43,6 +44,14 @@ def written(model, root, tmp_path):
     folder = tmp_path / 'features'
     write_features(model, market_layout(str(root)), extractor(), str(folder))
     return folder
+
+
+def test_processes_of_another_precision_make_no_features_together(model, root, monkeypatch):
+    """As 'auto' may mean on another GPU: the manifest would tell one of them."""
+    monkeypatch.setattr(processes, 'count', lambda: 2)
+    monkeypatch.setattr(processes, 'gather', lambda value: [value, 'bfloat16'])
+    with pytest.raises(UserError, match="same precision of features, but it differs between process 0 and 1. Bind fea"):
+        extractor().gathered(model, market_layout(str(root)).query)
 
 
 @pytest.mark.parametrize('flip_test', [False, True])

@@ -56,6 +56,23 @@ def test_a_model_without_biases_is_taken():
 
 
 @pytest.mark.parametrize('optimizer', ['Adam', 'AdamW', 'SGD'])
+def test_a_first_step_that_float16_leaves_out_leaves_no_unwritten_memory_as_state(optimizer):
+    config.load([], [f'make_optimizer.optimizer = @{optimizer}'])
+    model, scaler = torch.nn.Linear(3, 2), torch.amp.GradScaler('cpu')
+    made = optim.make_optimizer(model)
+    torch.use_deterministic_algorithms(True)  # unwritten memory is NaN
+    try:
+        for factor in (float('inf'), 1):
+            made.zero_grad()
+            scaler.scale((factor * model(torch.ones(1, 3))).sum()).backward()
+            scaler.step(made)
+            scaler.update()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize('optimizer', ['Adam', 'AdamW', 'SGD'])
 def test_biases_get_twice_the_learning_rate_and_no_decay(model, optimizer):
     config.load([], [f'make_optimizer.optimizer = @{optimizer}', f'{optimizer}.lr = 3.5e-4',
                      f'{optimizer}.weight_decay = 5e-4'])

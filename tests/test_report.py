@@ -13,7 +13,7 @@ from PIL import Image
 from reports import bind, data_of, made, people, write_table, write_weights
 from thin import thin  # noqa: F401
 
-from mgn import evaluation, ranked_lists
+from mgn import evaluation, ranked_lists, report_page
 from mgn.data.augmentation import normalise
 from mgn.data.datasets import Sample, csv_table
 from mgn.data.images import Decoder, to_batch
@@ -246,6 +246,19 @@ def test_another_network_is_compared_and_one_that_cannot_be_read_is_named(root, 
 def test_a_network_compared_with_itself_by_other_settings_is_the_same(root, weights, setting):
     page = made(weights, root, root / 'out', f"compare = '{weights}'", setting)
     assert page['compare']['ap'] == page['queries']['ap'] and page['compare']['lists'] == []
+
+
+def test_another_network_is_run_as_the_command_says_but_an_exported_one_as_it_was_exported(monkeypatch):
+    seen = []
+
+    def embedder(*args):
+        seen.append(args)
+        raise UserError('seen')
+    monkeypatch.setattr(report_page, 'Embedder', embedder)
+    extractor = Extractor(torch.device('cpu'), (8, 4), batch_size=3, workers=0, flip_test=True, precision='bfloat16')
+    for path in 'a.pth', 'a.onnx':
+        report_page.compared(path, extractor, None, None, [])
+    assert seen == [('a.pth', 'cpu', 'bfloat16', True, 3), ('a.onnx', 'cpu', 'auto', True, 3)]
 
 
 def test_images_that_vanished_are_named_and_the_rest_is_made(root, weights):

@@ -25,6 +25,7 @@ def test_a_saved_configuration_comes_back_in_all_that_evaluation_uses(recipe, tm
     caplog.set_level(logging.INFO)
     config.load([], [], saved=saved)
     before['', 'mgn.data.datasets.pedestrians']['draw'] = 'False'  # reading a checkpoint writes nothing
+    before['device', 'gin.macro']['value'] = 'auto'  # this machine's
     del before['own', 'gin.macro']  # which only training uses
     assert {key: bindings for key, bindings in bound().items() if key[1].split('.')[-1] not in config.TRAINING} == {
         key: bindings for key, bindings in before.items() if key[1].split('.')[-1] not in config.TRAINING}
@@ -38,6 +39,14 @@ def bound():
     """All bindings, as text."""
     return {key: {name: str(value) for name, value in bindings.items()}
             for key, bindings in gin.config._CONFIG.items()}
+
+
+def test_the_device_of_the_training_machine_is_left_out():
+    config.load([], ["device = 'cuda:1'"])
+    saved = checkpoint.configuration(portable=True)
+    assert "device = 'cuda:1'" in saved
+    config.load([], [], saved=saved)
+    assert value('%device') == 'auto'
 
 
 def test_files_and_bindings_override_a_saved_configuration_but_for_its_output_dir(tmp_path, monkeypatch):

@@ -10,10 +10,10 @@ import gin
 import pytest
 import torch
 from conftest import write_market
-from thin import thin, train  # noqa: F401 (a fixture)
+from thin import BINDINGS, fitting_schedule, thin, train  # noqa: F401 (a fixture)
 
 from mgn import config, training
-from mgn.runs import checkpoint
+from mgn.runs import checkpoint, processes
 from mgn.devices import find_device
 from mgn.runs.meter import Meter
 from mgn.ops.errors import UserError
@@ -248,6 +248,24 @@ def test_frozen_modules_stay_as_they_are_until_their_step_and_in_a_resumed_run(m
     assert not torch.equal(early['branches.1.0.conv1.weight'], before['branches.1.0.conv1.weight'])
     assert all(not torch.equal(one[name], early[name]) for name in frozen if 'weight' in name or 'running' in name)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_processes_on_unlike_devices_are_refused_before_they_wait_for_each_other(market, tmp_path, monkeypatch):
+    """As where one machine lacks its driver, and 'auto' means the CPU there."""
+    config.load([], [*BINDINGS, *fitting_schedule(*BINDINGS), f"data_root = '{market}'"])
+    monkeypatch.setattr(processes, 'count', lambda: 2)
+    monkeypatch.setattr(processes, 'gather', lambda value: [value, ('cuda', 'float32')])
+    with pytest.raises(UserError, match='same kind of device, and precision on it, but .* 0 and 1. Bind device'):
+        training.Training(str(tmp_path)).check_options()
+
+
+@pytest.mark.parametrize('optimizer', ['AdamW', 'SGD'])
+def test_frozen_modules_thaw_under_every_optimizer(market, tmp_path, optimizer):
+    """torch's fused SGD ends where some parameters have momentum and others, frozen so far, have none."""
+    freeze = "train.freeze = ('trunk',)", 'train.freeze_steps = 2', f'make_optimizer.optimizer = @{optimizer}'
+    frozen, thawed = (train(market, tmp_path / str(steps), *freeze, f'total_steps = {steps}').state_dict()
+                      for steps in (2, 3))
+    assert not torch.equal(thawed['trunk.0.weight'], frozen['trunk.0.weight'])
 
 
 def test_a_frozen_module_that_is_not_there_is_an_error(market, tmp_path):

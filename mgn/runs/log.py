@@ -29,8 +29,7 @@ class RunLog:
         write_text(self.path, ''.join(json.dumps(record) + '\n' for record in records))
 
     def write(self, record):
-        advice = 'Free disk space; the same command resumes from the last checkpoint.'
-        with writing(self.path, advice), open(self.path, 'a') as file:
+        with writing(self.path, 'Free disk space; then the same command resumes.'), open(self.path, 'a') as file:
             file.write(json.dumps(record) + '\n')
 
 

@@ -88,12 +88,12 @@ def first_to_fail():
 
 
 def lost(error):
-    """The message for an error that a collective raised because another process had ended; None for other errors."""
+    """The message for an error that a collective raised, as when another process has ended; None for other errors."""
     if count() == 1 or not isinstance(error, RuntimeError) or not re.search('gloo|nccl', str(error), re.IGNORECASE):
         return None
-    return (f'Process {number()} of {count()} lost its connection to another process ({str(error).splitlines()[0]}). '
-            f'torchrun names the one that ended. Start the same command again, or use torchrun --max-restarts: '
-            f'training resumes from last.pth.')
+    return (f'Process {number()} of {count()} lost its connection to the others, or its GPU failed '
+            f'({" ".join(str(error).split()):.500}). torchrun names the one that ended. Start the same command again, '
+            f'or use torchrun --max-restarts: training resumes from last.pth.')
 
 
 def check_same(what, value, remedy):
