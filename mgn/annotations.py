@@ -37,8 +37,9 @@ def check_all(values, configurable, where=''):
 def fits(value, annotation):
     """Whether a gin value (a literal, or a ConfigurableReference) may be bound to a parameter with this annotation.
 
-    An integer fits where a number is asked for, and a list where a tuple is. True and False are no numbers, and '' is
-    no string. A reference fits by the class that it refers to, or by what its function is annotated to return.
+    An integer of 64 bits fits where a number is asked for, and a list where a tuple is. True and False are no numbers,
+    and '' is no string. A reference fits by the class that it refers to, or by what its function is annotated to
+    return.
     """
     kind, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if kind in UNIONS:
@@ -56,7 +57,7 @@ def fits(value, annotation):
         expected = arguments[:1] * len(value) if arguments[-1] is ... else arguments
         return len(value) == len(expected) and all(map(fits, value, expected))
     if annotation is float:
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+        return type(value) in (int, float) and abs(value) <= (sys.maxsize if type(value) is int else sys.float_info.max)
     return type(value) is annotation and value != ''
 
 

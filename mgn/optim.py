@@ -12,7 +12,7 @@ from mgn.ops.errors import UserError
 Factor = Annotated[float, 0, math.inf]
 
 for optimizer in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
-    gin.external_configurable(optimizer, module='torch.optim')
+    gin.external_configurable(optimizer, module='torch.optim', denylist=['differentiable'])
 
 
 @gin.configurable(denylist=['model'])
