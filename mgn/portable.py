@@ -74,7 +74,7 @@ def export_checkpoint(checkpoint, weights: str | None = gin.REQUIRED, output_dir
             for path, read in zip(paths, (read_onnx, read_pt2)):
                 run, name = read(path)[0], os.path.basename(path)
                 for size in BATCHES:
-                    distance = (1 - (run(images[:size]) * expected[:size]).sum(1)).max().item()
+                    distance = (run(images[:size]) - expected[:size]).square().sum(1).max().item() / 2
                     if not distance <= TOLERANCE[precision]:
                         raise UserError(f'{name} gives features at a cosine distance of {distance:.2g} from those of '
                                         f'PyTorch; nothing was written. Export in another precision, or report this')

@@ -232,7 +232,7 @@ def test_a_lost_connection_is_told_from_other_errors(monkeypatch):
     monkeypatch.setattr(processes, 'count', lambda: 2)
     monkeypatch.setattr(processes, 'number', lambda: 0)
     nccl = "NCCL error in: here\nLast error:\nCuda failure 2 'out of memory'"  # the reason comes last
-    for error in '[gloo/transport/tcp/pair.cc:554] Connection closed by peer', nccl:
+    for error in '[gloo/transport/tcp/pair.cc:554] Connection closed by peer', nccl, 'ncclRemoteError: gone':
         message = processes.lost(RuntimeError(error))
         assert message.startswith('Process 0 of 2 lost its connection to the others, or its GPU failed '
                                   f'({" ".join(error.split())}). torchrun names the one that ended.')

@@ -1,5 +1,6 @@
 """Evaluation against a naive pipeline that looks at one image and one pair at a time, and what stops it."""
 
+import itertools
 import logging
 import re
 import shutil
@@ -348,3 +349,10 @@ def test_each_stage_says_its_time_and_has_a_row(model, folder, caplog):
 def test_the_last_line_of_a_table_counts_queries_and_gallery():
     results = {'dataset': 'own', **dict.fromkeys(METRICS, 0.5), 'queries': 5, 'queries_without_match': 1, 'gallery': 22}
     assert table(results).endswith('\nper cent; 5 queries, 1 of them without a match; 22 in the gallery')
+
+
+def test_each_stage_is_timed_for_itself(model, folder, monkeypatch):
+    seconds = itertools.count()  # one passes from each look at the clock to the next
+    monkeypatch.setattr(evaluation.time, 'perf_counter', lambda: next(seconds))
+    got = evaluate(model, market_layout(str(folder)), extractor(), query_expansion=3, rerank=True)
+    assert [got['features_s'], got['ranking_s'], got['query_expansion']['seconds'], got['rerank']['seconds']] == [1] * 4

@@ -1,6 +1,7 @@
 """Features as files: what is written, and that files of anything else are refused with what differs."""
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -13,7 +14,7 @@ from thin import thin  # noqa: F401
 
 from mgn.data.datasets import market_layout
 from mgn.evaluation import evaluate
-from mgn.feature_files import read_features, write_features
+from mgn.feature_files import PARTS, read_features, write_features
 from mgn.features import Extractor
 from mgn.model import MGN
 from mgn.ops.errors import FileError, UserError
@@ -154,3 +155,12 @@ def test_a_file_that_cannot_be_written_to_the_end_is_an_error_and_no_signal(mode
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / 'features' / 'query_features.npy').exists()
     assert not (tmp_path / 'features' / 'manifest.json').exists()
+
+
+def test_features_are_on_the_disk_before_the_manifest(model, root, tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, 'fsync', lambda file: (synced.append(os.fstat(file).st_ino), fsync(file)))
+    write_features(model, market_layout(str(root)), extractor(), str(tmp_path / 'features'))
+    names = [f'{part}_features.npy' for part in PARTS] + ['manifest.json']
+    numbers = [os.stat(tmp_path / 'features' / name).st_ino for name in names]
+    assert [number for number in synced if number in numbers] == numbers

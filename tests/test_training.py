@@ -279,3 +279,16 @@ def test_freezing_everything_is_an_error_unless_it_lasts_no_step(market, tmp_pat
     with pytest.raises(UserError, match='leaves nothing that learns; bind fewer names'):
         train(market, tmp_path, everything, 'train.freeze_steps = 1')
     train(market, tmp_path, everything, 'train.freeze_steps = 0', 'total_steps = 1')
+
+
+def test_the_seed_decides_initial_weights_batches_and_draws(market, tmp_path, monkeypatch):
+    seen, real = [], training.train_step
+
+    def step(model, optimizer, augmentation, batch, *rest):
+        seen.append((model.state_dict()['trunk.0.weight'].clone(), batch.images, torch.cat([
+            draws.flatten().float() for draws in batch.draws])))
+        return real(model, optimizer, augmentation, batch, *rest)
+    monkeypatch.setattr(training, 'train_step', step)
+    for seed in (0, 1):
+        train(market, tmp_path / str(seed), 'total_steps = 1', f'seed = {seed}', 'train.evaluate_first = False')
+    assert not any(torch.equal(one, other) for one, other in zip(*seen, strict=True))

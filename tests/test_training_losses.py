@@ -148,3 +148,9 @@ def test_what_is_no_reference_to_losses_is_refused(market, tmp_path, binding, me
 def test_a_function_becomes_a_module_without_parameters():
     module = make_losses(mgn_losses, 3, 2, 4)
     assert isinstance(module, torch.nn.Module) and not list(module.parameters()) and not module.state_dict()
+
+
+def test_losses_that_learn_may_do_so_while_the_whole_network_is_frozen(market, tmp_path):
+    train(market, tmp_path, CENTRE, "train.freeze = ('trunk', 'branches', 'heads')",
+          'train.freeze_steps = 1', 'total_steps = 1')
+    assert checkpoint.load(str(tmp_path / 'last.pth'))['step'] == 1

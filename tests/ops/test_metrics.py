@@ -126,3 +126,9 @@ def test_a_new_measure_is_one_line_of_formulas(monkeypatch):
     monkeypatch.setitem(FORMULAS, 'rank20', lambda matches: first_rank(matches) <= 20)
     result = metrics([[21, 90], [20], [1]])
     assert tuple(result) == (*METRICS, 'rank20') and result['rank20'] == 2 / 3
+
+
+@pytest.mark.parametrize('offsets, ranks', [([1, 2], [5, 3]), ([0, 1], [0]), ([0, 2], [1, 1]), ([0, 1], [1, 2])])
+def test_what_cannot_be_ranks_is_refused(offsets, ranks):
+    with pytest.raises(ValueError, match='must ascend from'):
+        retrieval_metrics(offsets, ranks)

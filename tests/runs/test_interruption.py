@@ -239,3 +239,10 @@ command_line.run(work)
 def test_a_binary_that_is_no_run_ends_at_once_and_removes_what_is_temporary(number):
     ended = run_program(BINARY.format(root=str(ROOT), number=int(number)))
     assert (ended.returncode, ended.stderr, ended.stdout) == (128 + number, '', 'put in order\n')
+
+
+def test_a_step_that_last_holds_already_is_not_saved_again(market, tmp_path, monkeypatch):
+    with signalled(monkeypatch, 'save_last', 1), pytest.raises(SystemExit):
+        train(market, tmp_path)
+    assert checkpoint.load(str(tmp_path / 'last.pth'))['step'] == 2
+    assert [path.name for path in tmp_path.glob('step_*.pth')] == ['step_0.pth']
