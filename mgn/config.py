@@ -105,7 +105,7 @@ def bind_saved(text):
                 scope, selector, name = '/'.join(filter(None, (scope, selector))), MACRO, 'value'
             if selector in TRAINING or selector != MACRO and selector.split('.')[-1] not in configurables():
                 aside.add(selector)
-            elif not {name, scope} & {*OF_A_COMMAND, 'device'}:
+            elif scope != 'device' and not {name, scope} & OF_A_COMMAND:
                 values[scope, selector, name] = value, line
         elif not isinstance(statement, gin.config_parser.BlockDeclaration) and (
                 getattr(statement, 'module', None) not in sys.modules):

@@ -29,7 +29,7 @@ def find_device(name):
         device = torch.device(f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if several and name == 'cuda' else name)
         if device.type not in ('cpu', 'cuda', 'mps'):
             raise RuntimeError('mgn runs on cpu, cuda and mps')
-        device = torch.zeros(1, device=device).device  # with its number, and able to run a kernel
+        device = torch.empty(0, device=device).device  # with its number
     except (RuntimeError, AssertionError) as error:  # CPU builds of torch assert
         where, remedy = ('for each process', ', or start fewer processes') if several else ('here', '')
         raise UserError(f'The device {name!r} is not available {where}: this machine or this build of torch lacks it '

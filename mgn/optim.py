@@ -12,7 +12,7 @@ from mgn.ops.errors import UserError
 Factor = Annotated[float, 0, math.inf]
 
 for optimizer in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
-    gin.external_configurable(optimizer, module='torch.optim', denylist=['differentiable'])
+    gin.external_configurable(optimizer, module='torch.optim')
 
 
 @gin.configurable(denylist=['model'])
@@ -25,10 +25,11 @@ def make_optimizer(model, optimizer: Callable[..., torch.optim.Optimizer] = gin.
     as in fast-reid. Each group keeps its `initial_lr`. Raises UserError for what the optimizer refuses.
     """
     learning = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    weights = [parameter for name, parameter in learning if 'bias' not in name]
-    biases = [parameter for name, parameter in learning if 'bias' in name]
+    groups = [[parameter for name, parameter in learning if ('bias' in name) == of_bias] for of_bias in (False, True)]
     try:
-        result = optimizer([{'params': weights}, {'params': biases}])
+        result = optimizer([{'params': parameters} for parameters in groups])
+        if result.defaults.get('differentiable'):
+            raise ValueError('differentiable = True is for gradients of a step')
     except (ValueError, RuntimeError) as error:  # e.g. a negative learning rate; gin adds lines of its own
         raise UserError(f'The optimizer refuses its bindings: {str(error).splitlines()[0]}; bind others') from None
     result.param_groups[1]['lr'] *= bias_lr_factor

@@ -149,17 +149,20 @@ def pretended_gpus():
             'manual_seed_all': lambda _: None, 'Stream': Stream, 'current_stream': Stream,
             'stream': lambda _: contextlib.nullcontext()},
         torch.Tensor: {'to': moved, 'record_stream': lambda *_: None},
-        torch.optim.Optimizer: {'_accelerator_graph_capture_health_check': lambda _: None},
         torch: {'save': lambda content, file: save(saved(content), file)},
         DataLoader: {'__init__': lambda self, *args, pin_memory=False, **kwargs: loader(self, *args, **kwargs)},
         native: {'_unusable': unusable},
         product: {'available': lambda asked, device, width: 'float32' if device.type == 'cuda' else available(
             asked, device, width)}}
+    for name in ('_accelerator_graph_capture_health_check', '_cuda_graph_capture_health_check'):  # by torch's version
+        if hasattr(torch.optim.Optimizer, name):
+            instead.setdefault(torch.optim.Optimizer, {})[name] = lambda _: None
+    native.kernels.cache_clear()  # it remembers whether there are kernels
     with contextlib.ExitStack() as stack:
         for owner, values in instead.items():
             for name, value in values.items():
                 stack.enter_context(unittest.mock.patch.object(owner, name, value))
-        stack.callback(native.kernels.cache_clear)  # it remembers why there are no kernels
+        stack.callback(native.kernels.cache_clear)
         stack.callback(_present.__setitem__, 0, 0)
         stack.enter_context(Everywhere())
         yield

@@ -61,7 +61,6 @@ def test_a_value_of_another_type_is_an_error_that_names_the_binding_and_what_fit
     ('train.keep_last = 1.5', 'train.keep_last must be an integer'),
     ('mgn_losses.margin = (1,)', r'mgn_losses.margin must be a finite number from 0 or None, found \(1,\)'),
     ('SGD.weight_decay = 100000000000000000000', 'SGD.weight_decay must be a finite number'),  # torch takes 64 bits
-    ('Adam.differentiable = True', "denylisted kwarg 'differentiable'"),
     ("train.freeze = 'trunk'", r"train.freeze must be values in parentheses as in \('name',\), each a string"),
     ('MGN.parts = (1, 2.5)', r'MGN.parts must be values in parentheses as in \(1, 2, 3\), each an integer'),
     ('device = 5', 'device must be a string that is not empty, found 5'),

@@ -126,8 +126,16 @@ def test_a_factor_of_the_schedule_is_of_each_groups_own_rate(model):
 
 
 @pytest.mark.parametrize('bindings, reason', [(['lr = -0.5'], 'Invalid learning rate'),
-                                              (['Adam.fused = True', 'Adam.foreach = True'], 'cannot be `True`')])
+                                              (['Adam.fused = True', 'Adam.foreach = True'], 'cannot be `True`'),
+                                              (['make_optimizer.optimizer = @SGD', 'SGD.differentiable = True'],
+                                               'differentiable = True')])
 def test_what_the_optimizer_refuses_is_a_sentence(model, bindings, reason):
     config.load([], bindings)
     with pytest.raises(UserError, match=f'The optimizer refuses its bindings: .*{reason}.*; bind others'):
         optim.make_optimizer(model)
+
+
+def test_the_configuration_of_an_earlier_run_is_read(model):
+    """config.gin names every option of the optimizer, those that have to be as they are among them."""
+    config.load([], ['Adam.differentiable = False', 'Adam.maximize = False', 'Adam.fused = True'])
+    assert isinstance(optim.make_optimizer(model), torch.optim.Adam)

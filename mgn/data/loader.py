@@ -43,11 +43,10 @@ def leave_signals(_):
 
 def count_unreadable(unreadable, new, images):
     """Adds this batch's unreadable images to {message: True}; UserError beyond UNREADABLE_LIMIT of the set."""
-    for message in new:
-        if message not in unreadable:
-            unreadable[message] = True
-            logger.warning('unreadable image number %d, replaced by another image of its identity: %s',
-                           len(unreadable), message)
+    for message in [message for message in dict.fromkeys(new) if message not in unreadable]:
+        unreadable[message] = True
+        logger.warning('unreadable image number %d, replaced by another image of its identity: %s', len(unreadable),
+                       message)
     if len(unreadable) > UNREADABLE_LIMIT * images:
         raise UserError(f'At most {UNREADABLE_LIMIT:.0%} of the {images} training images may be unreadable, but '
                         f'{len(unreadable)} are:\n  ' + '\n  '.join(unreadable) + '\nRestore or remove them.')

@@ -128,7 +128,7 @@ class State:
 
 
 def check_moments(optimizer):
-    """Raises ValueError for a state that the fused kernels of Adam, AdamW and SGD would read wrongly or outside memory.
+    """Raises ValueError for a state that the kernels of Adam, AdamW and SGD would read wrongly or outside memory.
 
     Other optimizers, whose states have other forms, check their own.
     """
