@@ -4,6 +4,7 @@ import csv
 import json
 import re
 
+import pytest
 import torch
 from conftest import write_image
 from thin import BINDINGS
@@ -66,3 +67,13 @@ def made(weights, root, output_dir, *bindings):
 
 def data_of(path):
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(), re.S)[1])
+
+
+@pytest.fixture
+def weights(tmp_path):
+    return write_weights(tmp_path / 'run' / 'best.pth')
+
+
+@pytest.fixture
+def root(tmp_path):
+    return write_table(tmp_path / 'data', people())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import write_market
 from pretended_gpus import OnGPU, pretended_gpus
-from reports import bind, data_of, people, write_table, write_weights
+from reports import bind, data_of, root, weights  # noqa: F401 (fixtures)
 from thin import thin, train  # noqa: F401 (a fixture)
 
 import mgn
@@ -17,16 +17,6 @@ from mgn.runs import checkpoint
 
 pytestmark = [pytest.mark.usefixtures('thin'), pytest.mark.filterwarnings('ignore:mgn.ops runs its PyTorch references')]
 STAGES = 'query_expansion = 2', 'rerank = True', 'evaluate.k1 = 3', 'evaluate.k2 = 2'
-
-
-@pytest.fixture
-def weights(tmp_path):
-    return write_weights(tmp_path / 'run' / 'best.pth')
-
-
-@pytest.fixture
-def root(tmp_path):
-    return write_table(tmp_path / 'data', people())
 
 
 def test_what_pretends_raises_where_devices_meet_and_counts_as_the_cpu_does():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from memory import only_linux, printed
 from PIL import Image
-from reports import bind, data_of, made, people, write_table, write_weights
+from reports import bind, data_of, made, people, root, weights, write_table, write_weights  # noqa: F401 (fixtures)
 from thin import thin  # noqa: F401
 
 from mgn import evaluation, ranked_lists, report_page
@@ -25,16 +25,6 @@ from mgn.ops.metrics import METRICS
 from mgn.runs import checkpoint
 
 pytestmark = pytest.mark.usefixtures('thin', 'clean_gin')
-
-
-@pytest.fixture
-def weights(tmp_path):
-    return write_weights(tmp_path / 'run' / 'best.pth')
-
-
-@pytest.fixture
-def root(tmp_path):
-    return write_table(tmp_path / 'data', people())
 
 
 def pixels(image):

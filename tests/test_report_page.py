@@ -7,22 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reports import made, people, write_table, write_weights
+from reports import made, root, weights, write_weights  # noqa: F401 (fixtures)
 from thin import thin  # noqa: F401
 
 from mgn import ranked_lists, report_page
 
 pytestmark = pytest.mark.usefixtures('thin', 'clean_gin')
-
-
-@pytest.fixture
-def weights(tmp_path):
-    return write_weights(tmp_path / 'run' / 'best.pth')
-
-
-@pytest.fixture
-def root(tmp_path):
-    return write_table(tmp_path / 'data', people())
 
 
 def test_queries_of_the_curves_are_spread_over_the_list_and_boxes_of_nobody_are_in_none(monkeypatch):
