@@ -83,6 +83,18 @@ def test_float16_files_hold_weights_of_two_bytes_and_are_near(tmp_path):
     assert made.ir_version <= 9 and all(each.version <= 18 for each in made.opset_import if not each.domain)
 
 
+def without_onnx(folder, monkeypatch, change):
+    """In the place of an ONNX file, whose export takes seconds: the network, whose features go through `change`."""
+    written, there = {}, os.listdir(folder)
+
+    def onnx_content(program, *_):
+        assert os.listdir(folder) == there  # what a signal ends here leaves nothing behind
+        written['after'] = program.module()
+        return b'after'
+    monkeypatch.setattr(portable, 'onnx_content', onnx_content)
+    monkeypatch.setattr(portable, 'read_onnx', lambda path: (lambda x: change(written[Path(path).read_text()](x)), {}))
+
+
 @pytest.mark.parametrize('change', [
     lambda features: features.flip(1), lambda features: features * math.nan, lambda features: 2 * features,
     lambda features: torch.cat((features[:-1], features[-1:].flip(1))),
@@ -90,14 +102,7 @@ def test_float16_files_hold_weights_of_two_bytes_and_are_near(tmp_path):
     lambda features: features if len(features) > 1 else features.flip(1)])
 def test_a_file_that_gives_other_features_is_not_written(tmp_path, monkeypatch, change):
     (tmp_path / 'model.onnx').write_text('before')
-    written = {}  # of a content: the network; an export by ONNX takes seconds
-
-    def onnx_content(program, *_):
-        assert os.listdir(tmp_path) == ['model.onnx']  # what a signal ends here leaves nothing behind
-        written['after'] = program.module()
-        return b'after'
-    monkeypatch.setattr(portable, 'onnx_content', onnx_content)
-    monkeypatch.setattr(portable, 'read_onnx', lambda path: (lambda x: change(written[Path(path).read_text()](x)), {}))
+    without_onnx(tmp_path, monkeypatch, change)
     with pytest.raises(UserError, match='model.onnx gives features at a cosine distance of .* nothing was written'):
         export(tmp_path)
     assert os.listdir(tmp_path) == ['model.onnx'] and (tmp_path / 'model.onnx').read_text() == 'before'
@@ -179,17 +184,6 @@ def test_without_the_extra_the_command_that_installs_it_is_named(tmp_path, monke
     assert os.listdir(tmp_path) == []
 
 
-def without_onnx(monkeypatch, change):
-    """In the place of an ONNX file, whose export takes seconds: the network, whose features go through `change`."""
-    written = {}
-
-    def onnx_content(program, *_):
-        written['after'] = program.module()
-        return b'after'
-    monkeypatch.setattr(portable, 'onnx_content', onnx_content)
-    monkeypatch.setattr(portable, 'read_onnx', lambda path: (lambda x: change(written[Path(path).read_text()](x)), {}))
-
-
 @pytest.mark.parametrize('precision, distance', [('float32', 5e-5), ('float16', 5e-3)])
 def test_one_feature_of_a_batch_that_is_a_little_off_is_enough(tmp_path, monkeypatch, precision, distance):
     def change(features):
@@ -198,14 +192,14 @@ def test_one_feature_of_a_batch_that_is_a_little_off_is_enough(tmp_path, monkeyp
         last = features[-1]
         aside = F.normalize(last.flip(0) - (last.flip(0) @ last) * last, dim=0)
         return torch.cat((features[:-1], F.normalize(last + (2 * distance) ** 0.5 * aside, dim=0)[None]))
-    without_onnx(monkeypatch, change)
+    without_onnx(tmp_path, monkeypatch, change)
     with pytest.raises(UserError, match='model.onnx gives features at a cosine distance of'):
         export(tmp_path, f"export_checkpoint.precision = '{precision}'")
 
 
 def test_a_wrong_second_file_leaves_the_first_as_it_was(tmp_path, monkeypatch):
     (tmp_path / 'model.onnx').write_text('before')
-    without_onnx(monkeypatch, lambda features: features)
+    without_onnx(tmp_path, monkeypatch, lambda features: features)
     monkeypatch.setattr(portable, 'read_pt2', lambda path: (lambda images: torch.zeros(len(images), 1), {}))
     with pytest.raises(UserError, match='model.pt2 gives features at a cosine distance of .* nothing was written'):
         export(tmp_path)
